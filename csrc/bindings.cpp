@@ -1,0 +1,15 @@
+// muka_fast._C: the list of everything the extension offers to Python. Pointers travel as integers, so that one build fits
+// every torch version; the Python side (kernels/ops) checks dtype, device and contiguity, because raw pointers check nothing.
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Torch-free kernels of muka_fast; called through muka_fast.ops";
+    m.attr("ABI") = 1;
+#ifdef MUKA_FAST_CUDA
+    m.attr("CUDA") = true;
+#else
+    m.attr("CUDA") = false;
+#endif
+}

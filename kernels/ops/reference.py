@@ -1,0 +1,177 @@
+"""The definition of every op in plain PyTorch: same signature, no tricks, computed in float64 where the input is float64, else in
+float32. The fast implementations are tested against these, and these against an oracle written from the method's formulas.
+
+Letters: K samples (k) · B texts (b) · S = sum of the teachers' class counts · N teachers (i) · D features · C student classes.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+MASK32 = 0xFFFFFFFF
+LANES = 8  # 16-bit lanes per Philox call
+
+
+def dropout_threshold(p: float) -> int:
+    """t = round-half-even(p * 65536): a lane below it is dropped. Raises ValueError outside 0 <= t < 65536 or for NaN."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout probability {p} is outside [0, 1)")
+    threshold = round(p * 65536)
+    if threshold >= 65536:
+        raise ValueError(f"dropout probability {p} drops everything: at most 65535/65536")
+    return threshold
+
+
+def dropout_scale(p: float) -> float:
+    """65536 / (65536 - t), which makes the mean of a kept-or-dropped value exact; used rounded to float32."""
+    return 65536.0 / (65536 - dropout_threshold(p))
+
+
+def philox4x32_ref(counter: Sequence[Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al., 2011). counter: four int64 tensors holding uint32 values; seed: the 64-bit key."""
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = seed & MASK32, (seed >> 32) & MASK32
+    for _ in range(10):
+        # The signed 64-bit product wraps, but its bits are those of the unsigned one.
+        product0, product1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]
+        high0, low0 = (product0 >> 32) & MASK32, product0 & MASK32
+        high1, low1 = (product1 >> 32) & MASK32, product1 & MASK32
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + PHILOX_WEYL[0]) & MASK32, (k1 + PHILOX_WEYL[1]) & MASK32
+    return c0, c1, c2, c3
+
+
+def keep_mask_ref(
+    num_samples: int, width: int, p: float, seed: int, site: int, example_ids: Tensor, offsets: Tensor, first_sample: int = 0
+) -> Tensor:
+    """The mask contract: True where an element is kept, bool [K, rows, width].
+
+    Element `offsets[row] + column` of text `example_ids[row]` under sample `first_sample + k` at `site`. Philox counter
+    (element // 8, sample, site, example id), all modulo 2^32; the call's 128 bits are eight 16-bit lanes, low half first.
+    """
+    device = example_ids.device
+    element = offsets.to(torch.int64)[:, None] + torch.arange(width, device=device)  # [rows, width]
+    sample = torch.arange(first_sample, first_sample + num_samples, device=device)[:, None, None]
+    counter = ((element // LANES) & MASK32, sample & MASK32, torch.tensor(site & MASK32, device=device), example_ids[:, None] & MASK32)
+    words = torch.stack(philox4x32_ref(counter, seed), dim=-1)  # [K, rows, width, 4]
+    lane = (element % LANES).expand(words.shape[:-1])
+    word = words.gather(-1, (lane // 2)[..., None])[..., 0]
+    return ((word >> (16 * (lane % 2))) & 0xFFFF) >= dropout_threshold(p)
+
+
+def repeat_dropout_ref(
+    x: Tensor, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor, offsets: Tensor, first_sample: int = 0
+) -> Tensor:
+    """K differently masked copies of x: [rows, D] or [K, rows, D] -> [K, rows, D], in the dtype of x.
+
+    Kept values are multiplied by float32(65536 / (65536 - t)) in float32 (float64 for a float64 x), then rounded once.
+    """
+    keep = keep_mask_ref(num_samples, x.shape[-1], p, seed, site, example_ids, offsets, first_sample)
+    work = x if x.dtype == torch.float64 else x.float()
+    scale = torch.tensor(dropout_scale(p), dtype=torch.float32, device=x.device).to(work.dtype)
+    return torch.where(keep, work * scale, torch.zeros((), dtype=work.dtype, device=x.device)).to(x.dtype)
+
+
+def entropy_ref(log_probs: Tensor) -> Tensor:
+    """-sum p ln p over the last dimension in nats, with 0 ln 0 = 0."""
+    probs = log_probs.exp()
+    return -torch.where(probs == 0, torch.zeros_like(probs), probs * log_probs).sum(-1)
+
+
+def mc_statistics_ref(logits: Tensor, offsets: Sequence[int]) -> tuple[Tensor, ...]:
+    """Statistics of K stochastic passes of N teachers: logits [K, B, S], teacher i owns columns offsets[i]:offsets[i + 1].
+
+    Returns mean_probs [B, S], var_probs [B, S] (population variance), predictive_entropy [B, N], expected_entropy [B, N],
+    mutual_information [B, N] (clamped at 0), normalized_entropy [B, N], selected int64 [B] (lowest normalised entropy, ties to the
+    lowest teacher), teacher_margin [B] (gap of the two best 1 - normalised entropies; 1 for one teacher).
+    A NaN logit makes that teacher's statistics and the margin of that text NaN; such a teacher is never selected.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    mean_probs, var_probs, predictive, expected = [], [], [], []
+    for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+        log_probs = torch.log_softmax(logits[:, :, start:stop], dim=-1)
+        probs = log_probs.exp()
+        mean = probs.mean(0)
+        mean_probs.append(mean)
+        var_probs.append(probs.var(0, correction=0))
+        predictive.append(entropy_ref(mean.log()))
+        expected.append(entropy_ref(log_probs).mean(0))
+    H, E = torch.stack(predictive, -1), torch.stack(expected, -1)
+    upper = torch.tensor([math.log(stop - start) for start, stop in zip(offsets[:-1], offsets[1:], strict=True)])
+    upper = upper.to(H)
+    normalized = torch.where(upper == 0, H * 0, H / torch.where(upper == 0, 1, upper))
+    selected, margin = select_teacher_ref(1 - normalized)
+    return (torch.cat(mean_probs, -1), torch.cat(var_probs, -1), H, E, (H - E).clamp_min(0), normalized, selected, margin)
+
+
+def select_teacher_ref(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Best teacher (ties to the lowest index, NaN never) and the gap to the second best: scores [B, N] -> int64 [B], [B]."""
+    clean = torch.where(scores.isnan(), -math.inf, scores)
+    best = clean.max(-1, keepdim=True).values
+    index = torch.arange(scores.shape[-1], device=scores.device)
+    selected = torch.where(clean == best, index, scores.shape[-1]).amin(-1)
+    if scores.shape[-1] == 1:
+        return selected, torch.where(scores[:, 0].isnan(), scores[:, 0], 1.0)
+    top = clean.topk(2, dim=-1).values
+    return selected, torch.where(scores.isnan().any(-1), math.nan, top[:, 0] - top[:, 1])
+
+
+def mc_head_ref(
+    features: Tensor, weight: Tensor, bias: Tensor | None, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor
+) -> tuple[Tensor, ...]:
+    """Statistics of `linear(dropout(features))` over K masks: features [B, D], weight [C, D], bias [C] or None, one teacher.
+
+    The element of the mask contract is the feature's column. Returns mean_probs [B, C], var_probs [B, C], predictive_entropy [B],
+    expected_entropy [B], mutual_information [B], normalized_entropy [B], and the deterministic logits [B, C] (no dropout).
+    """
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    x, w, b = features.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    masked = repeat_dropout_ref(x, num_samples, p, seed, site, example_ids, torch.zeros_like(example_ids))
+    logits = torch.nn.functional.linear(masked, w, b)  # [K, B, C]
+    statistics = mc_statistics_ref(logits, [0, weight.shape[0]])
+    return (*statistics[:2], *(s[:, 0] for s in statistics[2:6]), torch.nn.functional.linear(x, w, b))
+
+
+def distill_target_ref(
+    teacher_probs: Tensor, scores: Tensor, offsets: Sequence[int], teacher_to_union: Tensor, num_classes: int, soft: bool, tau: float
+) -> Tensor:
+    """q [B, C]: the selected teacher's probabilities (hard) or all of them weighted by softmax(scores / tau) (soft), in union space."""
+    if soft:
+        weights = torch.softmax(scores / tau, dim=-1)
+    else:
+        weights = torch.nn.functional.one_hot(select_teacher_ref(scores)[0], scores.shape[-1])
+    owner = torch.repeat_interleave(
+        torch.arange(len(offsets) - 1, device=scores.device), torch.tensor(offsets, device=scores.device).diff()
+    )
+    weighted = weights.to(teacher_probs)[:, owner] * teacher_probs
+    q = torch.zeros(len(teacher_probs), num_classes, dtype=weighted.dtype, device=weighted.device)
+    return q.index_add(1, teacher_to_union, weighted)
+
+
+def distill_loss_ref(
+    student_logits: Tensor,
+    teacher_probs: Tensor,
+    scores: Tensor,
+    offsets: Sequence[int],
+    teacher_to_union: Tensor,
+    soft: bool,
+    tau: float,
+    temperature: float,
+    margin: bool,
+) -> Tensor:
+    """KL(q, softmax(student_logits / temperature)) per text, times (teacher margin + 1e-6) where `margin`: [B].
+
+    student_logits [B, C]; teacher_probs [B, S], each teacher's block a distribution (or zero); scores [B, N], high = trust;
+    teacher_to_union int64 [S]; tau: temperature of the scores (soft only). Differentiable in student_logits.
+    """
+    dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+    probs, scores = teacher_probs.to(dtype), scores.to(dtype)
+    q = distill_target_ref(probs, scores, offsets, teacher_to_union, student_logits.shape[-1], soft, tau)
+    log_p = torch.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
+    # xlogy: 0 ln 0 = 0; where q is 0 the student's log-probability must not enter, be it -inf.
+    loss = (torch.special.xlogy(q, q) - torch.where(q == 0, torch.zeros_like(q), q * log_p)).sum(-1)
+    return loss * (select_teacher_ref(scores)[1] + 1e-6) if margin else loss

@@ -1,0 +1,59 @@
+"""The op table: which implementation of each op runs on which device, chosen once at import.
+
+MUKA_FAST_BACKEND = auto | reference | cpu | triton overrides the choice (for tests and for hunting a fault); it never changes a
+result beyond float rounding. `auto` takes C++ on the CPU and Triton on CUDA, and the PyTorch reference where neither exists.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+
+try:
+    from muka_fast import _C
+except ImportError:  # a checkout that was never built; `muka-fast doctor` says so
+    _C = None
+
+ABI = 1  # of the compiled extension; raised with every change of a C++ signature
+if _C is not None and _C.ABI != ABI:
+    raise ImportError(f"muka_fast._C has ABI {_C.ABI}, this Python code needs {ABI}: run `pip install -e .` again")
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
+BACKEND = os.environ.get("MUKA_FAST_BACKEND", "auto")
+if BACKEND not in BACKENDS:
+    raise ImportError(f"MUKA_FAST_BACKEND={BACKEND!r} is not one of {', '.join(BACKENDS)}")
+
+LIBRARY = torch.library.Library("muka_fast", "DEF")
+TABLE: dict[str, dict[str, str]] = {}  # op -> device type -> implementation in use
+
+
+def register(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable,
+    cpu: Callable | None,
+    triton: Callable | None,
+    fake: Callable,
+) -> Callable:
+    """Register one op with torch.library and return the callable `torch.ops.muka_fast.<name>`.
+
+    schema: the argument list and result in torch's schema language, without the name.
+    cpu, triton: None where the extension or Triton is missing.
+    Raises ImportError where MUKA_FAST_BACKEND names an implementation that is not there.
+    """
+    have = {"reference": reference, "cpu": cpu, "triton": triton}
+    wish = {"CPU": ("cpu", "reference"), "CUDA": ("triton", "reference")}
+    LIBRARY.define(name + schema)
+    TABLE[name] = {}
+    for device, order in wish.items():
+        if BACKEND != "auto":
+            # The C++ kernels read host memory and Triton reads it only in its interpreter.
+            order = (BACKEND,) if not (BACKEND == "cpu" and device == "CUDA") else ("reference",)
+        chosen = next((backend for backend in order if have[backend] is not None), None)
+        if chosen is None:
+            raise ImportError(f"MUKA_FAST_BACKEND={BACKEND}: {name} has no such implementation on this machine")
+        TABLE[name][device.lower()] = chosen
+        LIBRARY.impl(name, have[chosen], device)
+    torch.library.register_fake(f"muka_fast::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.muka_fast, name)
