@@ -1,0 +1,352 @@
+"""Every option of every command: default, unit and range, once; help texts and error messages are derived from here."""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+from muka_fast.errors import UserError
+
+METHODS = ("muka-soft", "muka-hard", "vkd", "uhc", "supervised", "oracle")
+UNCERTAINTIES = ("predictive_entropy", "mutual_information", "expected_entropy", "variance")
+BOUND_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+ConfigType = TypeVar("ConfigType", bound="Config")
+
+
+def option(default: Any, description: str, group: str, *, allowed: str | None = None, **limits: Any) -> Any:
+    """A field with its help text and help group; `allowed` says in words what the type alone does not."""
+    return Field(default, description=description, json_schema_extra={"group": group, "allowed": allowed}, **limits)
+
+
+class Config(BaseModel):
+    """Base of all configurations: unknown names are refused, numbers must be finite."""
+
+    model_config = ConfigDict(
+        extra="forbid", allow_inf_nan=False, validate_assignment=True, validate_by_name=True, validate_by_alias=True
+    )
+
+    verbose: bool = option(False, "log details", "Run")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_paths(cls, value: Any) -> Any:
+        """Path objects are welcome wherever a path is a string."""
+        if isinstance(value, (list, tuple)):
+            return [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value]
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @field_validator("teachers", mode="before", check_fields=False)
+    @classmethod
+    def _one_teacher(cls, value: Any) -> Any:
+        return [value] if isinstance(value, (str, os.PathLike)) else value
+
+    @field_validator("labels", mode="before", check_fields=False)
+    @classmethod
+    def _comma_list(cls, value: Any) -> Any:
+        return [item.strip() for item in value.split(",")] if isinstance(value, str) else value
+
+    def resolved(self) -> dict[str, Any]:
+        """All options as plain values (str, int, float, bool, list, None), ready for JSON or YAML."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Save all options so that `--config path` repeats the run; written aside and renamed."""
+        path = Path(path)
+        aside = path.with_name(path.name + ".partial")
+        aside.write_text(yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        os.replace(aside, path)
+
+
+class TextOptions(Config):
+    """How texts are read and cut."""
+
+    text_column: str = option("text", "column that holds the text", "Data", min_length=1)
+    label_column: str = option("label", "column that holds the label, where labels are needed", "Data", min_length=1)
+    limit: int | None = option(None, "use only the first N texts", "Data", ge=1)
+    # 16384 is the row stride of the attention masks (muka_fast/sites.py).
+    max_length: int = option(128, "tokens kept of each text, special tokens included", "Data", ge=4, le=16384)
+
+
+class DeviceOptions(Config):
+    """Where models run and how much they take at once."""
+
+    token_budget: int = option(8192, "padded tokens per forward of a frozen model", "Run", ge=16, le=2**24)
+    device: str = option(
+        "auto",
+        "auto takes a GPU where there is one",
+        "Run",
+        allowed="auto, cpu, cuda or cuda:N",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+    )
+
+
+class ScoringOptions(TextOptions, DeviceOptions):
+    """What decides the content of a supervision store."""
+
+    seed: int = option(0, "seed of every random number of the run", "Run", ge=0, lt=2**32)
+    mc: bool = option(
+        True, "Monte-Carlo dropout; --no-mc takes the statistics from one deterministic pass", "Uncertainty"
+    )
+    mc_samples: int = option(16, "stochastic passes per text", "Uncertainty", ge=1, le=4096)
+    mc_scope: str = option(
+        "last:1",
+        "where dropout stays on: everywhere, in the last M layers and the head, or in the head only",
+        "Uncertainty",
+        allowed="all, last:M (M >= 1) or head",
+        pattern=r"^(all|head|last:[1-9]\d{0,3})$",
+    )
+    mc_dropout_p: float | None = option(
+        None, "dropout probability at the sites of the scope (default: the teacher's own)", "Uncertainty", gt=0, le=0.9
+    )
+    shard_size: int = option(
+        4096, "texts per shard of the store: what a killed run repeats at most", "Run", ge=1, le=2**20
+    )
+
+
+class RunConfig(ScoringOptions):
+    """Options of `muka-fast train` and muka_fast.amalgamate.
+
+    The defaults are the published recipe (arXiv 2112.07327), except mc_scope: last:1 costs a sixteenth of all.
+    """
+
+    teachers: list[str] = option([], "teacher folders or hub names", "Models and files")
+    student: str | None = option(None, "encoder to start the student from: folder or hub name", "Models and files")
+    texts: str | None = option(
+        None, "unlabelled texts: .jsonl .json .csv .tsv .parquet .txt or a hub data set", "Models and files"
+    )
+    eval: str | None = option(None, "labelled texts to measure the student on", "Models and files")
+    store: str | None = option(
+        None, "supervision store to fill or reuse (default: OUTPUT/supervision)", "Models and files"
+    )
+    output: str | None = option(None, "folder of the run and of the exported student", "Models and files")
+    ds_config: str | None = option(None, "DeepSpeed configuration (JSON)", "Models and files")
+    label_map: str | None = option(
+        None, "JSON or YAML file that renames, merges or drops (null) labels", "Models and files"
+    )
+
+    method: Literal[METHODS] = option(
+        "muka-soft", "amalgamation method; supervised and oracle need labels in the texts", "Distillation"
+    )
+    margin: bool = option(True, "weight each text by the gap of its two best teacher scores", "Distillation")
+    normalize_margin: bool = option(False, "divide the margin weights by their batch mean", "Distillation")
+    uncertainty: Literal[UNCERTAINTIES] = option(
+        "predictive_entropy", "measure behind the teacher scores", "Uncertainty"
+    )
+    score_temperature: float = option(
+        0.2, "temperature tau of the softmax over teacher scores", "Distillation", gt=0, le=1000
+    )
+    kd_temperature: float = option(
+        1.0, "temperature T of teachers and student in the loss", "Distillation", gt=0, le=1000
+    )
+    target: Literal["deterministic", "mc_mean"] = option(
+        "deterministic", "teacher probabilities: of the plain forward or the mean of the passes", "Distillation"
+    )
+
+    epochs: int = option(3, "passes over the texts", "Training", ge=1, le=10_000)
+    learning_rate: float = option(2e-5, "peak learning rate of AdamW", "Training", gt=0, le=1)
+    batch_size: int = option(16, "texts per optimizer step, over all processes", "Training", ge=1, le=2**20)
+    warmup_ratio: float = option(0.1, "share of the steps with rising learning rate", "Training", ge=0, le=1)
+    weight_decay: float = option(0.01, "decoupled weight decay", "Training", ge=0, le=1)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", "Training", gt=0, le=1e6)
+    log_every: int = option(10, "steps between two lines of metrics", "Run", ge=1)
+    save_every: int | None = option(None, "steps between two checkpoints (default: one per epoch)", "Run", ge=1)
+    resume: bool = option(False, "continue the run in the output folder", "Run")
+    overwrite: bool = option(False, "replace the run in the output folder", "Run")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.resume and self.overwrite:
+            raise ValueError("--resume and --overwrite exclude each other")
+        one_pass = not self.mc or self.mc_samples == 1
+        if one_pass and self.uncertainty in ("mutual_information", "variance") and self.method.startswith("muka"):
+            reason = "--mc_samples 1" if self.mc else "--no-mc"
+            way_out = "take more passes or predictive_entropy"
+            raise ValueError(f"--uncertainty {self.uncertainty} is 0 for all texts with {reason}: {way_out}")
+        return self
+
+
+class ScoreConfig(ScoringOptions):
+    """Options of `muka-fast score`."""
+
+    teachers: list[str] = option(..., "teacher folders or hub names", "Models and files")
+    texts: str = option(..., "texts: .jsonl .json .csv .tsv .parquet .txt or a hub data set", "Models and files")
+    output: str = option(..., "supervision store to fill or complete", "Models and files")
+
+
+class TeachConfig(TextOptions):
+    """Options of `muka-fast teach`."""
+
+    encoder: str = option(..., "encoder to fine-tune: folder or hub name", "Models and files")
+    train: str = option(..., "labelled texts: .jsonl .json .csv .tsv .parquet or a hub data set", "Models and files")
+    labels: list[str] | None = option(
+        None, "labels of this teacher, in order (default: all, sorted)", "Data", min_length=1
+    )
+    output: str = option(..., "folder of the teacher", "Models and files")
+    eval: str | None = option(None, "labelled texts to measure the teacher on", "Models and files")
+    epochs: int = option(3, "passes over the texts", "Training", ge=1, le=10_000)
+    learning_rate: float = option(5e-5, "peak learning rate of AdamW", "Training", gt=0, le=1)
+    batch_size: int = option(16, "texts per optimizer step", "Training", ge=1, le=2**20)
+    freeze_layers: int = option(
+        0,
+        "freeze the embeddings and the first N layers, which lets teachers share that trunk",
+        "Training",
+        ge=0,
+        le=10_000,
+    )
+    seed: int = option(0, "seed of every random number of the run", "Run", ge=0, lt=2**32)
+    overwrite: bool = option(False, "replace the teacher in the output folder", "Run")
+
+
+class EvalConfig(TextOptions, DeviceOptions):
+    """Options of `muka-fast eval`."""
+
+    model: str = option(..., "classifier to measure: folder or hub name", "Models and files")
+    data: str = option(..., "labelled texts", "Models and files")
+    label_map: str | None = option(
+        None, "JSON or YAML file that renames, merges or drops (null) labels of the data", "Models and files"
+    )
+    # `json` is a method name of pydantic's models, hence the alias.
+    json_output: bool = option(False, "print the figures as JSON", "Run", alias="json")
+
+
+class DemoConfig(Config):
+    """Options of `muka-fast demo`."""
+
+    output: str = option("runs/demo", "folder of the demo", "Run")
+    seed: int = option(0, "seed of every random number of the run", "Run", ge=0, lt=2**32)
+    limit: int | None = option(None, "use only N texts", "Run", ge=1)
+    overwrite: bool = option(False, "replace the demo in the output folder", "Run")
+
+
+class ReportConfig(Config):
+    """Options of `muka-fast report`."""
+
+    run: str = option(..., "folder of the run", "Run")
+
+
+class DoctorConfig(Config):
+    """Options of `muka-fast doctor`."""
+
+    teachers: list[str] = option([], "teacher folders or hub names to check", "Run")
+
+
+def option_name(name: str, field: FieldInfo) -> str:
+    """The name users type for a field."""
+    return field.alias or name
+
+
+def plain_type(field: FieldInfo) -> Any:
+    """The annotation without `| None`."""
+    members = [member for member in get_args(field.annotation) if member is not type(None)]
+    return members[0] if type(None) in get_args(field.annotation) else field.annotation
+
+
+def allowed_values(field: FieldInfo) -> str:
+    """What a field takes, in words: "an integer >= 1", "all, last:M (M >= 1) or head"."""
+    kind = plain_type(field)
+    if (field.json_schema_extra or {}).get("allowed"):
+        return field.json_schema_extra["allowed"]
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    if get_origin(kind) is list:
+        return "a list of names"
+    words = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a number",
+        str: "non-empty text" if field.metadata else "text",
+    }[kind]
+    bounds = [
+        f"{sign} {getattr(limit, key):g}" if kind is float else f"{sign} {getattr(limit, key)}"
+        for limit in field.metadata
+        for key, sign in BOUND_SIGNS.items()
+        if getattr(limit, key, None) is not None
+    ]
+    return f"{words} {' and '.join(bounds)}".strip()
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """ " (nearest: x)" for the most similar of `names`, or nothing where none resembles it."""
+    found = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+    return f" (nearest: {found[0]})" if found else ""
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping with its keys as written, `-` read as `_`.
+
+    Raises:
+        UserError: no such file, not YAML, not a mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path}: not UTF-8 text (byte {error.start})") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or error
+        raise UserError(f"--config {path}{where}: not valid YAML ({reason})") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        found = type(content).__name__
+        raise UserError(f"--config {path}: must hold lines of the form 'option: value', found a {found}")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def load_config(cls: type[ConfigType], yaml_path: str | Path | None, flags: dict[str, Any]) -> ConfigType:
+    """Read a configuration: defaults, then the YAML file, then the flags. Relative paths stay as given.
+
+    Args:
+        cls: one of the models above.
+        yaml_path: file given with --config, or None.
+        flags: option name (`-` or `_`) -> value, strings or typed.
+
+    Raises:
+        UserError: an unknown key (names file, key and the nearest key), a bad value (names option, value and what is
+            allowed), a required option that is missing.
+    """
+    from_file = read_yaml(yaml_path) if yaml_path is not None else {}
+    from_flags = {name.replace("-", "_"): value for name, value in flags.items()}
+    known = {option_name(name, field): name for name, field in cls.model_fields.items()}
+    values = {}
+    for given, source in ((from_file, f"{yaml_path}: "), (from_flags, "")):
+        for key, value in given.items():
+            if key not in known and key not in cls.model_fields:
+                label = f"unknown key '{key}'" if source else f"unknown option '{key}'"
+                raise UserError(f"{source}{label}{nearest(key, list(known))}")
+            values[known.get(key, key)] = value
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        raise UserError(_explain(cls, error, from_file, from_flags, yaml_path)) from error
+
+
+def _explain(
+    cls: type[Config], error: ValidationError, from_file: dict, from_flags: dict, yaml_path: str | Path | None
+) -> str:
+    """The first of pydantic's findings as one line; the number of the others is told."""
+    findings = error.errors(include_url=False)
+    first = findings[0]
+    more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+    if not first["loc"]:
+        return first["msg"].removeprefix("Value error, ") + more
+    key = str(first["loc"][0])
+    name = next((n for n, field in cls.model_fields.items() if key in (n, field.alias)), key)
+    field = cls.model_fields[name]
+    key = option_name(name, field)
+    if first["type"] == "missing":
+        others = [f"--{finding['loc'][0]}" for finding in findings[1:] if finding["type"] == "missing"]
+        return f"--{key} is required: {field.description}" + (f" (also missing: {', '.join(others)})" if others else "")
+    in_file_only = key in from_file and key not in from_flags
+    value = first["input"]
+    where = f"{yaml_path}: {key}: {value}" if in_file_only else f"--{key} {value}"
+    hint = nearest(value, list(get_args(plain_type(field)))) if get_origin(plain_type(field)) is Literal else ""
+    return f"{where}: must be {allowed_values(field)}{hint}{more}"
