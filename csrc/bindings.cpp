@@ -4,9 +4,16 @@
 
 namespace py = pybind11;
 
+namespace muka_fast {
+void bind_repeat_dropout(py::module_& m);
+void bind_mc_statistics(py::module_& m);
+}  // namespace muka_fast
+
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Torch-free kernels of muka_fast; called through muka_fast.ops";
     m.attr("ABI") = 1;
+    muka_fast::bind_repeat_dropout(m);
+    muka_fast::bind_mc_statistics(m);
 #ifdef MUKA_FAST_CUDA
     m.attr("CUDA") = true;
 #else

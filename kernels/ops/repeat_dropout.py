@@ -1,0 +1,197 @@
+"""repeat_dropout: K differently masked copies of the same rows, without a mask in memory.
+
+    y[k, r, d] = x[r, d] * scale  where lane(offset[r] + d, first_sample + k, site, id[r]) >= t,  else 0
+    t = round-half-even(p * 65536), scale = float32(65536 / (65536 - t)); lanes: philox.py
+    gradient: dx[r, d] = sum_k mask[k, r, d] * scale * dy[k, r, d]
+
+Bytes: x once, K copies written. Operations: ten Philox rounds for eight elements of every copy.
+Letters: K samples (k) · rows (r) · D columns.
+"""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from muka_fast.ops import philox, table
+from muka_fast.ops.aot import Specialisation
+from muka_fast.ops.philox import LANES, PHILOX_CALL_OPERATIONS, philox_calls
+from muka_fast.ops.reference import repeat_dropout_ref
+
+SCHEMA = (
+    "(Tensor x, int num_samples, float p, int seed, int site, Tensor example_ids, Tensor offsets, int first_sample) -> Tensor"
+)
+
+
+def bytes_moved(num_samples: int, rows: int, width: int, itemsize: int = 4, repeated: bool = True) -> int:
+    """Bytes the op must read and write; repeated: x is [rows, D] (read once), else [K, rows, D]."""
+    return itemsize * rows * width * ((1 if repeated else num_samples) + num_samples) + 16 * rows
+
+
+def operations(num_samples: int, rows: int, width: int) -> int:
+    """32-bit integer operations of the Philox calls (rows that begin at a multiple of eight)."""
+    return num_samples * rows * philox_calls(0, width) * PHILOX_CALL_OPERATIONS
+
+
+def repeat_dropout_fake(
+    x: Tensor, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor, offsets: Tensor, first_sample: int
+) -> Tensor:
+    return x.new_empty((num_samples, *x.shape[-2:]))
+
+
+def repeat_dropout_reference(
+    x: Tensor, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor, offsets: Tensor, first_sample: int
+) -> Tensor:
+    seed = philox.unsigned_seed(seed)
+    return repeat_dropout_ref(x, num_samples, p, seed, site, example_ids, offsets, first_sample).contiguous()
+
+
+def repeat_dropout_cpu(
+    x: Tensor, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor, offsets: Tensor, first_sample: int
+) -> Tensor:
+    if x.dtype == torch.float64:  # only tests ask for it
+        return repeat_dropout_reference(x, num_samples, p, seed, site, example_ids, offsets, first_sample)
+    source = x.float().contiguous()
+    rows, width = source.shape[-2:]
+    threshold, scale = philox.mask_parameters(p)
+    out = torch.empty((num_samples, rows, width), dtype=torch.float32)
+    table._C.repeat_dropout(
+        source.data_ptr(), out.data_ptr(), example_ids.data_ptr(), offsets.data_ptr(), num_samples, rows, width,
+        0 if source.dim() == 2 else rows * width, philox.unsigned_seed(seed), site, first_sample, threshold, scale,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out.to(x.dtype)
+
+
+repeat_dropout_triton: Callable | None = None
+SPECIALISATIONS: list[Specialisation] = []
+if philox.triton is not None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit(do_not_specialize=["seed", "site", "first_sample", "threshold", "K"])
+    def repeat_dropout_kernel(
+        p_x,  # [rows, D], or [K, rows, D] where x_stride is rows * D
+        p_y,  # [K, rows, D]
+        p_ids,  # int64 [rows]
+        p_offsets,  # int64 [rows]: element of column 0
+        seed, site, first_sample, threshold, scale, K, rows, D,
+        y_stride,  # rows * D
+        ROWS: tl.constexpr, CALLS: tl.constexpr, REPEATED: tl.constexpr,
+    ):  # fmt: skip
+        i_r, i_c = tl.program_id(0), tl.program_id(1)
+        o_r = i_r.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        m_r = o_r < rows
+        b_id = tl.load(p_ids + o_r, mask=m_r, other=0)
+        b_offset = tl.load(p_offsets + o_r, mask=m_r, other=0)
+        # A row may begin in the middle of a call: its columns shift against the lanes, and calls are never shared by rows.
+        b_call = ((b_offset >> 3)[:, None] + (i_c * CALLS + tl.arange(0, CALLS))[None, :]).to(tl.int32)  # [ROWS, CALLS]
+        o_d = i_c * CALLS * 8 + tl.arange(0, CALLS * 8)[None, :] - (b_offset & 7)[:, None]  # [ROWS, CALLS * 8]
+        mask = m_r[:, None] & (o_d >= 0) & (o_d < D)
+        p_x += o_r[:, None] * D + o_d
+        p_y += o_r[:, None] * D + o_d
+        b_x = tl.load(p_x, mask=mask, other=0.0)
+        for k in range(K):
+            keep = philox.keep_lanes(seed, b_call, first_sample + k, site, b_id[:, None], threshold, CALLS, ROWS)
+            b_y = tl.where(keep, b_x.to(tl.float32) * scale, 0.0)
+            tl.store(p_y, b_y.to(p_y.dtype.element_ty), mask=mask)
+            p_y += y_stride
+            if not REPEATED:
+                p_x += y_stride
+                b_x = tl.load(p_x, mask=mask & (k + 1 < K), other=0.0)
+
+    def block(width: int) -> tuple[int, int]:
+        """ROWS and CALLS of one program: 1024 elements, whole rows where they are short."""
+        calls = min(128, triton.next_power_of_2(philox_calls(LANES - 1, width)))
+        return 128 // calls, calls
+
+    def repeat_dropout_triton(
+        x: Tensor, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor, offsets: Tensor, first_sample: int
+    ) -> Tensor:
+        if x.dtype == torch.float64:
+            return repeat_dropout_reference(x, num_samples, p, seed, site, example_ids, offsets, first_sample)
+        source = x.contiguous()
+        rows, width = source.shape[-2:]
+        threshold, scale = philox.mask_parameters(p)
+        out = torch.empty((num_samples, rows, width), dtype=x.dtype, device=x.device)
+        if out.numel() == 0:
+            return out
+        ROWS, CALLS = block(width)
+        grid = (triton.cdiv(rows, ROWS), triton.cdiv(philox_calls(LANES - 1, width), CALLS))
+        # Triton launches on the current device, which need not be that of x.
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            repeat_dropout_kernel[grid](
+                source, out, example_ids, offsets, seed, site, first_sample, threshold, scale, num_samples, rows, width,
+                rows * width, ROWS=ROWS, CALLS=CALLS, REPEATED=source.dim() == 2, num_warps=4,
+            )  # fmt: skip
+        return out
+
+    _TYPES = dict.fromkeys(("p_ids", "p_offsets"), "*i64") | {"seed": "i64", "scale": "fp32"}
+    _TYPES |= dict.fromkeys(("site", "first_sample", "threshold", "K", "rows", "D", "y_stride"), "i32")
+    SPECIALISATIONS = [
+        Specialisation(
+            f"repeat_dropout {dtype} {'[rows, D]' if repeated else '[K, rows, D]'} D={width}",
+            repeat_dropout_kernel,
+            {"p_x": f"*{dtype}", "p_y": f"*{dtype}", **_TYPES},
+            {"ROWS": block(width)[0], "CALLS": block(width)[1], "REPEATED": repeated},
+            fast=dtype == "fp32" and width == 1024,
+        )
+        for dtype in ("fp32", "fp16", "bf16")
+        for repeated in (True, False)
+        for width in (63, 1024)
+    ]
+
+_op = table.register(
+    "repeat_dropout",
+    SCHEMA,
+    reference=repeat_dropout_reference,
+    cpu=None if table._C is None else repeat_dropout_cpu,
+    triton=repeat_dropout_triton,
+    fake=repeat_dropout_fake,
+)
+
+
+def _save(ctx, inputs: tuple, output: Tensor) -> None:
+    x, ctx.num_samples, ctx.p, ctx.seed, ctx.site, example_ids, offsets, ctx.first_sample = inputs
+    ctx.repeated = x.dim() == 2
+    ctx.save_for_backward(example_ids, offsets)
+
+
+def _backward(ctx, grad: Tensor) -> tuple:
+    example_ids, offsets = ctx.saved_tensors
+    masked = _op(grad, ctx.num_samples, ctx.p, ctx.seed, ctx.site, example_ids, offsets, ctx.first_sample)
+    return masked.sum(0) if ctx.repeated else masked, *(None,) * 7
+
+
+torch.library.register_autograd("muka_fast::repeat_dropout", _backward, setup_context=_save, lib=table.LIBRARY)
+
+
+def repeat_dropout(
+    x: Tensor,
+    num_samples: int,
+    p: float,
+    seed: int,
+    site: int,
+    example_ids: Tensor,
+    offsets: Tensor,
+    first_sample: int = 0,
+) -> Tensor:
+    """K masked copies of x, [K, rows, D], in its dtype; differentiable in x.
+
+    x: [rows, D], read once, or [K, rows, D]; float32, float16, bfloat16 or float64.
+    p: dropout probability, 0 <= p < 1 (rounded to 1/65536; 0 copies). seed: 64 bits, unsigned. site: 0 ... 2^32 - 1.
+    example_ids, offsets: int64 [rows]: the text of each row and the element index of its first column (method.md 5); both wrap,
+    ids at 2^32 and offsets at 2^35. first_sample: sample number of copy 0, so that K copies can be made in several calls.
+    Raises ValueError for anything outside these ranges.
+    """
+    if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] != num_samples):
+        raise ValueError(f"x must be [rows, D] or [{num_samples}, rows, D], not {list(x.shape)}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, not {num_samples}")
+    if not 0 <= site < 1 << 32 or not 0 <= first_sample <= (1 << 32) - num_samples:
+        raise ValueError(f"site {site} and samples from {first_sample} must be in [0, 2^32)")
+    philox.mask_parameters(p)
+    ids = philox.check_rows("example_ids", example_ids, x.shape[-2], x.device)
+    offsets = philox.check_rows("offsets", offsets, x.shape[-2], x.device)
+    return _op(x, num_samples, p, philox.signed_seed(seed), site, ids, offsets, first_sample)
