@@ -1,0 +1,80 @@
+"""Selection: how far each teacher is trusted on each text, and which teachers own a class."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from muka_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from muka_fast.labels import LabelSpace
+    from muka_fast.supervision import Supervision
+
+NEEDS_SAMPLES = ("mutual_information", "variance")  # zero for every text unless two passes or more differ
+
+
+def _entropy_share(entropy: Tensor, class_counts: Sequence[int]) -> Tensor:
+    """Entropies in nats [n, N] over their upper bound ln C_i, in [0, 1]; a one-class teacher is certain."""
+    upper = torch.tensor([math.log(count) or math.inf for count in class_counts]).to(entropy)
+    return (entropy / upper).clamp(0, 1)
+
+
+def _variance_share(sup: Supervision) -> Tensor:
+    """Sum over classes of the population variance, over its upper bound 1 - 1/C_i (K one-hot samples, uniform mean)."""
+    upper = torch.tensor([1 - 1 / count or math.inf for count in sup.class_counts]).to(sup.total_variance)
+    return (sup.total_variance / upper).clamp(0, 1)
+
+
+UNCERTAINTY: dict[str, Callable[[Supervision], Tensor]] = {
+    "predictive_entropy": lambda sup: _entropy_share(sup.predictive_entropy, sup.class_counts),
+    "mutual_information": lambda sup: _entropy_share(sup.mutual_information, sup.class_counts),
+    "expected_entropy": lambda sup: _entropy_share(sup.expected_entropy, sup.class_counts),
+    "variance": _variance_share,
+}
+
+
+def teacher_scores(sup: Supervision, uncertainty: str = "predictive_entropy") -> Tensor:
+    """Teacher scores s = 1 - u [n, N] in [0, 1], high = trust (MUKA, section 3.2).
+
+    u is the measure over its upper bound: entropies over ln C_i, variance (summed over classes) over 1 - 1/C_i; u = 0
+    where C_i = 1. C_i and the measure are those of the teacher's full label set, also where a label map drops some of
+    its columns. Raises UserError for an unknown measure, or one that is zero everywhere because a teacher was scored
+    by a single pass.
+    """
+    if uncertainty not in UNCERTAINTY:
+        raise UserError(f"unknown --uncertainty {uncertainty!r}: choose {choices(uncertainty, UNCERTAINTY)}")
+    if uncertainty in NEEDS_SAMPLES:
+        for teacher in sup.teachers:
+            if not teacher["mc"] or teacher["mc_samples"] < 2:
+                raise UserError(
+                    f"--uncertainty {uncertainty} needs two Monte-Carlo passes, but teacher {teacher['name']!r} "
+                    "was scored by one: use --mc with --mc_samples 2 or more, or --uncertainty predictive_entropy"
+                )
+    return 1 - UNCERTAINTY[uncertainty](sup)
+
+
+def choices(given: str, table: Iterable[str]) -> str:
+    """What may be given instead, the nearest name first: for error messages."""
+    near = difflib.get_close_matches(given, table, n=1)
+    return (f"did you mean {near[0]!r}? One of " if near else "one of ") + ", ".join(table)
+
+
+def owners(label_space: LabelSpace) -> Tensor:
+    """bool [N, C]: teacher i has class c."""
+    table = torch.zeros(len(label_space.offsets) - 1, label_space.num_classes, dtype=torch.bool)
+    union = torch.as_tensor(label_space.teacher_to_union, dtype=torch.int64)
+    for i, (a, b) in enumerate(zip(label_space.offsets[:-1], label_space.offsets[1:], strict=True)):
+        table[i, union[a:b]] = True
+    return table
+
+
+def label_ids(labels: Sequence[str], label_space: LabelSpace) -> Tensor:
+    """Index of every label in the union label space, int64 [n]; -1 where no teacher has it."""
+    index = {name: i for i, name in enumerate(label_space.names)}
+    return torch.tensor([index.get(label, -1) for label in labels], dtype=torch.int64)

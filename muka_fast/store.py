@@ -1,0 +1,273 @@
+"""The supervision store on disk: file format and integrity checks.
+
+    STORE/manifest.json                          what the store holds
+    STORE/.lock                                  held while the manifest is merged
+    STORE/<teacher key>/shard-00000.safetensors  one row range of one teacher
+
+Invariants, each with a test:
+1.  A store belongs to one text set (fingerprint over example ids and texts) and one shard_size; both are fixed by its
+    first writer.
+2.  Shard j holds the rows [j * shard_size, min((j + 1) * shard_size, count)) of the text set, in that order, and
+    nothing else.
+3.  The teacher key is a hash of everything that determines a teacher's numbers: its fingerprint (configuration and
+    every weight), its tokenizer, the texts, max_length and, where passes are stochastic, run seed, mc_samples,
+    mc_scope and mc_dropout_p. Batch sizes, devices and file paths are not in it.
+4.  Tensors of a shard, C = classes of the teacher: logits, mean_probs, var_probs fp32 [rows, C], predictive_entropy,
+    expected_entropy fp32 [rows] in nats, example_ids int64 [rows]. All are finite, save logits of -inf.
+5.  A shard's metadata name format, teacher key and row range and hold a SHA-256 of its tensors: a shard is whole or
+    it is recognised as damaged. A damaged shard is named and computed again, never read.
+6.  Files appear by os.replace under a name unique to the writer, so a reader sees no half file and two writers of one
+    shard do no harm: both wrote the same numbers.
+7.  The manifest is merged under the lock and names a teacher only after its last shard: a named teacher is complete.
+8.  Teachers and option sets are added beside each other; nothing is deleted or rewritten, damaged shards excepted.
+9.  The manifest is plain JSON, the shards are safetensors: reading a store runs no code from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from muka_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from muka_fast.data import TextSet
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+MATRICES = ("logits", "mean_probs", "var_probs")
+VECTORS = ("predictive_entropy", "expected_entropy")
+# What tells two option sets of one teacher apart; order as shown in messages.
+OPTION_KEYS = ("max_length", "mc", "mc_samples", "mc_scope", "mc_dropout_p", "run_seed")
+
+
+# ---- keys ----
+
+
+def teacher_key(entry: dict[str, Any], texts_fingerprint: str) -> str:
+    """Folder name of one teacher under one option set (invariant 3): 16 hex digits."""
+    stochastic = ("run_seed", "mc_samples", "mc_scope", "mc_dropout_p") if entry["mc"] else ()
+    parts = {name: entry[name] for name in ("fingerprint", "tokenizer_key", "max_length", "mc", *stochastic)}
+    parts |= {"format": FORMAT, "texts": texts_fingerprint}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ---- writing files ----
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write aside, flush to the disk, then rename. Raises UserError when the disk is full or not writable; leaves
+    nothing behind."""
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{path}: the disk is full; make room (or choose another --store) and run the same command again: "
+                "finished shards are kept"
+            ) from error
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the aside-files of processes of this machine that no longer run."""
+    for path in folder.glob(f".*.{socket.gethostname()}.*.tmp"):
+        pid = path.name.split(".")[-3]
+        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc/self").exists():
+            path.unlink(missing_ok=True)
+
+
+def _digest(tensors: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+# ---- shards ----
+
+
+class DamagedShard(Exception):
+    """Why a shard file cannot be believed."""
+
+
+@dataclass(frozen=True)
+class ShardRange:
+    """Shard number and the rows [start, stop) of the text set that it holds."""
+
+    number: int
+    start: int
+    stop: int
+
+    def path(self, folder: Path) -> Path:
+        return folder / f"shard-{self.number:05d}.safetensors"
+
+
+def shard_ranges(count: int, shard_size: int) -> list[ShardRange]:
+    """The row ranges of `count` texts in shards of `shard_size` (the last one may be smaller)."""
+    return [ShardRange(j, a, min(a + shard_size, count)) for j, a in enumerate(range(0, count, shard_size))]
+
+
+def write_shard(folder: Path, shard: ShardRange, key: str, tensors: dict[str, np.ndarray]) -> None:
+    """Write one shard atomically (invariants 2, 4, 5, 6)."""
+    metadata = {"format": str(FORMAT), "teacher": key, "start": str(shard.start), "stop": str(shard.stop)}
+    write_atomically(shard.path(folder), save(tensors, metadata | {"sha256": _digest(tensors)}))
+
+
+def read_shard(folder: Path, shard: ShardRange, key: str, num_classes: int) -> dict[str, np.ndarray]:
+    """Read and verify one shard. Raises FileNotFoundError where there is none, DamagedShard where it breaks invariant
+    2, 4 or 5."""
+    path, rows = shard.path(folder), shard.stop - shard.start
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedShard(
+            f"not a readable safetensors file ({str(error).splitlines()[0] if str(error) else error!r})"
+        ) from error
+    if metadata.get("sha256") != _digest(tensors):
+        raise DamagedShard("checksum does not match")
+    told = tuple(metadata.get(name) for name in ("format", "teacher", "start", "stop"))
+    if told != (str(FORMAT), key, str(shard.start), str(shard.stop)):
+        raise DamagedShard("it belongs to another teacher, option set or row range")
+    shapes = {name: ((rows, num_classes), np.float32) for name in MATRICES}
+    shapes |= {name: ((rows,), np.float32) for name in VECTORS} | {"example_ids": ((rows,), np.int64)}
+    for name, (shape, dtype) in shapes.items():
+        if name not in tensors or tensors[name].shape != shape or tensors[name].dtype != dtype:
+            raise DamagedShard(f"tensor {name!r} is missing or has another shape or type")
+    return tensors
+
+
+# ---- manifest ----
+
+
+def read_manifest(store: Path) -> dict[str, Any] | None:
+    """The manifest, or None where there is no store yet. Raises UserError where it cannot be understood."""
+    path = store / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable manifest ({error}); restore it or choose another --store") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise UserError(f"{path}: store format {found!r}, this version reads {FORMAT}; choose another --store")
+    problem = _manifest_problem(manifest)
+    if problem:
+        raise UserError(f"{path}: {problem}; restore it or choose another --store")
+    return manifest
+
+
+def _manifest_problem(manifest: dict[str, Any]) -> str | None:
+    texts, teachers, size = manifest.get("texts"), manifest.get("teachers"), manifest.get("shard_size")
+    if (
+        not isinstance(texts, dict)
+        or not isinstance(texts.get("fingerprint"), str)
+        or not _is_count(texts.get("count"))
+    ):
+        return "'texts' is incomplete"
+    if not _is_count(size):
+        return "'shard_size' is not a positive integer"
+    if not isinstance(teachers, dict):
+        return "'teachers' is not a table"
+    for key, entry in teachers.items():
+        fields = (*OPTION_KEYS, "name", "fingerprint", "tokenizer_key", "labels")
+        if not isinstance(entry, dict) or any(name not in entry for name in fields):
+            return f"teacher {key!r} is incomplete"
+        labels = entry["labels"]
+        if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
+            return f"teacher {key!r} has no list of labels"
+        if (
+            not isinstance(entry["name"], str)
+            or not isinstance(entry["mc"], bool)
+            or not _is_count(entry["mc_samples"])
+        ):
+            return f"teacher {key!r} has values of the wrong type"
+        if teacher_key(entry, texts["fingerprint"]) != key:
+            return f"teacher {key!r} does not match its own fingerprints and options"
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+@contextlib.contextmanager
+def _locked(store: Path) -> Iterator[None]:
+    with open(store / ".lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def merge_manifest(
+    store: Path, texts: TextSet, shard_size: int, teacher: tuple[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Create the manifest, or add one complete teacher (key, entry) to it; returns what is now on disk (invariants 1,
+    7, 8).
+
+    Raises UserError, with the difference, where the store holds other texts.
+    """
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--store {store}: cannot be made ({error.strerror or error})") from error
+    with _locked(store):
+        known = read_manifest(store)
+        described = {
+            "fingerprint": texts.fingerprint,
+            "count": len(texts.texts),
+            "source": texts.source,
+            "num_blank": texts.num_blank,
+        }
+        manifest = known or {"format": FORMAT, "texts": described, "shard_size": shard_size, "teachers": {}}
+        check_texts(store, manifest, texts)
+        if teacher is not None:
+            manifest["teachers"][teacher[0]] = teacher[1]
+        if known is None or teacher is not None:
+            write_atomically(store / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    return manifest
+
+
+def check_texts(store: Path, manifest: dict[str, Any], texts: TextSet) -> None:
+    """Raises UserError where the manifest describes other texts than these."""
+    have = manifest["texts"]
+    if have["fingerprint"] != texts.fingerprint:
+        raise UserError(
+            f"--store {store} holds the scores of other texts: {have['count']} of {have.get('source')!r} "
+            f"(fingerprint {have['fingerprint'][:12]}), this run has {len(texts.texts)} of {texts.source!r} "
+            f"({texts.fingerprint[:12]}); give the same --texts, --text_column and --limit, or another --store"
+        )
+
+
+def differing_options(entry: dict[str, Any], options: dict[str, Any]) -> list[str]:
+    """Names of the options that differ, where they matter: a deterministic pass has no samples, scope, p or seed."""
+    names = OPTION_KEYS if options.get("mc", entry["mc"]) and entry["mc"] else ("max_length", "mc")
+    return [name for name in names if name in options and entry[name] != options[name]]

@@ -1,0 +1,397 @@
+"""Methods: scores, targets and losses from a store, label maps, weights of a global batch, and what is refused."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from muka_fast.ops.mc_statistics import mc_statistics
+
+from muka_fast import config as configuration
+from muka_fast.errors import UserError
+from muka_fast.labels import build_label_space
+from muka_fast.methods import (
+    METHODS,
+    StudentOutput,
+    block_softmax,
+    build_method,
+    selection_accuracy,
+    target_accuracy,
+    vote_accuracy,
+)
+from muka_fast.selection import UNCERTAINTY, owners, teacher_scores
+from muka_fast.supervision import Supervision
+
+LABELS = (["sport", "art"], ["art", "food", "law"], ["tax"])  # "art" is shared; the last teacher has one class
+
+
+def make_supervision(labels=LABELS, n=7, K=4, seed=0, scale=2.0, mc=True):
+    """A supervision as the store would load it, from random logits of K passes."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = [0, *itertools.accumulate(len(names) for names in labels)]
+    base = torch.randn(n, offsets[-1], generator=generator) * scale
+    passes = base + torch.randn(K, n, offsets[-1], generator=generator) * (0.5 if mc else 0.0)
+    statistics = mc_statistics(passes, offsets)
+    teachers = [
+        {"name": f"t{i}", "labels": list(names), "mc": mc, "mc_samples": K if mc else 1}
+        for i, names in enumerate(labels)
+    ]
+    return Supervision(
+        logits=base,
+        mean_probs=statistics.mean_probs,
+        var_probs=statistics.var_probs,
+        predictive_entropy=statistics.predictive_entropy,
+        expected_entropy=statistics.expected_entropy,
+        example_ids=torch.arange(n),
+        teachers=teachers,
+        offsets=offsets,
+    )
+
+
+def space_of(sup, label_map=None):
+    return build_label_space([(t["name"], t["labels"]) for t in sup.teachers], label_map)
+
+
+def options(method="muka-soft", **more):
+    return configuration.RunConfig(method=method, **more)
+
+
+def build(method, sup=None, label_map=None, labels=None, **more):
+    sup = make_supervision() if sup is None else sup
+    return build_method(options(method, **more), sup, space_of(sup, label_map), labels)
+
+
+def kl(q, log_p):
+    return torch.nn.functional.kl_div(log_p, q, reduction="none").sum(-1)
+
+
+def student_logits(n=7, C=5, seed=1):
+    return torch.randn(n, C, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+
+
+ROWS = torch.arange(7)
+
+
+def test_tables_name_what_the_options_offer():
+    assert set(METHODS) == set(configuration.METHODS)
+    assert set(UNCERTAINTY) == set(configuration.UNCERTAINTIES)
+
+
+# ---- scores ----
+
+
+@pytest.mark.parametrize("measure", UNCERTAINTY)
+def test_scores_lie_in_the_unit_interval_and_a_one_class_teacher_is_certain(measure):
+    scores = teacher_scores(make_supervision(scale=0.01, n=50), measure)
+    assert scores.shape == (50, 3)
+    assert (scores >= 0).all() and (scores <= 1).all()
+    assert (scores[:, 2] == 1).all()
+    assert scores[:, :2].std() > 0
+
+
+def test_predictive_entropy_scores_are_those_of_the_op():
+    labels = (["a", "b"], ["c", "d", "e"])
+    passes = torch.randn(5, 9, 5, generator=torch.Generator().manual_seed(3))
+    statistics = mc_statistics(passes, [0, 2, 5])
+    sup = make_supervision(labels, n=9)
+    for name in ("predictive_entropy", "expected_entropy", "mean_probs", "var_probs"):
+        object.__setattr__(sup, name, getattr(statistics, name))
+    torch.testing.assert_close(teacher_scores(sup, "predictive_entropy"), 1 - statistics.normalized_entropy)
+    torch.testing.assert_close(sup.mutual_information, statistics.mutual_information)
+    method = build("muka-hard", sup)
+    assert torch.equal(method.selected, statistics.selected)
+    torch.testing.assert_close(method.margin, statistics.teacher_margin)
+
+
+def test_variance_reaches_its_bound_for_certain_but_contradicting_passes():
+    passes = torch.full((4, 1, 4), -50.0)
+    passes[torch.arange(4), 0, torch.arange(4)] = 50.0  # each pass is sure of another class
+    statistics = mc_statistics(passes, [0, 4])
+    sup = make_supervision((["a", "b", "c", "d"],), n=1)
+    object.__setattr__(sup, "total_variance", statistics.var_probs.sum(-1, keepdim=True))
+    assert teacher_scores(sup, "variance").item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("measure", ["mutual_information", "variance"])
+def test_measures_of_spread_are_refused_after_a_single_pass(measure):
+    for sup in (make_supervision(mc=False), make_supervision(K=1)):
+        with pytest.raises(UserError, match=f"--uncertainty {measure}.*'t0'"):
+            teacher_scores(sup, measure)
+    build("muka-soft", make_supervision(mc=False))
+
+
+# ---- targets and losses ----
+
+
+def test_muka_hard_takes_the_most_certain_teacher():
+    sup = make_supervision((["a", "b"], ["c", "d"]))
+    method = build("muka-hard", sup, margin=False)
+    scores = teacher_scores(sup)
+    expected = torch.zeros(7, 4)
+    for b in range(7):
+        i = 0 if scores[b, 0] >= scores[b, 1] else 1
+        expected[b, 2 * i : 2 * i + 2] = torch.softmax(sup.logits[b, 2 * i : 2 * i + 2], -1)
+    torch.testing.assert_close(method.target_probs(ROWS), expected)
+    student = student_logits(C=4)
+    torch.testing.assert_close(method.loss(student, ROWS), kl(expected, torch.log_softmax(student, -1)))
+
+
+def test_muka_soft_mixes_by_scores_over_tau_and_adds_overlapping_classes():
+    sup = make_supervision()
+    method = build("muka-soft", sup, margin=False, score_temperature=0.5, kd_temperature=2.0)
+    weights = torch.softmax(teacher_scores(sup) / 0.5, -1)
+    probs = block_softmax(sup.logits / 2.0, sup.offsets)
+    expected = torch.zeros(7, 5)
+    for column, (i, c) in enumerate([(0, 0), (0, 1), (1, 1), (1, 2), (1, 3), (2, 4)]):
+        expected[:, c] += weights[:, i] * probs[:, column]
+    torch.testing.assert_close(method.target_probs(ROWS), expected)
+    student = student_logits()
+    torch.testing.assert_close(method.loss(student, ROWS), kl(expected, torch.log_softmax(student / 2.0, -1)))
+
+
+def test_mc_mean_targets_use_the_mean_of_the_passes():
+    sup = make_supervision((["a", "b"], ["c", "d"]))
+    method = build("muka-hard", sup, target="mc_mean")
+    torch.testing.assert_close(method.teacher_probs(ROWS), sup.mean_probs)
+    assert not torch.allclose(method.teacher_probs(ROWS), block_softmax(sup.logits, sup.offsets), atol=1e-3)
+
+
+def test_vkd_is_one_softmax_over_all_columns_times_temperature_squared():
+    sup = make_supervision()
+    method = build("vkd", sup, kd_temperature=3.0)
+    probs, expected = torch.softmax(sup.logits / 3.0, -1), torch.zeros(7, 5)
+    for column, c in enumerate([0, 1, 1, 2, 3, 4]):
+        expected[:, c] += probs[:, column]
+    torch.testing.assert_close(method.target_probs(ROWS), expected)
+    student = student_logits()
+    torch.testing.assert_close(method.loss(student, ROWS), 9 * kl(expected, torch.log_softmax(student / 3.0, -1)))
+    assert torch.equal(method.selected, torch.tensor([0, 0, 1, 1, 1, 2])[sup.logits.argmax(-1)])
+
+
+def test_uhc_compares_each_teacher_with_the_student_restricted_to_its_classes():
+    sup = make_supervision()
+    method = build("uhc", sup, kd_temperature=2.0)
+    student, expected = student_logits(), torch.zeros(7)
+    for (a, b), classes in zip([(0, 2), (2, 5), (5, 6)], [[0, 1], [1, 2, 3], [4]], strict=True):
+        q = torch.softmax(sup.logits[:, a:b] / 2.0, -1)
+        expected = expected + 4 * kl(q, torch.log_softmax(student[:, classes] / 2.0, -1))
+    torch.testing.assert_close(method.loss(student, ROWS), expected)
+    assert method.selected is None and method.target_probs(ROWS) is None
+
+
+def test_uhc_does_not_depend_on_the_mass_between_disjoint_teachers():
+    sup = make_supervision((["a", "b"], ["c", "d", "e"]))
+    method = build("uhc", sup)
+    torch.testing.assert_close(method.loss(sup.logits, ROWS), torch.zeros(7), atol=1e-6, rtol=0)
+    shifted = sup.logits + torch.tensor([5.0, 5, 0, 0, 0])
+    torch.testing.assert_close(method.loss(shifted, ROWS), torch.zeros(7), atol=1e-6, rtol=0)
+
+
+def test_supervised_is_cross_entropy_and_leaves_out_unknown_labels(caplog):
+    labels = ["sport", "art", "nobody's", "law", "tax", "food", "art"]
+    method = build("supervised", labels=labels)
+    student = student_logits()
+    loss = method.loss(student, ROWS)
+    ids = torch.tensor([0, 1, 0, 3, 4, 2, 1])
+    expected = -torch.log_softmax(student, -1)[ROWS, ids] * torch.tensor([1, 1, 0, 1, 1, 1, 1.0])
+    torch.testing.assert_close(loss, expected)
+    assert method.num_excluded == 1 and method.denominator(ROWS) == 6
+    assert "1 of 7 texts" in caplog.text
+    assert target_accuracy(method, labels, space_of(make_supervision())) == 1.0
+
+
+def test_oracle_takes_an_owner_of_the_true_label_and_the_more_certain_one_of_two():
+    sup = make_supervision()
+    labels = ["sport", "art", "nobody's", "law", "tax", "food", "art"]
+    method = build("oracle", sup, labels=labels)
+    scores = teacher_scores(sup)
+    of_art = [0 if scores[b, 0] >= scores[b, 1] else 1 for b in (1, 6)]
+    expected = [0, of_art[0], None, 1, 2, 1, of_art[1]]
+    assert [int(i) for b, i in enumerate(method.selected) if b != 2] == [i for i in expected if i is not None]
+    assert selection_accuracy(method, labels, space_of(sup)) == 1.0
+    student = student_logits()
+    loss = method.loss(student, ROWS)
+    assert loss[2] == 0
+    loss.sum().backward()
+    assert (student.grad[2] == 0).all() and (student.grad[0] != 0).any()
+    q = torch.zeros(5)
+    q[[1, 2, 3]] = torch.softmax(sup.logits[3, 2:5], -1)
+    torch.testing.assert_close(loss[3], kl(q, torch.log_softmax(student[3], -1)))
+
+
+def test_an_excluded_text_cannot_poison_the_gradient():
+    labels = ["sport", "nobody's"]
+    method = build("oracle", make_supervision(n=2), labels=labels)
+    student = torch.zeros(2, 5, requires_grad=True)
+    method.loss(student, torch.tensor([0, 1])).sum().backward()
+    assert student.grad.isfinite().all()
+
+
+# ---- weights and the global batch ----
+
+
+def test_margin_multiplies_the_loss_of_each_text():
+    sup, student = make_supervision(), student_logits()
+    plain, weighted = build("muka-soft", sup, margin=False), build("muka-soft", sup, margin=True)
+    torch.testing.assert_close(
+        weighted.loss(student, ROWS), plain.loss(student, ROWS) * (weighted.margin + 1e-6), atol=1e-7, rtol=1e-5
+    )
+    best = teacher_scores(sup).sort(-1, descending=True).values
+    torch.testing.assert_close(weighted.margin, best[:, 0] - best[:, 1])
+    assert weighted.denominator(ROWS) == 7 and plain.denominator(ROWS) == 7
+    torch.testing.assert_close(weighted.weights(ROWS), weighted.margin + 1e-6)
+
+
+def test_normalize_margin_divides_by_the_batch_mean_of_the_margin():
+    sup, student = make_supervision((["a", "b"], ["c", "d", "e"])), student_logits()
+    plain = build("muka-soft", sup, margin=False)
+    method = build("muka-soft", sup, normalize_margin=True)
+    batch_loss = method.loss(student, ROWS).sum() / method.denominator(ROWS)
+    expected = (plain.loss(student, ROWS) * method.margin).mean() / method.margin.mean()
+    torch.testing.assert_close(batch_loss, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_normalize_margin_survives_a_batch_of_ties():
+    sup = make_supervision((["a"], ["b"]))  # one-class teachers: every score is 1, every margin 0
+    method = build("muka-hard", sup, normalize_margin=True)
+    student = student_logits(C=2)
+    batch_loss = method.loss(student, ROWS).sum() / method.denominator(ROWS)
+    torch.testing.assert_close(batch_loss, -torch.log_softmax(student, -1)[:, 0].mean())
+
+
+@given(
+    method=st.sampled_from(sorted(METHODS)),
+    normalize=st.booleans(),
+    cut=st.integers(1, 6),
+    seed=st.integers(0, 2**16),
+)
+def test_the_gradient_does_not_depend_on_how_a_batch_is_split(method, normalize, cut, seed):
+    labels = ["sport", "art", "nobody's", "law", "tax", "food", "art"]
+    built = build(method, make_supervision(seed=seed), labels=labels, normalize_margin=normalize)
+    grads = []
+    for parts in ([ROWS], [ROWS[:cut], ROWS[cut:]]):
+        student = student_logits(seed=seed + 1)
+        for rows in parts:
+            (built.loss(student[rows], rows).sum() / built.denominator(ROWS)).backward()
+        grads.append(student.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_one_teacher_has_margin_one():
+    method = build("muka-hard", make_supervision((["a", "b", "c"],)))
+    assert (method.margin == 1).all() and (method.selected == 0).all()
+
+
+# ---- label maps ----
+
+
+def test_dropped_columns_leave_the_softmax_and_merged_ones_add_up():
+    sup = make_supervision()
+    label_map = {"sport": None, "t1": {"food": "law"}}  # t0 keeps art; t1: art, law + law
+    for method in ("muka-hard", "vkd"):
+        built = build(method, sup, label_map, margin=False)
+        kept = sup.logits[:, 1:]
+        if method == "vkd":
+            probs = torch.softmax(kept, -1)
+            expected = torch.stack([probs[:, 0] + probs[:, 1], probs[:, 2] + probs[:, 3], probs[:, 4]], -1)
+        else:
+            blocks = [torch.softmax(kept[:, a:b], -1) for a, b in ((0, 1), (1, 4), (4, 5))]
+            zero = torch.zeros(7)
+            per_teacher = torch.stack(
+                [
+                    torch.stack([blocks[0][:, 0], zero, zero], -1),
+                    torch.stack([blocks[1][:, 0], blocks[1][:, 1] + blocks[1][:, 2], zero], -1),
+                    torch.stack([zero, zero, blocks[2][:, 0]], -1),
+                ]
+            )
+            expected = per_teacher[built.selected, ROWS]
+        torch.testing.assert_close(built.target_probs(ROWS), expected)
+    uhc = build("uhc", sup, label_map)
+    student = student_logits(C=3)
+    p = torch.softmax(sup.logits[:, 2:5], -1)
+    q = torch.stack([p[:, 0], p[:, 1] + p[:, 2]], -1)
+    torch.testing.assert_close(uhc.loss(student, ROWS), kl(q, torch.log_softmax(student[:, :2], -1)))
+
+
+def test_uncertainty_stays_that_of_the_full_label_set():
+    sup = make_supervision()
+    space = space_of(sup, {"food": None})
+    restricted = sup.restrict(space)
+    for measure in UNCERTAINTY:
+        assert torch.equal(teacher_scores(sup, measure), teacher_scores(restricted, measure))
+    assert restricted.restrict(space) is restricted
+    with pytest.raises(ValueError, match="other teachers"):
+        restricted.restrict(space_of(sup))
+
+
+def test_mean_probs_are_renormalised_over_kept_columns():
+    sup = make_supervision()
+    kept = sup.restrict(space_of(sup, {"food": None})).mean_probs
+    torch.testing.assert_close(
+        kept[:, 2:4], sup.mean_probs[:, [2, 4]] / sup.mean_probs[:, [2, 4]].sum(-1, keepdim=True)
+    )
+
+
+def test_a_teacher_without_any_mass_on_its_kept_classes_becomes_uniform():
+    sup = make_supervision((["a", "b", "c"], ["d", "e"]), n=1)
+    sup.logits[0, :2], sup.mean_probs[0, :3] = -math.inf, torch.tensor([0.0, 0, 1])
+    restricted = sup.restrict(space_of(sup, {"c": None}))
+    torch.testing.assert_close(restricted.mean_probs[0, :2], torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(block_softmax(restricted.logits, restricted.offsets)[0, :2], torch.tensor([0.5, 0.5]))
+    assert sup.logits[0, 0] == -math.inf  # the store's own tensors stay
+
+
+# ---- students, accuracies, refusals ----
+
+
+def test_a_student_output_with_features_is_accepted_and_half_precision_is_not_lost():
+    method, student = build("muka-soft"), student_logits()
+    rows = ROWS[2:5]
+    plain = method.loss(student[rows], rows)
+    assert torch.equal(plain, method.loss(StudentOutput(student[rows], torch.zeros(3, 8)), rows))
+    half = method.loss(student[rows].bfloat16(), rows)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, plain, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_stays_finite_for_extreme_logits(method):
+    sup = make_supervision(scale=1e4)
+    built = build(method, sup, labels=["sport", "art", "law", "law", "tax", "food", "art"])
+    student = (student_logits().detach() * 1e4).requires_grad_()
+    loss = built.loss(student, ROWS)
+    loss.sum().backward()
+    assert loss.isfinite().all() and student.grad.isfinite().all()
+    assert (loss > -1e-5).all()
+
+
+def test_accuracies_count_only_labels_that_some_teacher_owns():
+    sup = make_supervision((["a", "b"], ["b", "c"]), n=4)
+    sup.logits[:] = torch.tensor([[9.0, 0, 0, 0], [0, 9, 0, 0], [0, 5, 5, 9], [0, 0, 0, 9]])
+    space = space_of(sup)
+    labels = ["a", "b", "b", "nobody's"]
+    assert vote_accuracy(sup, labels, space) == pytest.approx(2 / 3)
+    vkd = build_method(options("vkd"), sup, space)
+    assert target_accuracy(vkd, labels, space) == pytest.approx(2 / 3)
+    assert selection_accuracy(vkd, labels, space) == 1.0  # the second teacher owns b as well
+    assert target_accuracy(build_method(options("uhc"), sup, space), labels, space) is None
+    assert selection_accuracy(build_method(options("uhc"), sup, space), labels, space) is None
+    assert vote_accuracy(sup, ["?"] * 4, space) is None
+    assert owners(space).tolist() == [[True, True, False], [False, True, True]]
+
+
+def test_refusals_name_the_option():
+    sup = make_supervision()
+    space = space_of(sup)
+    with pytest.raises(UserError, match="--method oracle needs true labels"):
+        build_method(options("oracle"), sup, space)
+    with pytest.raises(UserError, match="--method supervised: none of the 7 labels"):
+        build_method(options("supervised"), sup, space, ["x"] * 7)
+    wrong = options().model_copy(update={"method": "muka-sofd"})
+    with pytest.raises(UserError, match="did you mean 'muka-soft'"):
+        build_method(wrong, sup, space)
+    wrong = options().model_copy(update={"uncertainty": "entropy"})
+    with pytest.raises(UserError, match="--uncertainty 'entropy'"):
+        build_method(wrong, sup, space)
