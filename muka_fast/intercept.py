@@ -1,0 +1,135 @@
+"""Rerouting a model's dropout modules, attention probabilities and layer calls to our own code inside a with-block.
+
+Nothing is left behind: instance attributes are removed, the attention implementation is restored. The model stays in
+eval() mode.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+ATTENTION_NAME = "muka_mc"  # the name under which transformers finds `_attention`
+
+
+class SiteHandler(Protocol):
+    """What a dropout site calls instead of dropping at random."""
+
+    def wants(self, module: nn.Module) -> bool:
+        """False: the probabilities of this call are not needed, a fused attention may run. Counts as a call."""
+
+    def apply(self, module: nn.Module, x: Tensor, p: float) -> Tensor:
+        """x in, masked x out. p is what the module itself would drop, as far as it says so."""
+
+
+_handlers: list[SiteHandler] = []  # innermost last
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,  # [B, H, Lq, d]
+    key: Tensor,  # [B, H / groups, Lk, d]
+    value: Tensor,
+    attention_mask: Tensor | None,  # additive [B, 1 | H, Lq, Lk]
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it; probabilities pass through the handler. Returns [B, Lq, H, d]."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention_mask is not None:
+        attention_mask = attention_mask[..., : key.shape[-2]]
+    handler = _handlers[-1] if _handlers else None
+    if handler is None or not handler.wants(module):
+        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    else:
+        scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+        if attention_mask is not None:
+            scores = scores + attention_mask
+        probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        out = torch.matmul(handler.apply(module, probs, dropout), value)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)
+AttentionMaskInterface.register(ATTENTION_NAME, eager_mask)  # 4-D, additive
+
+
+def dropout_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module that drops activations, by path: nn.Dropout, and nn.Identity in the place of a dropout of p = 0."""
+    found = {}
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        if isinstance(module, nn.Dropout) or (isinstance(module, nn.Identity) and "drop" in name):
+            found[path] = module
+    return found
+
+
+def layer_modules(model: PreTrainedModel) -> list[nn.Module] | None:
+    """The encoder's layers in order (ALBERT: its shared groups), or None where the model has no such list."""
+    depth = getattr(model.config, "num_hidden_layers", None)
+    for _, module in model.base_model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth and depth:
+            return list(module)
+    encoder = getattr(model.base_model, "encoder", None)
+    groups = getattr(encoder, "albert_layer_groups", None)
+    return None if groups is None else list(groups)
+
+
+def _configs(model: nn.Module) -> list[PretrainedConfig]:
+    configs = {id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PretrainedConfig)}
+    return list(configs.values())
+
+
+@contextmanager
+def patched(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """`module` calls `forward(original, *args, **kwargs)` inside the block."""
+    original = module.forward
+    shadowed = module.__dict__.get("forward")
+    module.forward = lambda *args, **kwargs: forward(original, *args, **kwargs)
+    try:
+        yield
+    finally:
+        if shadowed is None:
+            del module.forward
+        else:
+            module.forward = shadowed
+
+
+@contextmanager
+def intercept(model: PreTrainedModel, handler: SiteHandler) -> Iterator[None]:
+    """Every dropout module and attention call of `model` goes to `handler` inside the block."""
+    if model.training:
+        raise RuntimeError("the model must be in eval() mode")
+    configs = _configs(model)
+    before = [config._attn_implementation for config in configs]
+    modules = list(dropout_modules(model).values())
+    shadows = [module.__dict__.get("forward") for module in modules]
+    _handlers.append(handler)
+    try:
+        for config in configs:
+            config._attn_implementation = ATTENTION_NAME
+        for module in modules:
+            module.forward = _site_forward(handler, module)
+        yield
+    finally:
+        _handlers.pop()
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
+        for module, shadow in zip(modules, shadows, strict=True):
+            if shadow is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = shadow
+
+
+def _site_forward(handler: SiteHandler, module: nn.Module) -> Callable[[Tensor], Tensor]:
+    p = float(getattr(module, "p", 0.0))
+    return lambda x: handler.apply(module, x, p)

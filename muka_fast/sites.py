@@ -1,0 +1,236 @@
+"""The dropout sites of a classifier: found by a traced forward, chosen by scope, masked by counter-based numbers."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from muka_fast.errors import UserError
+from muka_fast.intercept import intercept, layer_modules, patched
+from muka_fast.ops.repeat_dropout import repeat_dropout
+
+ATTENTION_STRIDE = 16384  # fixed, so that the masks of a text do not depend on the padding of its batch
+SHARED_EXAMPLE = 0xFFFFFFFF  # example id of sites that every text shares (DeBERTa's table of relative positions)
+TRACE_TEXTS, TRACE_TOKENS = 3, 5
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call of one dropout in a forward pass.
+
+    index: the site id of the mask contract, in order of execution.
+    path, occurrence: the module, and which of its calls (0, 1, ...).
+    kind: "activation" [B, L, D] or [B, D], "attention" [B, H, L, L], "shared" [R, D] without a text dimension.
+    p: the model's own dropout probability. layer: None = embeddings, int, or "head". rank: dimensions of the value.
+    """
+
+    index: int
+    path: str
+    occurrence: int
+    kind: str
+    p: float
+    layer: int | str | None
+    rank: int
+
+    def record(self, p: float) -> dict:
+        """For manifests: the fields, and the probability `p` in use (0 = not active)."""
+        return {**asdict(self), "active_p": p}
+
+
+class _Trace:
+    """SiteHandler that changes nothing and writes down every call."""
+
+    def __init__(self, paths: dict[nn.Module, str]):
+        self.paths = paths
+        self.calls: Counter[nn.Module] = Counter()
+        self.layer: int | str | None = None
+        self.attention_modules: list[nn.Module] = []
+        self.sites: list[Site] = []
+
+    def wants(self, module: nn.Module) -> bool:
+        self.attention_modules.append(module)
+        return True
+
+    def apply(self, module: nn.Module, x: Tensor, p: float) -> Tensor:
+        path = self.paths[module]
+        kind = self._kind(path, tuple(x.shape))
+        self.sites.append(Site(len(self.sites), path, self.calls[module], kind, p, self.layer, x.dim()))
+        self.calls[module] += 1
+        return x
+
+    @staticmethod
+    def _kind(path: str, shape: tuple[int, ...]) -> str:
+        if shape[0] == TRACE_TEXTS and (len(shape) == 2 or (len(shape) == 3 and shape[1] == TRACE_TOKENS)):
+            return "activation"
+        if len(shape) == 4 and shape[0] == TRACE_TEXTS and shape[2:] == (TRACE_TOKENS, TRACE_TOKENS):
+            return "attention"
+        if len(shape) == 2:
+            return "shared"
+        raise UserError(f"dropout site {path} masks a value of unknown layout {shape}: architecture not supported")
+
+
+def trace_inputs(model: PreTrainedModel, texts: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask [texts, tokens] of arbitrary tokens, none of which is padding."""
+    pad = getattr(model.config, "pad_token_id", None)
+    vocabulary = [i for i in range(min(model.config.vocab_size, 64)) if i != pad]
+    ids = torch.tensor([vocabulary[(7 * i + 3) % len(vocabulary)] for i in range(texts * tokens)], device=model.device)
+    ids = ids.view(texts, tokens)
+    return ids, torch.ones_like(ids)
+
+
+@torch.inference_mode()
+def list_sites(model: PreTrainedModel) -> list[Site]:
+    """Every dropout site of `model` (eval mode) in order of execution, attention and sites of p = 0 included.
+
+    A forward on a tiny input is traced twice: the second time with the `training` flag of the attention modules alone
+    raised, since only then do they pass on the probability they would use. Raises UserError for a site whose value has
+    no known layout.
+    """
+    paths = {module: path for path, module in model.named_modules()}
+    ids, mask = trace_inputs(model, TRACE_TEXTS, TRACE_TOKENS)
+    attention_modules: list[nn.Module] = []
+    for _ in range(2):
+        trace = _Trace(paths)
+        with ExitStack() as stack:
+            stack.enter_context(intercept(model, trace))
+            _watch_layers(model, trace, stack)
+            for module in attention_modules:
+                module.training = True
+            try:
+                model(input_ids=ids, attention_mask=mask)
+            finally:
+                for module in attention_modules:
+                    module.training = False
+        attention_modules = trace.attention_modules
+    return trace.sites
+
+
+def _watch_layers(model: PreTrainedModel, trace: _Trace, stack: ExitStack) -> None:
+    """Keep `trace.layer` right: what runs between two layers belongs to the lower one, then comes the head."""
+    layers = layer_modules(model) or []
+    depth = model.config.num_hidden_layers
+    calls = iter(range(depth))
+
+    def forward(original, *args, **kwargs):
+        trace.layer = index = next(calls)
+        out = original(*args, **kwargs)
+        if index == depth - 1:
+            trace.layer = "head"
+        return out
+
+    for layer in layers:
+        stack.enter_context(patched(layer, forward))
+
+
+def num_site_layers(sites: Sequence[Site]) -> int:
+    return max((site.layer for site in sites if isinstance(site.layer, int)), default=-1) + 1
+
+
+def active_sites(sites: Sequence[Site], scope: str, teacher: str = "the teacher") -> list[Site]:
+    """The sites of `scope`: "all", "last:M" (last M layers and head) or "head". UserError for any other scope."""
+    if scope == "all":
+        return list(sites)
+    depth = num_site_layers(sites)
+    match = re.fullmatch(r"last:(\d+)", scope)
+    if match:
+        count = int(match[1])
+        if not 1 <= count <= depth:
+            raise UserError(f"--mc_scope {scope}: {teacher} has {depth} layers, so last:1 to last:{depth} or all")
+        return [s for s in sites if s.layer == "head" or (isinstance(s.layer, int) and s.layer >= depth - count)]
+    if scope != "head":
+        raise UserError(f"--mc_scope {scope}: must be all, last:M (M = 1, 2, ...) or head")
+    chosen = [s for s in sites if s.layer == "head"]
+    if not chosen:
+        raise UserError(f"--mc_scope head: {teacher} has no dropout site in its head; use --mc_scope last:1")
+    return chosen
+
+
+class Masks:
+    """SiteHandler that applies the mask contract to K replicas of B texts laid out k-major: [K * B, ...].
+
+    Elements (position = column index of a right-padded batch, D = width of the value):
+    [L, D]: position * D + column · [D]: column · attention: (head * 16384 + query) * 16384 + key, head < 128,
+    L <= 16384 · shared: flat index, example id 0xFFFFFFFF, one sample at a time.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sites: Sequence[Site],
+        p_of_site: dict[int, float],
+        seed: int,
+        example_ids: Tensor,
+        num_samples: int,
+        first_sample: int = 0,
+    ):
+        """sites: all of the model's; p_of_site: site index -> p of the active ones; example_ids int64 [B]."""
+        self.seed, self.example_ids = seed, example_ids
+        self.num_samples, self.first_sample = num_samples, first_sample
+        self.p_of_site = p_of_site
+        modules = dict(model.named_modules())
+        self._sites: dict[nn.Module, list[Site]] = {}
+        for site in sites:
+            self._sites.setdefault(modules[site.path], []).append(site)
+        self._by_layer: dict[int | str | None, Counter[nn.Module]] = {}
+        for site in sites:
+            self._by_layer.setdefault(site.layer, Counter())[modules[site.path]] += 1
+        self._calls: Counter[nn.Module] = Counter()
+        self._rows: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def skip_layer(self, layer: int) -> None:
+        """Count the calls of a layer that does not run."""
+        self._calls.update(self._by_layer.get(layer, Counter()))
+
+    def _next(self, module: nn.Module) -> Site | None:
+        sites = self._sites.get(module)
+        return None if sites is None else sites[self._calls[module] % len(sites)]
+
+    def wants(self, module: nn.Module) -> bool:
+        site = self._next(module)
+        if site is not None and site.index in self.p_of_site:
+            return True
+        self._calls[module] += 1
+        return False
+
+    def apply(self, module: nn.Module, x: Tensor, p: float) -> Tensor:
+        site = self._next(module)
+        self._calls[module] += 1
+        if site is None or site.index not in self.p_of_site:
+            return x
+        p = self.p_of_site[site.index]
+        if site.kind == "shared":
+            return self._shared(x, site, p)
+        rows, width = x.shape[1:-1], x.shape[-1]
+        ids, offsets = self.rows(site.kind, tuple(rows), width)
+        flat = x.reshape(self.num_samples, -1, width)
+        masked = repeat_dropout(flat, self.num_samples, p, self.seed, site.index, ids, offsets, self.first_sample)
+        return masked.view(x.shape)
+
+    def _shared(self, x: Tensor, site: Site, p: float) -> Tensor:
+        if self.num_samples != 1:
+            raise RuntimeError(f"{site.path} is shared by all texts: one sample at a time")
+        offsets = torch.arange(x.shape[0], device=x.device) * x.shape[1]
+        ids = torch.full_like(offsets, SHARED_EXAMPLE)
+        return repeat_dropout(x.contiguous(), 1, p, self.seed, site.index, ids, offsets, self.first_sample)[0]
+
+    def rows(self, kind: str, rows: tuple[int, ...], width: int) -> tuple[Tensor, Tensor]:
+        """Example id and first element of every row of one replica: rows = () | (L,) | (H, L)."""
+        key = (kind == "attention", *rows, width)
+        if key not in self._rows:
+            device = self.example_ids.device
+            if kind == "attention":
+                heads, queries = rows
+                if heads > 128 or max(queries, width) > ATTENTION_STRIDE:
+                    raise UserError(f"attention masks reach 128 heads and 16384 tokens, not {heads} and {width}")
+                head = torch.arange(heads, device=device)[:, None]
+                first = ((head * ATTENTION_STRIDE + torch.arange(queries, device=device)) * ATTENTION_STRIDE).flatten()
+            else:
+                first = torch.arange(rows[0] if rows else 1, device=device) * width
+            ids = self.example_ids.repeat_interleave(len(first))
+            self._rows[key] = (ids, first.repeat(len(self.example_ids)))
+        return self._rows[key]

@@ -1,0 +1,294 @@
+"""A teacher under Monte-Carlo dropout: what lies below the first active site (trunk) once, the tail K times."""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from muka_fast.errors import UserError
+from muka_fast.ops.mc_head import mc_head
+from muka_fast.ops.mc_statistics import mc_statistics
+from muka_fast.ops.reference import dropout_threshold
+from muka_fast.sites import Masks, Site, active_sites, list_sites, trace_inputs
+from muka_fast.split import ModelSplit
+from muka_fast.teachers import Teacher
+
+log = logging.getLogger("muka_fast")
+CPU_BUDGET_BYTES = 512 << 20  # more replicas at once than this are no faster on a CPU
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """What one teacher says about B texts, float32: statistics over its own C classes, entropies in nats."""
+
+    logits: Tensor  # [B, C] deterministic
+    mean_probs: Tensor  # [B, C]
+    var_probs: Tensor  # [B, C]
+    predictive_entropy: Tensor  # [B]
+    expected_entropy: Tensor  # [B]
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """Hidden states [B, L, D] of a batch that enter layer `layer` (layer = depth: that leave the last layer)."""
+
+    layer: int
+    hidden: Tensor | None  # None: nothing is deterministic, layer 0 and the embeddings belong to the tail
+
+
+class StochasticTeacher:
+    """A teacher with its active dropout sites: `score` gives statistics of K passes and deterministic logits.
+
+    mc_scope: "all", "last:M" (the last M layers and the head) or "head".
+    mc_dropout_p: p in (0, 1) at every site of the scope, None = the model's own.
+    mc_samples: K >= 1. mc=False: no sampling, the statistics are those of the deterministic pass (K = 1).
+    memory_budget_bytes: activations of the replicas that run at once; None = a share of the free memory.
+    Raises UserError for an unknown scope, a scope without sites, or one whose sites all have p = 0.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        mc_scope: str = "last:1",
+        mc_dropout_p: float | None = None,
+        mc_samples: int = 16,
+        mc: bool = True,
+        memory_budget_bytes: int | None = None,
+    ):
+        self.teacher, self.model, self.name = teacher, teacher.model, teacher.name
+        self.mc, self.mc_samples = mc, mc_samples
+        self.memory_budget_bytes = memory_budget_bytes
+        self.all_sites = list_sites(self.model)
+        self.encoder = ModelSplit(self.model)
+        self.mc_scope = self._checked_scope(mc_scope)
+        self.p_of_site = self._probabilities(mc_dropout_p) if mc else {}
+        self.layer = self._first_stochastic_layer()
+        self.reads = self._probe_read_row()
+        self.fused_head = self._find_fused_head()
+
+    @property
+    def sites(self) -> list[dict]:
+        """Every site of the model with its p, and `active_p`, the probability in use (0 = off): for the manifest."""
+        return [site.record(self.p_of_site.get(site.index, 0.0)) for site in self.all_sites]
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor | np.ndarray) -> TeacherScores:
+        """Score B texts: input_ids, attention_mask int64 [B, L], padded on the right; example_ids int64 [B].
+
+        A text's scores depend on nothing but the text, its example id and the teacher (to float rounding).
+        Raises UserError that names teacher and text where a logit is NaN.
+        """
+        return self.finish(self.trunk(input_ids, attention_mask), input_ids, attention_mask, example_ids)
+
+    @torch.inference_mode()
+    def trunk(self, input_ids: Tensor, attention_mask: Tensor, start: Trunk | None = None) -> Trunk:
+        """The deterministic part; start: hidden states of a lower layer, same weights below it."""
+        if self.layer == 0:
+            return Trunk(0, None)
+        if start is None or start.hidden is None:
+            return Trunk(self.layer, self.encoder.run(input_ids, attention_mask, stop=self.layer))
+        if start.layer == self.layer:
+            return start
+        hidden = self.encoder.run(input_ids, attention_mask, start=start.layer, hidden=start.hidden, stop=self.layer)
+        return Trunk(self.layer, hidden)
+
+    def finish(
+        self, trunk: Trunk, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor | np.ndarray
+    ) -> TeacherScores:
+        """The stochastic part on top of this teacher's trunk."""
+        example_ids = torch.as_tensor(np.asarray(example_ids), dtype=torch.int64).to(input_ids.device)
+        with torch.inference_mode():
+            scores = self._finish(trunk, input_ids, attention_mask, example_ids)
+        bad = torch.stack([torch.isnan(value).reshape(len(value), -1).any(1) for value in vars(scores).values()]).any(0)
+        if bad.any():
+            text = int(example_ids[bad][0])
+            raise UserError(f"teacher {self.name}: NaN logits for text {text}; leave this teacher or this text out")
+        # Out of inference mode: such tensors could not be used where gradients are recorded.
+        return TeacherScores(**{name: value.float().clone() for name, value in vars(scores).items()})
+
+    def _finish(self, trunk: Trunk, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor) -> TeacherScores:
+        if trunk.layer == self.encoder.depth and trunk.hidden is not None:
+            hidden, input_ids, attention_mask = self._read_row(trunk.hidden, input_ids, attention_mask)
+            trunk = Trunk(trunk.layer, hidden)
+        start = {"start": trunk.layer, "hidden": trunk.hidden}
+        if self.mc and self.fused_head is not None:
+            site, linear = self.fused_head
+            features, _ = self.encoder.site_input(input_ids, attention_mask, site, **start)
+            p = self.p_of_site[site.index]
+            head = mc_head(
+                features, linear.weight, linear.bias, self.mc_samples, p, self.teacher.seed, site.index, example_ids
+            )
+            return TeacherScores(**{field: getattr(head, field) for field in TeacherScores.__dataclass_fields__})
+        logits = self.encoder.run(input_ids, attention_mask, **start).float()
+        samples = self._samples(trunk, input_ids, attention_mask, example_ids) if self.mc else logits[None]
+        statistics = mc_statistics(samples, [0, logits.shape[1]])
+        return TeacherScores(
+            logits,
+            statistics.mean_probs,
+            statistics.var_probs,
+            statistics.predictive_entropy[:, 0],
+            statistics.expected_entropy[:, 0],
+        )
+
+    def _samples(self, trunk: Trunk, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor) -> Tensor:
+        """Logits [K, B, C] of K stochastic passes, as many at a time as the memory budget allows."""
+        chunk = self._samples_at_once(*input_ids.shape)
+        logits = []
+        for first in range(0, self.mc_samples, chunk):
+            count = min(chunk, self.mc_samples - first)
+            masks = Masks(self.model, self.all_sites, self.p_of_site, self.teacher.seed, example_ids, count, first)
+            hidden = None if trunk.hidden is None else trunk.hidden.repeat(count, 1, 1)
+            replicas = input_ids.repeat(count, 1), attention_mask.repeat(count, 1)
+            out = self.encoder.run(*replicas, start=trunk.layer, hidden=hidden, masks=masks)
+            logits.append(out.float().view(count, len(input_ids), -1))
+        return torch.cat(logits)
+
+    def _samples_at_once(self, num_texts: int, num_tokens: int) -> int:
+        """How many replicas of a batch fit into the memory budget (at least one)."""
+        if any(site.kind == "shared" and site.index in self.p_of_site for site in self.all_sites):
+            return 1  # the value is shared by all texts of a forward: one sample at a time
+        config = self.model.config
+        width = config.hidden_size
+        inner = getattr(config, "intermediate_size", None) or 4 * width
+        floats = num_tokens * (10 * width + 3 * inner) + 3 * config.num_attention_heads * num_tokens**2
+        itemsize = next(self.model.parameters()).element_size()
+        budget = self.memory_budget_bytes or free_memory_bytes(self.model.device)
+        return max(1, min(self.mc_samples, budget // (num_texts * floats * itemsize)))
+
+    # Set-up: run once, at construction.
+
+    def _checked_scope(self, scope: str) -> str:
+        """Verify that our attention and the split compute what the model does; without a split only `all` is left."""
+        ids, mask = _check_inputs(self.model)
+        with torch.inference_mode():
+            plain = self.model(input_ids=ids, attention_mask=mask).logits.float()
+        if not _agree(self.encoder.run_eagerly(ids, mask), plain):
+            architecture = type(self.model).__name__
+            raise UserError(f"teacher {self.name}: the attention of {architecture} is not one this version can mask")
+        if scope == "all" or not self.mc:
+            return scope
+        if self.encoder.depth == 0 or not self._splits_right(ids, mask, plain):
+            log.warning(
+                "teacher %s: %s cannot be split into layers; --mc_scope %s is not available for it, all is used",
+                self.name, type(self.model).__name__, scope,
+            )  # fmt: skip
+            return "all"
+        return scope
+
+    def _splits_right(self, ids: Tensor, mask: Tensor, plain: Tensor) -> bool:
+        for layer in (1, self.encoder.depth - 1, self.encoder.depth):
+            hidden = self.encoder.run(ids, mask, stop=layer)
+            if not _agree(self.encoder.run(ids, mask, start=layer, hidden=hidden), plain):
+                return False
+        return True
+
+    def _probabilities(self, mc_dropout_p: float | None) -> dict[int, float]:
+        """Site index -> p of the active sites. Raises UserError where nothing would be random."""
+        if self.mc_samples < 1:
+            raise UserError(f"--mc_samples {self.mc_samples}: must be at least 1")
+        if mc_dropout_p is not None and not 1 <= _threshold(mc_dropout_p) < 65536:
+            raise UserError(f"--mc_dropout_p {mc_dropout_p}: must lie between 0 and 1, both excluded")
+        chosen = active_sites(self.all_sites, self.mc_scope, f"teacher {self.name}")
+        p_of_site = {site.index: site.p if mc_dropout_p is None else mc_dropout_p for site in chosen}
+        p_of_site = {index: p for index, p in p_of_site.items() if p > 0}
+        if not p_of_site:
+            raise UserError(
+                f"teacher {self.name}: all {len(chosen)} dropout sites of --mc_scope {self.mc_scope} have p = 0, so "
+                "every sample would be the same; set --mc_dropout_p 0.1, or use --no-mc"
+            )
+        return p_of_site
+
+    def _first_stochastic_layer(self) -> int:
+        """Where the trunk ends: 0 = there is none, depth = after the last layer."""
+        layers = [site.layer for site in self.all_sites if site.index in self.p_of_site]
+        if None in layers or self.encoder.depth == 0:
+            return 0
+        return min((layer for layer in layers if isinstance(layer, int)), default=self.encoder.depth)
+
+    @torch.inference_mode()
+    def _probe_read_row(self) -> str | None:
+        """Which token's row of the last layer the head reads: "first", "last" (unpadded) or None for more than one.
+
+        Found by disturbing all the other rows: the logits must not move.
+        """
+        if self.encoder.depth == 0:
+            return None
+        ids, mask = _check_inputs(self.model)
+        hidden = self.encoder.run(ids, mask, stop=self.encoder.depth)
+        plain = self.encoder.run(ids, mask, start=self.encoder.depth, hidden=hidden)
+        last = mask.sum(1) - 1
+        for name, row in (("first", torch.zeros_like(last)), ("last", last)):
+            keep = torch.arange(ids.shape[1], device=ids.device) == row[:, None]
+            disturbed = torch.where(keep[..., None], hidden, hidden.flip(-1) * 3 + 1)
+            if _agree(self.encoder.run(ids, mask, start=self.encoder.depth, hidden=disturbed), plain):
+                return name
+        return None
+
+    def _read_row(self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Only the row that the head reads, as a sequence of one token: [B, L, ...] -> [B, 1, ...]."""
+        # The elements of a mask over tokens depend on their positions, which the cut would change.
+        per_token = any(s.rank != 2 for s in self.all_sites if s.layer == "head")
+        if self.reads is None or per_token:
+            return hidden, input_ids, attention_mask
+        row = torch.zeros_like(attention_mask[:, :1])
+        if self.reads == "last":
+            row = attention_mask.sum(1, keepdim=True) - 1
+        pick = hidden.gather(1, row[..., None].expand(-1, -1, hidden.shape[-1]))
+        return pick, input_ids.gather(1, row), attention_mask.gather(1, row)
+
+    @torch.inference_mode()
+    def _find_fused_head(self) -> tuple[Site, nn.Linear] | None:
+        """The site and the layer of a tail that is exactly `linear(dropout(features))`; None for any other tail."""
+        active = [site for site in self.all_sites if site.index in self.p_of_site]
+        if len(active) != 1 or active[0].layer != "head" or active[0].rank != 2 or self.encoder.depth == 0:
+            return None
+        features, logits = self.encoder.site_input(*_check_inputs(self.model), active[0])
+        for module in self.model.modules():
+            fits = isinstance(module, nn.Linear) and tuple(module.weight.shape) == (logits.shape[1], features.shape[1])
+            if fits and _agree(module(features), logits):
+                return active[0], module
+        return None
+
+
+def score_together(
+    teachers: Sequence[StochasticTeacher], input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor | np.ndarray
+) -> list[TeacherScores]:
+    """Scores of several teachers that tokenise equally over one batch; layers with the same weights run once."""
+    return [teacher.score(input_ids, attention_mask, example_ids) for teacher in teachers]
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """What replicas may take by default: half of the free GPU memory; on a CPU a quarter, at most CPU_BUDGET_BYTES."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not every system knows the name
+        return CPU_BUDGET_BYTES
+    return min(free // 4, CPU_BUDGET_BYTES)
+
+
+def _threshold(p: float) -> int:
+    try:
+        return dropout_threshold(p)
+    except ValueError:
+        return -1
+
+
+def _check_inputs(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Two texts of six and four tokens, padded on the right."""
+    ids, mask = trace_inputs(model, 2, 6)
+    mask[1, 4:] = 0
+    pad = getattr(model.config, "pad_token_id", None)
+    ids[1, 4:] = 0 if pad is None else pad
+    return ids, mask
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    """Equal to the rounding of the dtype the model computes in; the scale is that of the logits."""
+    tolerance = 1e-4 if b.dtype in (torch.float32, torch.float64) else 5e-2
+    return bool((a.float() - b.float()).abs().max() <= tolerance * max(1.0, b.float().abs().max().item()))
