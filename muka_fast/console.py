@@ -1,0 +1,158 @@
+"""The one place for log lines and progress: bars on a terminal, a plain line every tenth of the way elsewhere."""
+
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, Self
+
+log = logging.getLogger("muka_fast")
+
+# Libraries that talk at INFO or WARNING about things a user of muka-fast cannot act on.
+CHATTY = (
+    "transformers",
+    "datasets",
+    "huggingface_hub",
+    "httpx",
+    "urllib3",
+    "filelock",
+    "DeepSpeed",
+    "deepspeed",
+    "torch",
+)
+PLAIN_LINE_SECONDS = 5.0
+
+_state: dict[str, Any] = {"rank": 0, "console": None}
+
+
+class _PlainFormatter(logging.Formatter):
+    """`warning: ...` for what matters, the bare message otherwise."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        return f"{record.levelname.lower()}: {message}" if record.levelno >= logging.WARNING else message
+
+
+def console() -> Any:
+    """The rich console on stderr that log lines and bars share (stdout is left to results)."""
+    if _state["console"] is None:
+        from rich.console import Console
+
+        _state["console"] = Console(stderr=True, highlight=False)
+    return _state["console"]
+
+
+def setup_logging(verbose: bool = False, rank: int = 0) -> None:
+    """Send the log of muka_fast to stderr and quiet other libraries; processes with rank != 0 tell errors only.
+
+    Call it once, before transformers, datasets or deepspeed are imported, so that their own settings follow.
+    """
+    _state["rank"] = rank
+    if console().is_terminal:
+        from rich.logging import RichHandler
+
+        handler: logging.Handler = RichHandler(console=console(), show_time=False, show_path=False, show_level=True)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_PlainFormatter("%(message)s"))
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(logging.ERROR if rank else logging.DEBUG if verbose else logging.INFO)
+    if verbose:
+        return
+    # Read by the libraries when they are imported; a user's own setting stays.
+    for variable, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+    }.items():
+        os.environ.setdefault(variable, value)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
+        sys.modules["transformers"].utils.logging.set_verbosity_error()
+
+
+class Progress:
+    """Progress over `total` units; made by `progress`. Iterate it, or use it as a context manager and `advance`."""
+
+    def __init__(self, work: Iterable[Any] | int, description: str, unit: str):
+        self.work = range(work) if isinstance(work, int) else work
+        self.total = work if isinstance(work, int) else len(work) if hasattr(work, "__len__") else None
+        self.description, self.unit = description, unit
+        self.done, self.note = 0, ""
+        self._bar, self._task = None, None
+
+    def __enter__(self) -> Self:
+        self._start = self._last_line = time.monotonic()
+        self._last_done = 0
+        if _state["rank"] == 0 and console().is_terminal:
+            from rich import progress as bars
+
+            self._bar = bars.Progress(
+                bars.TextColumn("{task.description}"),
+                bars.BarColumn(),
+                bars.MofNCompleteColumn(),
+                bars.TextColumn("{task.fields[rate]}"),
+                bars.TimeRemainingColumn(elapsed_when_finished=True),
+                bars.TextColumn("{task.fields[note]}"),
+                console=console(),
+            )
+            self._task = self._bar.add_task(self.description, total=self.total, rate="", note="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self.done > self._last_done and exc_info[0] is None:
+            self._line()
+
+    def __iter__(self) -> Iterator[Any]:
+        with self:
+            for item in self.work:
+                yield item
+                self.advance()
+
+    def advance(self, amount: int = 1, note: str | None = None) -> None:
+        """Count `amount` more units as done; `note` (a loss, a file name) is shown beside the bar until the next one."""
+        self.done += amount
+        self.note = self.note if note is None else note
+        if self._bar is not None:
+            self._bar.update(self._task, advance=amount, rate=self._rate(), note=self.note)
+            return
+        # Without a total a line is due only by time.
+        step = (self.total or 0) / 10
+        if self.done - self._last_done >= step and time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
+            self._line()
+
+    def _rate(self) -> str:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        return f"{self.done / seconds:.3g} {self.unit}/s"
+
+    def _line(self) -> None:
+        self._last_done, self._last_line = self.done, time.monotonic()
+        of_total = f"/{self.total} ({self.done / self.total:.0%})" if self.total else ""
+        left = ""
+        if self.total and 0 < self.done < self.total:
+            left = f", {(self.total - self.done) * (self._last_line - self._start) / self.done:.0f} s left"
+        note = f", {self.note}" if self.note else ""
+        log.info("%s: %d%s, %s%s%s", self.description, self.done, of_total, self._rate(), left, note)
+
+
+def progress(work: Iterable[Any] | int, description: str, unit: str = "texts") -> Progress:
+    """Show progress: `for batch in progress(batches, "training", "steps")`, or with a total
+
+        with progress(len(texts), "scoring bert") as bar:
+            bar.advance(len(batch))
+
+    A bar with rate and time left on a terminal, otherwise a log line about every tenth of the way (at most one in
+    5 seconds) and one at the end; nothing on processes with rank != 0.
+    """
+    return Progress(work, description, unit)

@@ -1,0 +1,217 @@
+"""The union label space of several teachers: overlaps, meaningless default names, and the map that renames labels."""
+
+import difflib
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from muka_fast.errors import UserError
+
+log = logging.getLogger("muka_fast")
+
+DEFAULT_NAME = re.compile(r"LABEL_\d+")
+
+LabelMap = Mapping[str, "str | Mapping[str, str | None] | None"]
+
+
+@dataclass(frozen=True)
+class LabelSpace:
+    """The student's classes and where each teacher's classes lie among them (method.md 1).
+
+    Attributes:
+        names: union label names in first-seen order, length C.
+        teacher_names: length N.
+        teacher_labels: per teacher the union names of its kept columns, in its own order; a name occurs twice where
+            the map merges two classes of one teacher.
+        columns: int64 [S'], kept columns in the raw concatenation of all teachers' logits.
+        offsets: N + 1 ints; teacher i owns kept columns offsets[i]:offsets[i + 1].
+        teacher_to_union: int64 [S'], class of each kept column, in [0, C).
+    """
+
+    names: tuple[str, ...]
+    teacher_names: tuple[str, ...]
+    teacher_labels: tuple[tuple[str, ...], ...]
+    columns: np.ndarray
+    offsets: list[int]
+    teacher_to_union: np.ndarray
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.names)
+
+    @cached_property
+    def _owners(self) -> dict[str, list[int]]:
+        owners: dict[str, list[int]] = {name: [] for name in self.names}
+        for i, labels in enumerate(self.teacher_labels):
+            for name in dict.fromkeys(labels):
+                owners[name].append(i)
+        return owners
+
+    @property
+    def overlaps(self) -> tuple[str, ...]:
+        """Names that two or more teachers own, in union order."""
+        return tuple(name for name, owners in self._owners.items() if len(owners) >= 2)
+
+    def owners(self, name: str) -> list[int]:
+        """Teachers that own a class, ascending; empty for a name outside of the union."""
+        return list(self._owners.get(name, []))
+
+
+def build_label_space(teachers: Sequence[tuple[str, Sequence[str]]], label_map: LabelMap | None = None) -> LabelSpace:
+    """Join the label sets of all teachers: the same name is the same class, in first-seen order.
+
+    Default names (LABEL_0, ...) mean nothing: unless the map names them they become `<teacher>/LABEL_0` (and a warning).
+
+    Args:
+        teachers: (name, ordered label names) of each teacher; the names differ.
+        label_map: {"old": "new" | None} for all teachers and/or {"<teacher>": {"old": "new" | None}}, the latter wins;
+            None drops a class. `<teacher>/LABEL_0` is also understood as an old name.
+
+    Raises:
+        UserError: no teacher, a teacher without labels or with all of them dropped, unknown names in the map.
+    """
+    if not teachers:
+        raise UserError("no teacher given: name at least one with --teachers")
+    for name, labels in teachers:
+        if not labels:
+            raise UserError(f"teacher '{name}' has no labels: its config.json needs id2label")
+    shared, own = _split_map(teachers, label_map or {})
+
+    union: dict[str, int] = {}
+    kept_labels, columns, to_union, offsets, unnamed = [], [], [], [0], []
+    first_column = 0
+    for teacher, labels in teachers:
+        kept = []
+        for column, label in enumerate(labels, first_column):
+            name = _union_name(teacher, label, shared, own.get(teacher, {}))
+            if name is None:
+                continue
+            if DEFAULT_NAME.fullmatch(label) and name == f"{teacher}/{label}":
+                unnamed.append(name)
+            kept.append(name)
+            columns.append(column)
+            to_union.append(union.setdefault(name, len(union)))
+        if not kept:
+            raise UserError(
+                f"label map: teacher '{teacher}' has every label dropped: keep one or leave the teacher out"
+            )
+        kept_labels.append(tuple(kept))
+        offsets.append(len(columns))
+        first_column += len(labels)
+    if unnamed:
+        example = f"{len(unnamed)} default label names mean nothing and stay apart ({unnamed[0]}, ...)"
+        log.warning("%s: name them with --label_map", example)
+    _warn_of_lookalikes(union)
+    return LabelSpace(
+        names=tuple(union),
+        teacher_names=tuple(name for name, _ in teachers),
+        teacher_labels=tuple(kept_labels),
+        columns=np.array(columns, dtype=np.int64),
+        offsets=offsets,
+        teacher_to_union=np.array(to_union, dtype=np.int64),
+    )
+
+
+def _union_name(teacher: str, label: str, shared: Mapping, own: Mapping) -> str | None:
+    """Name of a raw label in the union; None drops it. The entry for this teacher wins."""
+    for table, key in ((own, label), (shared, f"{teacher}/{label}"), (shared, label)):
+        if key in table:
+            return table[key]
+    return f"{teacher}/{label}" if DEFAULT_NAME.fullmatch(label) else label
+
+
+def read_label_map(path: str | Path) -> dict[str, str | dict[str, str | None] | None]:
+    """Read a label map from JSON or YAML; its names are checked against the teachers by `build_label_space`.
+
+    Raises:
+        UserError: no such file, neither JSON nor YAML, not a mapping, a name that is not text.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"--label_map {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--label_map {path}: not UTF-8 text (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"--label_map {path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"--label_map {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--label_map {path}: must map old names to new ones (or null), found {type(content).__name__}")
+    return {
+        _name(key, path): {_name(k, path): _new_name(v, path) for k, v in value.items()}
+        if isinstance(value, dict)
+        else _new_name(value, path)
+        for key, value in content.items()
+    }
+
+
+def rename_labels(labels: Sequence[str], label_map: LabelMap | None) -> list[str | None]:
+    """True labels under the names of the union: the entries of the map that hold for all teachers are applied."""
+    shared = {old: new for old, new in (label_map or {}).items() if not isinstance(new, Mapping)}
+    return [shared.get(label, label) for label in labels]
+
+
+def _name(key: object, path: Path) -> str:
+    # YAML reads a bare `no` or `1.5` as something else than text; an integer is taken as it was written.
+    if isinstance(key, str) and key:
+        return key
+    if isinstance(key, int) and not isinstance(key, bool):
+        return str(key)
+    raise UserError(f"--label_map {path}: {key!r} is not a label name: put names in quotes")
+
+
+def _new_name(value: object, path: Path) -> str | None:
+    return None if value is None else _name(value, path)
+
+
+def _split_map(
+    teachers: Sequence[tuple[str, Sequence[str]]], label_map: LabelMap
+) -> tuple[dict[str, str | None], dict[str, dict[str, str | None]]]:
+    """The entries for all teachers and those for one; every old name and every teacher in them exists."""
+    own_labels = {name: set(labels) for name, labels in teachers}
+    all_labels = set().union(*own_labels.values()) | {f"{name}/{x}" for name, labels in teachers for x in labels}
+    shared: dict[str, str | None] = {}
+    own: dict[str, dict[str, str | None]] = {}
+    for key, value in label_map.items():
+        if not isinstance(value, Mapping):
+            if key not in all_labels:
+                raise UserError(f"label map: no teacher has a label '{key}'{_nearest(key, all_labels)}")
+            shared[key] = value
+            continue
+        if key not in own_labels:
+            raise UserError(f"label map: no teacher is called '{key}'{_nearest(key, own_labels)}")
+        for old in value:
+            if old not in own_labels[key]:
+                hint = _nearest(old, own_labels[key])
+                raise UserError(f"label map: teacher '{key}' has no label '{old}'{hint}")
+        own[key] = dict(value)
+    return shared, own
+
+
+def _nearest(name: str, names: Sequence[str] | set[str] | Mapping[str, object]) -> str:
+    found = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.3)
+    return f" (nearest: '{found[0]}')" if found else ""
+
+
+def _warn_of_lookalikes(names: Mapping[str, int]) -> None:
+    """Names that differ only in case or outer blanks are different classes, which is rarely meant."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.strip().casefold(), name)
+        if other != name:
+            log.warning(
+                "labels '%s' and '%s' are two classes: merge them with --label_map if they are one", other, name
+            )
