@@ -14,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 CPU_SOURCES = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
 CUDA_SOURCES = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
 # Vectorised float sums without -ffast-math: NaN and infinity must survive.
-CPU_FLAGS = "-O3 -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -freciprocal-math".split()
+CPU_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros", "-freciprocal-math"]
 COMMON_FLAGS = ["-g0", "-Wall", "-Wextra", "-fvisibility=hidden"]
 # Machine code for A100, H100/H200 and B200; PTX of the first and the last for every card between and after.
 CUDA_ARCHS = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90,code=sm_90", "arch=compute_100,code=[sm_100,compute_100]"]

@@ -6,6 +6,7 @@ Letters: K samples (k) · B texts (b) · S = sum of the teachers' class counts �
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 MASK32 = 0xFFFFFFFF
 LANES = 8  # 16-bit lanes per Philox call
+# Attention probabilities: element = (head * 16384 + query position) * 16384 + key position, head < 128: padding changes nothing.
+ATTENTION_STRIDE = 16384
 
 
 def dropout_threshold(p: float) -> int:
@@ -92,7 +95,7 @@ def mc_statistics_ref(logits: Tensor, offsets: Sequence[int]) -> tuple[Tensor, .
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     mean_probs, var_probs, predictive, expected = [], [], [], []
-    for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+    for start, stop in pairwise(offsets):
         log_probs = torch.log_softmax(logits[:, :, start:stop], dim=-1)
         probs = log_probs.exp()
         mean = probs.mean(0)
@@ -101,7 +104,7 @@ def mc_statistics_ref(logits: Tensor, offsets: Sequence[int]) -> tuple[Tensor, .
         predictive.append(entropy_ref(mean.log()))
         expected.append(entropy_ref(log_probs).mean(0))
     H, E = torch.stack(predictive, -1), torch.stack(expected, -1)
-    upper = torch.tensor([math.log(stop - start) for start, stop in zip(offsets[:-1], offsets[1:], strict=True)])
+    upper = torch.tensor([math.log(stop - start) for start, stop in pairwise(offsets)])
     upper = upper.to(H)
     normalized = torch.where(upper == 0, H * 0, H / torch.where(upper == 0, 1, upper))
     selected, margin = select_teacher_ref(1 - normalized)
@@ -139,7 +142,7 @@ def mc_head_ref(
 def distill_target_ref(
     teacher_probs: Tensor, scores: Tensor, offsets: Sequence[int], teacher_to_union: Tensor, num_classes: int, soft: bool, tau: float
 ) -> Tensor:
-    """q [B, C]: the selected teacher's probabilities (hard) or all of them weighted by softmax(scores / tau) (soft), in union space."""
+    """q [B, C] in union space: the selected teacher's probabilities (hard), or all weighted by softmax(scores / tau) (soft)."""
     if soft:
         weights = torch.softmax(scores / tau, dim=-1)
     else:
@@ -175,3 +178,88 @@ def distill_loss_ref(
     # xlogy: 0 ln 0 = 0; where q is 0 the student's log-probability must not enter, be it -inf.
     loss = (torch.special.xlogy(q, q) - torch.where(q == 0, torch.zeros_like(q), q * log_p)).sum(-1)
     return loss * (select_teacher_ref(scores)[1] + 1e-6) if margin else loss
+
+
+def replica_dropout_ref(
+    x: Tensor,
+    plain_first: bool,
+    p: float,
+    seed: int,
+    site: int,
+    example_ids: Tensor,
+    offsets: Tensor,
+    first_sample: int,
+) -> Tensor:
+    """Masks for replicas [R, rows, D]; with plain_first replica 0 passes unmasked and the samples count from replica 1."""
+    plain, masked = x[: int(plain_first)], x[int(plain_first) :]
+    if len(masked):
+        masked = repeat_dropout_ref(masked, len(masked), p, seed, site, example_ids, offsets, first_sample)
+    return torch.cat([plain, masked])
+
+
+def dropout_add_layer_norm_ref(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    p: float,
+    seed: int,
+    site: int,
+    example_ids: Tensor,
+    offsets: Tensor,
+    first_sample: int = 0,
+    plain_first: bool = False,
+) -> Tensor:
+    """layer_norm(dropout(x) + residual) over replicas: x [R, rows, D], residual [R, rows, D] or [rows, D] (read once for all R).
+
+    weight, bias [D]; example_ids, offsets int64 [rows] as in `repeat_dropout`. plain_first: replica 0 is the deterministic pass,
+    unmasked; replica r is sample first_sample + r - 1. Computed in float32 (float64 for float64), returned in the dtype of x.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dropped = replica_dropout_ref(x.to(dtype), plain_first, p, seed, site, example_ids, offsets, first_sample)
+    summed = dropped + residual.to(dtype)
+    return torch.nn.functional.layer_norm(summed, (x.shape[-1],), weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
+
+
+def one_query_attention_ref(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    num_heads: int,
+    scaling: float,
+    num_samples: int,
+    p: float,
+    seed: int,
+    site: int,
+    example_ids: Tensor,
+    query_positions: Tensor,
+    position_bias: Tensor | None = None,
+    first_sample: int = 0,
+    plain_first: bool = False,
+) -> Tensor:
+    """Attention of one query per text over all its keys, K masks of the probabilities on one softmax.
+
+    query [B, H * d]; key, value [T, G * d] packed tokens (G key heads, H a multiple of G); text b owns rows starts[b]:starts[b + 1],
+    starts int64 [B + 1]; position_bias [H, >= longest text] or None is added to the scaled scores. query_positions int64 [B]: the
+    position of the query's token, for the masks: element = (head * 16384 + query position) * 16384 + key position.
+    Returns [R, B, H * d], R = num_samples, + 1 with plain_first (replica 0 unmasked). Every text must have a token.
+    """
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    head_dim = query.shape[-1] // num_heads
+    group = query.shape[-1] // key.shape[-1]  # query heads per key head
+    replicas = num_samples + int(plain_first)
+    output = query.new_empty((replicas, *query.shape))
+    heads = torch.arange(num_heads, device=query.device)
+    for b, (start, stop) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
+        q = query[b].to(dtype).view(num_heads, 1, head_dim)
+        k, v = (t[start:stop].to(dtype).view(stop - start, -1, head_dim).repeat_interleave(group, 1) for t in (key, value))
+        scores = (q * k.transpose(0, 1)).sum(-1) * scaling  # [H, L]
+        if position_bias is not None:
+            scores = scores + position_bias[:, : stop - start].to(dtype)
+        probs = torch.softmax(scores, -1).expand(replicas, -1, -1)
+        offsets = (heads * ATTENTION_STRIDE + query_positions[b]) * ATTENTION_STRIDE
+        masked = replica_dropout_ref(probs, plain_first, p, seed, site, example_ids[b].expand(num_heads), offsets, first_sample)
+        output[:, b] = torch.einsum("rhl,lhd->rhd", masked, v).reshape(replicas, -1).to(query.dtype)
+    return output

@@ -1,0 +1,152 @@
+"""dropout_add_layer_norm and one_query_attention: the C++ forms against their float64 references and against plain PyTorch."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from muka_fast.ops import table
+from muka_fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
+from muka_fast.ops.one_query_attention import one_query_attention
+from muka_fast.ops.reference import (
+    ATTENTION_STRIDE,
+    dropout_add_layer_norm_ref,
+    keep_mask_ref,
+    one_query_attention_ref,
+    repeat_dropout_ref,
+)
+
+
+def test_the_extension_is_built():
+    assert table.TABLE["dropout_add_layer_norm"]["cpu"] == table.TABLE["one_query_attention"]["cpu"]
+    if table.BACKEND == "auto":
+        assert table.TABLE["one_query_attention"]["cpu"] == "cpu"
+
+
+def layer_norm_case(replicas, rows, width, shared, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(replicas, rows, width, generator=generator)
+    residual = torch.randn(*(() if shared else (replicas,)), rows, width, generator=generator)
+    weight, bias = torch.randn(width, generator=generator), torch.randn(width, generator=generator)
+    ids = torch.randint(0, 2**32, (rows,), generator=generator)
+    offsets = torch.randint(0, 2**34, (rows,), generator=generator)
+    return x, residual, weight, bias, ids, offsets
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    replicas=st.integers(1, 5),
+    rows=st.integers(0, 7),
+    width=st.sampled_from([1, 7, 8, 63, 64, 130, 384, 1271]),
+    shared=st.booleans(),
+    plain=st.booleans(),
+    p=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
+    seed=st.integers(0, 2**64 - 1),
+    first=st.integers(0, 2**20),
+)
+def test_layer_norm_equals_its_reference(replicas, rows, width, shared, plain, p, seed, first):
+    x, residual, weight, bias, ids, offsets = layer_norm_case(replicas, rows, width, shared, seed % 2**31)
+    got = dropout_add_layer_norm(x, residual, weight, bias, 1e-12, p, seed, 3, ids, offsets, first, plain)
+    want = dropout_add_layer_norm_ref(
+        x.double(), residual.double(), weight.double(), bias.double(), 1e-12, p, seed, 3, ids, offsets, first, plain
+    )
+    eager = dropout_add_layer_norm_ref(x, residual, weight, bias, 1e-12, p, seed, 3, ids, offsets, first, plain)
+    assert got.shape == x.shape
+    if width > 1 and rows:  # of one value nothing but rounding is left after the mean
+        error, allowed = (got - want).abs().max(), 2 * (eager - want).abs().max() + 1e-5 * want.abs().max().clamp_min(1)
+        assert error <= allowed
+
+
+def test_layer_norm_is_what_pytorch_makes_of_the_same_masks():
+    x, residual, weight, bias, ids, offsets = layer_norm_case(3, 4, 96, True, 0)
+    masked = repeat_dropout_ref(x, 3, 0.25, 9, 2, ids, offsets, 5)
+    want = torch.nn.functional.layer_norm(masked + residual, (96,), weight, bias, 1e-5)
+    torch.testing.assert_close(dropout_add_layer_norm(x, residual, weight, bias, 1e-5, 0.25, 9, 2, ids, offsets, 5), want)
+
+
+def attention_case(lengths, heads, key_heads, head_dim, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = sum(lengths)
+    query = torch.randn(len(lengths), heads * head_dim, generator=generator)
+    key, value = (torch.randn(tokens, key_heads * head_dim, generator=generator) for _ in range(2))
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    ids = torch.randint(0, 2**32, (len(lengths),), generator=generator)
+    positions = torch.tensor([n - 1 for n in lengths], dtype=torch.int64)
+    bias = torch.randn(heads, max(lengths, default=0) + 3, generator=generator)
+    return query, key, value, starts, ids, positions, bias
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 70), max_size=4),
+    heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]),
+    head_dim=st.sampled_from([4, 32, 33]),
+    with_bias=st.booleans(),
+    plain=st.booleans(),
+    samples=st.integers(0, 4),
+    p=st.sampled_from([0.0, 0.1, 0.6]),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_attention_equals_its_reference(lengths, heads, head_dim, with_bias, plain, samples, p, seed):
+    samples = samples or int(not plain)
+    query, key, value, starts, ids, positions, bias = attention_case(lengths, *heads, head_dim, seed % 2**31)
+    bias = bias if with_bias else None
+    common = (starts, heads[0], head_dim**-0.5, samples, p, seed, 7, ids, positions)
+    got = one_query_attention(query, key, value, *common, bias, 2, plain)
+    want = one_query_attention_ref(
+        query.double(), key.double(), value.double(), *common, None if bias is None else bias.double(), 2, plain
+    )
+    assert got.shape == (samples + plain, *query.shape)
+    torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=1e-5)
+
+
+def test_attention_is_the_row_of_the_whole_layer():
+    """The masks are those of the full [H, L, L] probabilities at the row of the query, and so is the result."""
+    length, heads, head_dim, samples = 9, 3, 8, 2
+    query, key, value, starts, ids, positions, _ = attention_case([length], heads, heads, head_dim, 1)
+    scores = torch.einsum("hd,lhd->hl", query.view(heads, head_dim), key.view(length, heads, head_dim)) * 0.3
+    first = (torch.arange(heads) * ATTENTION_STRIDE + positions[0]) * ATTENTION_STRIDE
+    keep = keep_mask_ref(samples, length, 0.5, 11, 4, ids.expand(heads), first)
+    want = torch.einsum("khl,lhd->khd", keep * 2.0 * scores.softmax(-1), value.view(length, heads, head_dim))
+    got = one_query_attention(query, key, value, starts, heads, 0.3, samples, 0.5, 11, 4, ids, positions)
+    torch.testing.assert_close(got[:, 0], want.reshape(samples, -1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"starts": torch.tensor([0, 0, 5])}, "rise strictly"),
+        ({"starts": torch.tensor([0, 5])}, "rise strictly"),
+        ({"num_heads": 3}, "do not share"),
+        ({"position_bias": torch.zeros(2, 2)}, "shorter than the longest"),
+        ({"example_ids": torch.zeros(3, dtype=torch.int64)}, "example_ids"),
+        ({"p": 1.0}, "drops everything"),
+    ],
+)
+def test_attention_refuses_what_does_not_fit(change, message):
+    arguments = {
+        "query": torch.randn(2, 8), "key": torch.randn(5, 8), "value": torch.randn(5, 8), "starts": torch.tensor([0, 2, 5]),
+        "num_heads": 2, "scaling": 0.5, "num_samples": 2, "p": 0.1, "seed": 1, "site": 0, "example_ids": torch.arange(2),
+        "query_positions": torch.zeros(2, dtype=torch.int64),
+    } | change  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        one_query_attention(**arguments)
+
+
+def test_layer_norm_refuses_a_residual_that_does_not_fit():
+    x, _, weight, bias, ids, offsets = layer_norm_case(2, 3, 8, True, 0)
+    with pytest.raises(ValueError, match="residual"):
+        dropout_add_layer_norm(x, torch.zeros(4, 8), weight, bias, 1e-5, 0.1, 1, 0, ids, offsets)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_registration(plain):
+    x, residual, weight, bias, ids, offsets = layer_norm_case(2, 3, 16, True, 0)
+    torch.library.opcheck(
+        torch.ops.muka_fast.dropout_add_layer_norm, (x, residual, weight, bias, 1e-5, 0.1, -5, 0, ids, offsets, 0, plain)
+    )
+    query, key, value, starts, ids, positions, bias = attention_case([3, 5], 2, 2, 4, 0)
+    torch.library.opcheck(
+        torch.ops.muka_fast.one_query_attention,
+        (query, key, value, starts, 2, 0.5, 2, 0.1, -5, 0, ids, positions, bias, 0, plain),
+    )
