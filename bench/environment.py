@@ -1,0 +1,81 @@
+"""What every result is kept with: machine, versions, commit and command; and where it is kept."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("muka-fast", "torch", "transformers", "triton", "deepspeed", "numpy")
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:  # not Linux
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def git(*arguments: str) -> str:
+    """What git prints, or "" outside a checkout."""
+    done = subprocess.run(["git", "-C", str(RESULTS.parent), *arguments], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def environment() -> dict:
+    """Machine, versions, commit ("+" where the tree was changed) and command, ready for JSON."""
+    changed = bool(git("status", "--porcelain", "--untracked-files=no"))
+    return {
+        "date": date.today().isoformat(),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions(),
+        "commit": git("rev-parse", "--short", "HEAD") + ("+" if changed else ""),
+        "command": " ".join(["python", *(Path(arg).name if Path(arg).is_absolute() else arg for arg in sys.argv)]),
+    }
+
+
+def machine_name(device: str = "cpu") -> str:
+    """Short name for file names: "h200" for a GPU, else the processor and its cores, such as "epyc-2c"."""
+    if device == "cuda":
+        return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower().replace("nvidia", "")).strip("-").split("-")[0]
+    family = re.search(r"epyc|xeon|core|ryzen|apple|graviton|neoverse", cpu_model().lower())
+    return f"{family[0] if family else platform.machine()}-{os.cpu_count()}c"
+
+
+def environment_lines(env: dict) -> str:
+    """The environment as the last lines of a Markdown result."""
+    packages = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+    machine = env["gpu"] or f"{env['cpu']}, {env['cores']} cores, {env['torch_threads']} torch threads"
+    return f"\nMeasured {env['date']} on {machine}; {packages}; commit {env['commit']}.\n\n    {env['command']}\n"
+
+
+def keep(stem: str, results: object, markdown: str, device: str = "cpu", folder: Path = RESULTS) -> Path:
+    """Write `<stem>_<machine>_<yyyymm>.json` and `.md` with the environment; returns the Markdown's path."""
+    env = environment()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem}_{machine_name(device)}_{date.today():%Y%m}.md"
+    path.with_suffix(".json").write_text(json.dumps({"environment": env, "results": results}, indent=1) + "\n")
+    path.write_text(markdown.rstrip() + "\n" + environment_lines(env))
+    return path
