@@ -1,0 +1,290 @@
+"""From texts to batches: texts with stable example ids, token ids packed per tokenizer, batches with little padding.
+
+Shapes: n texts; B texts of a batch; L tokens of its longest text.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from muka_fast.console import log, progress
+from muka_fast.errors import UserError
+from muka_fast.readers import Columns, Row, read_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Texts per call of the tokenizer: enough to keep its threads busy, few enough for small Python lists.
+TOKENIZE_CHUNK = 2048
+# A token stands for less than 64 characters nearly everywhere; `_cut` checks it for each text that is cut.
+CHARS_PER_TOKEN = 64
+HASH_CHUNK = 65536
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """Texts of one source.
+
+    Attributes:
+        texts: the n texts that are not blank, in source order.
+        labels: their n labels, or None where the source has no label for every text.
+        example_ids: int64 [n], row of each text in its source; blank rows are counted, so skipping shifts no id.
+        source: file or data set name as given.
+        fingerprint: SHA-256 (hex) over example ids and texts.
+        num_blank: rows skipped because their text is empty, white space or null.
+    """
+
+    texts: list[str]
+    labels: list[str] | None
+    example_ids: np.ndarray
+    source: str
+    fingerprint: str
+    num_blank: int
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def read_texts(
+    source: str | Path,
+    *,
+    text_column: str = "text",
+    label_column: str = "label",
+    need_labels: bool = False,
+    limit: int | None = None,
+    split: str = "train",
+) -> TextSet:
+    """Read texts from a .jsonl, .json, .csv, .tsv, .parquet or .txt file (also .gz), or a hub data set `owner/name[:split]`.
+
+    Files are UTF-8. A .txt file holds one text per line. Labels are read wherever every text has one; whole numbers
+    become text. Memory is linear in the texts kept, nothing else of a row stays.
+
+    Args:
+        need_labels: refuse a source that lacks a label somewhere.
+        limit: stop after this many non-blank texts.
+        split: split of a hub data set that names none.
+
+    Raises:
+        UserError: one line with file, line, what is wrong and the way out.
+    """
+    name = str(source)
+    rows = read_rows(name, Columns(text_column, label_column, need_labels), split)
+    texts: list[str] = []
+    labels: list[str] | None = []
+    example_ids = array("q")
+    distinct: dict[str, str] = {}
+    num_blank = 0
+    for index, row in enumerate(rows):
+        if row.text is None or (isinstance(row.text, str) and not row.text.strip()):
+            num_blank += 1
+            continue
+        if not isinstance(row.text, str):
+            place = f"{name}, line {row.line}: column '{text_column}'"
+            raise UserError(f"{place} holds {type(row.text).__name__} ({str(row.text)[:40]}), not text")
+        label = _label_name(row, f"{name}, line {row.line}", label_column, need_labels) if labels is not None else None
+        if label is None:
+            labels = None
+        elif labels is not None:
+            labels.append(distinct.setdefault(label, label))
+        texts.append(_encodable(row.text))
+        example_ids.append(index)
+        if len(texts) == limit:
+            break
+    if not texts:
+        raise UserError(f"{name}: no text in it ({num_blank} blank rows)")
+    if num_blank:
+        log.warning("%s: %d blank texts skipped", name, num_blank)
+    ids = np.array(example_ids, dtype=np.int64)
+    return TextSet(texts, labels, ids, name, _fingerprint(ids, texts), num_blank)
+
+
+def _label_name(row: Row, place: str, column: str, needed: bool) -> str | None:
+    """A label as text; None where there is none and none is needed."""
+    label = row.label
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    missing = label is None or label == "" or (isinstance(label, float) and label != label)
+    if missing:
+        if needed:
+            raise UserError(f"{place}: column '{column}' holds no label, and labels are needed here")
+        return None
+    if isinstance(label, str):
+        return label
+    if isinstance(label, int) and not isinstance(label, bool):
+        return str(label)
+    if needed:
+        found = f"{type(label).__name__} ({str(label)[:40]})"
+        raise UserError(f"{place}: column '{column}' holds {found}: a label is text or a whole number")
+    return None
+
+
+def _encodable(text: str) -> str:
+    """JSON can hold halves of surrogate pairs, which no tokenizer takes: they become U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _fingerprint(example_ids: np.ndarray, texts: Sequence[str]) -> str:
+    """SHA-256 over ids, lengths and texts, chunk by chunk (10 million small updates would take half a minute)."""
+    digest = hashlib.sha256()
+    for start in range(0, len(texts), HASH_CHUNK):
+        chunk = texts[start : start + HASH_CHUNK]
+        digest.update(example_ids[start : start + HASH_CHUNK].astype("<i8").tobytes())
+        digest.update(np.array([len(text) for text in chunk], dtype="<i8").tobytes())
+        digest.update("".join(chunk).encode("utf-8"))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of n texts, packed: text i is ids[offsets[i]:offsets[i + 1]] (int32; offsets int64 [n + 1])."""
+
+    ids: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [n], tokens of each text, special tokens included."""
+        return np.diff(self.offsets)
+
+
+def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_length: int) -> Tokens:
+    """Token ids of every text, special tokens included, cut to `max_length` tokens as the tokenizer cuts.
+
+    A text that gives no token at all (control characters only) becomes one unknown token, so that every text has a row.
+
+    Raises:
+        UserError: max_length leaves no room beside the special tokens.
+    """
+    limit = getattr(tokenizer, "model_max_length", None) or max_length
+    if max_length > limit:
+        log.warning("--max_length %d exceeds what the tokenizer allows: texts are cut to %d tokens", max_length, limit)
+        max_length = limit
+    if max_length <= tokenizer.num_special_tokens_to_add():
+        raise UserError(f"--max_length {max_length}: leaves no room beside the special tokens of the tokenizer")
+    chunks, lengths = [], np.empty(len(texts), dtype=np.int64)
+    num_empty = 0
+    with progress(len(texts), "tokenising") as bar:
+        for start in range(0, len(texts), TOKENIZE_CHUNK):
+            chunk = [_cut(tokenizer, text, max_length) for text in texts[start : start + TOKENIZE_CHUNK]]
+            rows = _token_ids(tokenizer, chunk, max_length)
+            for i, row in enumerate(rows):
+                if not row:
+                    rows[i] = [_stand_in(tokenizer)]
+                    num_empty += 1
+            sizes = [len(row) for row in rows]
+            lengths[start : start + len(rows)] = sizes
+            chunks.append(np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=sum(sizes)))
+            bar.advance(len(rows))
+    if num_empty:
+        log.warning("%d texts give no token (control characters only): each is read as one unknown token", num_empty)
+    ids = np.concatenate(chunks) if chunks else np.empty(0, dtype=np.int32)
+    return Tokens(ids, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+
+
+def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_length: int) -> list[list[int]]:
+    options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False}
+    return tokenizer(texts, truncation=True, max_length=max_length, padding=False, **options)["input_ids"]
+
+
+def _cut(tokenizer: "PreTrainedTokenizerBase", text: str, max_length: int) -> str:
+    """The part of a very long text that decides its first `max_length` tokens, so that the rest is never tokenised.
+
+    The part ends at white space and must give at least twice `max_length` tokens, else it is doubled. Tokens depend on
+    text far behind them in no common tokenizer, so the cut changes no token that is kept. A tokenizer that truncates
+    on the left keeps the end of the text.
+    """
+    size = max_length * CHARS_PER_TOKEN
+    from_left = getattr(tokenizer, "truncation_side", "right") == "left"
+    while len(text) > size:
+        part = text[-size:] if from_left else text[:size]
+        words = part.split(maxsplit=1) if from_left else part.rsplit(maxsplit=1)
+        if len(words) == 2 and len(words[0 if from_left else 1]) < size // 2:
+            part = words[1 if from_left else 0]
+        if len(_token_ids(tokenizer, [part], 2 * max_length)[0]) >= 2 * max_length:
+            return part
+        size *= 2
+    return text
+
+
+def _stand_in(tokenizer: "PreTrainedTokenizerBase") -> int:
+    for token_id in (tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        if token_id is not None:
+            return token_id
+    return 0
+
+
+def token_budget_batches(lengths: np.ndarray, token_budget: int, max_texts: int | None = None) -> list[np.ndarray]:
+    """Cut all texts, longest first, into batches of at most `token_budget` padded tokens.
+
+    Args:
+        lengths: [n] tokens per text.
+        token_budget: bound of B * L; a single text may exceed it.
+        max_texts: bound of B.
+
+    Returns:
+        int64 row indices per batch; each row occurs once. The longest texts come first: where memory does not suffice,
+        it shows at once, and the time left is not underestimated.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        size = max(1, token_budget // max(1, int(lengths[order[start]])))
+        size = min(size, max_texts) if max_texts else size
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, window: int = 50) -> list[np.ndarray]:
+    """Batches of one training epoch: random, yet of texts of similar length. A pure function of its arguments.
+
+    All rows are shuffled, each run of window * batch_size rows is sorted by length and cut, then the batches are
+    shuffled. Batches hold exactly `batch_size` rows; what remains, a random rest, is the last and smaller one.
+
+    Returns:
+        int64 row indices per batch; each row occurs once.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    # Raw bits: numpy keeps the stream of a bit generator across versions, not that of its permutations.
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
+    order = np.argsort(bits.random_raw(len(lengths)), kind="stable")
+    num_full = len(order) // batch_size
+    batches = []
+    for start in range(0, num_full * batch_size, window * batch_size):
+        rows = order[start : min(start + window * batch_size, num_full * batch_size)]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    batches = [batches[i] for i in np.argsort(bits.random_raw(num_full), kind="stable")]
+    rest = order[num_full * batch_size :]
+    return [*batches, rest] if len(rest) else batches
+
+
+def collate(tokens: Tokens, rows: np.ndarray, pad_id: int) -> dict[str, torch.Tensor]:
+    """Pad the texts `rows` on the right to the longest of them: input_ids and attention_mask, int64 [B, L]."""
+    rows = np.asarray(rows, dtype=np.int64)
+    lengths = tokens.lengths[rows]
+    mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    input_ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    input_ids[mask] = np.concatenate([tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]] for row in rows])
+    return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+
+
+def padding_share(lengths: np.ndarray, batches: Sequence[np.ndarray]) -> float:
+    """Share of padding among the tokens of all batches, in [0, 1)."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    padded = sum(int(lengths[rows].max()) * len(rows) for rows in batches)
+    return 1 - sum(int(lengths[rows].sum()) for rows in batches) / padded if padded else 0.0

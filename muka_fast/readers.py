@@ -1,0 +1,222 @@
+"""Rows of text files and hub data sets, one at a time, with the place of every fault."""
+
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from muka_fast.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.\[\]%+-]+))?")
+UTF8_BOM = b"\xef\xbb\xbf"
+UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+# One text may be a whole book; the csv module stops at 128 kB unless told otherwise.
+MAX_FIELD_CHARS = 2**31 - 1
+
+
+class Row(NamedTuple):
+    """One row: `line` is the 1-based line (or record) it starts at; values are as found, None where there is none."""
+
+    line: int
+    text: Any
+    label: Any
+
+
+class Columns(NamedTuple):
+    """The columns to read."""
+
+    text: str
+    label: str
+    need_labels: bool
+
+
+def read_rows(source: str, columns: Columns, split: str) -> Iterator[Row]:
+    """Rows of a file (.jsonl .json .csv .tsv .parquet .txt, also .gz) or of a hub data set `owner/name[:split]`.
+
+    Raises:
+        UserError: no such file, a folder, an unknown kind of file, an empty or damaged one, a missing column.
+    """
+    path = Path(source)
+    kind = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
+    if not path.exists():
+        hub = HUB_NAME.fullmatch(source)
+        if hub and kind not in SUFFIXES and not path.parent.is_dir():
+            return _hub_rows(hub[1], hub[2] or split, columns)
+        raise UserError(f"{source}: no such file (a hub data set is named owner/name)")
+    if path.is_dir():
+        raise UserError(f"{source}: is a folder, a file is expected ({' '.join(SUFFIXES)})")
+    if kind not in SUFFIXES:
+        raise UserError(f"{source}: unknown kind of file '{path.suffix}': use one of {' '.join(SUFFIXES)}")
+    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows, ".txt": _txt_rows}
+    return _guarded(source, path, readers.get(kind, _csv_rows)(path, columns))
+
+
+def _guarded(source: str, path: Path, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows, with what the operating system or gzip says turned into one line."""
+    try:
+        if path.stat().st_size == 0:
+            raise UserError(f"{source}: the file is empty")
+        yield from rows
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{source}: damaged gzip file ({error})") from error
+    except OSError as error:
+        raise UserError(f"{source}: {error.strerror or error}") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines as text, line ends kept. Decoded one by one, so that a wrong byte is reported with its line."""
+    with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if number == 1:
+                if raw.startswith(UTF16_BOMS):
+                    way_out = f"convert it: iconv -f UTF-16 -t UTF-8 {path.name}"
+                    raise UserError(f"{path}: the file is UTF-16, not UTF-8: {way_out}")
+                raw = raw.removeprefix(UTF8_BOM)
+            try:
+                yield number, raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                place = f"line {number}: byte {error.start + 1} of the line (0x{raw[error.start]:02x}) is not UTF-8"
+                way_out = f"convert the file, e.g. iconv -f LATIN1 -t UTF-8 {path.name}"
+                raise UserError(f"{path}, {place}: {way_out}") from error
+
+
+def _missing_column(place: str, column: str, have: list[str], option: str) -> UserError:
+    names = ", ".join(f"'{name[:40]}'" for name in have[:12]) + (", ..." if len(have) > 12 else "")
+    return UserError(f"{place}: no column '{column}'; there are: {names or 'none'}; name the right one with --{option}")
+
+
+def _pick(record: Any, place: str, columns: Columns) -> tuple[Any, Any]:
+    """Text and label of a JSON object."""
+    if not isinstance(record, dict):
+        raise UserError(f'{place}: an object like {{"{columns.text}": "..."}} is expected, found {_kind(record)}')
+    if columns.text not in record:
+        raise _missing_column(place, columns.text, list(record), "text_column")
+    if columns.need_labels and columns.label not in record:
+        raise _missing_column(place, columns.label, list(record), "label_column")
+    return record[columns.text], record.get(columns.label)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
+
+
+def _jsonl_rows(path: Path, columns: Columns) -> Iterator[Row]:
+    for number, line in _lines(path):
+        if not line.strip():
+            yield Row(number, None, None)
+            continue
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
+            raise UserError(f"{path}, line {number}: not valid JSON ({reason})") from error
+        yield Row(number, *_pick(record, f"{path}, line {number}", columns))
+
+
+def _json_rows(path: Path, columns: Columns) -> Iterator[Row]:
+    """A list of objects, read as a whole (.jsonl is the format for large sets)."""
+    content = "".join(line for _, line in _lines(path))
+    try:
+        records = json.loads(content)
+    except (json.JSONDecodeError, RecursionError) as error:
+        if content.lstrip().startswith("{") and "Extra data" in str(error):
+            raise UserError(f"{path}: holds one object per line: rename it to {path.stem}.jsonl") from error
+        line = getattr(error, "lineno", 1)
+        raise UserError(f"{path}, line {line}: not valid JSON ({getattr(error, 'msg', 'too deep')})") from error
+    if not isinstance(records, list):
+        raise UserError(f"{path}: a list of objects is expected, found {_kind(records)}")
+    for number, record in enumerate(records, 1):
+        yield Row(number, *_pick(record, f"{path}, record {number}", columns))
+
+
+def _csv_rows(path: Path, columns: Columns) -> Iterator[Row]:
+    """Comma- or tab-separated with a header; quotes as in spreadsheets, also around line breaks."""
+    csv.field_size_limit(MAX_FIELD_CHARS)
+    delimiter = "\t" if ".tsv" in path.suffixes[-2:] else ","
+    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
+    start = 1
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        if columns.text not in header:
+            raise _missing_column(f"{path}, line 1", columns.text, header, "text_column")
+        if columns.need_labels and columns.label not in header:
+            raise _missing_column(f"{path}, line 1", columns.label, header, "label_column")
+        text_at = header.index(columns.text)
+        label_at = header.index(columns.label) if columns.label in header else None
+        start = reader.line_num + 1
+        for fields in reader:
+            if fields and len(fields) != len(header):
+                found = f"{len(fields)} fields where the header has {len(header)}"
+                raise UserError(f"{path}, line {start}: {found}: quote fields that hold a separator")
+            label = fields[label_at] if fields and label_at is not None else None
+            yield Row(start, fields[text_at] if fields else None, label or None)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        way_out = 'double every quote inside of a quoted field ("") or use .jsonl'
+        raise UserError(f"{path}, line {start}: {error}: {way_out}") from error
+
+
+def _txt_rows(path: Path, columns: Columns) -> Iterator[Row]:
+    if columns.need_labels:
+        raise UserError(f"{path}: a .txt file has no labels, which are needed here: use .jsonl, .csv, .tsv or .parquet")
+    for number, line in _lines(path):
+        yield Row(number, line.rstrip("\r\n"), None)
+
+
+def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        have = file.schema_arrow.names
+        if columns.text not in have:
+            raise _missing_column(str(path), columns.text, have, "text_column")
+        if columns.need_labels and columns.label not in have:
+            raise _missing_column(str(path), columns.label, have, "label_column")
+        wanted = [columns.text] + [columns.label] * (columns.label in have and columns.label != columns.text)
+        number = 0
+        for batch in file.iter_batches(batch_size=4096, columns=wanted):
+            texts = batch.column(columns.text).to_pylist()
+            labels = batch.column(columns.label).to_pylist() if columns.label in have else [None] * len(texts)
+            for text, label in zip(texts, labels, strict=True):
+                number += 1
+                yield Row(number, text, label)
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: damaged parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _hub_rows(name: str, split: str, columns: Columns) -> Iterator[Row]:
+    """Rows of a public data set; labels stored as class numbers come back under their names."""
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        data = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{name}: no such file, and not to be had as a hub data set, split '{split}': {reason}"
+        ) from error
+    have = data.column_names
+    if columns.text not in have:
+        raise _missing_column(name, columns.text, have, "text_column")
+    if columns.need_labels and columns.label not in have:
+        raise _missing_column(name, columns.label, have, "label_column")
+    feature = data.features.get(columns.label)
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    wanted = [columns.text] + [columns.label] * (columns.label in have and columns.label != columns.text)
+    number = 0
+    for batch in data.select_columns(wanted).iter(batch_size=4096):
+        labels = batch.get(columns.label, [None] * len(batch[columns.text]))
+        for text, label in zip(batch[columns.text], labels, strict=True):
+            number += 1
+            # -1 is how hub sets say "no label".
+            hidden = names is not None and label is not None and label < 0
+            yield Row(number, text, None if hidden else names[label] if names and label is not None else label)
