@@ -1,0 +1,286 @@
+"""What lies in a Hugging Face classifier folder, read without torch: configuration, labels, weight files, fingerprint.
+
+Every fault is a UserError in one line that names the folder or file and the way out. No pickle is ever opened and no
+code of a model repository is ever run.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from muka_fast.errors import UserError
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
+TOKENIZER_FILES += ("sentencepiece.bpe.model",)
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+WAY_TO_SAFETENSORS = (
+    "if you trust its source, convert it once: "
+    "AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(folder)"
+)
+DTYPE_BITS = {"F4": 4, "BOOL": 8, "I8": 8, "U8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32}
+DTYPE_BITS |= {"F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
+# What may change without changing a single logit.
+VOLATILE_KEYS = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "id2label", "label2id"}
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a safetensors file: where its bytes lie."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int  # absolute, bytes
+    stop: int
+
+
+def resolve_folder(source: str | Path, what: str = "teacher") -> Path:
+    """The local folder of a model: the path itself, else a snapshot from the hub (safetensors and texts only)."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{what} {source}: this is a file; give the folder that holds config.json and the weights")
+    if not HUB_NAME.fullmatch(str(source)) or str(source).startswith("."):
+        raise UserError(f"{what} {source}: no such folder; check the path")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        wanted = {"allow_patterns": list(HUB_FILES), "ignore_patterns": "*/*"}
+        return Path(snapshot_download(str(source), etag_timeout=10, **wanted))
+    except RepositoryNotFoundError:
+        reason = "and the hub has no public model of this name"
+    except LocalEntryNotFoundError:
+        reason = "and the hub is out of reach (offline?) with no cached copy here"
+    except (OSError, ValueError) as error:
+        reason = f"and the hub refused: {first_line(error)}"
+    raise UserError(f"{what} {source}: no such folder, {reason}; check the path or the name")
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-blank line of an error's text, without the final period."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def read_json(file: Path, what: str) -> dict:
+    """A JSON object from a file of a model folder."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what}: {file} is not readable JSON ({first_line(error)}); save the model again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{what}: {file} does not hold a JSON object; save the model again")
+    return content
+
+
+def read_config(folder: Path, what: str) -> dict:
+    """config.json of a model folder, as it is written there."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{what}: no config.json in {folder}; point to a folder written by save_pretrained")
+    return read_json(file, what)
+
+
+def config_labels(config: dict, what: str) -> list[str]:
+    """The label names in the order of the logits; LABEL_n where the configuration names none.
+
+    Raises UserError where id2label has gaps, contradicts num_labels or holds a blank name.
+    """
+    id2label = config.get("id2label")
+    if id2label is None:
+        count = config.get("num_labels", 2)
+        if not isinstance(count, int) or count < 1:
+            raise UserError(f"{what}: num_labels in config.json is {count!r}; it must be a whole number from 1 up")
+        return [f"LABEL_{index}" for index in range(count)]
+    try:
+        named = {int(index): name for index, name in id2label.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f"{what}: id2label in config.json must map 0, 1, ... to names") from None
+    if not named or sorted(named) != list(range(len(named))):
+        missing = sorted(set(range(max(named, default=0) + 1)) - set(named))[:3]
+        raise UserError(
+            f"{what}: id2label in config.json must number the labels 0..{max(len(named) - 1, 0)} without gaps"
+            f"{f' (missing: {missing})' if missing else ''}; correct the file"
+        )
+    if config.get("num_labels", len(named)) != len(named):
+        raise UserError(f"{what}: config.json says num_labels {config['num_labels']} but names {len(named)} labels")
+    names = [str(named[index]) for index in range(len(named))]
+    blank = [index for index, name in enumerate(names) if not name.strip()]
+    if blank:
+        raise UserError(f"{what}: label {blank[0]} has a blank name in id2label of config.json; give it a name")
+    return names
+
+
+def check_classifier(config: dict, what: str) -> list[str]:
+    """The labels of a single-label classifier; UserError for every other kind of model.
+
+    One class is allowed, but one unnamed class without a problem type is how transformers spells regression.
+    """
+    auto_map = config.get("auto_map") or {}
+    if any(str(key).startswith(("AutoModel", "AutoConfig")) for key in auto_map):
+        raise UserError(
+            f"{what}: the model needs code from its own repository (auto_map in config.json), which is never run here; "
+            "use a model that transformers itself supports"
+        )
+    architectures = config.get("architectures") or []
+    if architectures and not any(str(name).endswith("ForSequenceClassification") for name in architectures):
+        raise UserError(
+            f"{what}: {architectures[0]} is not a sequence classifier; fine-tune it first (`muka-fast teach --encoder`)"
+        )
+    problem = config.get("problem_type")
+    labels = config_labels(config, what)
+    if problem == "regression" or (problem is None and labels == ["LABEL_0"]):
+        raise UserError(
+            f"{what}: it has a regression head (one output, no class); only single-label classifiers merge "
+            "(a true one-class teacher names its class in id2label of config.json)"
+        )
+    if problem == "multi_label_classification":
+        raise UserError(
+            f"{what}: it has a multi-label head (problem_type in config.json); only single-label classifiers merge"
+        )
+    if problem not in (None, "single_label_classification"):
+        raise UserError(f"{what}: problem_type in config.json is {problem!r}, not single_label_classification")
+    return labels
+
+
+def check_tokenizer_files(folder: Path, what: str) -> None:
+    """Refuse a folder without a tokenizer, or with one that runs its own code."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"{what}: no tokenizer in {folder}; add it with tokenizer.save_pretrained({str(folder)!r})")
+    file = folder / "tokenizer_config.json"
+    if file.is_file() and read_json(file, what).get("auto_map"):
+        raise UserError(f"{what}: its tokenizer needs code from its own repository (auto_map), which is never run here")
+
+
+def weight_files(folder: Path, what: str, stem: str = "model") -> list[Path]:
+    """The safetensors files of a folder, in name order: one file, or the shards of its index."""
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        weight_map = read_json(index, what).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{what}: {index} has no weight_map; save the model again")
+        files = [folder / name for name in sorted(set(map(str, weight_map.values())))]
+        for file in files:
+            if file.parent != folder or not file.is_file():
+                raise UserError(f"{what}: shard {file} of {index.name} is missing; copy or download it again")
+        return files
+    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+    pickles = [name for name in pickles if name != "training_args.bin"]
+    if pickles:
+        raise UserError(
+            f"{what}: only a pickle ({pickles[0]}) in {folder}, which is never opened here; {WAY_TO_SAFETENSORS}"
+        )
+    raise UserError(f"{what}: no {single.name} in {folder}; save the model with save_pretrained")
+
+
+def read_header(file: Path, what: str) -> list[TensorEntry]:
+    """The tensors of one safetensors file; UserError naming the file where header and size do not fit together."""
+
+    def broken(reason: str) -> UserError:
+        return UserError(f"{what}: {file} is truncated or corrupt ({reason}); copy or download it again")
+
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+            raise broken("no safetensors header")
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            entries = []
+            for name, item in header.items():
+                start, stop = item["data_offsets"]
+                where = (8 + length + int(start), 8 + length + int(stop))
+                shape = tuple(int(extent) for extent in item["shape"])
+                entries.append(TensorEntry(name, str(item["dtype"]), shape, file, *where))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise broken("the header is not valid") from None
+    position = 8 + length
+    for entry in sorted(entries, key=lambda entry: (entry.start, entry.stop)):
+        if entry.start != position or entry.stop - entry.start != tensor_bytes(entry):
+            raise broken(f"tensor {entry.name} has wrong offsets")
+        position = entry.stop
+    if position != size:
+        raise broken(f"{size} bytes, {position} expected")
+    return entries
+
+
+def tensor_bytes(entry: TensorEntry) -> int:
+    """Bytes that dtype and shape ask for; -1 for an unknown dtype."""
+    bits = DTYPE_BITS.get(entry.dtype)
+    if bits is None or any(extent < 0 for extent in entry.shape):
+        return -1
+    for extent in entry.shape:
+        bits *= extent
+    return bits // 8
+
+
+def read_tensors(folder: Path, what: str, stem: str = "model") -> dict[str, TensorEntry]:
+    """Every tensor of a folder's weights by name, files checked; nothing but headers is read."""
+    tensors: dict[str, TensorEntry] = {}
+    for file in weight_files(folder, what, stem):
+        tensors |= {entry.name: entry for entry in read_header(file, what)}
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file() and not (folder / f"{stem}.safetensors").is_file():
+        lost = sorted(set(read_json(index, what)["weight_map"]) - set(tensors))
+        if lost:
+            raise UserError(f"{what}: {index} lists {lost[0]}, which no shard holds; copy or download the shards again")
+    return tensors
+
+
+def fingerprint(config: dict, labels: Sequence[str], tensors: dict[str, TensorEntry], what: str) -> str:
+    """sha256 (hex) over the configuration, the labels and every weight's name, dtype, shape and bytes.
+
+    Neither the split into shards nor the order in a file enters, so the same model saved twice is recognised.
+    """
+    essentials = {key: value for key, value in config.items() if key not in VOLATILE_KEYS}
+    head = json.dumps([essentials, list(labels)], sort_keys=True, ensure_ascii=False)
+    digest = hashlib.sha256(head.encode())
+    for name in sorted(tensors):
+        entry = tensors[name]
+        digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())
+        for block in tensor_blocks(entry, what):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tensor_blocks(entry: TensorEntry, what: str) -> Iterator[bytes]:
+    """The bytes of one tensor, in blocks of at most 16 MiB."""
+    with entry.file.open("rb") as stream:
+        stream.seek(entry.start)
+        left = entry.stop - entry.start
+        while left:
+            block = stream.read(min(left, 1 << 24))
+            if not block:
+                raise UserError(f"{what}: {entry.file} became shorter while it was read; copy or download it again")
+            left -= len(block)
+            yield block
+
+
+def file_state(folder: Path) -> tuple:
+    """Names, sizes and times of a folder's JSON and safetensors files: changes when a fingerprint could change."""
+    files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+    return tuple((file.name, *(lambda s: (s.st_size, s.st_mtime_ns, s.st_ino))(file.stat())) for file in files)
+
+
+def folder_fingerprint(folder: Path, what: str) -> str:
+    """The fingerprint of a plain classifier folder; computed once per process as long as its files do not change."""
+    return _folder_fingerprint(folder.resolve(), what, file_state(folder))
+
+
+@cache
+def _folder_fingerprint(folder: Path, what: str, _state: tuple) -> str:
+    config = read_config(folder, what)
+    return fingerprint(config, check_classifier(config, what), read_tensors(folder, what), what)

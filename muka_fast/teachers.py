@@ -1,0 +1,307 @@
+"""Loads teachers: checks, names, fingerprints and seeds them, and settles their padding.
+
+A teacher is any single-label `*ForSequenceClassification` folder (or hub name) with safetensors weights and a
+tokenizer, or a LoRA adapter of one. Whatever else is met ends in a UserError that names the teacher and the way out.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from muka_fast import adapters, checkpoint
+from muka_fast.errors import UserError
+
+log = logging.getLogger("muka_fast")
+
+# What transformers raises for a configuration or weights it cannot use.
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError, StrictDataclassError)
+NO_LIMIT = 10**6  # a tokenizer without a length limit says 1e30
+
+
+@dataclass
+class Teacher:
+    """A loaded, frozen classifier.
+
+    tokenizer_key: equal keys turn every text into the same token ids (truncation included).
+    fingerprint: sha256 (hex) of configuration, labels and weights. seed: 64 bits, of the run's seed and the fingerprint.
+    max_length: most tokens a text may have, special tokens included.
+    """
+
+    name: str
+    path: str
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    tokenizer_key: str
+    labels: list[str]
+    fingerprint: str
+    seed: int
+    pad_id: int
+    max_length: int
+
+
+@dataclass(frozen=True)
+class TeacherFiles:
+    """What is known of a teacher before its weights are loaded."""
+
+    folder: Path
+    labels: list[str]
+    fingerprint: str
+
+
+def teacher_names(paths: Sequence[str | Path]) -> list[str]:
+    """A unique name for each path: its last part, with parents joined on ("a-model", "b-model") where two are equal.
+
+    A name depends on the set of paths, not on their order, unless the same path is given twice.
+    """
+    parts = [list(Path(path).expanduser().absolute().parts[1:]) or ["teacher"] for path in paths]
+    depth = [1] * len(parts)
+    while True:
+        names = ["-".join(part[-length:]) for part, length in zip(parts, depth, strict=True)]
+        clashing = [i for i, name in enumerate(names) if names.count(name) > 1 and depth[i] < len(parts[i])]
+        if not clashing:
+            break
+        for i in clashing:
+            depth[i] += 1
+    seen: dict[str, int] = {}
+    for i, name in enumerate(names):
+        seen[name] = seen.get(name, 0) + 1
+        names[i] = name if seen[name] == 1 else f"{name}-{seen[name]}"
+    return names
+
+
+def inspect(path: str | Path) -> TeacherFiles:
+    """Check a teacher's files without loading it: labels and fingerprint. Reads every weight once per process."""
+    what = f"teacher {path}"
+    folder = checkpoint.resolve_folder(path)
+    if adapters.is_adapter(folder):
+        labels = adapters.adapter_labels(folder, what)
+        return TeacherFiles(folder, labels, adapters.adapter_fingerprint(folder, what))
+    labels = checkpoint.check_classifier(checkpoint.read_config(folder, what), what)
+    checkpoint.check_tokenizer_files(folder, what)
+    return TeacherFiles(folder, labels, checkpoint.folder_fingerprint(folder, what))
+
+
+def read_labels(path: str | Path) -> list[str]:
+    """A teacher's label names in the order of its logits; only its configuration is read."""
+    what = f"teacher {path}"
+    folder = checkpoint.resolve_folder(path)
+    if adapters.is_adapter(folder):
+        return adapters.adapter_labels(folder, what)
+    return checkpoint.check_classifier(checkpoint.read_config(folder, what), what)
+
+
+def check_teachers(paths: Sequence[str | Path]) -> list[TeacherFiles]:
+    """Check the files of all teachers before any work starts; warns when there is only one.
+
+    Raises UserError for no teacher, for the same teacher twice (same folder or same content) and for every fault that
+    `inspect` finds.
+    """
+    if not paths:
+        raise UserError("--teachers: no teacher given; name at least one folder or hub model, better two")
+    found: dict[object, str | Path] = {}
+    files = []
+    for path in paths:
+        folder = checkpoint.resolve_folder(path).resolve()
+        if folder in found:
+            raise UserError(f"--teachers: {path} is given twice (also as {found[folder]}); name every teacher once")
+        found[folder] = path
+        files.append(inspect(path))
+        twin = found.setdefault(files[-1].fingerprint, path)
+        if twin != path:
+            raise UserError(f"--teachers: {path} and {twin} are the same model; name every teacher once")
+    if len(paths) == 1:
+        log.warning("only one teacher (%s): this is plain distillation, there is nothing to select between", paths[0])
+    return files
+
+
+def teacher_seed(run_seed: int, fingerprint: str) -> int:
+    """The 64-bit seed of a teacher's masks: it depends on what the teacher is, not on its place in the list."""
+    return int.from_bytes(hashlib.sha256(f"{run_seed}:{fingerprint}".encode()).digest()[:8], "little")
+
+
+def load_teacher(
+    path: str | Path,
+    *,
+    run_seed: int,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    name: str | None = None,
+) -> Teacher:
+    """Load one teacher: eval mode, frozen, checked, padded on the right.
+
+    dtype: of the weights in memory, whatever they are stored in. Raises UserError for every fault, naming `path`.
+    """
+    what = f"teacher {path}"
+    files = inspect(path)
+    if adapters.is_adapter(files.folder):
+        model = adapters.load_merged(files.folder, files.labels, dtype, what)
+        tokenizer_folder = adapters.tokenizer_folder(files.folder, what)
+    else:
+        model = load_classifier(files.folder, dtype, what)
+        tokenizer_folder = files.folder
+    check_finite(model, what)
+    tokenizer = load_tokenizer(tokenizer_folder, what)
+    settle_padding(model, tokenizer, what)
+    check_vocabulary(model, tokenizer, what)
+    max_length = token_limit(model, tokenizer)
+    return Teacher(
+        name=name or teacher_names([path])[0],
+        path=str(path),
+        model=model.eval().requires_grad_(False).to(device),
+        tokenizer=tokenizer,
+        tokenizer_key=tokenizer_key(tokenizer, max_length),
+        labels=files.labels,
+        fingerprint=files.fingerprint,
+        seed=teacher_seed(run_seed, files.fingerprint),
+        pad_id=tokenizer.pad_token_id,
+        max_length=max_length,
+    )
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own loading report off the screen: what matters in it is raised or logged here."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def load_classifier(folder: Path, dtype: torch.dtype, what: str) -> transformers.PreTrainedModel:
+    """The classifier of a folder, with every weight found and of the right shape."""
+    try:
+        with quiet_transformers():
+            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except LOADING_ERRORS as error:
+        raise UserError(f"{what}: transformers cannot load it: {checkpoint.first_line(error)}") from error
+    check_loading(info, what)
+    return model
+
+
+def check_loading(info: dict, what: str, supplied: frozenset[str] = frozenset()) -> None:
+    """Refuse weights that would be random or of another shape; `supplied`: names that an adapter brings."""
+    mismatched = sorted((str(key), tuple(have), tuple(want)) for key, have, want in info["mismatched_keys"])
+    mismatched = [item for item in mismatched if item[0] not in supplied]
+    if mismatched:
+        key, have, want = mismatched[0]
+        raise UserError(
+            f"{what}: {key} has shape {list(have)} in the weights, but config.json (labels, sizes) asks for "
+            f"{list(want)}; correct id2label or save the model again"
+        )
+    missing = sorted(set(info["missing_keys"]) - supplied)
+    if missing:
+        raise UserError(
+            f"{what}: the weights lack {some(missing)}, which would be random; save the whole fine-tuned classifier"
+        )
+    if info["unexpected_keys"]:
+        log.warning("%s: weights that the model does not use: %s", what, some(sorted(info["unexpected_keys"])))
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def check_finite(model: torch.nn.Module, what: str) -> None:
+    """Refuse a model with NaN or infinite weights, naming the tensor."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise UserError(
+                f"{what}: {name} holds {count} NaN or infinite of {tensor.numel()} values; use a sound checkpoint"
+            )
+
+
+def load_tokenizer(folder: Path, what: str) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a folder, padding on the right."""
+    checkpoint.check_tokenizer_files(folder, what)
+    try:
+        with quiet_transformers():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, padding_side="right"
+            )
+    except (*LOADING_ERRORS, ImportError) as error:
+        raise UserError(f"{what}: its tokenizer cannot be loaded: {checkpoint.first_line(error)}") from error
+    return tokenizer
+
+
+def settle_padding(
+    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, what: str
+) -> None:
+    """Give tokenizer and configuration the same padding token.
+
+    Order of choice: the tokenizer's, the one that config.pad_token_id names, the end-of-text token (usual for
+    decoders; said aloud).
+    """
+    config = model.config.get_text_config()
+    if tokenizer.pad_token_id is None:
+        named = tokenizer.convert_ids_to_tokens(config.pad_token_id) if isinstance(config.pad_token_id, int) else None
+        if named is None and tokenizer.eos_token is None:
+            raise UserError(f"{what}: its tokenizer has no padding token; set tokenizer.pad_token and save it again")
+        if named is None:
+            log.warning("%s: no padding token; its end-of-text token %r takes the place", what, tokenizer.eos_token)
+        tokenizer.pad_token = named or tokenizer.eos_token
+    config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def check_vocabulary(
+    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, what: str
+) -> None:
+    """Refuse a tokenizer whose ids the model cannot embed: it belongs to another model."""
+    rows = model.get_input_embeddings().num_embeddings
+    beyond = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= rows)
+    if not beyond:
+        return
+    special = set(tokenizer.all_special_ids) - {tokenizer.pad_token_id}
+    if all(id_ in special for id_, _ in beyond):
+        log.warning("%s: its model has no row for the special token %r; texts must not hold it", what, beyond[0][1])
+        return
+    raise UserError(
+        f"{what}: its tokenizer has token {beyond[0][1]!r} with id {beyond[0][0]}, but the model embeds only {rows} tokens; "
+        "copy the tokenizer that the model was trained with"
+    )
+
+
+def token_limit(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> int:
+    """Most tokens of a text: the least of what position table (or configuration) and tokenizer allow."""
+    limits = [tokenizer.model_max_length]
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            # RoBERTa's kin count positions from padding_idx + 1.
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            limits.append(module.num_embeddings - first)
+    if len(limits) == 1:
+        limits.append(getattr(model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT)
+    return int(min(*limits, NO_LIMIT))
+
+
+def tokenizer_key(tokenizer: transformers.PreTrainedTokenizerBase, max_length: int) -> str:
+    """sha256 (hex) of all that decides a text's token ids: vocabulary, rules, special tokens, truncation."""
+    if tokenizer.is_fast:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        # State left by the latest call, not a property of the tokenizer.
+        content |= {"padding": None, "truncation": None}
+    else:
+        content = [type(tokenizer).__name__, tokenizer.get_vocab(), sorted(map(str, tokenizer.init_kwargs.items()))]
+    behaviour = [content, tokenizer.truncation_side, max_length, tokenizer.pad_token_id]
+    return hashlib.sha256(json.dumps(behaviour, sort_keys=True).encode()).hexdigest()
