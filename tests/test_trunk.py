@@ -1,0 +1,246 @@
+"""Stochastic teachers: trunk and tail equal the unsplit model, whatever the batch, order, padding or memory budget."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from muka_fast import trunk
+from muka_fast.errors import UserError
+from muka_fast.ops.reference import mc_statistics_ref
+from muka_fast.sites import Masks
+from muka_fast.split import ModelSplit
+from muka_fast.teachers import Teacher
+from muka_fast.trunk import StochasticTeacher
+
+SEED = 0xFEDC_BA98_7654_3210
+K = 4
+TEXTS = 6
+EXAMPLE_IDS = torch.tensor([5, 1000, 2**32 - 1, 0, 8, 9])
+SCOPES = ("all", "last:1", "last:2", "last:3", "head")
+# What the defaults of `make_model` leave out; each name is the family it varies.
+VARIANTS = {
+    "deberta-v2": {"conv_kernel_size": 3, "share_att_key": False, "position_biased_input": True, "type_vocab_size": 2},
+    "modernbert": {"classifier_pooling": "mean"},
+    "albert": {"num_hidden_groups": 3, "inner_group_num": 2},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "electra": {"embedding_size": 16},
+    "bert": {"hidden_act": "relu", "num_attention_heads": 2},
+}
+DECODERS = ("llama", "qwen2", "qwen3")
+
+
+@pytest.fixture
+def stochastic(make_model, make_tokenizer):
+    """stochastic(family, scope, ...) -> StochasticTeacher of a random model of three layers."""
+
+    def make(family, scope, *, seed=SEED, samples=K, mc=True, mc_dropout_p=None, memory_budget_bytes=None, **config):
+        tokenizer = make_tokenizer(family)
+        model = make_model(family, "abc", layers=3, tokenizer=tokenizer, **config)
+        fields = {"path": "", "tokenizer_key": "", "fingerprint": "", "max_length": 64}
+        fields |= {"tokenizer": tokenizer, "pad_id": tokenizer.pad_token_id, "labels": list("abc")}
+        teacher = Teacher(name="news", model=model, seed=seed, **fields)
+        options = {"mc": mc, "mc_dropout_p": mc_dropout_p, "memory_budget_bytes": memory_budget_bytes}
+        return StochasticTeacher(teacher, mc_scope=scope, mc_samples=samples, **options)
+
+    return make
+
+
+@pytest.fixture
+def batch(make_tokenizer, texts):
+    def make(family):
+        chosen = [texts[0], texts[40], texts[12], texts[41], texts[22], texts[5]]  # of very different lengths
+        out = make_tokenizer(family)(chosen, return_tensors="pt", padding=True, truncation=True, max_length=20)
+        return out["input_ids"], out["attention_mask"]
+
+    return make
+
+
+def largest_difference(a, b):
+    return max((x - y).abs().max().item() for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+
+
+def unsplit_scores(teacher, ids, mask, example_ids):
+    """The whole model once per sample with only the scope's sites active; statistics of the reference."""
+    split = ModelSplit(teacher.model)
+    logits = []
+    for k in range(teacher.mc_samples):
+        masks = Masks(teacher.model, teacher.all_sites, teacher.p_of_site, teacher.teacher.seed, example_ids, 1, k)
+        logits.append(split.run(ids, mask, masks=masks))
+    mean, var, predictive, expected, *_ = mc_statistics_ref(torch.stack(logits), [0, 3])
+    with torch.inference_mode():
+        plain = teacher.model(input_ids=ids, attention_mask=mask).logits
+    return trunk.TeacherScores(plain, mean, var, predictive[:, 0], expected[:, 0])
+
+
+def check(teacher, ids, mask):
+    scores = teacher.score(ids, mask, EXAMPLE_IDS)
+    assert largest_difference(scores, unsplit_scores(teacher, ids, mask, EXAMPLE_IDS)) < 1e-5
+    assert scores.var_probs.max() > 0
+    assert all(value.dtype == torch.float32 and not value.is_inference() for value in vars(scores).values())
+    return scores
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_split_equals_unsplit(family, scope, stochastic, batch):
+    if family in DECODERS and scope == "head":
+        with pytest.raises(UserError, match=r"teacher news has no dropout site in its head.*last:1"):
+            stochastic(family, scope)
+        return
+    teacher = stochastic(family, scope)
+    assert teacher.mc_scope == scope
+    assert teacher.layer == {"all": 0, "last:1": 2, "last:2": 1, "last:3": 0, "head": 3}[scope]
+    assert teacher.reads == ("last" if family in DECODERS else "first")
+    check(teacher, *batch(family))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", VARIANTS)
+def test_split_equals_unsplit_for_other_configurations(family, scope, stochastic, batch):
+    if family in DECODERS and scope == "head":
+        pytest.skip("decoders have no site in their head")
+    teacher = stochastic(family, scope, **VARIANTS[family])
+    assert teacher.mc_scope == scope
+    if family == "modernbert":
+        assert teacher.reads is None  # the head averages all tokens
+    check(teacher, *batch(family))
+
+
+@pytest.mark.parametrize("scope", ["all", "last:2", "head"])
+def test_scores_do_not_depend_on_batch_order_or_padding(family, scope, stochastic, batch):
+    if family in DECODERS and scope == "head":
+        scope = "last:1"
+    teacher = stochastic(family, scope)
+    ids, mask = batch(family)
+    whole = teacher.score(ids, mask, EXAMPLE_IDS)
+    order = [3, 0, 5, 1, 4, 2]
+    for rows in (order[:1], order[1:3], order[3:]):
+        length = int(mask[rows].sum(1).max())
+        extra = torch.full((len(rows), 3), teacher.teacher.pad_id)
+        wider = torch.cat([ids[rows, :length], extra], 1), torch.cat([mask[rows, :length], 0 * extra], 1)
+        for inputs in ((ids[rows, :length], mask[rows, :length]), wider):
+            part = teacher.score(*inputs, EXAMPLE_IDS[rows])
+            expected = trunk.TeacherScores(*(value[rows] for value in vars(whole).values()))
+            assert largest_difference(part, expected) < 1e-5
+
+
+@pytest.mark.parametrize("scope", ["all", "last:1"])
+def test_the_memory_budget_changes_nothing(encoder_family, scope, stochastic, batch):
+    ids, mask = batch(encoder_family)
+    one, many = (stochastic(encoder_family, scope, memory_budget_bytes=budget) for budget in (1, 1 << 40))
+    assert largest_difference(one.score(ids, mask, EXAMPLE_IDS), many.score(ids, mask, EXAMPLE_IDS)) < 1e-5
+
+
+@pytest.mark.parametrize("scope", ["all", "last:1", "head"])
+def test_seed_example_and_samples_matter(scope, stochastic, batch):
+    ids, mask = batch("bert")
+    base = stochastic("bert", scope).score(ids, mask, EXAMPLE_IDS)
+    again = stochastic("bert", scope).score(ids, mask, EXAMPLE_IDS.numpy())
+    other_seed = stochastic("bert", scope, seed=SEED + 1).score(ids, mask, EXAMPLE_IDS)
+    other_id = stochastic("bert", scope).score(ids, mask, EXAMPLE_IDS + 1)
+    assert largest_difference(base, again) == 0
+    assert torch.equal(base.logits, other_seed.logits)
+    for other in (other_seed, other_id):
+        assert ((base.mean_probs - other.mean_probs).abs().amax(1) > 0).all()
+
+
+def test_one_sample(stochastic, batch):
+    scores = stochastic("bert", "last:1", samples=1).score(*batch("bert"), EXAMPLE_IDS)
+    assert scores.var_probs.abs().max() < 1e-7
+    torch.testing.assert_close(scores.predictive_entropy, scores.expected_entropy, atol=1e-6, rtol=0)
+
+
+def test_p_zero_is_refused_and_mc_dropout_p_is_the_way_out(family, stochastic, batch):
+    with pytest.raises(UserError, match=r"teacher news.*p = 0.*--mc_dropout_p"):
+        stochastic(family, "all", dropout=0.0)
+    teacher = stochastic(family, "last:1", dropout=0.0, mc_dropout_p=0.2)
+    assert {record["active_p"] for record in teacher.sites} == {0.0, 0.2}
+    check(teacher, *batch(family))
+
+
+def test_mc_dropout_p_replaces_the_probability_of_every_site_of_the_scope(stochastic):
+    records = stochastic("roberta", "last:1", mc_dropout_p=0.3).sites
+    assert [r["active_p"] for r in records if r["layer"] in (2, "head")] == [0.3] * 5
+    assert [r["active_p"] for r in records if r["layer"] not in (2, "head")] == [0.0] * 7
+    assert {r["p"] for r in records} == {0.1}
+
+
+def test_trunk_reaches_up_to_the_first_site_that_drops(stochastic, batch):
+    off = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+    teacher = stochastic("bert", "last:2", classifier_dropout=0.2, **off)
+    assert teacher.layer == 3 and teacher.fused_head is not None
+    check(teacher, *batch("bert"))
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "albert", "modernbert"])
+def test_heads_that_are_dropout_and_linear_are_fused(family, stochastic):
+    assert stochastic(family, "head").fused_head is not None
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0, -0.1, 1.5, float("nan"), 1e-9, 0.999999])
+def test_mc_dropout_p_out_of_range(p, stochastic):
+    with pytest.raises(UserError, match="--mc_dropout_p"):
+        stochastic("bert", "all", mc_dropout_p=p)
+
+
+@pytest.mark.parametrize("scope", ["last:0", "last:99", "foo"])
+def test_wrong_scopes_are_refused(scope, family, stochastic):
+    with pytest.raises(UserError, match="--mc_scope"):
+        stochastic(family, scope)
+
+
+def test_no_mc_is_one_deterministic_pass(family, stochastic, batch):
+    teacher = stochastic(family, "last:1", mc=False, dropout=0.0)
+    scores = teacher.score(*batch(family), EXAMPLE_IDS)
+    probs = scores.logits.softmax(-1)
+    torch.testing.assert_close(scores.mean_probs, probs)
+    assert scores.var_probs.abs().max() < 1e-7
+    torch.testing.assert_close(scores.predictive_entropy, -(probs * probs.log()).sum(-1), atol=1e-5, rtol=0)
+    assert {record["active_p"] for record in teacher.sites} == {0.0}
+
+
+def test_nan_logits_name_teacher_and_text(stochastic, batch):
+    teacher = stochastic("bert", "last:1")
+    ids, mask = batch("bert")
+    unknown = next(i for i in range(teacher.model.config.vocab_size) if not (ids == i).any())
+    with torch.no_grad():
+        teacher.model.bert.embeddings.word_embeddings.weight[unknown] = float("nan")
+    ids[4, 1] = unknown
+    with pytest.raises(UserError, match=r"teacher news.*NaN.*text 8"):
+        teacher.score(ids, mask, EXAMPLE_IDS)
+
+
+def test_an_architecture_that_cannot_be_split_falls_back_to_all(stochastic, batch, monkeypatch, caplog):
+    monkeypatch.setattr("muka_fast.split.layer_modules", lambda model: None)
+    with caplog.at_level(logging.WARNING, "muka_fast"):
+        teacher = stochastic("bert", "last:1")
+    assert teacher.mc_scope == "all" and "cannot be split" in caplog.text and "last:1" in caplog.text
+    check(teacher, *batch("bert"))
+
+
+def test_a_split_that_computes_something_else_is_not_used(stochastic, monkeypatch, caplog):
+    run = ModelSplit.run
+    wrong = lambda self, *args, **options: run(self, *args, **options) + (options.get("hidden") is not None)
+    monkeypatch.setattr(ModelSplit, "run", wrong)
+    with caplog.at_level(logging.WARNING, "muka_fast"):
+        assert stochastic("bert", "last:1").mc_scope == "all"
+
+
+def test_attention_of_another_kind_is_refused(stochastic, monkeypatch):
+    monkeypatch.setattr(ModelSplit, "run_eagerly", lambda self, ids, mask: torch.zeros(len(ids), 3))
+    with pytest.raises(UserError, match="attention of BertForSequenceClassification"):
+        stochastic("bert", "all")
+
+
+def test_trunk_of_another_teacher_is_taken_up(stochastic, batch):
+    ids, mask = batch("bert")
+    low, high = stochastic("bert", "last:2"), stochastic("bert", "last:1")
+    shared = low.trunk(ids, mask)
+    scores = high.finish(high.trunk(ids, mask, start=shared), ids, mask, EXAMPLE_IDS)
+    assert largest_difference(scores, high.score(ids, mask, EXAMPLE_IDS)) < 1e-5
+
+
+def test_example_ids_of_numpy(stochastic, batch):
+    scores = stochastic("bert", "head").score(*batch("bert"), np.arange(TEXTS))
+    assert scores.logits.shape == (TEXTS, 3)
