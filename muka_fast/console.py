@@ -23,6 +23,8 @@ CHATTY = (
     "torch",
 )
 PLAIN_LINE_SECONDS = 5.0
+# Shorter work gets no line of its own outside of terminals.
+QUIET_SECONDS = 2.0
 
 _state: dict[str, Any] = {"rank": 0, "console": None}
 
@@ -111,7 +113,7 @@ class Progress:
     def __exit__(self, *exc_info: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self.done > self._last_done and exc_info[0] is None:
+        elif self.done > self._last_done and exc_info[0] is None and time.monotonic() - self._start > QUIET_SECONDS:
             self._line()
 
     def __iter__(self) -> Iterator[Any]:
@@ -153,6 +155,6 @@ def progress(work: Iterable[Any] | int, description: str, unit: str = "texts") -
             bar.advance(len(batch))
 
     A bar with rate and time left on a terminal, otherwise a log line about every tenth of the way (at most one in
-    5 seconds) and one at the end; nothing on processes with rank != 0.
+    5 seconds) and one at the end of work of more than 2; nothing on processes with rank != 0.
     """
     return Progress(work, description, unit)

@@ -27,6 +27,9 @@ TOKENIZE_CHUNK = 2048
 # A token stands for less than 64 characters nearly everywhere; `_cut` checks it for each text that is cut.
 CHARS_PER_TOKEN = 64
 HASH_CHUNK = 65536
+# A batch ends early where its padding would exceed this share, but not below 1/8 of the budget: tiny batches cost more.
+MAX_PADDING = 0.08
+SMALLEST_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_lengt
 def _cut(tokenizer: "PreTrainedTokenizerBase", text: str, max_length: int) -> str:
     """The part of a very long text that decides its first `max_length` tokens, so that the rest is never tokenised.
 
-    The part ends at white space and must give at least twice `max_length` tokens, else it is doubled. Tokens depend on
+    The part ends at white space and must give at least twice `max_length` tokens, else four times as much is tried. Tokens depend on
     text far behind them in no common tokenizer, so the cut changes no token that is kept. A tokenizer that truncates
     on the left keeps the end of the text.
     """
@@ -215,7 +218,7 @@ def _cut(tokenizer: "PreTrainedTokenizerBase", text: str, max_length: int) -> st
             part = words[1 if from_left else 0]
         if len(_token_ids(tokenizer, [part], 2 * max_length)[0]) >= 2 * max_length:
             return part
-        size *= 2
+        size *= 4
     return text
 
 
@@ -227,7 +230,7 @@ def _stand_in(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 
 def token_budget_batches(lengths: np.ndarray, token_budget: int, max_texts: int | None = None) -> list[np.ndarray]:
-    """Cut all texts, longest first, into batches of at most `token_budget` padded tokens.
+    """Cut all texts, longest first, into batches of at most `token_budget` padded tokens and little padding.
 
     Args:
         lengths: [n] tokens per text.
@@ -240,10 +243,16 @@ def token_budget_batches(lengths: np.ndarray, token_budget: int, max_texts: int 
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
+    ordered = lengths[order]
     batches, start = [], 0
     while start < len(order):
-        size = max(1, token_budget // max(1, int(lengths[order[start]])))
+        longest = max(1, int(ordered[start]))
+        size = max(1, token_budget // longest)
         size = min(size, max_texts) if max_texts else size
+        tokens = np.cumsum(ordered[start : start + size])
+        padding = 1 - tokens / (longest * np.arange(1, len(tokens) + 1))
+        tight = int(np.searchsorted(padding, MAX_PADDING, side="right"))
+        size = min(size, max(tight, size // SMALLEST_BATCH, 1))
         batches.append(order[start : start + size])
         start += size
     return batches

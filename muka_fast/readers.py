@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from muka_fast.console import log
 from muka_fast.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -197,6 +198,7 @@ def _hub_rows(name: str, split: str, columns: Columns) -> Iterator[Row]:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
+    log.info("%s: no such file, looking for a hub data set of this name", name)
     try:
         data = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, HfHubHTTPError) as error:
