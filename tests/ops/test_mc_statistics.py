@@ -1,0 +1,164 @@
+"""mc_statistics against the float64 definition: odd shapes, extreme logits, NaN, strides, threads, 16-bit inputs, registration."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from muka_fast.ops import reference
+from muka_fast.ops.mc_statistics import RAW, McStatistics, mc_statistics
+
+INF = math.inf
+relaxed = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+
+def offsets_of(classes):
+    return [0, *itertools.accumulate(classes)]
+
+
+def compare(logits, offsets, check):
+    ours = mc_statistics(logits, offsets)
+    eager = McStatistics(*reference.mc_statistics_ref(logits.float(), offsets))
+    exact = McStatistics(*reference.mc_statistics_ref(logits.double(), offsets))
+    largest_entropy = math.log(max(stop - start for start, stop in itertools.pairwise(offsets))) + 1
+    for name in McStatistics._fields:
+        if name != "selected":
+            # Mutual information is the difference of two entropies, and inherits the rounding of their magnitude.
+            check(getattr(ours, name), getattr(eager, name), getattr(exact, name), scale=largest_entropy, name=name)
+    clear = ~(exact.teacher_margin.abs() <= 1e-5)  # a near tie may fall either way; NaN margins still have a selection
+    assert torch.equal(ours.selected[clear], exact.selected[clear])
+    return ours
+
+
+@relaxed
+@given(
+    samples=st.integers(1, 20),
+    texts=st.integers(0, 37),
+    classes=st.lists(st.integers(1, 80), min_size=1, max_size=5),
+    scale=st.sampled_from([0.1, 1.0, 20.0]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+def test_matches_the_definition(samples, texts, classes, scale, dtype, seed, isa, assert_as_exact_as):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(samples, texts, sum(classes), generator=generator) * scale).to(dtype)
+    compare(logits, offsets_of(classes), assert_as_exact_as)
+
+
+@pytest.mark.parametrize(
+    ("samples", "texts", "classes"),
+    [(1, 1, [1]), (1, 1, [2]), (3, 63, [1, 63]), (2, 2, [1271, 1]), (16, 1, [31, 32, 33]), (2, 3, [10_000, 2]), (70, 2, [3, 40])],
+)
+def test_odd_shapes(samples, texts, classes, isa, assert_as_exact_as):
+    compare(torch.randn(samples, texts, sum(classes)) * 4, offsets_of(classes), assert_as_exact_as)
+
+
+def test_no_texts():
+    result = mc_statistics(torch.empty(4, 0, 5), [0, 2, 5])
+    assert [tuple(t.shape) for t in result] == [(0, 5), (0, 5), (0, 2), (0, 2), (0, 2), (0, 2), (0,), (0,)]
+
+
+@pytest.mark.parametrize("classes", [2, 7, 33, 64, 150])
+def test_extreme_logits(classes, isa, assert_as_exact_as):
+    logits = torch.randn(3, 5, 2 * classes)
+    logits[:, 0, :classes] = torch.tensor([1e4, -1e4]).repeat(classes)[:classes]
+    logits[:, 1, :classes] = -INF
+    logits[:, 1, classes - 1] = 3.0  # all but one class impossible: certainty, not NaN
+    logits[0, 2, 0] = -INF
+    logits[:, 3] = 1e4
+    logits[:, 4] = -1e4
+    ours = compare(logits, [0, classes, 2 * classes], assert_as_exact_as)
+    assert not any(t.isnan().any() for t in ours)
+    assert ours.mean_probs[1, :classes].tolist() == [0.0] * (classes - 1) + [1.0]
+    assert ours.predictive_entropy[1, 0] == 0 and ours.expected_entropy[1, 0] == 0
+
+
+@pytest.mark.parametrize("classes", [2, 33, 64, 77])
+@pytest.mark.parametrize("bad", ["nan", "all -inf", "+inf"])
+def test_nonsense_never_becomes_certainty(classes, bad, isa, assert_as_exact_as):
+    for position in {0, 1, classes // 2, classes - 1}:
+        logits = torch.randn(4, 3, 3 * classes)
+        if bad == "all -inf":
+            logits[2, 1, classes : 2 * classes] = -INF
+        else:
+            logits[2, 1, classes + position] = float("nan") if bad == "nan" else INF
+        ours = compare(logits, [0, classes, 2 * classes, 3 * classes], assert_as_exact_as)
+        assert ours.normalized_entropy[1, 1].isnan() and ours.predictive_entropy[1, 1].isnan() and ours.teacher_margin[1].isnan()
+        assert ours.expected_entropy[1, 1].isnan() and ours.mutual_information[1, 1].isnan()
+        assert ours.selected[1] != 1
+        assert not ours.teacher_margin[[0, 2]].isnan().any()
+
+
+def test_one_class_is_certain_and_margin_of_one_teacher_is_one(isa):
+    result = mc_statistics(torch.randn(4, 3, 1), [0, 1])
+    assert torch.equal(result.mean_probs, torch.ones(3, 1)) and torch.equal(result.normalized_entropy, torch.zeros(3, 1))
+    assert torch.equal(result.var_probs, torch.zeros(3, 1)) and torch.equal(result.teacher_margin, torch.ones(3))
+
+
+def test_ties_go_to_the_lowest_teacher(isa):
+    logits = torch.randn(4, 6, 5).repeat(1, 1, 3)
+    result = mc_statistics(logits, [0, 5, 10, 15])
+    assert result.selected.tolist() == [0] * 6 and result.teacher_margin.tolist() == [0.0] * 6
+
+
+def test_strides_do_not_matter(isa):
+    wide = torch.randn(7, 9, 130)
+    for view in (wide[::2, 1::2, :90], wide[:, :, ::2][:, :, :45], wide.transpose(0, 1)[:, :, :45]):
+        offsets = [0, 3, 40, view.shape[2]]
+        for a, b in zip(mc_statistics(view, offsets), mc_statistics(view.contiguous(), offsets), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_16_bit_inputs_are_widened_exactly(isa):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        logits = every.view(dtype)
+        logits = logits[logits.isfinite()][: 2**15 // 77 * 77].reshape(1, -1, 77)
+        for cut in ([0, 77], [0, 2, 5, 77]):
+            for a, b in zip(mc_statistics(logits, cut), mc_statistics(logits.float(), cut), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_threads_do_not_matter(isa):
+    logits = torch.randn(16, 700, 154)
+    one = mc_statistics(logits, [0, 77, 154])
+    torch.set_num_threads(3)
+    try:
+        three = mc_statistics(logits, [0, 77, 154])
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+def test_float64_is_computed_in_float64():
+    logits = torch.randn(3, 4, 5, dtype=torch.float64)
+    for a, b in zip(mc_statistics(logits, [0, 2, 5]), reference.mc_statistics_ref(logits, [0, 2, 5]), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("offsets", [[0], [0, 4], [1, 5], [0, 3, 3, 5], [0, 6, 5], []])
+def test_bad_offsets_are_refused(offsets):
+    with pytest.raises(ValueError, match="offsets"):
+        mc_statistics(torch.randn(2, 3, 5), offsets)
+
+
+@pytest.mark.parametrize("logits", [torch.zeros(2, 3), torch.zeros(0, 3, 5), torch.zeros(2, 3, 5, dtype=torch.int64)])
+def test_bad_logits_are_refused(logits):
+    with pytest.raises(ValueError, match="logits"):
+        mc_statistics(logits, [0, 5])
+
+
+def test_opcheck():
+    torch.library.opcheck(RAW, (torch.randn(3, 4, 5), [0, 2, 5]))
+
+
+@pytest.mark.slow
+def test_compiles_without_a_graph_break():
+    logits = torch.randn(3, 4, 5)
+    compiled = torch.compile(lambda x: mc_statistics(x, [0, 2, 5]).teacher_margin * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(logits), mc_statistics(logits, [0, 2, 5]).teacher_margin * 2)
