@@ -13,6 +13,8 @@ from muka_fast.errors import UserError
 
 METHODS = ("muka-soft", "muka-hard", "vkd", "uhc", "supervised", "oracle")
 UNCERTAINTIES = ("predictive_entropy", "mutual_information", "expected_entropy", "variance")
+FILES = "Models and files"
+GROUPS = (FILES, "Data", "Uncertainty", "Distillation", "Training", "Run")
 BOUND_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 ConfigType = TypeVar("ConfigType", bound="Config")
@@ -114,20 +116,14 @@ class RunConfig(ScoringOptions):
     The defaults are the published recipe (arXiv 2112.07327), except mc_scope: last:1 costs a sixteenth of all.
     """
 
-    teachers: list[str] = option([], "teacher folders or hub names", "Models and files")
-    student: str | None = option(None, "encoder to start the student from: folder or hub name", "Models and files")
-    texts: str | None = option(
-        None, "unlabelled texts: .jsonl .json .csv .tsv .parquet .txt or a hub data set", "Models and files"
-    )
-    eval: str | None = option(None, "labelled texts to measure the student on", "Models and files")
-    store: str | None = option(
-        None, "supervision store to fill or reuse (default: OUTPUT/supervision)", "Models and files"
-    )
-    output: str | None = option(None, "folder of the run and of the exported student", "Models and files")
-    ds_config: str | None = option(None, "DeepSpeed configuration (JSON)", "Models and files")
-    label_map: str | None = option(
-        None, "JSON or YAML file that renames, merges or drops (null) labels", "Models and files"
-    )
+    teachers: list[str] = option([], "teacher folders or hub names", FILES)
+    student: str | None = option(None, "encoder to start the student from: folder or hub name", FILES)
+    texts: str | None = option(None, "unlabelled texts: .jsonl .json .csv .tsv .parquet .txt or a hub data set", FILES)
+    eval: str | None = option(None, "labelled texts to measure the student on", FILES)
+    store: str | None = option(None, "supervision store to fill or reuse (default: OUTPUT/supervision)", FILES)
+    output: str | None = option(None, "folder of the run and of the exported student", FILES)
+    ds_config: str | None = option(None, "DeepSpeed configuration (JSON)", FILES)
+    label_map: str | None = option(None, "JSON or YAML file that renames, merges or drops (null) labels", FILES)
 
     method: Literal[METHODS] = option(
         "muka-soft", "amalgamation method; supervised and oracle need labels in the texts", "Distillation"
@@ -173,21 +169,21 @@ class RunConfig(ScoringOptions):
 class ScoreConfig(ScoringOptions):
     """Options of `muka-fast score`."""
 
-    teachers: list[str] = option(..., "teacher folders or hub names", "Models and files")
-    texts: str = option(..., "texts: .jsonl .json .csv .tsv .parquet .txt or a hub data set", "Models and files")
-    output: str = option(..., "supervision store to fill or complete", "Models and files")
+    teachers: list[str] = option(..., "teacher folders or hub names", FILES)
+    texts: str = option(..., "texts: .jsonl .json .csv .tsv .parquet .txt or a hub data set", FILES)
+    output: str = option(..., "supervision store to fill or complete", FILES)
 
 
 class TeachConfig(TextOptions):
     """Options of `muka-fast teach`."""
 
-    encoder: str = option(..., "encoder to fine-tune: folder or hub name", "Models and files")
-    train: str = option(..., "labelled texts: .jsonl .json .csv .tsv .parquet or a hub data set", "Models and files")
+    encoder: str = option(..., "encoder to fine-tune: folder or hub name", FILES)
+    train: str = option(..., "labelled texts: .jsonl .json .csv .tsv .parquet or a hub data set", FILES)
     labels: list[str] | None = option(
         None, "labels of this teacher, in order (default: all, sorted)", "Data", min_length=1
     )
-    output: str = option(..., "folder of the teacher", "Models and files")
-    eval: str | None = option(None, "labelled texts to measure the teacher on", "Models and files")
+    output: str = option(..., "folder of the teacher", FILES)
+    eval: str | None = option(None, "labelled texts to measure the teacher on", FILES)
     epochs: int = option(3, "passes over the texts", "Training", ge=1, le=10_000)
     learning_rate: float = option(5e-5, "peak learning rate of AdamW", "Training", gt=0, le=1)
     batch_size: int = option(16, "texts per optimizer step", "Training", ge=1, le=2**20)
@@ -205,10 +201,10 @@ class TeachConfig(TextOptions):
 class EvalConfig(TextOptions, DeviceOptions):
     """Options of `muka-fast eval`."""
 
-    model: str = option(..., "classifier to measure: folder or hub name", "Models and files")
-    data: str = option(..., "labelled texts", "Models and files")
+    model: str = option(..., "classifier to measure: folder or hub name", FILES)
+    data: str = option(..., "labelled texts", FILES)
     label_map: str | None = option(
-        None, "JSON or YAML file that renames, merges or drops (null) labels of the data", "Models and files"
+        None, "JSON or YAML file that renames, merges or drops (null) labels of the data", FILES
     )
     # `json` is a method name of pydantic's models, hence the alias.
     json_output: bool = option(False, "print the figures as JSON", "Run", alias="json")
