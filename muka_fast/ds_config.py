@@ -1,0 +1,143 @@
+"""Fills a partial DeepSpeed configuration from our options, and refuses one that contradicts them."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from muka_fast.config import RunConfig
+from muka_fast.errors import UserError
+
+# Where a DeepSpeed key and an option of ours say the same thing.
+SHARED = (
+    (("train_batch_size",), "batch_size"),
+    (("gradient_clipping",), "max_grad_norm"),
+    (("optimizer", "params", "lr"), "learning_rate"),
+    (("optimizer", "params", "weight_decay"), "weight_decay"),
+)
+OPTIMIZERS = ("AdamW", "Adam")
+# DeepSpeed ignores keys it does not know, so a misspelt one would silently do nothing: near misses of these are refused.
+KNOWN_KEYS = (
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler fp16 bf16 amp torch_autocast "
+    "gradient_clipping zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer steps_per_print "
+    "wall_clock_breakdown activation_checkpointing communication_data_type prescale_gradients gradient_predivide_factor "
+    "sparse_gradients comms_logger tensorboard wandb csv_monitor flops_profiler autotuning data_types aio checkpoint dump_state"
+).split()
+ADAM_DEFAULTS = {"betas": [0.9, 0.999], "eps": 1e-8}
+
+
+def read_ds_config(path: str | Path | None) -> dict[str, Any]:
+    """The JSON object at `path` with its "auto" values taken out; {} for None. Raises UserError for anything else."""
+    if path is None:
+        return {}
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--ds_config {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--ds_config {path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--ds_config {path}: must hold a JSON object, found {type(content).__name__}")
+    for key in content:
+        near = difflib.get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.85)
+        if key not in KNOWN_KEYS and near:
+            raise UserError(f"--ds_config {path}: unknown key '{key}' (nearest: {near[0]})")
+    for key in ("optimizer", "scheduler", "zero_optimization", "fp16", "bf16"):
+        if not isinstance(content.get(key, {}), dict) and content[key] != "auto":
+            raise UserError(f"--ds_config {path}: '{key}' must be a JSON object")
+    return without_auto(content)
+
+
+def without_auto(content: dict[str, Any]) -> dict[str, Any]:
+    """A deep copy without the entries that are "auto": those are ours to fill."""
+    return {
+        key: without_auto(value) if isinstance(value, dict) else value for key, value in content.items() if value != "auto"
+    }
+
+
+def prepare_ds_config(
+    user: dict[str, Any] | str | Path | None, config: RunConfig, world_size: int, device: str = "cpu"
+) -> tuple[dict[str, Any], RunConfig]:
+    """A complete DeepSpeed configuration and our options brought in line with it.
+
+    Args:
+        user: the partial configuration, a path to it, or None. Entries that are absent or "auto" are filled.
+        config: our options. One that was set explicitly and differs from `user` is an error; otherwise `user` wins.
+        world_size: number of processes.
+        device: "cpu" or "cuda".
+
+    Raises:
+        UserError: a contradiction (names both sides), a batch that does not divide, half precision where it cannot run.
+    """
+    ds = without_auto(user) if isinstance(user, dict) else read_ds_config(user)
+    name = "ds_config" if isinstance(user, dict) or user is None else str(user)
+    optimizer = ds.setdefault("optimizer", {})
+    if optimizer.setdefault("type", "AdamW") not in OPTIMIZERS:
+        raise UserError(f"{name}: optimizer type {optimizer['type']!r} is not supported, use one of {', '.join(OPTIMIZERS)}")
+    optimizer["params"] = {**ADAM_DEFAULTS, **optimizer.get("params", {})}
+    steps = [ds.get(key) for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
+    if "train_batch_size" not in ds and None not in steps:
+        ds["train_batch_size"] = steps[0] * steps[1] * world_size
+    config = merge_shared(ds, config, name)
+    fill_batch(ds, name, world_size)
+    if "scheduler" in ds and "warmup_ratio" in config.model_fields_set:
+        raise UserError(f"{name} sets a scheduler and --warmup_ratio is given as well: remove one of them")
+    fill_precision(ds, name, device)
+    zero = ds["zero_optimization"]
+    if "offload_optimizer" in zero or "offload_param" in zero:
+        # We hand over torch's fused AdamW; DeepSpeed's own CPU Adam would be compiled at the first run.
+        ds.setdefault("zero_force_ds_cpu_optimizer", False)
+    ds.setdefault("steps_per_print", 2**31)  # we print the metrics
+    return ds, config
+
+
+def merge_shared(ds: dict[str, Any], config: RunConfig, name: str) -> RunConfig:
+    """Settle every value that both sides can set: theirs unless ours is explicit; two different explicit ones are an error."""
+    settled = {}
+    for path, option in SHARED:
+        section = ds
+        for key in path[:-1]:
+            section = section.setdefault(key, {})
+        theirs, ours = section.get(path[-1]), getattr(config, option)
+        if theirs is None:
+            section[path[-1]] = ours
+        elif isinstance(theirs, bool) or not isinstance(theirs, (int, float)):
+            raise UserError(f"{name}: {'.'.join(path)} must be a number, found {theirs!r}")
+        elif option in config.model_fields_set and theirs != ours:
+            raise UserError(f"{name} sets {'.'.join(path)} to {theirs}, but --{option} is {ours}: remove one of them")
+        else:
+            settled[option] = theirs
+    return config.model_copy(update=settled)
+
+
+def fill_batch(ds: dict[str, Any], name: str, world_size: int) -> None:
+    """Complete batch = micro-batch x accumulation x processes; default: no accumulation."""
+    batch, micro, accumulation = (
+        ds.get(key) for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    )
+    for key, value in (("train_micro_batch_size_per_gpu", micro), ("gradient_accumulation_steps", accumulation)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UserError(f"{name}: {key} must be an integer >= 1, found {value!r}")
+    if accumulation is None:
+        accumulation = 1 if micro is None else max(1, batch // (micro * world_size))
+    micro = micro or max(1, batch // (accumulation * world_size))
+    if micro * accumulation * world_size != batch:
+        raise UserError(
+            f"--batch_size {batch} is not a micro-batch of {micro} x {accumulation} accumulation steps x {world_size} processes: "
+            f"choose a multiple of {accumulation * world_size} or change {name}"
+        )
+    ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"] = micro, accumulation
+
+
+def fill_precision(ds: dict[str, Any], name: str, device: str) -> None:
+    """fp32 by default; half precision keeps fp32 master weights, which DeepSpeed shards from ZeRO stage 1 on."""
+    half = [key for key in ("bf16", "fp16") if ds.get(key, {}).get("enabled")]
+    if len(half) == 2:
+        raise UserError(f"{name}: bf16 and fp16 are both enabled, choose one")
+    if half and device == "cpu":
+        raise UserError(f"{name}: {half[0]} is enabled, but this run is on the CPU, which trains in fp32: set it to false")
+    zero = ds.setdefault("zero_optimization", {})
+    if zero.setdefault("stage", 1 if half else 0) not in (0, 1, 2, 3):
+        raise UserError(f"{name}: zero_optimization.stage must be 0, 1, 2 or 3, found {zero['stage']!r}")
+    if half and zero["stage"] == 0:
+        raise UserError(f"{name}: {half[0]} with ZeRO stage 0 keeps no fp32 master weights here: set zero_optimization.stage to 1")

@@ -1,0 +1,381 @@
+"""DeepSpeed, for one process and for many by the same code; the only file that imports it.
+
+A micro-batch's loss is the sum over its texts of loss / texts in the global batch, so the gradient depends neither on the number of
+processes nor on how a batch is cut (`Engine.backward`). Checkpoints are safetensors of whole tensors (fp32 weights and both moments
+of AdamW), independent of ZeRO stage and number of processes; nothing is ever unpickled.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from muka_fast.config import RunConfig
+from muka_fast.errors import UserError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SHARD_BYTES = 1 << 30  # tensors are gathered one by one and flushed to a file at this size: rank 0 never holds the whole state
+
+
+def free_port() -> int:
+    """A TCP port that is free on this machine now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def resolve_device(device: str) -> str:
+    """ "cpu" or "cuda" for the option --device; raises UserError for a GPU that is not there."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: PyTorch finds no GPU on this machine, use --device cpu or auto")
+    return "cuda" if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()) else "cpu"
+
+
+def quiet_deepspeed(device: str, verbose: bool) -> None:
+    """Before the import: name the accelerator, which DeepSpeed otherwise warns about, and silence what is not for users."""
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not verbose:
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*|deepspeed\..*")
+        warnings.filterwarnings("ignore", message=r".*torch\.distributed.*deprecated.*", category=FutureWarning)
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def no_jit_build() -> None:
+    """On the CPU keep DeepSpeed from compiling its shared-memory all-reduce at the first run.
+
+    It serves inference only; training goes through gloo. The table of compatible operations is semi-private, hence the guard: without
+    it the run still works, after a build of a minute (or a wait for a lock that a killed build left behind).
+    """
+    import deepspeed.ops
+
+    try:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    except (AttributeError, TypeError, KeyError):
+        logging.getLogger("muka_fast").warning("this DeepSpeed compiles a helper now (about a minute); later runs reuse it")
+
+
+def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, int]:
+    """Join the process group and return (rank, world size). A plain `python` is a group of one. Calling it again does nothing.
+
+    The launchers (deepspeed, torchrun) set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; what is absent is filled for one
+    process on a free port.
+    """
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = str(free_port())
+    quiet_deepspeed(device, verbose)
+    import deepspeed
+    from deepspeed import comm
+
+    if not verbose:
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not comm.is_initialized():
+        if device == "cpu":
+            no_jit_build()
+        # Rank 0 may score for hours while the others wait; a process that dies closes its connections, which ends the wait at once.
+        deepspeed.init_distributed("gloo" if device == "cpu" else "nccl", verbose=verbose, timeout=timedelta(days=7))
+    return comm.get_rank(), comm.get_world_size()
+
+
+def shut_down() -> None:
+    """Leave the process group, so that interpreters end without torch's warning about it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def partitioned_loading(ds_config: dict[str, Any]) -> Iterator[None]:
+    """Inside it `from_pretrained` shards a model over the processes as it loads (ZeRO-3). Load teachers outside."""
+    if ds_config["zero_optimization"]["stage"] < 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    handle = HfDeepSpeedConfig(ds_config)  # transformers holds only a weak reference: it works as long as this one lives
+    try:
+        yield
+    finally:
+        del handle
+
+
+@contextlib.contextmanager
+def whole_parameters(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Inside it parameters sharded by ZeRO-3 are whole; changes made on rank 0 are kept. Elsewhere it does nothing."""
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+            yield
+    else:
+        yield
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices, none on biases and norms (the custom of BERT fine-tuning)."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Under ZeRO-3 a parameter's own shape is that of its empty remainder.
+    matrices = [len(getattr(parameter, "ds_shape", parameter.shape)) > 1 for parameter in trained]
+    split = {decay: [p for p, matrix in zip(trained, matrices, strict=True) if matrix == decay] for decay in (True, False)}
+    groups = [{"params": split[True], "weight_decay": weight_decay}, {"params": split[False], "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def clip_gradients(groups: list[dict[str, Any]], max_norm: float) -> Tensor:
+    """Scale whole gradients to a joint norm of at most `max_norm` and return the norm before.
+
+    DeepSpeed clips stage 0 by another formula than stages 1 and 2; this is the latter's, in its order of summation, so that the stage
+    changes no bit of the result.
+    """
+    gradients = [[p.grad for p in group["params"] if p.grad is not None] for group in groups]
+    wide = lambda gradient: torch.linalg.vector_norm(gradient.double())
+    norms = [torch.stack([wide(g) for g in group]).pow(2).sum().float().sqrt() for group in gradients if group]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    scale = 1.0 / torch.clamp((norm + 1e-6) / max_norm, min=1.0)
+    for gradient in (g for group in gradients for g in group):
+        gradient.mul_(scale)
+    return norm
+
+
+def linear_schedule(step: int, total_steps: int, warmup_steps: int) -> float:
+    """Factor of the learning rate at step 0, 1, ..., total_steps - 1: rises over the warm-up, then falls linearly; never 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return (total_steps - step) / max(1, total_steps - warmup_steps)
+
+
+class Engine:
+    """A student under DeepSpeed. Every method except the properties must be called by all processes alike."""
+
+    def __init__(
+        self, ds_engine: Any, base_lr: float, schedule: Callable[[int], float] | None, max_norm: float, device: str
+    ) -> None:
+        self.ds = ds_engine
+        self.base_lr, self.schedule, self.max_norm = base_lr, schedule, max_norm
+        # ZeRO stage 0 in fp32 runs torch's own optimizer on the whole tensors; everything else wraps it.
+        self.plain = not hasattr(ds_engine.optimizer, "optimizer")
+        self.plain_norm: Tensor | None = None
+        self.device = torch.device("cpu") if device == "cpu" else ds_engine.device
+        self.completed_steps = 0
+
+    @classmethod
+    def create(cls, model: nn.Module, config: RunConfig, ds_config: dict[str, Any], total_steps: int) -> "Engine":
+        """Wrap `model`. config, ds_config: both as `prepare_ds_config` returned them; total_steps: of the whole run."""
+        device = resolve_device(config.device)
+        init_distributed(device, config.verbose)
+        import deepspeed
+
+        params = ds_config["optimizer"]["params"]
+        options = {key: params[key] for key in ("lr", "betas", "eps")}
+        kind = torch.optim.AdamW if ds_config["optimizer"]["type"] == "AdamW" else torch.optim.Adam
+        zero = ds_config["zero_optimization"]
+        fused = {"fused": True} if "offload_optimizer" in zero else {}
+        optimizer = kind(parameter_groups(model, params["weight_decay"]), **options, **fused)
+        warmup_steps = round(config.warmup_ratio * total_steps)
+        schedule = lambda step: linear_schedule(step, total_steps, warmup_steps)
+        ds_config = {key: value for key, value in ds_config.items() if key != "optimizer"}
+        max_norm = ds_config["gradient_clipping"]
+        if zero["stage"] == 0:
+            ds_config["gradient_clipping"] = 0.0  # `step` clips, by the formula of the other stages, and keeps the norm
+        if "scheduler" in ds_config:
+            schedule = None
+            fill = {"total_num_steps": total_steps, "warmup_num_steps": max(2, warmup_steps), "warmup_max_lr": params["lr"]}
+            wanted = {"WarmupLR": ("warmup_num_steps", "warmup_max_lr"), "WarmupDecayLR": tuple(fill)}
+            given = ds_config["scheduler"].get("params", {})
+            names = wanted.get(ds_config["scheduler"].get("type"), ())
+            ds_config["scheduler"] = ds_config["scheduler"] | {"params": {name: fill[name] for name in names} | given}
+        model.train()
+        ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+        engine = cls(ds_engine, params["lr"], schedule, max_norm, device)
+        engine._create_moments(0)
+        return engine
+
+    @property
+    def rank(self) -> int:
+        return self.ds.global_rank
+
+    @property
+    def world_size(self) -> int:
+        return self.ds.world_size
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches per step and process."""
+        return self.ds.gradient_accumulation_steps()
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the step that comes next (or is under way)."""
+        if self.schedule is None:
+            return self.ds.get_lr()[0]
+        return self.base_lr * self.schedule(self.completed_steps)
+
+    def __call__(self, **batch: Tensor) -> Any:
+        """The student's forward."""
+        return self.ds(**{name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()})
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of one micro-batch; the last one of a step also updates the weights.
+
+        loss: sum over the micro-batch's texts of loss_b / (texts in the global batch). DeepSpeed averages gradients over processes,
+        so the sum over all of them needs the factor world_size; it must not divide by the accumulation steps again.
+        """
+        if self.schedule is not None:
+            for group in self.ds.optimizer.param_groups:
+                group["lr"] = self.lr
+        self.ds.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self) -> bool:
+        """Call after each `backward`. True where this completed a step of the optimizer."""
+        complete = self.ds.is_gradient_accumulation_boundary()
+        if complete and self.plain:
+            self.plain_norm = clip_gradients(self.ds.optimizer.param_groups, self.max_norm)
+        self.ds.step()
+        self.completed_steps += complete
+        return complete
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Norm of the last step's gradient before clipping; None where DeepSpeed did not compute it."""
+        norm = self.plain_norm if self.plain else self.ds.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def sum_and_max(self, total: Tensor, flag: bool) -> tuple[float, bool]:
+        """Sum of a scalar over all processes and whether any of them raised the flag, in one exchange."""
+        both = torch.stack([total.detach().double(), torch.tensor(float(flag), dtype=torch.float64, device=total.device)])
+        if self.world_size > 1:
+            torch.distributed.all_reduce(both)
+        return both[0].item(), both[1].item() > 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    # -- weights and optimizer state as whole tensors ------------------------------------------------------------------------------
+
+    @property
+    def stage(self) -> int:
+        return self.ds.zero_optimization_stage()
+
+    def named_states(self, moments: bool) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole fp32 tensor) of every weight and, with `moments`, of AdamW's moments, one at a time. Collective."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        for name, parameter in self.ds.module.named_parameters():
+            if self.plain or not parameter.requires_grad:
+                with whole_parameters([parameter]):
+                    yield name, parameter.detach()
+            else:
+                yield name, safe_get_full_fp32_param(parameter)
+            for key in MOMENTS if moments and parameter.requires_grad else ():
+                value = self.ds.optimizer.state[parameter][key] if self.plain else safe_get_full_optimizer_state(parameter, key)
+                yield f"{key}.{name}", value
+        for name, buffer in persistent_buffers(self.ds.module):
+            yield name, buffer
+
+    def state_dict(self) -> dict[str, Tensor] | None:
+        """The student's whole fp32 weights on the CPU: a dictionary on rank 0, None elsewhere. Collective."""
+        kept = {name: tensor.cpu().clone() if self.rank == 0 else None for name, tensor in self.named_states(moments=False)}
+        return kept if self.rank == 0 else None
+
+    def save_checkpoint(self, folder: Path) -> dict[str, Any] | None:
+        """Write the state as safetensors files into the empty `folder` (rank 0); returns what `load_checkpoint` needs back. Collective."""
+        from safetensors.torch import save_file
+
+        shard: dict[str, Tensor] = {}
+        files = 0
+        for name, tensor in self.named_states(moments=True):
+            if self.rank:
+                continue
+            shard[name] = tensor.detach().cpu().contiguous().clone()
+            if sum(t.nbytes for t in shard.values()) >= SHARD_BYTES:
+                save_file(shard, folder / f"state-{files:05d}.safetensors")
+                files, shard = files + 1, {}
+        if self.rank:
+            return None
+        if shard:
+            save_file(shard, folder / f"state-{files:05d}.safetensors")
+        scheduler = None if self.schedule is not None else self.ds.lr_scheduler.state_dict()
+        return {"completed_steps": self.completed_steps, "scheduler": scheduler}
+
+    def load_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
+        """Restore what `save_checkpoint` wrote, whatever stage and number of processes it came from. Collective."""
+        from safetensors import safe_open
+
+        with contextlib.ExitStack() as stack:
+            handles = [stack.enter_context(safe_open(path, "pt")) for path in sorted(folder.glob("state-*.safetensors"))]
+            where = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 (not a dictionary)
+            load = lambda name: where[name].get_tensor(name).to(self.device)
+            self._create_moments(state["completed_steps"])
+            for name, parameter in self.ds.module.named_parameters():
+                value = load(name)
+                with whole_parameters([parameter]), torch.no_grad():
+                    parameter.copy_(value)
+                if not parameter.requires_grad:
+                    continue
+                if not self.plain:
+                    set_master(parameter, value, None)
+                for key in MOMENTS:
+                    moment = load(f"{key}.{name}")
+                    if self.plain:
+                        self.ds.optimizer.state[parameter][key].copy_(moment)
+                    else:
+                        set_master(parameter, moment, key)
+            for name, buffer in persistent_buffers(self.ds.module):
+                buffer.copy_(load(name))
+        self.completed_steps = self.ds.global_steps = state["completed_steps"]
+        if self.schedule is None:
+            self.ds.lr_scheduler.load_state_dict(state["scheduler"])
+
+    def _create_moments(self, completed_steps: int) -> None:
+        """AdamW creates its state at the first step; here, before it, zeros for the tensors that the optimizer really steps."""
+        optimizer = getattr(self.ds.optimizer, "optimizer", self.ds.optimizer)
+        zero = self.ds.optimizer
+        tensors = getattr(zero, "fp32_partitioned_groups_flat", None) or getattr(zero, "single_partition_of_fp32_groups", None)
+        tensors = tensors or getattr(zero, "fp32_groups_flat_partition", None)
+        if tensors is None:
+            tensors = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for tensor in tensors:
+            step = torch.tensor(float(completed_steps), dtype=torch.float32)
+            if optimizer.defaults.get("fused"):
+                step = step.to(tensor.device)
+            optimizer.state[tensor] = {"step": step, **{key: torch.zeros_like(tensor) for key in MOMENTS}}
+        if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+
+
+def set_master(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+    """Store this process's part of a whole fp32 weight (key None) or moment under ZeRO 1 to 3."""
+    from deepspeed import utils
+
+    if not hasattr(parameter, "ds_id"):
+        if key is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, key)
+        return
+    # The "full" setters of DeepSpeed 0.19 fail at ZeRO-3 where a tensor does not divide by the processes: its last part is padded.
+    size = parameter.ds_tensor.ds_numel
+    start = torch.distributed.get_rank() * size
+    part = value.new_zeros(size)
+    mine = value.flatten()[start : start + size]
+    part[: mine.numel()] = mine
+    if key is None:
+        utils.safe_set_local_fp32_param(parameter, part)
+    else:
+        utils.safe_set_local_optimizer_state(parameter, part, key)
+
+
+def persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that belong to the state dictionary."""
+    kept = model.state_dict().keys()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
