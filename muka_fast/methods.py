@@ -131,7 +131,7 @@ class Composed(Method):
         over them."""
         if self.config.target == "mc_mean":
             return self.sup.mean_probs[rows]
-        return block_softmax(self.sup.logits[rows] / self.temperature, self.sup.offsets)
+        return block_softmax(self.sup.logits[rows], self.sup.offsets, self.temperature)
 
     def _loss(self, output: StudentOutput, rows: Tensor) -> Tensor:
         device = output.logits.device
@@ -215,7 +215,7 @@ class VanillaKD(Composed):
         self.selected, self.margin = torch.bucketize(sup.logits.argmax(-1), starts, right=True), None
 
     def teacher_probs(self, rows: Tensor) -> Tensor:
-        return torch.softmax(self.sup.logits[rows] / self.temperature, dim=-1)
+        return tempered_softmax(self.sup.logits[rows], self.temperature)
 
 
 class UnifiedHead(Method):
@@ -227,16 +227,16 @@ class UnifiedHead(Method):
 
     def __init__(self, config: RunConfig, sup: Supervision, label_space: LabelSpace, label_ids: Tensor | None) -> None:
         super().__init__(config, sup, label_space, label_ids)
-        blocks = zip(sup.offsets[:-1], sup.offsets[1:], strict=True)
+        blocks = itertools.pairwise(sup.offsets)
         # Per teacher its union classes, sorted, and the place of each of its columns among them (merged ones share it).
         self.blocks = [(slice(a, b), *self.teacher_to_union[a:b].unique(return_inverse=True)) for a, b in blocks]
 
     def _loss(self, output: StudentOutput, rows: Tensor) -> Tensor:
         student = output.logits if output.logits.dtype == torch.float64 else output.logits.float()
-        logits = (self.sup.logits[rows] / self.temperature).to(student)
+        logits = self.sup.logits[rows].to(student)
         total = student.new_zeros(len(student))
         for columns, classes, place in self.blocks:
-            probs = torch.softmax(logits[:, columns], dim=-1)
+            probs = tempered_softmax(logits[:, columns], self.temperature)
             q = probs.new_zeros(len(probs), len(classes)).index_add(1, place.to(probs.device), probs)
             log_p = torch.log_softmax(student[:, classes.to(student.device)] / self.temperature, dim=-1)
             total = total + (torch.special.xlogy(q, q) - torch.where(q == 0, torch.zeros_like(q), q * log_p)).sum(-1)
@@ -293,9 +293,15 @@ def build_method(
 # ---- shared arithmetic ----
 
 
-def block_softmax(logits: Tensor, offsets: Sequence[int]) -> Tensor:
-    """softmax over each teacher's own columns: [B, S] -> [B, S]."""
-    return torch.cat([torch.softmax(logits[:, a:b], -1) for a, b in itertools.pairwise(offsets)], dim=-1)
+def tempered_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """softmax(logits / temperature) over the last dimension; the maximum goes first, so that large logits keep their
+    digits."""
+    return torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
+
+
+def block_softmax(logits: Tensor, offsets: Sequence[int], temperature: float = 1.0) -> Tensor:
+    """tempered_softmax over each teacher's own columns: [B, S] -> [B, S]."""
+    return torch.cat([tempered_softmax(logits[:, a:b], temperature) for a, b in itertools.pairwise(offsets)], dim=-1)
 
 
 # ---- how good the supervision is, where true labels are known ----

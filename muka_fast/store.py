@@ -15,7 +15,7 @@ Invariants, each with a test:
 4.  Tensors of a shard, C = classes of the teacher: logits, mean_probs, var_probs fp32 [rows, C], predictive_entropy,
     expected_entropy fp32 [rows] in nats, example_ids int64 [rows]. All are finite, save logits of -inf.
 5.  A shard's metadata name format, teacher key and row range and hold a SHA-256 of its tensors: a shard is whole or
-    it is recognised as damaged. A damaged shard is named and computed again, never read.
+    it is recognised as damaged. Equal content gives equal files. A damaged shard is named and computed again, never read.
 6.  Files appear by os.replace under a name unique to the writer, so a reader sees no half file and two writers of one
     shard do no harm: both wrote the same numbers.
 7.  The manifest is merged under the lock and names a teacher only after its last shard: a named teacher is complete.
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+METADATA = "muka_fast"  # the one metadata entry of a shard, JSON
 MATRICES = ("logits", "mean_probs", "var_probs")
 VECTORS = ("predictive_entropy", "expected_entropy")
 # What tells two option sets of one teacher apart; order as shown in messages.
@@ -132,10 +133,15 @@ def shard_ranges(count: int, shard_size: int) -> list[ShardRange]:
     return [ShardRange(j, a, min(a + shard_size, count)) for j, a in enumerate(range(0, count, shard_size))]
 
 
+def _identity(shard: ShardRange, key: str) -> dict[str, Any]:
+    return {"format": FORMAT, "teacher": key, "start": shard.start, "stop": shard.stop}
+
+
 def write_shard(folder: Path, shard: ShardRange, key: str, tensors: dict[str, np.ndarray]) -> None:
     """Write one shard atomically (invariants 2, 4, 5, 6)."""
-    metadata = {"format": str(FORMAT), "teacher": key, "start": str(shard.start), "stop": str(shard.stop)}
-    write_atomically(shard.path(folder), save(tensors, metadata | {"sha256": _digest(tensors)}))
+    note = {**_identity(shard, key), "sha256": _digest(tensors)}
+    # One entry: safetensors writes several in random order, and equal shards shall be equal files.
+    write_atomically(shard.path(folder), save(tensors, {METADATA: json.dumps(note)}))
 
 
 def read_shard(folder: Path, shard: ShardRange, key: str, num_classes: int) -> dict[str, np.ndarray]:
@@ -144,18 +150,16 @@ def read_shard(folder: Path, shard: ShardRange, key: str, num_classes: int) -> d
     path, rows = shard.path(folder), shard.stop - shard.start
     try:
         with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
+            note = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedShard(
-            f"not a readable safetensors file ({str(error).splitlines()[0] if str(error) else error!r})"
-        ) from error
-    if metadata.get("sha256") != _digest(tensors):
+        reason = str(error).partition("\n")[0] or repr(error)
+        raise DamagedShard(f"not a readable safetensors file ({reason})") from error
+    if not isinstance(note, dict) or note.get("sha256") != _digest(tensors):
         raise DamagedShard("checksum does not match")
-    told = tuple(metadata.get(name) for name in ("format", "teacher", "start", "stop"))
-    if told != (str(FORMAT), key, str(shard.start), str(shard.stop)):
+    if {name: value for name, value in note.items() if name != "sha256"} != _identity(shard, key):
         raise DamagedShard("it belongs to another teacher, option set or row range")
     shapes = {name: ((rows, num_classes), np.float32) for name in MATRICES}
     shapes |= {name: ((rows,), np.float32) for name in VECTORS} | {"example_ids": ((rows,), np.int64)}
@@ -222,7 +226,12 @@ def _is_count(value: Any) -> bool:
 
 @contextlib.contextmanager
 def _locked(store: Path) -> Iterator[None]:
-    with open(store / ".lock", "a") as file:
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        file = open(store / ".lock", "a")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UserError(f"--store {store}: cannot be written ({error.strerror or error})") from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -235,11 +244,8 @@ def merge_manifest(
 
     Raises UserError, with the difference, where the store holds other texts.
     """
-    try:
-        store.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--store {store}: cannot be made ({error.strerror or error})") from error
     with _locked(store):
+        remove_leftovers(store)
         known = read_manifest(store)
         described = {
             "fingerprint": texts.fingerprint,

@@ -255,7 +255,8 @@ def _complete_teacher(
     }
     key = teacher_key(entry, texts.fingerprint)
     folder = store / key
-    todo = _missing_shards(folder, shard_ranges(len(texts.texts), shard_size), key, len(teacher.labels))
+    remove_leftovers(folder)
+    todo = _missing_shards(folder, shard_ranges(len(texts), shard_size), key, len(teacher.labels))
     if not todo and key in read_manifest(store)["teachers"]:
         log.info("teacher %s: already scored", teacher.name)
         return key
@@ -267,9 +268,11 @@ def _complete_teacher(
         mc=options.mc,
     )
     if todo:
-        if teacher.tokenizer_key not in tokens:
-            tokens[teacher.tokenizer_key] = tokenize(teacher.tokenizer, texts.texts, options.max_length)
-        _score_shards(folder, todo, key, scorer, teacher, texts, tokens[teacher.tokenizer_key], options)
+        if teacher.tokenizer_key not in tokens:  # the key covers the teacher's own limit
+            tokens[teacher.tokenizer_key] = tokenize(
+                teacher.tokenizer, texts.texts, min(options.max_length, teacher.max_length)
+            )
+        _score_shards(folder, key, todo, scorer, texts, tokens[teacher.tokenizer_key], options.token_budget)
     merge_manifest(store, texts, shard_size, (key, {**entry, "sites": scorer.sites}))
     return key
 
@@ -295,34 +298,31 @@ def _missing_shards(folder: Path, ranges: Iterable[ShardRange], key: str, num_cl
 
 def _score_shards(
     folder: Path,
-    todo: Sequence[ShardRange],
     key: str,
+    todo: Sequence[ShardRange],
     scorer: StochasticTeacher,
-    teacher: Teacher,
     texts: TextSet,
     tokens: Tokens,
-    options: ScoringOptions,
+    token_budget: int,
 ) -> None:
     """Score the texts of these shards, one shard in memory at a time, each written as soon as it is whole."""
-    remove_leftovers(folder)
+    teacher, device = scorer.teacher, next(scorer.teacher.model.parameters()).device
     num_texts = sum(shard.stop - shard.start for shard in todo)
-    if num_texts < len(texts.texts):
-        log.info(
-            "teacher %s: %d of %d texts were scored before",
-            teacher.name,
-            len(texts.texts) - num_texts,
-            len(texts.texts),
-        )
+    if num_texts < len(texts):
+        log.info("teacher %s: %d of %d texts were scored before", teacher.name, len(texts) - num_texts, len(texts))
     with progress(num_texts, f"scoring {teacher.name}") as bar:
         for shard in todo:
             count, num_classes = shard.stop - shard.start, len(teacher.labels)
             tensors = {name: np.empty((count, num_classes), np.float32) for name in MATRICES}
             tensors |= {name: np.empty(count, np.float32) for name in VECTORS}
             tensors["example_ids"] = texts.example_ids[shard.start : shard.stop].astype(np.int64)
-            for batch in token_budget_batches(tokens.lengths[shard.start : shard.stop], options.token_budget):
+            for batch in token_budget_batches(tokens.lengths[shard.start : shard.stop], token_budget):
                 inputs = collate(tokens, shard.start + batch, teacher.pad_id)
-                ids = torch.from_numpy(tensors["example_ids"][batch])
-                scores = scorer.score(inputs["input_ids"], inputs["attention_mask"], ids)
+                scores = scorer.score(
+                    inputs["input_ids"].to(device),
+                    inputs["attention_mask"].to(device),
+                    torch.from_numpy(tensors["example_ids"][batch]),
+                )
                 for name in (*MATRICES, *VECTORS):
                     tensors[name][batch] = getattr(scores, name).float().cpu().numpy()
                 _check_numbers(teacher.name, texts.source, tensors, batch)
@@ -361,23 +361,15 @@ def supervise(config: RunConfig, texts: TextSet) -> Supervision:
 
 
 def score(config: ScoreConfig) -> Supervision:
-    """`muka-fast score`: fill or complete the store `config.output` with `config.teachers` over `config.texts`."""
-    for option in ("texts", "output"):
-        if not getattr(config, option):
-            raise UserError(f"--{option} is missing: muka-fast score --teachers DIR... --texts FILE --output STORE")
-    check_teachers(config.teachers)
+    """Fill or complete the store `config.output` with `config.teachers` over `config.texts`."""
     texts = read_texts(
-        config.texts,
-        text_column=config.text_column,
-        label_column=config.label_column,
-        need_labels=False,
-        limit=config.limit,
+        config.texts, text_column=config.text_column, label_column=config.label_column, limit=config.limit
     )
     return fill_store(config.output, config.teachers, texts, config)
 
 
 def main(config: ScoreConfig) -> int:
-    """Score, then say per teacher how certain it was and how often it was the most certain one."""
+    """`muka-fast score`: score, then say how certain each teacher was and how often it was the most certain one."""
     sup = score(config)
     selected = sup.normalized_entropy.argmin(-1)
     for i, teacher in enumerate(sup.teachers):

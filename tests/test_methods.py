@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from muka_fast.ops.mc_statistics import mc_statistics
 
 from muka_fast import config as configuration
 from muka_fast.errors import UserError
@@ -21,6 +20,7 @@ from muka_fast.methods import (
     target_accuracy,
     vote_accuracy,
 )
+from muka_fast.ops.mc_statistics import mc_statistics
 from muka_fast.selection import UNCERTAINTY, owners, teacher_scores
 from muka_fast.supervision import Supervision
 

@@ -1,0 +1,127 @@
+"""The store's files on disk: keys, ranges, and readers that meet damaged bytes and manifests."""
+
+import json
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from muka_fast import store as store_module
+from muka_fast.errors import UserError
+from muka_fast.store import MATRICES, VECTORS, read_manifest, read_shard, shard_ranges, teacher_key
+from muka_fast.supervision import open_store
+
+
+def test_the_teacher_key_depends_on_what_decides_the_numbers_and_on_nothing_else():
+    base = {
+        "fingerprint": "f",
+        "tokenizer_key": "t",
+        "name": "n",
+        "labels": ["a"],
+        "seed": 1,
+        "max_length": 128,
+        "mc": True,
+    }
+    base |= {"mc_samples": 16, "mc_scope": "last:1", "mc_dropout_p": None, "run_seed": 0}
+    changes = {
+        "fingerprint": "g",
+        "tokenizer_key": "u",
+        "max_length": 64,
+        "mc": False,
+        "mc_samples": 8,
+        "mc_scope": "all",
+    }
+    changes |= {"mc_dropout_p": 0.1, "run_seed": 1}
+    keys = [teacher_key(base, "x"), teacher_key(base, "y")]
+    keys += [teacher_key(base | {name: value}, "x") for name, value in changes.items()]
+    assert len(set(keys)) == len(keys)
+    assert teacher_key(base | {"name": "m", "sites": []}, "x") == keys[0]
+    once = base | {"mc": False}
+    assert teacher_key(once | {"mc_samples": 8, "run_seed": 5, "mc_scope": "all"}, "x") == teacher_key(once, "x")
+
+
+@given(st.integers(1, 10_000), st.integers(1, 5000))
+def test_shards_cover_every_row_once(count, size):
+    ranges = shard_ranges(count, size)
+    assert [row for shard in ranges for row in range(shard.start, shard.stop)] == list(range(count))
+    assert all(shard.number == j and shard.stop - shard.start <= size for j, shard in enumerate(ranges))
+
+
+@pytest.fixture(scope="module")
+def one_shard(tmp_path_factory):
+    folder, shard = tmp_path_factory.mktemp("shard"), shard_ranges(3, 3)[0]
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.random((3, 2)).astype(np.float32) for name in MATRICES}
+    tensors |= {name: rng.random(3).astype(np.float32) for name in VECTORS} | {"example_ids": np.arange(3)}
+    store_module.write_shard(folder, shard, "key", tensors)
+    return folder, shard, tensors, shard.path(folder).read_bytes()
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_no_damage_of_bytes_gives_a_wrong_answer(one_shard, data):
+    folder, shard, tensors, whole = one_shard
+    content = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    shard.path(folder).write_bytes(
+        content[: data.draw(st.integers(0, len(whole)))] if data.draw(st.booleans()) else content
+    )
+    try:
+        found = read_shard(folder, shard, "key", 2)
+    except store_module.DamagedShard:
+        return
+    assert all(np.array_equal(found[name], tensors[name]) for name in tensors)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_no_manifest_crashes_the_reader(one_shard, data):
+    entry = {"fingerprint": "f", "tokenizer_key": "t", "name": "n", "labels": ["a"], "max_length": 128, "mc": True}
+    entry |= {"mc_samples": 16, "mc_scope": "last:1", "mc_dropout_p": None, "run_seed": 0}
+    good = {
+        "format": 1,
+        "texts": {"fingerprint": "x", "count": 3},
+        "shard_size": 3,
+        "teachers": {teacher_key(entry, "x"): entry},
+    }
+    place = good
+    while isinstance(place, dict) and data.draw(st.booleans()):
+        key = data.draw(st.sampled_from(sorted(place)))
+        if not isinstance(place[key], dict) or data.draw(st.booleans()):
+            place[key] = data.draw(json_values)
+            break
+        place = place[key]
+    store = one_shard[0] / "manifests"
+    store.mkdir(exist_ok=True)
+    (store / "manifest.json").write_text(json.dumps(good))
+    for read in (read_manifest, open_store):
+        try:
+            read(store)
+        except UserError as error:
+            message = str(error)
+        else:
+            message = str(store)
+        assert str(store) in message and "\n" not in message
+
+
+def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path):
+    child = multiprocessing.get_context("fork").Process(target=int)
+    child.start()
+    child.join()
+    host = store_module.socket.gethostname()
+    names = [f".shard-00000.safetensors.{host}.{pid}.abc.tmp" for pid in (child.pid, os.getpid())]
+    for name in names:
+        (tmp_path / name).touch()
+    store_module.remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == names[1:]

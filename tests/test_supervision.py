@@ -1,0 +1,390 @@
+"""The supervision store: every invariant of muka_fast/store.py, kills, damage, full disks, two writers; and real
+teachers through it."""
+
+import errno
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from muka_fast import store as store_module
+from muka_fast import supervision
+from muka_fast.config import METHODS, RunConfig, ScoreConfig
+from muka_fast.data import TextSet, Tokens
+from muka_fast.errors import UserError
+from muka_fast.labels import build_label_space
+from muka_fast.methods import build_method
+from muka_fast.store import MATRICES, VECTORS, read_manifest, read_shard, shard_ranges, teacher_key
+from muka_fast.supervision import fill_store, open_store, score, supervise
+
+LABELS = {"red": ["a", "b"], "blue": ["b", "c", "d"]}
+FORK = multiprocessing.get_context("fork")
+
+
+def text_set(n=10, source="texts.jsonl", tag=""):
+    """n texts; their rows in the source have gaps, as after blank lines."""
+    ids = np.arange(n, dtype=np.int64) * 2 + 1
+    return TextSet([f"{tag}text {i}" for i in ids], None, ids, source, f"fp-{tag}-{n}", 0)
+
+
+def expected_logits(labels, example_ids):
+    ids = torch.as_tensor(example_ids, dtype=torch.float32)[:, None]
+    return torch.sin(ids * (torch.arange(len(labels)) + 1 + len(labels)))
+
+
+class Stage:
+    """Stand-ins for teachers and tokenizer that count what they do and fail on demand."""
+
+    def __init__(self):
+        self.loaded, self.scored, self.tokenised = [], [], []
+        self.before_batch = lambda teacher, ids: None
+        self.poison = None  # (teacher, example id) that gets NaN
+
+    def load_teacher(self, path, *, run_seed, device, name):
+        self.loaded.append(path)
+        return SimpleNamespace(
+            name=name, path=path, labels=LABELS[path], fingerprint=f"weights of {path}", tokenizer=None,
+            tokenizer_key="bpe", seed=run_seed, pad_id=0, max_length=64, model=torch.nn.Linear(1, 1),
+        )  # fmt: skip
+
+    def tokenize(self, tokenizer, texts, max_length):
+        self.tokenised.append(max_length)
+        return Tokens(np.zeros(3 * len(texts), np.int32), np.arange(len(texts) + 1, dtype=np.int64) * 3)
+
+    def make_scorer(self, teacher, **options):
+        return SimpleNamespace(
+            teacher=teacher, sites=[{"index": 0, "p": 0.1}], score=lambda *args: self.score(teacher, *args)
+        )
+
+    def score(self, teacher, input_ids, attention_mask, example_ids):
+        assert input_ids.shape == attention_mask.shape == (len(example_ids), 3)
+        self.before_batch(teacher, example_ids)
+        self.scored += [(teacher.path, int(i)) for i in example_ids]
+        logits = expected_logits(teacher.labels, example_ids)
+        probs = torch.softmax(logits, -1)
+        entropy = -(probs * probs.log()).sum(-1)
+        if self.poison is not None and teacher.path == self.poison[0]:
+            entropy[example_ids == self.poison[1]] = float("nan")
+        return SimpleNamespace(
+            logits=logits,
+            mean_probs=probs,
+            var_probs=probs / 8,
+            predictive_entropy=entropy,
+            expected_entropy=entropy / 2,
+        )
+
+
+@pytest.fixture
+def stage(monkeypatch):
+    stage = Stage()
+    monkeypatch.setattr(supervision, "check_teachers", lambda paths: None)
+    monkeypatch.setattr(supervision, "load_teacher", stage.load_teacher)
+    monkeypatch.setattr(supervision, "tokenize", stage.tokenize)
+    monkeypatch.setattr(supervision, "StochasticTeacher", stage.make_scorer)
+    return stage
+
+
+def options(**more):
+    return RunConfig(**({"shard_size": 4, "token_budget": 16, "device": "cpu"} | more))
+
+
+def fill(store, paths=("red", "blue"), texts=None, **more):
+    return fill_store(store, list(paths), texts or text_set(), options(**more))
+
+
+def check(sup, paths=("red", "blue"), texts=None):
+    """The supervision holds what the stand-ins give, in the order of the texts."""
+    texts = texts or text_set()
+    assert torch.equal(sup.example_ids, torch.from_numpy(texts.example_ids))
+    assert [t["name"] for t in sup.teachers] == list(paths)
+    for i, path in enumerate(paths):
+        logits = expected_logits(LABELS[path], texts.example_ids)
+        probs = torch.softmax(logits, -1)
+        columns = slice(sup.offsets[i], sup.offsets[i + 1])
+        assert torch.equal(sup.logits[:, columns], logits)
+        torch.testing.assert_close(sup.mean_probs[:, columns], probs)
+        torch.testing.assert_close(sup.total_variance[:, i], torch.full((len(texts),), 1 / 8))
+        torch.testing.assert_close(sup.predictive_entropy[:, i], -(probs * probs.log()).sum(-1))
+        torch.testing.assert_close(sup.mutual_information[:, i], sup.expected_entropy[:, i])
+
+
+def folder_of(store, name):
+    return store / next(key for key, entry in read_manifest(store)["teachers"].items() if entry["name"] == name)
+
+
+# ---- format ----
+
+
+def test_a_filled_store_gives_back_every_number_in_text_order(tmp_path, stage):
+    check(fill(tmp_path / "s"))
+    check(open_store(tmp_path / "s", text_set()))
+    check(fill(tmp_path / "s", ("blue", "red")), ("blue", "red"))  # the order asked for, nothing scored again
+    assert len(stage.scored) == 20
+
+
+def test_files_of_the_store_are_as_documented(tmp_path, stage):
+    fill(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["format"] == 1 and manifest["shard_size"] == 4
+    assert manifest["texts"] == {"fingerprint": "fp--10", "count": 10, "source": "texts.jsonl", "num_blank": 0}
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", ".lock", *manifest["teachers"]}
+    for key, entry in manifest["teachers"].items():
+        assert entry["mc_samples"] == 16 and entry["mc_scope"] == "last:1" and entry["sites"] and entry["seed"] == 0
+        assert key == teacher_key(entry, "fp--10")
+        files = sorted((tmp_path / key).iterdir())
+        assert [path.name for path in files] == [f"shard-0000{j}.safetensors" for j in range(3)]
+        for path, rows in zip(files, (4, 4, 2), strict=True):
+            tensors, C = load_file(path), len(entry["labels"])
+            shapes = {name: ((rows, C), np.float32) for name in MATRICES} | {
+                name: ((rows,), np.float32) for name in VECTORS
+            }
+            shapes["example_ids"] = ((rows,), np.int64)
+            assert {name: (t.shape, t.dtype) for name, t in tensors.items()} == shapes
+            with safe_open(path, framework="np") as file:
+                note = json.loads(file.metadata()["muka_fast"])
+            assert set(note) == {"format", "teacher", "start", "stop", "sha256"}
+            assert note["teacher"] == key and note["stop"] - note["start"] == rows
+
+
+# ---- what runs and what does not ----
+
+
+def test_adding_a_teacher_or_an_option_set_runs_only_that(tmp_path, stage):
+    fill(tmp_path, ["red"])
+    stage.scored.clear()
+    check(fill(tmp_path))
+    assert {path for path, _ in stage.scored} == {"blue"}
+    before = {path: path.read_bytes() for path in tmp_path.glob("*/*.safetensors")}
+    stage.scored.clear()
+    fill(tmp_path, ["red"], mc_samples=8)
+    assert len(stage.scored) == 10
+    assert all(path.read_bytes() == content for path, content in before.items())
+    with pytest.raises(UserError, match=r"'red' under several options \(mc_samples\)"):
+        open_store(tmp_path)
+    check(open_store(tmp_path, options={"mc_samples": 16}))
+    with pytest.raises(UserError, match=r"mc_scope 'last:1' \(asked: 'all'\)"):
+        open_store(tmp_path, options={"mc_scope": "all"})
+
+
+def test_each_distinct_tokenizer_tokenises_once(tmp_path, stage):
+    fill(tmp_path, max_length=128)
+    assert stage.tokenised == [64]  # cut at the teachers' own limit
+    fill(tmp_path, max_length=128)
+    assert stage.tokenised == [64]
+
+
+def test_batch_and_shard_sizes_do_not_matter(tmp_path, stage):
+    check(fill(tmp_path / "a", shard_size=1, token_budget=16))
+    check(fill(tmp_path / "b", shard_size=100, token_budget=1000))
+    check(fill(tmp_path / "b", shard_size=3))  # the store keeps its own
+    assert read_manifest(tmp_path / "b")["shard_size"] == 100
+
+
+def test_a_store_of_other_texts_is_refused_with_the_difference_and_stays(tmp_path, stage):
+    fill(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"10 of 'texts.jsonl' .*this run has 9 of 'other.csv'"):
+        fill(tmp_path, texts=text_set(9, "other.csv"))
+    with pytest.raises(UserError, match="holds the scores of other texts"):
+        open_store(tmp_path, text_set(tag="x"))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_store_that_is_empty_or_a_file_is_refused(tmp_path, stage):
+    with pytest.raises(UserError, match="muka-fast score"):
+        open_store(tmp_path / "none")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"--store .*file: cannot be written"):
+        fill(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "x"
+
+
+# ---- kills and damage ----
+
+
+def test_a_killed_run_continues_at_the_next_missing_shard(tmp_path, stage):
+    def die(teacher, ids):
+        if teacher.path == "blue" and len(stage.scored) >= 10 + 4:
+            raise KeyboardInterrupt
+
+    stage.before_batch = die
+    with pytest.raises(KeyboardInterrupt):
+        fill(tmp_path)
+    assert [entry["name"] for entry in read_manifest(tmp_path)["teachers"].values()] == ["red"]  # blue is not complete
+    stage.before_batch = lambda teacher, ids: None
+    done = len(stage.scored)
+    check(fill(tmp_path))
+    assert sorted(stage.scored[done:]) == [("blue", int(i)) for i in text_set().example_ids[4:]]
+
+
+def slowly(stage, store, ready):
+    stage.before_batch = lambda teacher, ids: time.sleep(0.004)
+    ready.set()
+    fill(store)
+    os._exit(0)
+
+
+def test_sigkill_at_any_moment_loses_nothing(tmp_path, stage):
+    for attempt in range(8):
+        store, ready = tmp_path / str(attempt), FORK.Event()
+        child = FORK.Process(target=slowly, args=(stage, store, ready))
+        child.start()
+        ready.wait(20)
+        time.sleep(0.006 * attempt)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        check(fill(store))
+        assert not list(store.rglob("*.tmp"))
+
+
+def test_two_processes_fill_one_store(tmp_path, stage):
+    children = [FORK.Process(target=slowly, args=(stage, tmp_path, FORK.Event())) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+        assert child.exitcode == 0
+    check(fill(tmp_path))
+    assert stage.scored == []  # everything was there, whole
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def damage_truncate(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def damage_flip(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+
+
+def damage_empty(path):
+    path.write_bytes(b"")
+
+
+def damage_forge(path):
+    """Valid safetensors with right shapes, without a checksum."""
+    save_file(load_file(path), path)
+
+
+def damage_swap(path):
+    shutil.copy(path.with_name("shard-00000.safetensors"), path)
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_empty, damage_forge, damage_swap])
+def test_a_damaged_shard_is_named_and_computed_again(tmp_path, stage, damage, caplog):
+    fill(tmp_path)
+    path = folder_of(tmp_path, "blue") / "shard-00001.safetensors"
+    whole = path.read_bytes()
+    damage(path)
+    with pytest.raises(UserError, match=r"shard-00001.safetensors is damaged.*muka-fast score"):
+        open_store(tmp_path)
+    stage.scored.clear()
+    with caplog.at_level(logging.WARNING, "muka_fast"):
+        check(fill(tmp_path))
+    assert f"{path} is damaged" in caplog.text
+    assert sorted(stage.scored) == [("blue", int(i)) for i in text_set().example_ids[4:8]]
+    assert path.read_bytes() == whole
+
+
+def test_a_missing_shard_is_named(tmp_path, stage):
+    fill(tmp_path)
+    (folder_of(tmp_path, "red") / "shard-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"shard-00002.safetensors is missing"):
+        open_store(tmp_path)
+    check(fill(tmp_path))
+
+
+def test_a_shard_of_another_teacher_is_not_believed(tmp_path, stage):
+    fill(tmp_path)
+    fill(tmp_path, ["red"], seed=1)
+    folders = [tmp_path / key for key, entry in read_manifest(tmp_path)["teachers"].items() if entry["name"] == "red"]
+    shutil.copy(folders[0] / "shard-00000.safetensors", folders[1])
+    with pytest.raises(store_module.DamagedShard, match="another teacher"):
+        read_shard(folders[1], shard_ranges(10, 4)[0], folders[1].name, 2)
+
+
+# ---- faults of the machine and of teachers ----
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path, stage, monkeypatch):
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 4:  # manifest, two shards, then the disk is full
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(store_module.os, "fsync", full)
+    with pytest.raises(UserError, match=r"shard-00002.*the disk is full.*finished shards are kept"):
+        fill(tmp_path)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    done = len(stage.scored)
+    check(fill(tmp_path))
+    assert len(stage.scored) - done == 20 - 8
+
+
+def test_nan_is_refused_with_teacher_and_text_and_not_stored(tmp_path, stage):
+    stage.poison = ("blue", 13)
+    with pytest.raises(UserError, match=r"'blue'.*text 13 of 'texts.jsonl'"):
+        fill(tmp_path)
+    assert [entry["name"] for entry in read_manifest(tmp_path)["teachers"].values()] == ["red"]
+    stage.poison = None
+    check(fill(tmp_path))
+
+
+# ---- real teachers ----
+
+
+def test_real_teachers_are_scored_once_and_every_method_follows_without_them(tmp_path, make_teacher, texts, caplog):
+    folders = [
+        make_teacher("bert", ["x", "y", "z"], name="one", seed=1),
+        make_teacher("mpnet", ["z", "w"], name="two", seed=2),
+    ]
+    data = tmp_path / "pool.jsonl"
+    rows = [{"text": text} for text in ["", *texts[:20]]]
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    config = ScoreConfig(
+        teachers=folders, texts=data, output=tmp_path / "s", mc_samples=3, shard_size=8, token_budget=64, device="cpu"
+    )
+    sup = score(config)
+    assert sup.logits.shape == (20, 5) and sup.example_ids.tolist() == list(range(1, 21))
+    other = score(config.model_copy(update={"output": str(tmp_path / "t"), "token_budget": 8192, "shard_size": 100}))
+    for name in (*MATRICES, *VECTORS):
+        torch.testing.assert_close(getattr(sup, name), getattr(other, name), atol=1e-5, rtol=1e-5)
+    with caplog.at_level(logging.INFO, "muka_fast"):
+        assert supervision.main(config) == 0
+    assert "already scored" in caplog.text and "one: 3 classes" in caplog.text
+
+    for folder in folders:
+        shutil.rmtree(folder)
+    again = supervise(RunConfig(store=config.output, output=tmp_path / "run", seed=7), supervision.read_texts(data))
+    assert torch.equal(again.logits, sup.logits)
+    space = build_label_space([(t["name"], t["labels"]) for t in again.teachers])
+    labels = [space.names[i % 4] for i in range(20)]
+    for method in METHODS:
+        built = build_method(RunConfig(method=method), again, space, labels)
+        assert built.loss(torch.randn(20, 4), torch.arange(20)).isfinite().all()
+
+
+def test_supervise_needs_teachers_or_a_filled_store(tmp_path):
+    with pytest.raises(UserError, match="--teachers"):
+        supervise(RunConfig(output=tmp_path), text_set())
+    with pytest.raises(UserError, match="--store"):
+        supervise(RunConfig(), text_set())
+    with pytest.raises(UserError, match=str(Path("nothing"))):
+        supervise(RunConfig(store="nothing"), text_set())
