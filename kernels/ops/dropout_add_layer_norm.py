@@ -8,11 +8,15 @@ Operations: ten Philox rounds for eight elements, then about eight per element.
 Letters: R replicas (r) · rows (i) · D columns.
 """
 
+import contextlib
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from muka_fast.ops import philox, table
-from muka_fast.ops.philox import PHILOX_CALL_OPERATIONS, philox_calls
+from muka_fast.ops.aot import Specialisation
+from muka_fast.ops.philox import LANES, PHILOX_CALL_OPERATIONS, philox_calls
 from muka_fast.ops.reference import dropout_add_layer_norm_ref
 
 SCHEMA = (
@@ -57,8 +61,89 @@ def _cpu(x, residual, weight, bias, eps, p, seed, site, example_ids, offsets, fi
     return out
 
 
+_triton: Callable | None = None
+SPECIALISATIONS: list[Specialisation] = []
+if philox.triton is not None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit(do_not_specialize=["seed", "site", "first_sample", "threshold", "num_plain", "residual_stride"])
+    def dropout_add_layer_norm_kernel(
+        p_x,  # [R, rows, D]
+        p_residual,  # [rows, D], or [R, rows, D] where residual_stride is rows * D
+        p_weight,  # [D]
+        p_bias,  # [D]
+        p_y,  # [R, rows, D]
+        p_ids,  # int64 [rows]
+        p_offsets,  # int64 [rows]: element of column 0
+        seed, site, first_sample, threshold, scale, num_plain, eps, rows, D,
+        residual_stride,  # 0 or rows * D
+        CALLS: tl.constexpr,
+    ):  # fmt: skip
+        i_i, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        b_offset = tl.load(p_offsets + i_i)
+        # A row may begin in the middle of a call: its columns shift against the lanes.
+        o_d = tl.arange(0, CALLS * 8) - (b_offset & 7)
+        m_d = (o_d >= 0) & (o_d < D)
+        b_x = tl.load(p_x + (i_r * rows + i_i) * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_residual = tl.load(p_residual + i_r * residual_stride + i_i * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_call = ((b_offset >> 3) + tl.arange(0, CALLS)).to(tl.int32)[None, :]
+        # The plain replica keeps every lane.
+        b_threshold, b_scale = tl.where(i_r < num_plain, 0, threshold), tl.where(i_r < num_plain, 1.0, scale)
+        b_id = tl.load(p_ids + i_i + tl.zeros([1, 1], tl.int64))
+        keep = philox.keep_lanes(seed, b_call, first_sample + i_r - num_plain, site, b_id, b_threshold, CALLS, 1)
+        b_y = tl.where(tl.reshape(keep, [CALLS * 8]), b_x * b_scale, 0.0) + b_residual
+        b_centred = tl.where(m_d, b_y - tl.sum(tl.where(m_d, b_y, 0.0), 0) / D, 0.0)
+        b_y = b_centred / tl.sqrt(tl.sum(b_centred * b_centred, 0) / D + eps)
+        b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_y = b_y * b_weight + tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
+        tl.store(p_y + (i_r * rows + i_i) * D + o_d, b_y.to(p_y.dtype.element_ty), mask=m_d)
+
+    def block(width: int) -> tuple[int, int]:
+        """CALLS and num_warps of one row."""
+        calls = triton.next_power_of_2(philox_calls(LANES - 1, width))
+        return calls, min(16, max(1, calls // 32))
+
+    def _triton(x, residual, weight, bias, eps, p, seed, site, example_ids, offsets, first_sample, plain_first) -> Tensor:
+        if x.dtype == torch.float64:  # only tests ask for it
+            return _reference(x, residual, weight, bias, eps, p, seed, site, example_ids, offsets, first_sample, plain_first)
+        replicas, rows, width = x.shape
+        threshold, scale = philox.mask_parameters(p)
+        x, residual, weight, bias = (t.contiguous() for t in (x, residual, weight, bias))
+        out = torch.empty_like(x)
+        if out.numel() == 0:
+            return out
+        CALLS, num_warps = block(width)
+        # Triton launches on the current device, which need not be that of x.
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            dropout_add_layer_norm_kernel[(rows, replicas)](
+                x, residual, weight, bias, out, example_ids, offsets, seed, site, first_sample, threshold, scale, int(plain_first),
+                eps, rows, width, 0 if residual.dim() == 2 else rows * width, CALLS=CALLS, num_warps=num_warps,
+            )  # fmt: skip
+        return out
+
+    _TYPES = {"p_ids": "*i64", "p_offsets": "*i64", "seed": "i64", "scale": "fp32", "eps": "fp32", "residual_stride": "i32"}
+    _TYPES |= dict.fromkeys(("site", "first_sample", "threshold", "num_plain", "rows", "D"), "i32")
+    SPECIALISATIONS = [
+        Specialisation(
+            f"dropout_add_layer_norm {dtype} D={width}",
+            dropout_add_layer_norm_kernel,
+            {**dict.fromkeys(("p_x", "p_residual", "p_weight", "p_bias", "p_y"), f"*{dtype}"), **_TYPES},
+            {"CALLS": block(width)[0]},
+            num_warps=block(width)[1],
+            fast=dtype == "bf16" and width == 768,
+        )
+        for dtype in ("fp32", "fp16", "bf16")
+        for width in (63, 768, 4096)
+    ]
+
 _op = table.register(
-    "dropout_add_layer_norm", SCHEMA, reference=_reference, cpu=None if table._C is None else _cpu, triton=None, fake=_fake
+    "dropout_add_layer_norm",
+    SCHEMA,
+    reference=_reference,
+    cpu=None if table._C is None else _cpu,
+    triton=_triton,
+    fake=_fake,
 )
 
 

@@ -9,10 +9,14 @@ layer's output are read by nobody.
 Letters: R replicas · B texts · T tokens, packed · H heads of d · D = H d.
 """
 
+import contextlib
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from muka_fast.ops import philox, table
+from muka_fast.ops.aot import Specialisation
 from muka_fast.ops.reference import ATTENTION_STRIDE, one_query_attention_ref
 
 SCHEMA = (
@@ -71,8 +75,120 @@ def _cpu(
     return out
 
 
+_triton: Callable | None = None
+SPECIALISATIONS: list[Specialisation] = []
+if philox.triton is not None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit(do_not_specialize=["seed", "site", "first_sample", "threshold", "num_plain", "R", "B", "bias_stride"])
+    def one_query_attention_kernel(
+        p_q,  # [B, H * d]
+        p_k,  # [T, G * d]
+        p_v,  # [T, G * d]
+        p_starts,  # int64 [B + 1]
+        p_bias,  # [H, bias_stride], read where HAS_BIAS
+        p_y,  # [R, B, H * d]
+        p_ids,  # int64 [B]
+        p_positions,  # int64 [B]: position of the query's token
+        scaling, seed, site, first_sample, threshold, scale, num_plain, R, B, H, G, bias_stride,
+        D: tl.constexpr, D_PAD: tl.constexpr, R_PAD: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ):  # fmt: skip
+        i_b, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        o_d, o_r = tl.arange(0, D_PAD), tl.arange(0, R_PAD)
+        m_d = o_d < D
+        b_start = tl.load(p_starts + i_b)
+        length = (tl.load(p_starts + i_b + 1) - b_start).to(tl.int32)
+        b_q = tl.load(p_q + (i_b * H + i_h) * D + o_d, mask=m_d, other=0.0).to(tl.float32) * scaling
+        b_id = tl.load(p_ids + i_b + tl.zeros([R_PAD, 1], tl.int64))
+        # element // 8 of key 0: the stride of a row of probabilities is a multiple of eight.
+        first_call = ((i_h.to(tl.int64) * 16384 + tl.load(p_positions + i_b)) * 2048).to(tl.int32)
+        b_sample = (first_sample - num_plain + o_r)[:, None]
+        b_threshold = tl.where(o_r < num_plain, 0, threshold)[:, None]  # the plain replica keeps every lane
+        b_scale = tl.where(o_r < num_plain, 1.0, scale)[:, None]
+        # Masks act after the softmax, so the online softmax carries one maximum and one sum for all replicas.
+        highest, total = -float("inf"), 0.0
+        b_y = tl.zeros([R_PAD, D_PAD], tl.float32)
+        for l in range(0, length, BLOCK):  # noqa: E741
+            o_l = l + tl.arange(0, BLOCK)
+            m_l = o_l < length
+            o_kv = (b_start + o_l)[:, None] * (G * D) + (i_h // (H // G)) * D + o_d[None, :]
+            m_kv = m_l[:, None] & m_d[None, :]
+            b_k = tl.load(p_k + o_kv, mask=m_kv, other=0.0).to(tl.float32)
+            b_s = tl.sum(b_k * b_q[None, :], 1)
+            if HAS_BIAS:
+                b_s += tl.load(p_bias + i_h * bias_stride + o_l, mask=m_l, other=0.0).to(tl.float32)
+            b_s = tl.where(m_l, b_s, -float("inf"))
+            higher = tl.maximum(highest, tl.max(b_s, 0))
+            shrink = tl.exp(highest - higher)
+            b_p = tl.exp(b_s - higher)
+            total = total * shrink + tl.sum(b_p, 0)
+            highest = higher
+            b_call = (first_call + l // 8 + tl.arange(0, BLOCK // 8))[None, :] + tl.zeros([R_PAD, 1], tl.int32)
+            keep = philox.keep_lanes(seed, b_call, b_sample, site, b_id, b_threshold, BLOCK // 8, R_PAD)
+            b_masked = tl.where(keep, b_p[None, :] * b_scale, 0.0)
+            b_v = tl.load(p_v + o_kv, mask=m_kv, other=0.0).to(tl.float32)
+            b_y = b_y * shrink + tl.dot(b_masked, b_v, input_precision="ieee")
+        p_y += (o_r[:, None].to(tl.int64) * B + i_b) * (H * D) + i_h * D + o_d[None, :]
+        tl.store(p_y, (b_y / total).to(p_y.dtype.element_ty), mask=(o_r < R)[:, None] & m_d[None, :])
+
+    def pad(size: int) -> int:
+        return max(16, triton.next_power_of_2(size))  # the least that tl.dot takes
+
+    def block(head_dim: int) -> tuple[int, int]:
+        """BLOCK (keys at a time) and num_warps: the largest that compile without spills, float32 products being kept exact."""
+        return (32, 4) if pad(head_dim) <= 32 else (16, 8)
+
+    def _triton(
+        query, key, value, starts, num_heads, scaling, num_samples, p, seed, site, example_ids, query_positions, position_bias,
+        first_sample, plain_first,
+    ) -> Tensor:  # fmt: skip
+        if query.dtype == torch.float64:  # only tests ask for it
+            return _reference(
+                query, key, value, starts, num_heads, scaling, num_samples, p, seed, site, example_ids, query_positions,
+                position_bias, first_sample, plain_first,
+            )  # fmt: skip
+        query, key, value = (t.contiguous() for t in (query, key, value))
+        bias = query if position_bias is None else position_bias.contiguous()
+        threshold, scale = philox.mask_parameters(p)
+        texts, replicas, head_dim = query.shape[0], num_samples + int(plain_first), query.shape[1] // num_heads
+        out = query.new_empty((replicas, *query.shape))
+        if out.numel() == 0:
+            return out
+        BLOCK, num_warps = block(head_dim)
+        # Triton launches on the current device, which need not be that of the query.
+        with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+            one_query_attention_kernel[(texts, num_heads)](
+                query, key, value, starts, bias, out, example_ids, query_positions, scaling, seed, site, first_sample, threshold,
+                scale, int(plain_first), replicas, texts, num_heads, key.shape[1] // head_dim, bias.shape[1], D=head_dim,
+                D_PAD=pad(head_dim), R_PAD=pad(replicas), BLOCK=BLOCK, HAS_BIAS=position_bias is not None, num_warps=num_warps,
+                num_stages=1,
+            )  # fmt: skip
+        return out
+
+    _TYPES = dict.fromkeys(("p_starts", "p_ids", "p_positions"), "*i64") | {"seed": "i64", "scale": "fp32", "scaling": "fp32"}
+    _TYPES |= dict.fromkeys(("site", "first_sample", "threshold", "num_plain", "R", "B", "H", "G", "bias_stride"), "i32")
+    SPECIALISATIONS = [
+        Specialisation(
+            f"one_query_attention {dtype} d={head_dim} R<={replicas}{' biased' if biased else ''}",
+            one_query_attention_kernel,
+            {**dict.fromkeys(("p_q", "p_k", "p_v", "p_bias", "p_y"), f"*{dtype}"), **_TYPES},
+            {"D": head_dim, "D_PAD": pad(head_dim), "R_PAD": replicas, "BLOCK": block(head_dim)[0], "HAS_BIAS": biased},
+            num_warps=block(head_dim)[1],
+            num_stages=1,
+            fast=dtype == "bf16" and head_dim == 64 and not biased,
+        )
+        for dtype in ("fp32", "fp16", "bf16")
+        for head_dim, replicas, biased in ((32, 32, False), (64, 16, False), (64, 32, True), (128, 32, False))
+    ]
+
 _op = table.register(
-    "one_query_attention", SCHEMA, reference=_reference, cpu=None if table._C is None else _cpu, triton=None, fake=_fake
+    "one_query_attention",
+    SCHEMA,
+    reference=_reference,
+    cpu=None if table._C is None else _cpu,
+    triton=_triton,
+    fake=_fake,
 )
 
 
