@@ -13,6 +13,8 @@ from muka_fast.errors import UserError
 from muka_fast.ops.mc_head import mc_head
 from muka_fast.ops.mc_statistics import mc_statistics
 from muka_fast.ops.reference import dropout_threshold
+from muka_fast.packed import Packed, Replicas
+from muka_fast.postln import PostLayerNormEncoder
 from muka_fast.sites import Masks, Site, active_sites, list_sites, trace_inputs
 from muka_fast.split import ModelSplit
 from muka_fast.teachers import Teacher
@@ -34,10 +36,15 @@ class TeacherScores:
 
 @dataclass(frozen=True)
 class Trunk:
-    """Hidden states [B, L, D] of a batch that enter layer `layer` (layer = depth: that leave the last layer)."""
+    """Hidden states of a batch that enter layer `layer` (layer = depth: that leave the last layer).
+
+    hidden: [B, L, D]; packed [T, D] where the teacher has a fast form, and there only the first tokens' rows [B, D] of the last
+    layer; None: nothing is deterministic, layer 0 and the embeddings belong to the tail.
+    """
 
     layer: int
-    hidden: Tensor | None  # None: nothing is deterministic, layer 0 and the embeddings belong to the tail
+    hidden: Tensor | None
+    packed: Packed | None = None
 
 
 class StochasticTeacher:
@@ -69,6 +76,7 @@ class StochasticTeacher:
         self.p_of_site = self._probabilities(mc_dropout_p) if mc else {}
         self.layer = self._first_stochastic_layer()
         self.reads = self._probe_read_row()
+        self.fast = self._find_fast_form()
         self.fused_head = self._find_fused_head()
 
     @property
@@ -87,14 +95,19 @@ class StochasticTeacher:
     @torch.inference_mode()
     def trunk(self, input_ids: Tensor, attention_mask: Tensor, start: Trunk | None = None) -> Trunk:
         """The deterministic part; start: hidden states of a lower layer, same weights below it."""
+        packed = None
+        if self.fast is not None:
+            packed = Packed.of(attention_mask) if start is None or start.packed is None else start.packed
         if self.layer == 0:
-            return Trunk(0, None)
+            return Trunk(0, None, packed)
         if start is None or start.hidden is None:
-            return Trunk(self.layer, self.encoder.run(input_ids, attention_mask, stop=self.layer))
+            start = Trunk(0, None)
         if start.layer == self.layer:
             return start
-        hidden = self.encoder.run(input_ids, attention_mask, start=start.layer, hidden=start.hidden, stop=self.layer)
-        return Trunk(self.layer, hidden)
+        below = {"start": start.layer, "hidden": start.hidden, "stop": self.layer}
+        if packed is not None:
+            return Trunk(self.layer, self.fast.trunk(input_ids, attention_mask, packed, **below), packed)
+        return Trunk(self.layer, self.encoder.run(input_ids, attention_mask, **below))
 
     def finish(
         self, trunk: Trunk, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor | np.ndarray
@@ -111,8 +124,11 @@ class StochasticTeacher:
         return TeacherScores(**{name: value.float().clone() for name, value in vars(scores).items()})
 
     def _finish(self, trunk: Trunk, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor) -> TeacherScores:
+        if trunk.packed is not None and trunk.layer < self.encoder.depth:
+            logits, samples = self._fast_samples(trunk, input_ids, attention_mask, example_ids)
+            return _scores(logits, samples)
         if trunk.layer == self.encoder.depth and trunk.hidden is not None:
-            hidden, input_ids, attention_mask = self._read_row(trunk.hidden, input_ids, attention_mask)
+            hidden, input_ids, attention_mask = self._read_row(trunk, input_ids, attention_mask)
             trunk = Trunk(trunk.layer, hidden)
         start = {"start": trunk.layer, "hidden": trunk.hidden}
         if self.mc and self.fused_head is not None:
@@ -124,15 +140,31 @@ class StochasticTeacher:
             )
             return TeacherScores(**{field: getattr(head, field) for field in TeacherScores.__dataclass_fields__})
         logits = self.encoder.run(input_ids, attention_mask, **start).float()
-        samples = self._samples(trunk, input_ids, attention_mask, example_ids) if self.mc else logits[None]
-        statistics = mc_statistics(samples, [0, logits.shape[1]])
-        return TeacherScores(
-            logits,
-            statistics.mean_probs,
-            statistics.var_probs,
-            statistics.predictive_entropy[:, 0],
-            statistics.expected_entropy[:, 0],
-        )
+        return _scores(logits, self._samples(trunk, input_ids, attention_mask, example_ids) if self.mc else logits[None])
+
+    def _fast_samples(
+        self, trunk: Trunk, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Deterministic logits [B, C] and those of K stochastic passes [K, B, C]; the former run along as a replica."""
+        packed, samples, logits = trunk.packed, [], None
+        chunk = self._samples_at_once(*input_ids.shape)
+        for first in range(0, self.mc_samples, chunk):
+            count = min(chunk, self.mc_samples - first)
+            ids = example_ids[packed.order]
+            replicas = Replicas(packed, self.p_of_site, self.teacher.seed, ids, count, first, plain=first == 0)
+            x = self.fast.embed(input_ids, attention_mask, replicas) if trunk.hidden is None else trunk.hidden
+            rows = packed.unsort(self.fast.tail(x, trunk.layer, replicas), 1)
+            if replicas.plain:
+                logits, rows = self._head(rows[:1], input_ids, attention_mask)[0], rows[1:]
+            masks = Masks(self.model, self.all_sites, self.p_of_site, self.teacher.seed, example_ids, count, first)
+            samples.append(self._head(rows, input_ids, attention_mask, masks))
+        return logits, torch.cat(samples)
+
+    def _head(self, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, masks: Masks | None = None) -> Tensor:
+        """Logits [R, B, C] of the first tokens' rows [R, B, D]."""
+        inputs = (x[:, :1].repeat(len(rows), 1) for x in (input_ids, attention_mask))
+        out = self.encoder.run(*inputs, start=self.encoder.depth, hidden=rows.flatten(0, 1)[:, None], masks=masks)
+        return out.float().view(*rows.shape[:2], -1)
 
     def _samples(self, trunk: Trunk, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor) -> Tensor:
         """Logits [K, B, C] of K stochastic passes, as many at a time as the memory budget allows."""
@@ -154,7 +186,9 @@ class StochasticTeacher:
         config = self.model.config
         width = config.hidden_size
         inner = getattr(config, "intermediate_size", None) or 4 * width
-        floats = num_tokens * (10 * width + 3 * inner) + 3 * config.num_attention_heads * num_tokens**2
+        one_row = self.fast is not None and self.layer >= self.encoder.depth - 1
+        rows = 1 if one_row else num_tokens
+        floats = rows * (10 * width + 3 * inner + 3 * config.num_attention_heads * num_tokens)
         itemsize = next(self.model.parameters()).element_size()
         budget = self.memory_budget_bytes or free_memory_bytes(self.model.device)
         return max(1, min(self.mc_samples, budget // (num_texts * floats * itemsize)))
@@ -228,8 +262,11 @@ class StochasticTeacher:
                 return name
         return None
 
-    def _read_row(self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _read_row(self, trunk: Trunk, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Only the row that the head reads, as a sequence of one token: [B, L, ...] -> [B, 1, ...]."""
+        hidden = trunk.hidden
+        if trunk.packed is not None:
+            return trunk.packed.unsort(hidden, 0)[:, None], input_ids[:, :1], attention_mask[:, :1]
         # The elements of a mask over tokens depend on their positions, which the cut would change.
         per_token = any(s.rank != 2 for s in self.all_sites if s.layer == "head")
         if self.reads is None or per_token:
@@ -239,6 +276,22 @@ class StochasticTeacher:
             row = attention_mask.sum(1, keepdim=True) - 1
         pick = hidden.gather(1, row[..., None].expand(-1, -1, hidden.shape[-1]))
         return pick, input_ids.gather(1, row), attention_mask.gather(1, row)
+
+    @torch.inference_mode()
+    def _find_fast_form(self) -> PostLayerNormEncoder | None:
+        """The layer-by-layer form, where the architecture has one and it computes what the model computes."""
+        if self.reads != "first" or any(site.rank != 2 for site in self.all_sites if site.layer == "head"):
+            return None
+        fast = PostLayerNormEncoder.of(self.model, self.all_sites)
+        if fast is None:
+            return None
+        ids, mask = _check_inputs(self.model)
+        packed = Packed.of(mask)
+        rows = packed.unsort(fast.trunk(ids, mask, packed, self.encoder.depth), 0)
+        if _agree(self._head(rows[None], ids, mask)[0], self.encoder.run(ids, mask)):
+            return fast
+        log.warning("teacher %s: its fast form differs from the model and is not used", self.name)
+        return None
 
     @torch.inference_mode()
     def _find_fused_head(self) -> tuple[Site, nn.Linear] | None:
@@ -259,6 +312,13 @@ def score_together(
 ) -> list[TeacherScores]:
     """Scores of several teachers that tokenise equally over one batch; layers with the same weights run once."""
     return [teacher.score(input_ids, attention_mask, example_ids) for teacher in teachers]
+
+
+def _scores(logits: Tensor, samples: Tensor) -> TeacherScores:
+    """Statistics of stochastic logits [K, B, C] beside the deterministic ones [B, C]."""
+    statistics = mc_statistics(samples, [0, logits.shape[1]])
+    entropies = statistics.predictive_entropy[:, 0], statistics.expected_entropy[:, 0]
+    return TeacherScores(logits, statistics.mean_probs, statistics.var_probs, *entropies)
 
 
 def free_memory_bytes(device: torch.device) -> int:

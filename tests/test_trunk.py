@@ -178,6 +178,17 @@ def test_heads_that_are_dropout_and_linear_are_fused(family, stochastic):
     assert stochastic(family, "head").fused_head is not None
 
 
+def test_post_ln_encoders_have_a_fast_form(family, stochastic):
+    slow = ("deberta-v2", "modernbert", *DECODERS)
+    assert (stochastic(family, "last:1").fast is None) == (family in slow)
+
+
+def test_generic_form_of_post_ln_encoders(family, stochastic, batch, monkeypatch):
+    monkeypatch.setattr("muka_fast.trunk.PostLayerNormEncoder.of", lambda model, sites: None)
+    for scope in ("last:1", "all"):
+        check(stochastic(family, scope), *batch(family))
+
+
 @pytest.mark.parametrize("p", [0.0, 1.0, -0.1, 1.5, float("nan"), 1e-9, 0.999999])
 def test_mc_dropout_p_out_of_range(p, stochastic):
     with pytest.raises(UserError, match="--mc_dropout_p"):

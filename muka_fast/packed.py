@@ -1,0 +1,160 @@
+"""Texts of a batch side by side without padding, in groups of equal length, and the masks of their K replicas."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from muka_fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
+from muka_fast.ops.repeat_dropout import repeat_dropout
+from muka_fast.sites import ATTENTION_STRIDE
+
+
+@dataclass(frozen=True)
+class Packed:
+    """B texts sorted by length: T = sum of their lengths rows, no padding.
+
+    order int64 [B]: text of each place. lengths, of the places. groups: (first place, first row, texts, length) of every run
+    of equal lengths; inside one, attention needs no mask.
+    """
+
+    order: Tensor
+    lengths: Tensor  # int64 [B]
+    groups: tuple[tuple[int, int, int, int], ...]
+
+    @classmethod
+    def of(cls, attention_mask: Tensor) -> "Packed":
+        """attention_mask [B, L] of texts padded on the right."""
+        lengths, order = attention_mask.sum(1).sort(stable=True)
+        groups, place, row = [], 0, 0
+        for length, count in zip(*(t.tolist() for t in torch.unique_consecutive(lengths, return_counts=True)), strict=True):
+            groups.append((place, row, count, length))
+            place, row = place + count, row + count * length
+        return cls(order, lengths, tuple(groups))
+
+    def pack(self, values: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, L, ...] -> [T, ...]."""
+        return values[self.order][attention_mask[self.order].bool()]
+
+    def unsort(self, rows: Tensor, dim: int) -> Tensor:
+        """Places back to the order of the batch along `dim`."""
+        return rows.index_select(dim, self.order.argsort())
+
+    @cached_property
+    def first_rows(self) -> Tensor:
+        """int64 [B]: row of each text's first token."""
+        return self.lengths.cumsum(0) - self.lengths
+
+    @cached_property
+    def place_of_row(self) -> Tensor:
+        """int64 [T]."""
+        return torch.repeat_interleave(torch.arange(len(self.lengths), device=self.lengths.device), self.lengths)
+
+    @cached_property
+    def position_of_row(self) -> Tensor:
+        """int64 [T]: column in the padded batch."""
+        return torch.arange(len(self.place_of_row), device=self.lengths.device) - self.first_rows[self.place_of_row]
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Which replicas a value has once masks have struck it: R = plain + count, replica 0 unmasked where `plain`.
+
+    p_of_site: site index -> p of the active sites. example_ids int64 [B], in the order of the places.
+    """
+
+    packed: Packed
+    p_of_site: dict[int, float]
+    seed: int
+    example_ids: Tensor
+    count: int
+    first_sample: int = 0
+    plain: bool = False
+
+    def p(self, site: int | None) -> float:
+        """0.0 where nothing is to be masked."""
+        return self.p_of_site.get(site, 0.0) if self.count and site is not None else 0.0
+
+    @cached_property
+    def _token_ids(self) -> Tensor:
+        return self.example_ids[self.packed.place_of_row]
+
+    def _rows(self, width: int, one_row: bool) -> tuple[Tensor, Tensor]:
+        """Example id and first element of each row: of the packed tokens, or of every text's first token."""
+        if one_row:
+            return self.example_ids, torch.zeros_like(self.example_ids)
+        return self._token_ids, self.packed.position_of_row * width
+
+    def dropout(self, x: Tensor, site: int | None) -> Tensor:
+        """[T, D] -> [R, T, D] at an active site, else x."""
+        if (p := self.p(site)) == 0:
+            return x
+        ids, offsets = self._rows(x.shape[-1], False)
+        return self._with_plain(x, repeat_dropout(x, self.count, p, self.seed, site, ids, offsets, self.first_sample))
+
+    def attention(self, probs: Tensor, site: int, place: int) -> Tensor:
+        """Masked probabilities [(R,) n, H, Lq, L] of the texts from `place` on -> [R, n, H, Lq, L]."""
+        n, heads, queries, length = probs.shape[-4:]
+        element = torch.arange(heads, device=probs.device)[:, None] * ATTENTION_STRIDE
+        element = (element + torch.arange(queries, device=probs.device)).flatten() * ATTENTION_STRIDE
+        ids = self.example_ids[place : place + n].repeat_interleave(len(element))
+        shared = probs.dim() == 4
+        source = (probs if shared else probs[int(self.plain) :]).reshape(*([] if shared else [self.count]), -1, length)
+        p, offsets = self.p(site), element.repeat(n)
+        masked = repeat_dropout(source, self.count, p, self.seed, site, ids, offsets, self.first_sample)
+        return self._with_plain(probs, masked.view(self.count, n, heads, queries, length), shared)
+
+    def _with_plain(self, x: Tensor, masked: Tensor, shared: bool = True) -> Tensor:
+        return torch.cat([x[None] if shared else x[:1], masked]) if self.plain else masked
+
+    def add_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm, site: int | None, one_row: bool) -> Tensor:
+        """norm(dropout(x) + residual) for [rows, D] or [R, rows, D]; shared values stay shared at a site that is off."""
+        p = self.p(site)
+        if p == 0:
+            return norm(x + residual)
+        ids, offsets = self._rows(x.shape[-1], one_row)
+        if x.is_cuda or x.dim() == 2:
+            source = x if x.dim() == 2 else x[int(self.plain) :]
+            masked = repeat_dropout(source, self.count, p, self.seed, site, ids, offsets, self.first_sample)
+            return norm(self._with_plain(x, masked, x.dim() == 2) + residual)
+        return dropout_add_layer_norm(
+            x, residual, norm.weight, norm.bias, norm.eps, p, self.seed, site, ids, offsets, self.first_sample, self.plain
+        )
+
+
+def group_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    scaling: float,
+    position_bias: Tensor | None,
+    replicas: Replicas,
+    site: int,
+    one_row: bool,
+) -> Tensor:
+    """Attention inside each text, its probabilities masked at an active site.
+
+    query: [(R,) T, D], or with one_row [(R,) B, D], the first tokens' queries; key, value: [(R,) T, D];
+    position_bias [H, L, L] or None. Returns the shape of query, with R replicas in front if a mask or an input has them.
+    """
+
+    def heads(x: Tensor, first: int, texts: int, rows: int) -> Tensor:  # [(R,) n, H, rows, d]
+        x = x.narrow(-2, first, texts * rows).unflatten(-1, (num_heads, -1))
+        return x.unflatten(-3, (texts, rows)).transpose(-3, -2)
+
+    out = []
+    for place, row, n, length in replicas.packed.groups:
+        queries, start = (1, place) if one_row else (length, row)
+        q, k, v = heads(query, start, n, queries), heads(key, row, n, length), heads(value, row, n, length)
+        bias = None if position_bias is None else position_bias[:, :queries, :length]
+        if replicas.p(site) == 0:
+            flat = [x.flatten(0, -4) for x in (q, k, v)]
+            mixed = nn.functional.scaled_dot_product_attention(*flat, attn_mask=bias, scale=scaling).reshape(q.shape)
+        else:
+            scores = torch.matmul(q * scaling, k.transpose(-1, -2))
+            probs = torch.softmax(scores if bias is None else scores + bias, -1)
+            mixed = torch.matmul(replicas.attention(probs, site, place), v)
+        out.append(mixed.transpose(-3, -2).flatten(-2).flatten(-3, -2))
+    return out[0] if len(out) == 1 else torch.cat(out, -2)

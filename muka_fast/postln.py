@@ -1,0 +1,147 @@
+"""Post-LN encoders layer by layer, without padding: only what follows a mask is repeated, only the row that is read is computed.
+
+BERT, RoBERTa, XLM-RoBERTa, ELECTRA, DistilBERT, MPNet and ALBERT whose head reads the first token. The modules are the model's own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from muka_fast.intercept import layer_modules
+from muka_fast.packed import Packed, Replicas, group_attention
+from muka_fast.sites import Site
+
+
+@dataclass(frozen=True)
+class PostLayer:
+    """norm2(ffn(y) + y) with y = norm1(o(attention(q, k, v)) + x); a site index or None after each part that drops."""
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    output: nn.Module
+    norm1: nn.LayerNorm
+    up: nn.Module
+    activation: Callable[[Tensor], Tensor]
+    down: nn.Module
+    norm2: nn.LayerNorm
+    attention_site: int
+    output_site: int | None
+    ffn_site: int | None
+
+
+def _bert_layer(layer: nn.Module) -> tuple[tuple, tuple[str, ...]]:
+    own, out = layer.attention.self, layer.attention.output
+    up, act = layer.intermediate.dense, layer.intermediate.intermediate_act_fn
+    parts = (own.query, own.key, own.value, out.dense, out.LayerNorm, up, act, layer.output.dense, layer.output.LayerNorm)
+    return parts, ("attention.self", "attention.output.dropout", "output.dropout")
+
+
+def _distilbert_layer(layer: nn.Module) -> tuple[tuple, tuple[str, ...]]:
+    own, ffn = layer.attention, layer.ffn
+    attention = (own.q_lin, own.k_lin, own.v_lin, own.out_lin, layer.sa_layer_norm)
+    return (*attention, ffn.lin1, ffn.activation, ffn.lin2, layer.output_layer_norm), ("attention", "", "ffn.dropout")
+
+
+def _mpnet_layer(layer: nn.Module) -> tuple[tuple, tuple[str, ...]]:
+    own, up = layer.attention.attn, layer.intermediate
+    attention = (own.q, own.k, own.v, own.o, layer.attention.LayerNorm)
+    parts = (*attention, up.dense, up.intermediate_act_fn, layer.output.dense, layer.output.LayerNorm)
+    return parts, ("attention.attn.dropout", "attention.dropout", "output.dropout")
+
+
+def _albert_layer(group: nn.Module) -> tuple[tuple, tuple[str, ...]]:
+    (layer,) = group.albert_layers
+    own = layer.attention
+    attention = (own.query, own.key, own.value, own.dense, own.LayerNorm)
+    parts = (*attention, layer.ffn, layer.activation, layer.ffn_output, layer.full_layer_layer_norm)
+    return parts, ("albert_layers.0.attention", "albert_layers.0.attention.output_dropout", "")
+
+
+# model_type -> parts of a layer in the order of PostLayer, and the paths of its three sites inside it ("" = no such site)
+LAYERS = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _bert_layer),
+    "distilbert": _distilbert_layer,
+    "mpnet": _mpnet_layer,
+    "albert": _albert_layer,
+}
+
+
+class PostLayerNormEncoder:
+    """`trunk`: hidden states that enter a layer, once per text. `tail`: the first token's row of the last layer, R replicas."""
+
+    def __init__(self, model: PreTrainedModel, layers: list[PostLayer], embeddings_site: int | None):
+        config = model.config
+        self.base = model.base_model
+        self.layers, self.depth = layers, len(layers)
+        self.embeddings_site = embeddings_site
+        self.num_heads = config.num_attention_heads
+        self.scaling = (config.hidden_size // self.num_heads) ** -0.5
+        self.project = getattr(self.base, "embeddings_project", None)  # ELECTRA with narrow embeddings
+        if config.model_type == "albert":
+            self.project = self.base.encoder.embedding_hidden_mapping_in
+        self.has_position_bias = config.model_type == "mpnet"
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, sites: list[Site]) -> "PostLayerNormEncoder | None":
+        """None for an architecture or a configuration that this file does not cover."""
+        config, parts_of = model.config, LAYERS.get(model.config.model_type)
+        several_layers_a_group = getattr(config, "inner_group_num", 1) != 1
+        modules = layer_modules(model)
+        if parts_of is None or modules is None or several_layers_a_group or getattr(config, "is_decoder", False):
+            return None
+        paths = {module: path for path, module in model.named_modules()}
+        layers = []
+        for index in range(config.num_hidden_layers):
+            module = modules[int(index / (config.num_hidden_layers / len(modules)))]  # ALBERT: groups of equal layers
+            parts, names = parts_of(module)
+            found = {s.path: s.index for s in sites if s.layer == index}
+            layers.append(PostLayer(*parts, *(found.get(f"{paths[module]}.{name}") for name in names)))
+            if len(found) != sum(bool(name) for name in names) or layers[-1].attention_site is None:
+                return None
+        embeddings = [s.index for s in sites if s.layer is None]
+        return cls(model, layers, *embeddings) if len(embeddings) == 1 else None
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor, replicas: Replicas) -> Tensor:
+        """[T, D], or [R, T, D] where the embeddings' site is active. The module's own dropout is its last step, and off."""
+        x = replicas.packed.pack(self.base.embeddings(input_ids=input_ids), attention_mask)
+        x = replicas.dropout(x, self.embeddings_site)
+        return x if self.project is None else self.project(x)
+
+    def trunk(
+        self, input_ids: Tensor, attention_mask: Tensor, packed: Packed, stop: int, start: int = 0, hidden: Tensor | None = None
+    ) -> Tensor:
+        """Deterministic hidden states [T, D] that enter layer `stop`; stop = depth: the first tokens' last rows [B, D]."""
+        replicas = Replicas(packed, {}, 0, packed.order, 0)
+        x = self.embed(input_ids, attention_mask, replicas) if hidden is None else hidden
+        bias = self._position_bias(packed)
+        for index in range(start, stop):
+            x = self._layer(self.layers[index], x, replicas, bias, one_row=index == self.depth - 1)
+        return x
+
+    def tail(self, x: Tensor, start: int, replicas: Replicas) -> Tensor:
+        """Layers from `start` on: [(R,) T, D] -> the first tokens' last rows [R, B, D]."""
+        bias = self._position_bias(replicas.packed)
+        for index in range(start, self.depth):
+            x = self._layer(self.layers[index], x, replicas, bias, one_row=index == self.depth - 1)
+        return x if x.dim() == 3 else x.expand(int(replicas.plain) + replicas.count, -1, -1)
+
+    def _position_bias(self, packed: Packed) -> Tensor | None:
+        """MPNet: [H, L, L] for the longest text."""
+        if not self.has_position_bias:
+            return None
+        longest = packed.lengths.new_empty(1, packed.groups[-1][3], 0)
+        return self.base.encoder.compute_position_bias(longest)[0]
+
+    def _layer(self, layer: PostLayer, x: Tensor, replicas: Replicas, bias: Tensor | None, one_row: bool) -> Tensor:
+        """One layer: [(R,) T, D] -> [(R,) T, D], or with one_row [(R,) B, D]."""
+        rows = x.index_select(-2, replicas.packed.first_rows) if one_row else x
+        attention = group_attention(
+            layer.query(rows), layer.key(x), layer.value(x), self.num_heads, self.scaling, bias, replicas,
+            layer.attention_site, one_row,
+        )  # fmt: skip
+        y = replicas.add_norm(layer.output(attention), rows, layer.norm1, layer.output_site, one_row)
+        inner = layer.down(layer.activation(layer.up(y)))
+        return replicas.add_norm(inner, y, layer.norm2, layer.ffn_site, one_row)
