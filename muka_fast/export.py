@@ -1,0 +1,299 @@
+"""The student as one Hugging Face folder: weights, configuration, tokenizer, model card; written aside, then moved in place.
+
+A run's folder is whole or plainly unfinished at every moment: all files are written and synced in `.export.partial`, which
+is renamed to `.export.ready` and only then moved file by file, config.json last. `finish_export` completes a move that was
+cut off; until the new files are safe on the disk, no old one is touched.
+"""
+
+import copy
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+import transformers
+import yaml
+
+from muka_fast import __version__
+from muka_fast.errors import UserError
+from muka_fast.teachers import settle_padding, token_limit
+
+log = logging.getLogger("muka_fast")
+
+PARTIAL, READY, FILE_LIST = ".export.partial", ".export.ready", "files.json"
+# Any of these shows that a folder belongs to a run (or to an exported model).
+RUN_MARKERS = (
+    "run.json",
+    "run.yaml",
+    "config.json",
+    "model.safetensors",
+    "metrics.jsonl",
+    "supervision",
+    "checkpoints",
+)
+RUN_MARKERS += (PARTIAL, READY)
+MOST_CARD_LABELS = 300
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the model card tells besides the labels. Texts from outside may hold anything: the card escapes them.
+
+    teachers: dicts with name, and where known architecture, labels (union names), fingerprint. options, data, metrics:
+    shown as tables in their order.
+    """
+
+    title: str
+    base_model: str | None = None
+    teachers: Sequence[Mapping[str, Any]] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+def output_guard(
+    output: str | Path, resume: bool = False, overwrite: bool = False, inputs: Sequence[str | Path | None] = ()
+) -> Path:
+    """Make the output folder of a run ready, or refuse; returns it, existing.
+
+    An empty or new folder is taken. One that holds a run is continued with `resume`; with `overwrite` it is renamed to a
+    sibling `.<name>.replaced`, which `discard_replaced` removes once the new run is complete. inputs: files and folders
+    that the new run reads, which must not be moved away so. Raises UserError, and has then changed nothing.
+    """
+    given, output = output, Path(output).expanduser()
+    try:
+        if output.exists() and not output.is_dir():
+            raise UserError(f"--output {given}: this is a file; name a folder")
+        found = sorted(entry.name for entry in output.iterdir()) if output.exists() else []
+        if found and not any((output / marker).exists() for marker in RUN_MARKERS):
+            raise UserError(f"--output {given}: holds files that no run wrote ({found[0]}); name a new or empty folder")
+        if found and not (resume or overwrite):
+            raise UserError(
+                f"--output {given}: already holds a run; continue it with --resume or replace it with --overwrite"
+            )
+        if found and overwrite:
+            _set_aside(output, given, inputs)
+        elif resume and not found:
+            log.info("nothing to resume in %s: starting from the beginning", given)
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {given}: {error.strerror or error}; name a folder that can be written") from error
+    return output
+
+
+def _set_aside(output: Path, given: str | Path, inputs: Sequence[str | Path | None]) -> None:
+    """Rename a finished or broken run; it stays on the disk until `discard_replaced`."""
+    folder = output.resolve()
+    if Path.cwd().is_relative_to(folder):
+        raise UserError(f"--output {given}: --overwrite cannot replace the folder that you are in; name another one")
+    for path in inputs:
+        if path is not None and Path(path).expanduser().resolve().is_relative_to(folder):
+            raise UserError(
+                f"--output {given}: --overwrite would move away {path}, which this run reads; name another output"
+            )
+    taken = len(_replaced(output))
+    aside = folder.with_name(f".{folder.name}.replaced" + (f"-{taken + 1}" if taken else ""))
+    os.replace(folder, aside)
+    log.info("the run in %s is kept as %s until the new one is complete", given, aside)
+
+
+def _replaced(output: Path) -> list[Path]:
+    folder = output.resolve()
+    name = re.compile(re.escape(f".{folder.name}.replaced") + r"(-\d+)?")
+    return [entry for entry in folder.parent.iterdir() if name.fullmatch(entry.name)] if folder.parent.exists() else []
+
+
+def discard_replaced(output: str | Path) -> None:
+    """Remove what `--overwrite` had set aside; to be called when the new run is complete."""
+    for folder in _replaced(Path(output).expanduser()):
+        shutil.rmtree(folder)
+
+
+def save_student(
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    output: str | Path,
+    labels: Sequence[str],
+    card: Card,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write the student into `output` as a folder that plain transformers loads; returns `output`.
+
+    labels: names of the C classes in the order of the logits. state_dict: the weights where the model itself does not hold
+    them whole (ZeRO-3). Sets names, problem type and padding in the model's configuration. Raises UserError where the disk
+    is full or cannot be written (nothing that was there is touched) and ValueError where labels and head do not fit.
+    """
+    output = Path(output).expanduser()
+    set_labels(model, labels)
+    tokenizer = clean_tokenizer(model, tokenizer)
+    partial = output / PARTIAL
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        model.save_pretrained(partial, state_dict=None if state_dict is None else dict(state_dict))
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(render_card(card, labels, output.resolve().name), encoding="utf-8")
+        names = sorted(entry.name for entry in partial.iterdir())
+        (partial / FILE_LIST).write_text(json.dumps(names), encoding="utf-8")
+        sync_folder(partial)
+        os.replace(partial, output / READY)
+        finish_export(output)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not is_write_error(error):
+            raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"--output {output}: the student cannot be written ({reason}); free some space, then repeat with --resume"
+        ) from error
+    return output
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Whether the disk, not the program, is at fault: OSError, or what the Rust writers of weights and tokenizers raise."""
+    text = str(error)
+    return isinstance(error, OSError) or "os error" in text or "I/O error" in text or os.strerror(errno.ENOSPC) in text
+
+
+def set_labels(model: transformers.PreTrainedModel, labels: Sequence[str]) -> None:
+    """Name the classes in the model's configuration; ValueError where the number or a repeated name does not fit."""
+    config = model.config
+    if len(set(labels)) != len(labels):
+        raise ValueError(f"label names repeat: {sorted(name for name in set(labels) if list(labels).count(name) > 1)}")
+    if config.num_labels != len(labels):
+        raise ValueError(f"{len(labels)} label names for a head of {config.num_labels} classes")
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {name: index for index, name in enumerate(labels)}
+    # transformers refuses this type for one class, and takes an unnamed type as classification where labels are integers.
+    config.problem_type = "single_label_classification" if len(labels) > 1 else None
+
+
+def clean_tokenizer(
+    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase
+) -> transformers.PreTrainedTokenizerBase:
+    """A copy without the truncation and padding of its latest call, and with the model's true length limit."""
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    settle_padding(model, tokenizer, "student")
+    tokenizer.model_max_length = token_limit(model, tokenizer)
+    return tokenizer
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk confirm every file of a folder, and the folder."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def finish_export(output: str | Path) -> bool:
+    """Move a completely written export into place; also after a kill in the middle of it. True where there was one.
+
+    While it runs there is no config.json, so nothing loads a mixture of old and new files.
+    """
+    output = Path(output).expanduser()
+    ready = output / READY
+    shutil.rmtree(output / PARTIAL, ignore_errors=True)
+    if not ready.is_dir():
+        return False
+    if (ready / FILE_LIST).is_file():
+        names = json.loads((ready / FILE_LIST).read_text(encoding="utf-8"))
+        if (ready / "config.json").exists():
+            (output / "config.json").unlink(missing_ok=True)
+        for stale in output.glob("model*.safetensors*"):
+            if stale.name not in names:
+                stale.unlink()
+        for name in sorted(names, key=lambda name: name == "config.json"):
+            if (ready / name).exists():
+                if (output / name).is_dir():
+                    shutil.rmtree(output / name)
+                os.replace(ready / name, output / name)
+        (ready / FILE_LIST).unlink()
+    ready.rmdir()
+    sync_folder_entry(output)
+    return True
+
+
+def sync_folder_entry(folder: Path) -> None:
+    """Have the disk confirm the names in a folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- the card ----
+
+
+def markdown_text(value: Any) -> str:
+    """Any value as literal text on one line of Markdown, also inside a table cell; HTML is inert."""
+    text = " ".join(str(value).split())
+    text = "".join(char if char.isprintable() else "\ufffd" for char in text)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]()#+\-!|~$])", r"\\\1", text)
+
+
+def figure(value: Any) -> str:
+    """A number for a table: four significant digits, integers whole."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return markdown_text(value)
+
+
+@cache
+def card_template() -> jinja2.Template:
+    """The card's template with its filters."""
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    # Markdown, not HTML: `md` escapes what comes from outside.
+    environment = jinja2.Environment(
+        loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
+    )
+    environment.filters |= {"md": markdown_text, "figure": figure}
+    return environment.get_template("model_card.md.j2")
+
+
+def render_card(card: Card, labels: Sequence[str], folder: str) -> str:
+    """README.md of the exported folder, which is called `folder`."""
+    owners = [
+        (label, [str(teacher["name"]) for teacher in card.teachers if label in (teacher.get("labels") or ())])
+        for label in labels
+    ]
+    return card_template().render(
+        card=card,
+        labels=labels,
+        owners=owners,
+        most_labels=MOST_CARD_LABELS,
+        folder=folder,
+        version=__version__,
+        front_matter=front_matter(card),
+    )
+
+
+def front_matter(card: Card) -> str:
+    """The card's YAML header: what the hub reads."""
+    head: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+        "tags": ["knowledge-amalgamation", "knowledge-distillation", "muka"],
+    }
+    # The hub wants a hub name here; a local folder means nothing elsewhere.
+    if card.base_model and re.fullmatch(r"\w[\w.-]*/[\w.-]+", card.base_model) and not Path(card.base_model).exists():
+        head["base_model"] = card.base_model
+    return yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
