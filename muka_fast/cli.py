@@ -162,7 +162,8 @@ def parse(command: Command, argv: Sequence[str], prog: str) -> config.Config:
         name = unknown[0].partition("=")[0]
         if not name.startswith("-"):
             raise UserError(f"unexpected argument '{name}': see {prog} --help")
-        raise UserError(f"unknown option '{name}'{nearest(name, names)}")
+        hint = nearest(name.replace("--no_", "--"), names)
+        raise UserError(f"unknown option '{name}'{hint}")
     flags = vars(known)
     return load_config(command.config, flags.pop("config", None), flags)
 

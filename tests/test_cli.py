@@ -1,0 +1,252 @@
+"""The command line: spellings, help, exit codes and what reaches each command."""
+
+import errno
+import importlib
+import logging
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+from muka_fast import __version__, cli, config
+from muka_fast.cli import COMMANDS, guarded, main, parse, parse_train_args
+from muka_fast.errors import UserError
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Every command's module is replaced by one that records its configuration; logging is left as it was."""
+    seen = {}
+
+    def load(name):
+        return types.SimpleNamespace(main=lambda options: seen.update({name: options}))
+
+    monkeypatch.setattr(cli.importlib, "import_module", load)
+    monkeypatch.setattr(cli, "setup_logging", lambda *args: None)
+    return seen
+
+
+REQUIRED = {
+    "demo": [],
+    "teach": ["--encoder", "e", "--train", "t", "--output", "o"],
+    "score": ["--teachers", "a", "b", "--texts", "t", "--output", "o"],
+    "train": [],
+    "eval": ["--model", "m", "--data", "d"],
+    "report": ["runs/x"],
+    "doctor": [],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_reaches_its_module_with_its_configuration(called, name):
+    assert main([name, *REQUIRED[name]]) == 0
+    assert set(called) == {f"muka_fast.{COMMANDS[name].module}"}
+    assert type(*called.values()) is COMMANDS[name].config
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_every_option_once_with_underscores(name, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([name, "--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    for key, field in COMMANDS[name].config.model_fields.items():
+        if key != COMMANDS[name].positional:
+            assert f"--{config.option_name(key, field)}" in text
+        assert field.description.split()[0] in text
+    for line in text.splitlines():
+        option = line.split()[0] if line.startswith("  --") else ""
+        assert "-" not in option[2:]
+
+
+def test_help_tells_defaults_and_ranges(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "an integer >= 1 and <= 4096; default: 16" in text
+    assert "--margin, --no-margin" in text
+    assert "all, last:M (M >= 1) or head; default: last:1" in text
+    assert "10 %" in text or "default: 0.1" in text
+
+
+def test_bare_call_prints_help_and_version(capsys):
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"muka-fast {__version__}\n"
+
+
+def test_hyphen_and_underscore_are_the_same(called):
+    main(["train", "--mc-samples", "4", "--learning_rate=1e-3", "--kd-temperature=2", "--no-margin", "--no_mc"])
+    options = called["muka_fast.train"]
+    assert (options.mc_samples, options.learning_rate, options.kd_temperature) == (4, 1e-3, 2.0)
+    assert options.margin is False and options.mc is False
+    # A value keeps its hyphens.
+    main(["train", "--output=a-b-c", "--method", "muka-hard"])
+    assert (called["muka_fast.train"].output, called["muka_fast.train"].method) == ("a-b-c", "muka-hard")
+
+
+def test_switches_and_lists(called):
+    main(["train", "--margin", "--no-margin", "--margin", "--resume", "--teachers", "a", "b", "--teachers", "c"])
+    options = called["muka_fast.train"]
+    assert options.margin is True and options.resume is True
+    assert options.teachers == ["a", "b", "c"]
+    main(["teach", *REQUIRED["teach"], "--labels", "a, b,c", "--labels", 'd "e,f"', '"g,h",i'])
+    assert called["muka_fast.teach"].labels == ["a", "b", "c", 'd "e', 'f"', "g,h", "i"]
+
+
+def test_only_given_options_count_as_given(called):
+    main(["train", "--epochs", "3"])
+    assert called["muka_fast.train"].model_fields_set == {"epochs"}
+
+
+def test_yaml_is_read_and_flags_override_it(called, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("epochs: 5\nmargin: false\nbatch-size: 4\n", encoding="utf-8")
+    assert main(["train", "--config", str(path), "--epochs", "6"]) == 0
+    options = called["muka_fast.train"]
+    assert (options.epochs, options.margin, options.batch_size) == (6, False, 4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["trian"], ["unknown command 'trian'", "nearest: train"]),
+        (["--epochs", "3"], ["unknown command '--epochs'"]),
+        (["train", "--epcohs", "3"], ["unknown option '--epcohs'", "--epochs"]),
+        (["train", "--no-margn"], ["--margin"]),
+        (["train", "--epochs"], ["--epochs", "expected one argument"]),
+        (["train", "--epochs", "0"], ["--epochs 0", ">= 1"]),
+        (["train", "--weight_decay", "-1"], ["--weight_decay -1", ">= 0"]),
+        (["train", "--method", "muka"], ["--method muka", "muka-hard", "oracle"]),
+        (["train", "--epo", "3"], ["unknown option '--epo'"]),
+        (["train", "stray"], ["unexpected argument 'stray'"]),
+        (["train", "--config", "no.yaml"], ["no.yaml", "No such file"]),
+        (["eval", "--json"], ["--model", "--data"]),
+        (["report"], ["DIR"]),
+        (["doctor", "--config", "x"], ["unknown option '--config'"]),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(argv, parts, capsys, called):
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and called == {}
+    assert captured.err.startswith("muka-fast: error: ")
+    assert captured.err.count("\n") == 1
+    for part in parts:
+        assert part in captured.err
+
+
+def raising(error):
+    def function():
+        raise error
+
+    return function
+
+
+def test_exit_codes(capsys):
+    assert guarded(lambda: None) == 0
+    assert guarded(lambda: 3) == 3
+    assert guarded(raising(UserError("teacher 'x': broken"))) == 2
+    assert capsys.readouterr().err == "muka-fast: error: teacher 'x': broken\n"
+    assert guarded(raising(KeyboardInterrupt())) == 130
+    assert guarded(raising(OSError(errno.ENOSPC, "No space left on device", "out/model.safetensors"))) == 2
+    assert capsys.readouterr().err.endswith("muka-fast: error: out/model.safetensors: No space left on device\n")
+
+
+@pytest.mark.parametrize("error", [ValueError("bug"), OSError(errno.EIO, "broken disk"), RuntimeError("bug")])
+def test_faults_of_the_program_are_not_hidden(error):
+    with pytest.raises(type(error)):
+        guarded(raising(error))
+
+
+@pytest.mark.parametrize("rank", [["--local_rank", "1"], ["--local-rank=1"], []])
+def test_the_launchers_rank_is_ignored(rank):
+    options = parse_train_args([*rank, "--teachers", "a", "b", "--ds-config", "ds.json"])
+    assert options == config.RunConfig(teachers=["a", "b"], ds_config="ds.json")
+
+
+def test_parse_needs_no_command_line_around_it():
+    assert parse(COMMANDS["demo"], ["--limit", "5"], "demo").limit == 5
+    with pytest.raises(UserError, match="unknown option"):
+        parse_train_args(["--local_rank", "0", "--teecher", "x"])
+
+
+def test_help_is_quick():
+    """Measured 0.5 s on a busy core; importing torch alone takes 3."""
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "muka_fast.cli", "train", "--help"], capture_output=True, check=True
+        )
+        seconds.append(time.perf_counter() - start)
+    assert b"--teachers" in done.stdout
+    assert min(seconds) < 2.5
+
+
+class TestConsole:
+    """Logging and progress outside of a terminal."""
+
+    @pytest.fixture(autouse=True)
+    def _restore(self, monkeypatch):
+        self.console = importlib.import_module("muka_fast.console")
+        handlers, level, propagate = self.console.log.handlers[:], self.console.log.level, self.console.log.propagate
+        libraries = {name: logging.getLogger(name).level for name in self.console.CHATTY}
+        monkeypatch.setattr(self.console, "_state", {"rank": 0, "console": None})
+        for variable in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            monkeypatch.setenv(variable, "kept")
+        yield
+        self.console.log.handlers[:], self.console.log.propagate = handlers, propagate
+        self.console.log.setLevel(level)
+        for name, value in libraries.items():
+            logging.getLogger(name).setLevel(value)
+
+    def test_warnings_are_marked_and_rank_1_is_silent(self, capsys):
+        self.console.setup_logging(verbose=False, rank=0)
+        self.console.log.info("plain")
+        self.console.log.warning("look")
+        self.console.log.debug("detail")
+        assert capsys.readouterr().err == "plain\nwarning: look\n"
+        self.console.setup_logging(verbose=True, rank=1)
+        self.console.log.warning("look")
+        for _ in self.console.progress(range(3), "quiet"):
+            pass
+        assert capsys.readouterr() == ("", "")
+
+    def test_plain_lines_every_tenth(self, capsys, monkeypatch):
+        self.console.setup_logging()
+        clock = iter(range(0, 100_000, 1))
+        monkeypatch.setattr(self.console.time, "monotonic", lambda: next(clock))
+        with self.console.progress(1000, "scoring bert") as bar:
+            for _ in range(500):
+                bar.advance(2, note="loss 0.5")
+        lines = capsys.readouterr().err.splitlines()
+        assert 9 <= len(lines) <= 11
+        assert lines[-1].startswith("scoring bert: 1000/1000 (100%)")
+        assert "texts/s" in lines[0] and "s left" in lines[0] and "loss 0.5" in lines[0]
+
+    def test_short_work_leaves_no_line_and_items_pass_through(self, capsys):
+        self.console.setup_logging()
+        assert list(self.console.progress([1, 2, 3], "short")) == [1, 2, 3]
+        assert list(self.console.progress(iter("ab"), "unknown length")) == ["a", "b"]
+        assert capsys.readouterr().err == ""
+
+    def test_an_error_leaves_the_bar(self, monkeypatch):
+        from rich.console import Console
+
+        monkeypatch.setitem(self.console._state, "console", Console(force_terminal=True, quiet=True))
+        bar = self.console.progress(10, "bar")
+
+        def work():
+            with bar:
+                bar.advance(1)
+                raise ValueError("bug")
+
+        with pytest.raises(ValueError, match="bug"):
+            work()
+        assert bar.done == 1
+        assert not bar._bar.live.is_started

@@ -1,0 +1,204 @@
+"""Configuration: precedence, ranges, one-line errors with the nearest name, and a saved file that repeats the run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from muka_fast.config import (
+    GROUPS,
+    METHODS,
+    DemoConfig,
+    DoctorConfig,
+    EvalConfig,
+    ReportConfig,
+    RunConfig,
+    ScoreConfig,
+    TeachConfig,
+    allowed_values,
+    load_config,
+)
+from muka_fast.errors import UserError
+
+MODELS = (RunConfig, ScoreConfig, TeachConfig, EvalConfig, DemoConfig, ReportConfig, DoctorConfig)
+
+
+def test_defaults_are_the_published_recipe():
+    config = load_config(RunConfig, None, {})
+    published = {
+        "method": "muka-soft",
+        "margin": True,
+        "uncertainty": "predictive_entropy",
+        "mc_samples": 16,
+        "score_temperature": 0.2,
+        "kd_temperature": 1.0,
+        "target": "deterministic",
+        "learning_rate": 2e-5,
+        "epochs": 3,
+        "warmup_ratio": 0.1,
+        "max_length": 128,
+        "batch_size": 16,
+    }
+    assert {name: config.resolved()[name] for name in published} == published
+    assert config.mc_scope == "last:1"
+    assert config.mc_dropout_p is None
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_option_has_a_description_and_a_known_group(model):
+    for field in model.model_fields.values():
+        assert field.description
+        assert field.json_schema_extra["group"] in GROUPS
+        assert allowed_values(field)
+
+
+def test_flags_override_yaml_and_yaml_overrides_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 2e-4\nmc-samples: 8\nepochs: 5\nteachers: [a, b]\n", encoding="utf-8")
+    config = load_config(RunConfig, path, {"epochs": "7", "kd-temperature": 2})
+    assert (config.learning_rate, config.mc_samples, config.epochs, config.kd_temperature) == (2e-4, 8, 7, 2.0)
+    assert config.teachers == ["a", "b"]
+    assert config.model_fields_set == {"learning_rate", "mc_samples", "epochs", "teachers", "kd_temperature"}
+
+
+def test_a_flag_can_take_back_a_value_of_the_yaml(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("limit: 5\n", encoding="utf-8")
+    assert load_config(RunConfig, path, {"limit": None}).limit is None
+
+
+def test_paths_are_taken_as_given():
+    config = load_config(RunConfig, None, {"teachers": [Path("a/b"), "../c"], "output": Path("out")})
+    assert config.teachers == ["a/b", "../c"]
+    assert config.output == "out"
+    assert load_config(RunConfig, None, {"teachers": Path("one")}).teachers == ["one"]
+
+
+def test_labels_come_as_text_or_as_a_list():
+    required = {"encoder": "e", "train": "t", "output": "o"}
+    assert load_config(TeachConfig, None, {**required, "labels": "a, b,c"}).labels == ["a", "b", "c"]
+    # A list is taken literally: its names may hold commas.
+    assert load_config(TeachConfig, None, {**required, "labels": ["a,b", "c"]}).labels == ["a,b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ({"epochs": "0"}, ["--epochs 0", "integer >= 1"]),
+        ({"epochs": "2.5"}, ["--epochs 2.5", "integer"]),
+        ({"epochs": 2.5}, ["--epochs 2.5", "integer"]),
+        ({"learning_rate": "fast"}, ["--learning_rate fast", "number > 0"]),
+        ({"learning_rate": float("nan")}, ["--learning_rate nan", "number > 0"]),
+        ({"max_grad_norm": "inf"}, ["--max_grad_norm inf", "<="]),
+        ({"score_temperature": 0}, ["--score_temperature 0", "> 0"]),
+        ({"mc_dropout_p": 1}, ["--mc_dropout_p 1", "> 0 and <= 0.9"]),
+        ({"mc_scope": "last:0"}, ["--mc_scope last:0", "all, last:M", "head"]),
+        ({"mc_scope": "last"}, ["--mc_scope last", "last:M"]),
+        ({"method": "muka-sof"}, ["--method muka-sof", "vkd", "nearest: muka-soft"]),
+        ({"uncertainty": "entropy"}, ["--uncertainty entropy", "mutual_information", "predictive_entropy"]),
+        ({"target": 3}, ["--target 3", "mc_mean"]),
+        ({"margin": "maybe"}, ["--margin maybe", "true or false"]),
+        ({"device": "tpu"}, ["--device tpu", "cuda"]),
+        ({"text_column": ""}, ["--text_column", "non-empty"]),
+        ({"teachers": None}, ["--teachers None", "list"]),
+        ({"teachers": [1]}, ["--teachers"]),
+        ({"epcohs": 3}, ["unknown option 'epcohs'", "nearest: epochs"]),
+        ({"resume": True, "overwrite": True}, ["--resume", "--overwrite"]),
+        ({"mc": False, "uncertainty": "mutual_information"}, ["--no-mc", "mutual_information"]),
+        ({"mc_samples": 1, "uncertainty": "variance"}, ["--mc_samples 1", "variance"]),
+        ({"epochs": 0, "seed": -1}, ["--seed -1", "1 more"]),
+    ],
+)
+def test_a_bad_value_is_one_line_with_option_value_and_range(flags, parts):
+    with pytest.raises(UserError) as caught:
+        load_config(RunConfig, None, flags)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("scope", ["all", "head", "last:1", "last:12"])
+def test_scopes_that_are_allowed(scope):
+    assert load_config(RunConfig, None, {"mc_scope": scope}).mc_scope == scope
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_accepted(method):
+    assert load_config(RunConfig, None, {"method": method}).method == method
+
+
+def test_one_pass_is_allowed_where_the_measure_is_not_used():
+    assert load_config(RunConfig, None, {"mc": False, "uncertainty": "variance", "method": "vkd"}).mc is False
+    assert load_config(RunConfig, None, {"mc": False, "uncertainty": "expected_entropy"}).mc is False
+
+
+def test_missing_options_are_all_named():
+    with pytest.raises(UserError, match=r"--teachers is required.*--texts, --output"):
+        load_config(ScoreConfig, None, {})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"epcohs: 3\n", r"run\.yaml: unknown key 'epcohs' \(nearest: epochs\)"),
+        (b"epochs: 0\n", r"run\.yaml: epochs: 0: must be an integer >= 1"),
+        (b"epochs: [1\n", r"run\.yaml, line \d: not valid YAML"),
+        (b"just text\n", r"run\.yaml: must hold lines of the form"),
+        (b"output: caf\xe9\n", r"run\.yaml: not UTF-8"),
+    ],
+)
+def test_errors_of_the_yaml_name_the_file(tmp_path, content, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_config(RunConfig, path, {})
+
+
+def test_missing_and_empty_yaml(tmp_path):
+    with pytest.raises(UserError, match=r"no\.yaml: No such file"):
+        load_config(RunConfig, tmp_path / "no.yaml", {})
+    (tmp_path / "empty.yaml").write_text("", encoding="utf-8")
+    assert load_config(RunConfig, tmp_path / "empty.yaml", {}) == RunConfig()
+
+
+def test_the_flag_is_blamed_when_it_overrides_the_yaml(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("epochs: 2\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"^--epochs 0"):
+        load_config(RunConfig, path, {"epochs": 0})
+
+
+@given(
+    epochs=st.integers(1, 100),
+    learning_rate=st.floats(1e-9, 1.0),
+    method=st.sampled_from(METHODS),
+    margin=st.booleans(),
+    teachers=st.lists(st.text(min_size=1, max_size=20).filter(lambda name: name.isprintable()), max_size=4),
+    limit=st.none() | st.integers(1, 10**9),
+)
+def test_a_saved_configuration_repeats_the_run(tmp_path_factory, **flags):
+    path = tmp_path_factory.mktemp("saved") / "run.yaml"
+    config = load_config(RunConfig, None, flags)
+    config.to_yaml(path)
+    assert load_config(RunConfig, path, {}) == config
+    assert json.loads(json.dumps(config.resolved())) == config.resolved() == yaml.safe_load(path.read_text("utf-8"))
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_json_of_eval_has_its_own_name():
+    config = load_config(EvalConfig, None, {"model": "m", "data": "d", "json": True})
+    assert config.json_output is True
+    assert load_config(EvalConfig, None, config.resolved()) == config
+
+
+def test_light_modules_import_neither_torch_nor_transformers():
+    code = "import sys, muka_fast.cli, muka_fast.config, muka_fast.labels, muka_fast.errors, muka_fast.console\n"
+    code += "print([m for m in ('torch', 'transformers', 'datasets', 'deepspeed', 'rich') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

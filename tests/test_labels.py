@@ -1,0 +1,178 @@
+"""Label spaces against an oracle written from the definition, and every mistake a label map can hold."""
+
+import logging
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from muka_fast.errors import UserError
+from muka_fast.labels import build_label_space, read_label_map, rename_labels
+
+LABELS = st.sampled_from(["cat", "dog", "Dog", "fish", "a/b", "", "LABEL_0", "LABEL_1", "LABEL_x", "7"])
+LABEL_SETS = st.lists(LABELS, min_size=1, max_size=6, unique=True)
+
+
+@pytest.fixture
+def product_log(caplog, monkeypatch):
+    """caplog, also after another test has set up the console."""
+    monkeypatch.setattr(logging.getLogger("muka_fast"), "propagate", True)
+    caplog.set_level(logging.INFO, "muka_fast")
+    return caplog
+
+
+def oracle(teachers, label_map):
+    """One (teacher, raw column, class name) per kept class, by the words of the definition: rename, merge, drop."""
+    kept, column = [], 0
+    for name, labels in teachers:
+        for label in labels:
+            if label in label_map.get(name, {}):
+                new = label_map[name][label]
+            elif label in label_map and not isinstance(label_map[label], dict):
+                new = label_map[label]
+            elif re.fullmatch("LABEL_[0-9]+", label):
+                new = name + "/" + label
+            else:
+                new = label
+            if new is not None:
+                kept.append((name, column, new))
+            column += 1
+    return kept
+
+
+@st.composite
+def problems(draw):
+    teachers = [(f"t{i}", draw(LABEL_SETS)) for i in range(draw(st.integers(1, 6)))]
+    label_map = {}
+    for label in {label for _, labels in teachers for label in labels}:
+        if draw(st.booleans()):
+            label_map[label] = draw(st.none() | st.sampled_from(["cat", "new", "other"]))
+    for name, labels in teachers:
+        if draw(st.booleans()):
+            old = draw(st.lists(st.sampled_from(labels), unique=True))
+            label_map[name] = {label: draw(st.none() | st.sampled_from(["cat", "new"])) for label in old}
+    return teachers, label_map
+
+
+@given(problems())
+def test_label_space_equals_the_oracle(problem):
+    teachers, label_map = problem
+    kept = oracle(teachers, label_map)
+    if {name for name, _ in teachers} != {name for name, _, _ in kept}:
+        with pytest.raises(UserError, match="every label dropped"):
+            build_label_space(teachers, label_map)
+        return
+    space = build_label_space(teachers, label_map)
+
+    assert space.names == tuple(dict.fromkeys(new for _, _, new in kept))
+    assert space.num_classes == len(set(space.names))
+    assert space.teacher_names == tuple(name for name, _ in teachers)
+    assert space.columns.tolist() == [column for _, column, _ in kept]
+    assert [space.names[c] for c in space.teacher_to_union] == [new for _, _, new in kept]
+    assert space.columns.dtype == space.teacher_to_union.dtype == np.int64
+    assert space.offsets[0] == 0 and len(space.offsets) == len(teachers) + 1
+    for i, (name, _) in enumerate(teachers):
+        own = [new for owner, _, new in kept if owner == name]
+        assert list(space.teacher_labels[i]) == own
+        assert space.offsets[i + 1] - space.offsets[i] == len(own)
+    owners = {new: sorted({int(o[1:]) for o, _, n in kept if n == new}) for new in space.names}
+    assert {name: space.owners(name) for name in space.names} == owners
+    assert space.overlaps == tuple(name for name in space.names if len(owners[name]) > 1)
+
+
+@given(st.lists(LABEL_SETS, min_size=1, max_size=6))
+def test_default_names_are_never_merged(label_sets):
+    teachers = [(f"t{i}", labels) for i, labels in enumerate(label_sets)]
+    space = build_label_space(teachers)
+    default = [name for name in space.names if re.search(r"LABEL_\d+$", name)]
+    assert len(default) == sum(label in ("LABEL_0", "LABEL_1") for labels in label_sets for label in labels)
+    assert all(len(space.owners(name)) == 1 for name in default)
+
+
+def test_readable_example():
+    space = build_label_space([("pets", ["cat", "dog"]), ("farm", ["cow", "dog", "pig"])])
+    assert space.names == ("cat", "dog", "cow", "pig")
+    assert space.teacher_to_union.tolist() == [0, 1, 2, 1, 3]
+    assert space.offsets == [0, 2, 5]
+    assert space.overlaps == ("dog",)
+    assert space.owners("dog") == [0, 1]
+    assert space.owners("unicorn") == []
+
+
+def test_merging_inside_one_teacher_keeps_both_columns():
+    space = build_label_space([("t", ["happy", "glad", "sad"])], {"t": {"glad": "happy"}})
+    assert space.names == ("happy", "sad")
+    assert space.teacher_labels == (("happy", "happy", "sad"),)
+    assert space.columns.tolist() == [0, 1, 2]
+    assert space.teacher_to_union.tolist() == [0, 0, 1]
+    assert space.overlaps == ()
+
+
+def test_default_names_can_be_named_in_three_ways(product_log):
+    teachers = [("a", ["LABEL_0", "LABEL_1"]), ("b", ["LABEL_0"])]
+    assert build_label_space(teachers).names == ("a/LABEL_0", "a/LABEL_1", "b/LABEL_0")
+    assert "--label_map" in product_log.text and "a/LABEL_0" in product_log.text
+    product_log.clear()
+    own = {"a": {"LABEL_0": "x", "LABEL_1": "y"}, "b": {"LABEL_0": "z"}}
+    assert build_label_space(teachers, own).names == ("x", "y", "z")
+    assert build_label_space(teachers, {"a/LABEL_0": "x", "LABEL_1": "y", "LABEL_0": "z"}).names == ("x", "y", "z")
+    # Said explicitly, a default name is a name.
+    assert build_label_space(teachers, {"LABEL_0": "LABEL_0", "LABEL_1": None}).names == ("LABEL_0",)
+    assert product_log.text == ""
+
+
+def test_names_that_look_alike_are_pointed_out(product_log):
+    assert build_label_space([("a", ["Sport"]), ("b", ["sport"])]).num_classes == 2
+    assert "'Sport' and 'sport'" in product_log.text
+
+
+@pytest.mark.parametrize(
+    ("teachers", "label_map", "message"),
+    [
+        ([], None, "--teachers"),
+        ([("a", [])], None, "'a' has no labels"),
+        ([("a", ["x"])], {"x": None}, "'a' has every label dropped"),
+        ([("a", ["cat"])], {"cta": "dog"}, r"no teacher has a label 'cta' \(nearest: 'cat'\)"),
+        ([("news", ["cat"])], {"nwes": {"cat": "dog"}}, r"no teacher is called 'nwes' \(nearest: 'news'\)"),
+        ([("a", ["cat"]), ("b", ["dog"])], {"a": {"dog": "x"}}, "teacher 'a' has no label 'dog'"),
+    ],
+)
+def test_mistakes_are_named(teachers, label_map, message):
+    with pytest.raises(UserError, match=message):
+        build_label_space(teachers, label_map)
+
+
+def test_maps_are_read_from_json_and_yaml(tmp_path):
+    want = {"old": "new", "gone": None, "news": {"0": "world"}}
+    (tmp_path / "map.json").write_text('{"old": "new", "gone": null, "news": {"0": "world"}}', encoding="utf-8")
+    (tmp_path / "map.yaml").write_text("old: new\ngone: null\nnews:\n  0: world\n", encoding="utf-8")
+    assert read_label_map(tmp_path / "map.json") == want
+    assert read_label_map(str(tmp_path / "map.yaml")) == want
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("map.json", b"{", r"map\.json, line 1: not valid JSON"),
+        ("map.yaml", b"a: [", r"map\.yaml, line \d: not valid YAML"),
+        ("map.yaml", b"- a\n", "must map old names"),
+        ("map.yaml", b"no: yes\n", "put names in quotes"),
+        ("map.yaml", b"a: 1.5\n", "put names in quotes"),
+        ("map.json", b'{"a": ""}', "put names in quotes"),
+        ("map.json", b'{"a": "\xe9"}', "not UTF-8"),
+        ("other.json", None, "No such file"),
+    ],
+)
+def test_faulty_map_files(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_label_map(tmp_path / name)
+
+
+def test_true_labels_follow_the_map():
+    label_map = {"old": "new", "gone": None, "t": {"cat": "dog"}}
+    assert rename_labels(["old", "gone", "cat"], label_map) == ["new", None, "cat"]
+    assert rename_labels(["old"], None) == ["old"]
