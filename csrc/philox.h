@@ -19,6 +19,8 @@
 // Wide instructions are chosen per function at run time, never for a whole file: one wheel runs everywhere.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__CUDACC__)
 #define MUKA_PHILOX_AVX2 1
+// GCC 12 warns about its own `__Y = __Y` wherever an AVX-512 intrinsic is inlined (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #endif
 
@@ -65,14 +67,9 @@ MUKA_HOST_DEVICE uint32_t keep_byte(const MaskStream& s, uint64_t call) {
 
 #ifdef MUKA_PHILOX_AVX2
 
-inline bool has_avx2() {
-    static const bool yes = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    return yes;
-}
-
 // Eight calls at once, as two independent chains of four. A 32-bit word sits in the low half of a 64-bit lane: the widening
 // multiply reads only the low halves, so the high halves may hold rubbish between rounds and no shuffle is needed.
-// lanes[i]: calls 2i and 2i + 1 ... in order; after the return, lanes[i] holds 16 lanes of calls call + 2i and call + 2i + 1.
+// After the return, lanes[i] holds the 16 lanes of calls call + 2i and call + 2i + 1.
 __attribute__((target("avx2"), always_inline)) static inline void philox_x8(const MaskStream& s, uint64_t call, __m256i lanes[4]) {
     const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
     const __m256i first = _mm256_set1_epi64x(static_cast<int64_t>(call));
@@ -111,29 +108,71 @@ __attribute__((target("avx2"), always_inline)) static inline __m256i keep_lanes(
     return _mm256_cmpeq_epi16(_mm256_max_epu16(lanes, threshold), lanes);
 }
 
-// 64 keep bits of the elements 8 * call ... 8 * call + 63.
-__attribute__((target("avx2"))) static inline uint64_t keep_bits_avx2(const MaskStream& s, uint64_t call) {
-    __m256i lanes[4];
-    philox_x8(s, call, lanes);
+// Keep bits of 64 * words elements from 8 * call on: bit i of bits[j] is set where element 8 * call + 64 * j + i is kept.
+__attribute__((target("avx2"))) inline void keep_bits_avx2(const MaskStream& s, uint64_t call, int64_t words, uint64_t* bits) {
     const __m256i t = _mm256_set1_epi16(static_cast<int16_t>(s.threshold));
-    uint64_t bits = 0;
-    for (int i = 0; i < 4; i += 2) {
-        // packs works inside 128-bit halves: put the quarters back into order before taking one bit a byte.
-        __m256i packed = _mm256_packs_epi16(keep_lanes(lanes[i], t), keep_lanes(lanes[i + 1], t));
-        packed = _mm256_permute4x64_epi64(packed, 0xD8);
-        bits |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(packed))) << (16 * i);
+    for (int64_t j = 0; j < words; ++j) {
+        __m256i lanes[4];
+        philox_x8(s, call + 8 * j, lanes);
+        uint64_t word = 0;
+        for (int i = 0; i < 4; i += 2) {
+            // packs works inside 128-bit halves: put the quarters back into order before taking one bit a byte.
+            __m256i packed = _mm256_packs_epi16(keep_lanes(lanes[i], t), keep_lanes(lanes[i + 1], t));
+            packed = _mm256_permute4x64_epi64(packed, 0xD8);
+            word |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(packed))) << (16 * i);
+        }
+        bits[j] = word;
     }
-    return bits;
 }
-#else
-inline bool has_avx2() { return false; }
+
+#define MUKA_AVX512 "avx512f,avx512bw,avx512dq,avx512vl"
+
+// The same eight calls in one chain of wide registers: keep bits of 64 elements. Iterations of the caller's loop overlap in flight.
+__attribute__((target(MUKA_AVX512), always_inline)) static inline uint64_t keep_word_avx512(const MaskStream& s, uint64_t call) {
+    const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
+    // Counter of 64-bit lane j, again in the order that the unpacking undoes.
+    __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(call)), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
+    __m512i c1 = _mm512_set1_epi64(s.sample), c2 = _mm512_set1_epi64(s.site), c3 = _mm512_set1_epi64(s.example);
+    uint32_t k0 = static_cast<uint32_t>(s.seed), k1 = static_cast<uint32_t>(s.seed >> 32);
+#pragma GCC unroll 10
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+        const __m512i p0 = _mm512_mul_epu32(c0, m0), p1 = _mm512_mul_epu32(c2, m1);
+        c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1, _mm512_set1_epi64(k0), 0x96);  // 0x96: xor of three
+        c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3, _mm512_set1_epi64(k1), 0x96);
+        c1 = p1, c3 = p0;
+        k0 += kPhiloxW0;
+        k1 += kPhiloxW1;
+    }
+    const __m512i c01 = _mm512_mask_blend_epi32(0xAAAA, c0, _mm512_slli_epi64(c1, 32));
+    const __m512i c23 = _mm512_mask_blend_epi32(0xAAAA, c2, _mm512_slli_epi64(c3, 32));
+    const __m512i t = _mm512_set1_epi16(static_cast<int16_t>(s.threshold));
+    const uint64_t low = _mm512_cmpge_epu16_mask(_mm512_unpacklo_epi64(c01, c23), t);   // calls 0 to 3
+    const uint64_t high = _mm512_cmpge_epu16_mask(_mm512_unpackhi_epi64(c01, c23), t);  // calls 4 to 7
+    return low | high << 32;
+}
+
+__attribute__((target(MUKA_AVX512))) inline void keep_bits_avx512(const MaskStream& s, uint64_t call, int64_t words, uint64_t* bits) {
+    for (int64_t j = 0; j < words; ++j) bits[j] = keep_word_avx512(s, call + 8 * j);
+}
 #endif
 
-// 64 keep bits of the elements 8 * call ... 8 * call + 63, one call after another.
-inline uint64_t keep_bits_plain(const MaskStream& s, uint64_t call) {
-    uint64_t bits = 0;
-    for (int i = 0; i < 8; ++i) bits |= static_cast<uint64_t>(keep_byte(s, call + i)) << (8 * i);
-    return bits;
+inline void keep_bits_plain(const MaskStream& s, uint64_t call, int64_t words, uint64_t* bits) {
+    for (int64_t j = 0; j < words; ++j) {
+        bits[j] = 0;
+        for (int i = 0; i < kLanes; ++i) bits[j] |= static_cast<uint64_t>(keep_byte(s, call + 8 * j + i)) << (8 * i);
+    }
+}
+
+using KeepBits = void (*)(const MaskStream& s, uint64_t call, int64_t words, uint64_t* bits);
+
+// level: instruction set to use, 0 baseline, 1 AVX2, 2 AVX-512 (cpu/isa.h).
+inline KeepBits keep_bits_function(int level) {
+#ifdef MUKA_PHILOX_AVX2
+    if (level >= 2) return keep_bits_avx512;
+    if (level == 1) return keep_bits_avx2;
+#endif
+    (void)level;
+    return keep_bits_plain;
 }
 
 }  // namespace muka_fast

@@ -1,6 +1,7 @@
 // Masking one row of float32: y[i] = x[i] * scale where element + i of the stream is kept, else 0.
 #pragma once
 
+#include "cpu/isa.h"
 #include "philox.h"
 
 namespace muka_fast {
@@ -50,12 +51,28 @@ __attribute__((target("avx2"))) inline void mask_avx2(const MaskStream& s, uint6
         }
     }
 }
+
+__attribute__((target(MUKA_AVX512))) inline void mask_avx512(const MaskStream& s, uint64_t element, const float* x, float* y, int64_t width, float scale) {
+    const __m512 scales = _mm512_set1_ps(scale);
+    // Starts at the beginning of the first call, so before the row where that begins inside a call: masked out like the row's end.
+    const int64_t skipped = static_cast<int64_t>(element % kLanes);
+    uint64_t valid = ~uint64_t{0} << skipped;
+    for (int64_t i = -skipped; i < width; i += 64, valid = ~uint64_t{0}) {
+        if (width - i < 64) valid &= (uint64_t{1} << (width - i)) - 1;
+        const uint64_t keep = keep_word_avx512(s, (element + i) / kLanes);
+        for (int j = 0; j < 64; j += 16) {
+            const __mmask16 here = static_cast<__mmask16>(valid >> j), kept = static_cast<__mmask16>((keep & valid) >> j);
+            _mm512_mask_storeu_ps(y + i + j, here, _mm512_maskz_mul_ps(kept, _mm512_maskz_loadu_ps(kept, x + i + j), scales));
+        }
+    }
+}
 #endif
 
 // The fastest one that this processor has.
 inline RowMasker row_masker() {
 #ifdef MUKA_PHILOX_AVX2
-    if (has_avx2()) return mask_avx2;
+    if (isa_level() >= 2) return mask_avx512;
+    if (isa_level() == 1) return mask_avx2;
 #endif
     return mask_plain;
 }

@@ -54,31 +54,37 @@ static void gather_tile(int64_t vectors, const float* weight, int64_t stride, co
     }
 }
 
-// The features that a mask drops (or keeps), ascending; returns how many.
-static int64_t list_features(const Head& h, const MaskStream& stream, bool dropped, int32_t* list) {
+// The features that a mask drops (or keeps), ascending; returns how many. list has kOverrun entries to spare.
+static int64_t list_features(int64_t width, const uint64_t* keep, bool dropped, int32_t* list) {
     int64_t count = 0;
-    for (int64_t d = 0; d < h.width; d += 64) {
-        uint64_t bits = h.keep_bits(stream, d / kLanes);
-        bits = dropped ? ~bits : bits;
-        if (h.width - d < 64) bits &= (uint64_t{1} << (h.width - d)) - 1;
-        for (; bits; bits &= bits - 1) list[count++] = (int32_t)d + __builtin_ctzll(bits);
+    for (int64_t d = 0; d < width; d += 64) {
+        uint64_t bits = dropped ? ~keep[d / 64] : keep[d / 64];
+        if (width - d < 64) bits &= (uint64_t{1} << (width - d)) - 1;
+        const int found = __builtin_popcountll(bits);
+        // A fixed number of entries costs less than a branch on how many there are; the surplus is overwritten or unused.
+        for (int i = 0; i < kOverrun; ++i, bits &= bits - 1) list[count + i] = (int32_t)d + __builtin_ctzll(bits | uint64_t{1} << 63);
+        for (int i = kOverrun; i < found; ++i, bits &= bits - 1) list[count + i] = (int32_t)d + __builtin_ctzll(bits);
+        count += found;
     }
     return count;
 }
 
 // Which columns to sum for sample k of a text. The difference W x - (dropped) loses digits where the dropped features carried most of
 // W x, and is undefined where one of them is infinite or NaN: such a mask sums what it keeps instead.
-INLINE Mask choose_columns(const Head& h, const MaskStream& stream, const float* energy, float total, int32_t* list) {
+INLINE Mask choose_columns(const Head& h, const uint64_t* keep, const float* energy, float total, int32_t* list) {
     if (h.subtract) {
-        const int64_t count = list_features(h, stream, true, list);
-        float lost = 0.0f;
-        for (int64_t i = 0; i < count; ++i) lost += energy[list[i]];
-        if (lost < 0.75f * total) return Mask{count, true};
+        const int64_t count = list_features(h.width, keep, true, list);
+        float lost[4] = {};
+        int64_t i = 0;
+        for (; i + 4 <= count; i += 4)
+            for (int j = 0; j < 4; ++j) lost[j] += energy[list[i + j]];
+        for (; i < count; ++i) lost[0] += energy[list[i]];
+        if ((lost[0] + lost[1]) + (lost[2] + lost[3]) < 0.75f * total) return Mask{count, true};
     }
-    return Mask{list_features(h, stream, false, list), false};
+    return Mask{list_features(h.width, keep, false, list), false};
 }
 
-// Lists and base of texts [first, first + texts).
+// Which features the masks of texts [first, first + texts) drop.
 static void prepare_block(const Head& h, const Scratch& s, int64_t first, int64_t texts) {
     for (int64_t t = 0; t < texts; ++t) {
         const float* x = h.features + (first + t) * h.width;
@@ -88,12 +94,23 @@ static void prepare_block(const Head& h, const Scratch& s, int64_t first, int64_
             s.energy[d] = share * share;
             total += s.energy[d];
         }
-        for (int64_t c = 0; c < h.padded; ++c) s.base[t * h.padded + c] = c < h.classes && h.subtract ? h.base[(first + t) * h.classes + c] : 0.0f;
         for (int64_t k = 0; k < h.num_samples; ++k) {
             const MaskStream stream{h.seed, (uint32_t)k, h.site, (uint32_t)h.example_ids[first + t], h.threshold};
-            s.masks[t * h.num_samples + k] = choose_columns(h, stream, s.energy, total, s.lists + (t * h.num_samples + k) * h.width);
+            h.keep_bits(stream, 0, (h.width + 63) / 64, s.keep);
+            s.masks[t * h.num_samples + k] = choose_columns(h, s.keep, s.energy, total, s.lists + (t * h.num_samples + k) * h.width);
         }
     }
+}
+
+// W x of one text and tile into base, and the logits without dropout. Every mask's logits start from base, so its error would be in all
+// of them: it is summed in short chunks, which keeps rounding errors below those of a plain product.
+static void unmasked_tile(const Head& h, int64_t text, int64_t c, int64_t columns, float* base) {
+    const float* weight = h.packed + c * h.width;
+    for (int64_t i = 0; i < columns; ++i) base[i] = 0.0f;
+    for (int64_t d = 0; d < h.width; d += kChunk)
+        gather_tile(columns / LANES, weight, columns, h.features + text * h.width, h.all + d, h.width - d < kChunk ? h.width - d : kChunk,
+                    base, 1.0f, 1.0f, h.zeros, base);
+    for (int64_t i = 0; i < columns && c + i < h.classes; ++i) h.logits[text * h.classes + c + i] = base[i] + h.bias[c + i];
 }
 
 // Texts [begin, end), `block` at a time.
@@ -104,14 +121,16 @@ static void run_head(const Head& h, const Scratch& s, int64_t begin, int64_t end
         prepare_block(h, s, first, texts);
         for (int64_t c = 0; c < h.padded; c += kTile) {
             const int64_t columns = h.padded - c < kTile ? h.padded - c : kTile;
-            for (int64_t t = 0; t < texts; ++t)
+            for (int64_t t = 0; t < texts; ++t) {
+                unmasked_tile(h, first + t, c, columns, s.base);
                 for (int64_t k = 0; k < h.num_samples; ++k) {
                     const Mask mask = s.masks[t * h.num_samples + k];
                     gather_tile(columns / LANES, h.packed + c * h.width, columns, h.features + (first + t) * h.width,
                                 s.lists + (t * h.num_samples + k) * h.width, mask.count,
-                                mask.dropped ? s.base + t * h.padded + c : h.zeros, mask.dropped ? -1.0f : 1.0f, h.scale, h.bias + c,
+                                mask.dropped ? s.base : h.zeros, mask.dropped ? -1.0f : 1.0f, h.scale, h.bias + c,
                                 s.logits + (k * block + t) * h.padded + c);
                 }
+            }
         }
         const Problem problem{h.num_samples, 1, block * h.padded, h.padded, offsets, &h.log_classes, h.mean_probs + first * h.classes,
                               h.var_probs + first * h.classes, h.predictive_entropy + first, h.expected_entropy + first,

@@ -36,18 +36,10 @@ void repeat_dropout(uintptr_t x_address, uintptr_t y_address, uintptr_t ids_addr
     });
 }
 
-// Test and benchmark door: the keep bits themselves, no data. Fills out[(count + 63) / 64] from element 0 of one stream.
-void keep_bits(uintptr_t out_address, int64_t count, uint64_t seed, uint32_t sample, uint32_t site, uint32_t example, uint32_t threshold,
-               bool plain) {
-    auto* out = reinterpret_cast<uint64_t*>(out_address);
-    const MaskStream s{seed, sample, site, example, threshold};
-    auto bits = keep_bits_plain;
-#ifdef MUKA_PHILOX_AVX2
-    if (has_avx2() && !plain) bits = keep_bits_avx2;
-#else
-    (void)plain;
-#endif
-    for (int64_t i = 0; 64 * i < count; ++i) out[i] = bits(s, 8 * static_cast<uint64_t>(i));
+// Door for tests and benchmarks: the keep bits of elements 0 ... 64 * words - 1 of one stream.
+void keep_bits(uintptr_t out, int64_t words, uint64_t seed, uint32_t sample, uint32_t site, uint32_t example, uint32_t threshold) {
+    const MaskStream stream{seed, sample, site, example, threshold};
+    keep_bits_function(isa_level())(stream, 0, words, reinterpret_cast<uint64_t*>(out));
 }
 
 }  // namespace

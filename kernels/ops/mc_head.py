@@ -56,16 +56,15 @@ def operations(num_samples: int, num_texts: int, width: int, classes: int) -> di
 
 def _empty_outputs(features: Tensor, classes: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     texts = features.shape[0]
-    wide = [features.new_empty((texts, classes), dtype=dtype) for _ in range(2)]
-    return (*wide, *(features.new_empty((texts,), dtype=dtype) for _ in range(4)))
+    shapes = [(texts, classes)] * 2 + [(texts,)] * 4 + [(texts, classes)]
+    return tuple(features.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 def mc_head_fake(
     features: Tensor, weight: Tensor, bias: Tensor | None, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor
 ) -> tuple[Tensor, ...]:
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    outputs = _empty_outputs(features, weight.shape[0], dtype)
-    return (*outputs, torch.empty_like(outputs[0]))
+    return _empty_outputs(features, weight.shape[0], dtype)
 
 
 def mc_head_reference(
@@ -82,16 +81,14 @@ def mc_head_cpu(
         return mc_head_reference(features, weight, bias, num_samples, p, seed, site, example_ids)
     x, w = features.float().contiguous(), weight.float().contiguous()
     b = None if bias is None else bias.float().contiguous()
-    # The product without masks is wanted anyway, and every mask's logits start from it.
-    base = torch.mm(x, w.t())
     threshold, scale = philox.mask_parameters(p)
     outputs = _empty_outputs(x, w.shape[0], torch.float32)
     table._C.mc_head(
-        x.data_ptr(), w.data_ptr(), 0 if b is None else b.data_ptr(), base.data_ptr(), example_ids.data_ptr(), num_samples,
+        x.data_ptr(), w.data_ptr(), 0 if b is None else b.data_ptr(), example_ids.data_ptr(), num_samples,
         *x.shape, w.shape[0], philox.unsigned_seed(seed), site, threshold, scale, *(o.data_ptr() for o in outputs),
         torch.get_num_threads(),
     )  # fmt: skip
-    return (*outputs, base if b is None else base + b)
+    return outputs
 
 
 mc_head_triton: Callable | None = None
