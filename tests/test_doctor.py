@@ -1,0 +1,160 @@
+"""The doctor: what it tells of a sound machine, of missing parts, and of sound and broken teachers."""
+
+import importlib
+import importlib.metadata
+import os
+import sys
+import time
+
+import pytest
+import torch
+
+from muka_fast import doctor
+from muka_fast.config import DoctorConfig
+
+
+def run(capsys, *teachers):
+    """Exit code and text of `muka-fast doctor`."""
+    code = doctor.main(DoctorConfig(teachers=[str(path) for path in teachers]))
+    captured = capsys.readouterr()
+    return code, captured.out
+
+
+def state(findings, what):
+    """The one finding about `what`."""
+    (found,) = [finding for finding in findings if finding.what == what]
+    return found
+
+
+def test_a_sound_machine(capsys):
+    code, text = run(capsys)
+    assert code == 0
+    for word in ("torch", torch.__version__, "transformers", "deepspeed", "threads of torch", "mc_statistics", "GPU"):
+        assert word in text
+    assert "mc_head" in text and "repeat_dropout" in text and "distill_loss" in text
+
+
+def test_deepspeed_is_not_imported(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # an import would raise
+    assert run(capsys)[0] == 0
+
+
+def test_a_missing_and_an_old_package(monkeypatch, capsys):
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "deepspeed":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "4.57.0" if name == "transformers" else real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    findings = list(doctor.package_findings())
+    missing, old = state(findings, "deepspeed"), state(findings, "transformers")
+    assert missing.state == old.state == "broken"
+    assert missing.value == "missing" and "pip install 'deepspeed>=" in missing.way_out
+    assert old.value == "4.57.0" and "pip install 'transformers>=5" in old.way_out
+    assert run(capsys)[0] == 1
+
+
+def test_a_missing_optional_package_is_no_fault(monkeypatch):
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "peft":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    finding = state(doctor.package_findings(), "peft")
+    assert finding.state == "ok" and "muka-fast[peft]" in finding.way_out
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("no _C"), ImportError("undefined symbol: x")])
+def test_kernels_that_are_not_built(monkeypatch, error):
+    real = importlib.import_module
+
+    def load(name, *args):
+        if name == "muka_fast._C":
+            raise error
+        return real(name, *args)
+
+    monkeypatch.setattr(importlib, "import_module", load)
+    finding = state(doctor.extension_findings(), "C++ kernels")
+    assert finding.state == "note" and "pip install -e ." in finding.way_out
+    assert ("not built" in finding.value) == isinstance(error, ModuleNotFoundError)
+
+
+def test_an_op_table_that_cannot_be_loaded(monkeypatch, capsys):
+    real = importlib.import_module
+
+    def load(name, *args):
+        if name == "muka_fast.ops":
+            raise ImportError("muka_fast._C has ABI 0,\nthis code needs 1")
+        return real(name, *args)
+
+    monkeypatch.setattr(importlib, "import_module", load)
+    code, text = run(capsys)
+    assert code == 1
+    assert "ABI 0, this code needs 1" in text
+
+
+def test_locks_of_killed_builds(tmp_path, monkeypatch):
+    old, new = tmp_path / "py311_cpu" / "op" / "lock", tmp_path / "py311_cpu" / "other" / "lock"
+    for lock in (old, new):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    os.utime(old, (time.time() - 10_000,) * 2)
+    assert doctor.stale_locks(tmp_path) == [old]
+    assert doctor.stale_locks(tmp_path / "none") == []
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    finding = state(doctor.folder_findings(), "build lock")
+    assert finding.value == str(old) and "delete" in finding.way_out
+
+
+def test_teachers(make_teacher, capsys):
+    first = make_teacher("bert", ["a", "b"], seed=1, name="news")
+    second = make_teacher("bert", ["b", "c", "d", "e"], seed=2, name="bank")
+    third = make_teacher("roberta", ["f", "g"], name="other")
+    code, text = run(capsys, first, second, third)
+    assert code == 0
+    rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    for name in ("news", "bank", "other"):
+        assert name in rows
+    assert "7 classes, 1 of them shared" in text
+    groups = [doctor.teacher_facts(path, "x").tokenizer_key for path in (first, second, third)]
+    assert doctor.tokenizer_groups(groups) == ["A", "A", "B"]
+
+
+def test_facts_of_a_teacher(make_teacher, make_model):
+    facts = doctor.teacher_facts(make_teacher("bert", ["a", "b"], layers=3), "x")
+    assert facts.architecture == "Bert"
+    assert facts.labels == ["a", "b"]
+    # Embeddings 1, layers 3 each (attention probabilities and two activations), head 1.
+    assert facts.sites == [("head", 1, [0.1]), ("last:1", 4, [0.1]), ("all", 11, [0.1])]
+    assert facts.num_parameters == sum(parameter.numel() for parameter in make_model("bert", layers=3).parameters())
+
+
+def test_teachers_without_dropout_come_with_the_way_out(make_teacher, capsys):
+    code, text = run(capsys, make_teacher("bert", dropout=0.0, name="dry"))
+    assert code == 0
+    assert "--mc_dropout_p 0.1" in text
+    assert "p = 0" in text
+
+
+def test_broken_and_repeated_teachers(make_teacher, capsys):
+    sound = make_teacher("bert", ["[bold]x[/bold]", "b"], name="sound")
+    broken = make_teacher("bert", name="broken")
+    (broken / "model.safetensors").write_bytes(b"123")
+    code, text = run(capsys, sound, broken)
+    assert code == 1
+    assert "truncated or corrupt" in " ".join(text.split())
+    assert "[bold]x[/bold]" in text
+    code, text = run(capsys, sound, sound)
+    assert code == 1
+    assert "given twice" in text
+
+
+def test_twenty_eight_tokenizers():
+    keys = [str(i) for i in range(28)]
+    groups = doctor.tokenizer_groups(keys)
+    assert groups[:2] == ["A", "B"] and len(set(groups)) == 28
