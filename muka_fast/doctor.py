@@ -327,7 +327,9 @@ def show_teachers(console: Console, facts: Sequence[TeacherFacts]) -> None:
         (
             fact.name,
             *(
-                f"{count} sites, p = {', '.join(f'{p:g}' for p in ps)}" if count else "none"
+                f"{count} {'site' if count == 1 else 'sites'}, p = {', '.join(f'{p:g}' for p in ps)}"
+                if count
+                else "none"
                 for _, count, ps in fact.sites
             ),
         )
