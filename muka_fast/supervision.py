@@ -227,13 +227,14 @@ def fill_store(store: str | Path, teacher_paths: Sequence[str], texts: TextSet, 
     names = teacher_names(teacher_paths)
     keys = []
     for path, name in zip(teacher_paths, names, strict=True):
-        teacher = load_teacher(path, run_seed=options.seed, device=_device(options.device), name=name)
+        teacher = load_teacher(path, run_seed=options.seed, device=device_of(options.device), name=name)
         keys.append(_complete_teacher(store, teacher, texts, tokens, options, shard_size))
         del teacher  # before the next one is loaded
     return load_supervision(store, read_manifest(store), keys, names)
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
+    """The torch device that --device names; auto takes a GPU where there is one. Raises UserError where there is none."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():

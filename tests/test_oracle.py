@@ -6,7 +6,8 @@ statistics -> scores, targets, losses and gradients (through `build_method` and 
 stage takes the stored float32 numbers as exact.
 
 Tolerances: mean and variance 1e-6, entropies 1e-5 nats, scores and targets 1e-5, losses and gradients 1e-5 relative
-to 1 + |value|. Selection, and what hangs on it, is compared where the margin exceeds 1e-5.
+to 1 + |value| (times T^2 where the method has that factor and T > 1). Selection, and what hangs on it, is compared
+where the margin exceeds 1e-5.
 """
 
 import itertools
@@ -372,14 +373,15 @@ def test_vkd_and_uhc(case, temperature):
     _, student, texts = texts_of(case, sup)
     _, _, q, loss, grad = run_method(RunConfig(method="vkd", kd_temperature=temperature), sup, case, student)
     uhc = run_method(RunConfig(method="uhc", kd_temperature=temperature), sup, case, student)
+    tolerance = 1e-5 * max(1.0, temperature**2)  # T^2 multiplies what rounding leaves of a small divergence, too
     for b, text in enumerate(texts):
         expected_q, expected_loss, expected_grad = o_vkd(text, temperature)
         close(q[b], expected_q)
-        close(loss[b], expected_loss)
-        close(grad[b], expected_grad)
+        close(loss[b], expected_loss, tolerance)
+        close(grad[b], expected_grad, tolerance)
         expected_loss, expected_grad = o_uhc(text, temperature)
-        close(uhc[3][b], expected_loss)
-        close(uhc[4][b], expected_grad)
+        close(uhc[3][b], expected_loss, tolerance)
+        close(uhc[4][b], expected_grad, tolerance)
 
 
 @slow_inputs

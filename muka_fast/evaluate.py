@@ -1,0 +1,291 @@
+"""Evaluation: predictions of a classifier over labelled texts, and the figures that describe them.
+
+n texts · C classes of the model.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from muka_fast import adapters, checkpoint
+from muka_fast.console import log, progress
+from muka_fast.data import Tokens, collate, read_texts, token_budget_batches, tokenize
+from muka_fast.errors import UserError
+from muka_fast.labels import read_label_map, rename_labels
+from muka_fast.supervision import device_of
+from muka_fast.teachers import (
+    check_finite,
+    check_vocabulary,
+    load_classifier,
+    load_tokenizer,
+    settle_padding,
+    token_limit,
+)
+
+if TYPE_CHECKING:
+    import transformers
+
+    from muka_fast.config import EvalConfig
+
+ECE_BINS = 15
+
+
+# ---- predictions ----
+
+
+def load_model(
+    source: str | Path, device: str = "cpu"
+) -> tuple["transformers.PreTrainedModel", "transformers.PreTrainedTokenizerBase", list[str]]:
+    """A classifier folder (or hub name, or LoRA adapter): model in eval mode, tokenizer, label names in logit order.
+
+    Raises UserError for every fault that a teacher would be refused for.
+    """
+    what = f"--model {source}"
+    folder = checkpoint.resolve_folder(source, "--model")
+    if adapters.is_adapter(folder):
+        labels = adapters.adapter_labels(folder, what)
+        model = adapters.load_merged(folder, labels, torch.float32, what)
+        tokenizer = load_tokenizer(adapters.tokenizer_folder(folder, what), what)
+    else:
+        labels = checkpoint.check_classifier(checkpoint.read_config(folder, what), what)
+        model = load_classifier(folder, torch.float32, what)
+        tokenizer = load_tokenizer(folder, what)
+    check_finite(model, what)
+    settle_padding(model, tokenizer, what)
+    check_vocabulary(model, tokenizer, what)
+    return model.eval().to(device), tokenizer, labels
+
+
+def predict(
+    model: nn.Module,
+    tokens: Tokens,
+    *,
+    pad_id: int | None = None,
+    token_budget: int = 8192,
+    description: str | None = None,
+) -> Tensor:
+    """Logits of every text, fp32 [n, C] on the CPU, in the order of the texts; batches are cut by length.
+
+    model: a Hugging Face classifier; its mode (train, eval) is the same afterwards. pad_id: default config.pad_token_id.
+    token_budget: padded tokens per forward. description: shows progress under this name.
+    Raises UserError for the first text whose logits are not numbers.
+    """
+    pad_id = model.config.get_text_config().pad_token_id if pad_id is None else pad_id
+    device = next(model.parameters()).device
+    was_training = model.training
+    batches = token_budget_batches(tokens.lengths, token_budget)
+    logits: Tensor | None = None
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for rows in progress(batches, description, "batches") if description else batches:
+                inputs = {name: value.to(device) for name, value in collate(tokens, rows, pad_id or 0).items()}
+                found = model(**inputs).logits.float().cpu()
+                logits = torch.empty(len(tokens), found.shape[1]) if logits is None else logits
+                logits[torch.from_numpy(rows)] = found
+    finally:
+        model.train(was_training)
+    if logits is None:
+        raise ValueError("no texts to predict")
+    bad = logits.isnan().any(-1)
+    if bad.any():
+        raise UserError(
+            f"the model gives NaN for {int(bad.sum())} of {len(logits)} texts, first for text {int(bad.nonzero()[0])}; "
+            "check the checkpoint"
+        )
+    return logits.clone()  # out of inference mode
+
+
+# ---- figures ----
+
+
+def metrics(
+    logits: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | Sequence[int],
+    names: Sequence[str],
+    teachers: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """Figures of n predictions: logits [n, C], labels int [n] in [0, C), names of the C classes.
+
+    accuracy, macro_f1 (mean over the classes that occur in `labels`), nll (nats), ece, num_texts; per_class: name ->
+    precision, recall, f1, support; per_teacher_block (where `teachers` with name and labels are given): name ->
+    num_classes, support, accuracy, in_block (share predicted as any class of the teacher), within_block (accuracy when
+    only the teacher's classes may be predicted), over the texts whose label the teacher owns; None without such texts.
+    """
+    # Slow to import (scipy), and not needed for predictions.
+    from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
+
+    logits = np.asarray(logits, dtype=np.float64)
+    labels = np.asarray(labels, dtype=np.int64)
+    if len(logits) != len(labels) or not len(labels):
+        raise ValueError(f"{len(logits)} predictions for {len(labels)} labels")
+    if logits.shape[1] != len(names) or labels.min() < 0 or labels.max() >= len(names):
+        raise ValueError(f"labels or logits [{logits.shape[1]}] do not fit {len(names)} class names")
+    log_probs = logits - logits.max(-1, keepdims=True)
+    log_probs -= np.log(np.exp(log_probs).sum(-1, keepdims=True))
+    predicted = logits.argmax(-1)
+    every = np.arange(len(names))
+    per_class = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0)
+    columns = ("precision", "recall", "f1", "support")
+    result = {
+        "num_texts": len(labels),
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "macro_f1": float(f1_score(labels, predicted, labels=np.unique(labels), average="macro", zero_division=0)),
+        "nll": float(-log_probs[np.arange(len(labels)), labels].mean()),
+        "ece": expected_calibration_error(np.exp(log_probs.max(-1)), predicted == labels),
+        "per_class": {
+            name: {
+                column: int(values[c]) if column == "support" else float(values[c])
+                for column, values in zip(columns, per_class, strict=True)
+            }
+            for c, name in enumerate(names)
+        },
+    }
+    if teachers:
+        result["per_teacher_block"] = {
+            teacher["name"]: _block(logits, labels, predicted, names, teacher["labels"]) for teacher in teachers
+        }
+    return result
+
+
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, num_bins: int = ECE_BINS) -> float:
+    """Mean gap between confidence and accuracy over equal-width bins, weighted by their texts (Guo et al., 2017).
+
+    confidence [n] in [0, 1]: probability of the predicted class; correct bool [n]. Bin j holds (j / bins, (j + 1) / bins],
+    the first one also 0.
+    """
+    bins = np.clip(np.ceil(confidence * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
+    gap = np.bincount(bins, weights=confidence - correct, minlength=num_bins)
+    return float(np.abs(gap).sum() / len(confidence))
+
+
+def _block(
+    logits: np.ndarray, labels: np.ndarray, predicted: np.ndarray, names: Sequence[str], owned: Sequence[str]
+) -> dict[str, Any]:
+    """Figures over the texts whose label a teacher owns."""
+    classes = np.array([c for c, name in enumerate(names) if name in set(owned)], dtype=np.int64)
+    rows = np.isin(labels, classes)
+    figures = {"num_classes": len(classes), "support": int(rows.sum()), "accuracy": None, "in_block": None}
+    if not rows.any():
+        return figures | {"within_block": None}
+    restricted = classes[logits[rows][:, classes].argmax(-1)]
+    return figures | {
+        "accuracy": float((predicted[rows] == labels[rows]).mean()),
+        "in_block": float(np.isin(predicted[rows], classes).mean()),
+        "within_block": float((restricted == labels[rows]).mean()),
+    }
+
+
+def teacher_blocks(folder: Path) -> list[dict[str, Any]]:
+    """Name and labels of the teachers behind a student: `teachers` of its run.json, or of `muka_fast` in config.json.
+
+    Empty for a model that is no student of ours, or whose run.json says nothing about them.
+    """
+    for file, key in (("run.json", None), ("config.json", "muka_fast")):
+        try:
+            content = json.loads((folder / file).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        content = content.get(key) if key and isinstance(content, dict) else content
+        teachers = content.get("teachers") if isinstance(content, dict) else None
+        if isinstance(teachers, list):
+            found = [teacher for teacher in teachers if isinstance(teacher, dict)]
+            found = [{"name": str(t["name"]), "labels": t["labels"]} for t in found if "name" in t and "labels" in t]
+            if found:
+                return found
+    return []
+
+
+# ---- the command ----
+
+
+def evaluate(config: "EvalConfig") -> dict[str, Any]:
+    """Figures of `config.model` on `config.data`; texts with a label unknown to the model are left out and counted.
+
+    Adds model, data, num_unknown and unknown_labels (label -> texts) to the figures of `metrics`.
+    Raises UserError where no label of the data is a class of the model.
+    """
+    model, tokenizer, names = load_model(config.model, device_of(config.device))
+    texts = read_texts(
+        config.data,
+        text_column=config.text_column,
+        label_column=config.label_column,
+        need_labels=True,
+        limit=config.limit,
+        split="test",
+    )
+    renamed = rename_labels(texts.labels, read_label_map(config.label_map) if config.label_map else None)
+    index = {name: c for c, name in enumerate(names)}
+    known = np.array([label in index for label in renamed])
+    unknown: dict[str, int] = {}
+    for label in (label for label, there in zip(texts.labels, known, strict=True) if not there):
+        unknown[label] = unknown.get(label, 0) + 1
+    if not known.any():
+        raise UserError(
+            f"{config.data}: none of its labels ({', '.join(list(unknown)[:3])}, ...) is a class of {config.model} "
+            f"({', '.join(names[:3])}, ...); rename them with --label_map or choose --label_column"
+        )
+    if unknown:
+        log.warning(
+            "%s: %d of %d texts have labels that the model does not know (%s); they are left out",
+            config.data,
+            sum(unknown.values()),
+            len(texts),
+            ", ".join(list(unknown)[:5]),
+        )
+    rows = np.flatnonzero(known)
+    max_length = min(config.max_length, token_limit(model, tokenizer))
+    tokens = tokenize(tokenizer, [texts.texts[row] for row in rows], max_length)
+    logits = predict(model, tokens, token_budget=config.token_budget, description="predicting")
+    labels = [index[renamed[row]] for row in rows]
+    figures = metrics(logits, labels, names, teacher_blocks(checkpoint.resolve_folder(config.model, "--model")))
+    head = {"model": str(config.model), "data": str(config.data), "num_unknown": sum(unknown.values())}
+    return head | {"unknown_labels": unknown} | figures
+
+
+def print_tables(figures: dict[str, Any]) -> None:
+    """The figures as text tables on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 120)
+
+    def show(title: str, columns: Sequence[str], lines: Sequence[tuple[str, dict[str, Any]]]) -> None:
+        table = Table(title=title, title_justify="left")
+        table.add_column(title.split()[-1], overflow="fold")
+        for column in columns:
+            table.add_column(column.replace("_", " "), justify="right")
+        for name, values in lines:
+            # Text, not str: a label may look like markup.
+            table.add_row(Text(name), *(_cell(values[column]) for column in columns))
+        console.print(table)
+
+    overall = ("num_texts", "num_unknown", "accuracy", "macro_f1", "nll", "ece")
+    show("All texts, per model", overall, [(figures["model"], figures)])
+    blocks = figures.get("per_teacher_block")
+    if blocks:
+        show("Per teacher", ("num_classes", "support", "accuracy", "in_block", "within_block"), list(blocks.items()))
+    show("Per class", ("support", "precision", "recall", "f1"), list(figures["per_class"].items()))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def main(config: "EvalConfig") -> int:
+    """`muka-fast eval`: print the figures, as tables or (--json) as one JSON object on stdout."""
+    figures = evaluate(config)
+    if config.json_output:
+        print(json.dumps(figures, ensure_ascii=False, indent=1))
+    else:
+        print_tables(figures)
+    return 0

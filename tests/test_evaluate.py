@@ -1,0 +1,203 @@
+"""Evaluation: every figure against sums by hand and scikit-learn, prediction in batches, and `muka-fast eval` on real folders."""
+
+import json
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn import metrics as sk
+
+from muka_fast.config import EvalConfig
+from muka_fast.data import tokenize
+from muka_fast.errors import UserError
+from muka_fast.evaluate import evaluate, expected_calibration_error, main, metrics, predict, teacher_blocks
+
+NAMES = ["a", "b", "c"]
+
+
+@given(n=st.integers(1, 40), C=st.integers(2, 6), seed=st.integers(0, 2**31), scale=st.sampled_from([0.0, 1.0, 5.0]))
+def test_figures_are_those_of_scikit_learn(n, C, seed, scale):
+    rng = np.random.default_rng(seed)
+    logits, labels = rng.standard_normal((n, C)) * scale, rng.integers(0, C, n)
+    found = metrics(torch.from_numpy(logits), torch.from_numpy(labels), [f"c{c}" for c in range(C)])
+    probs = torch.softmax(torch.from_numpy(logits), -1).numpy()
+    predicted = logits.argmax(-1)
+    assert found["num_texts"] == n
+    assert found["accuracy"] == pytest.approx(sk.accuracy_score(labels, predicted))
+    assert found["nll"] == pytest.approx(sk.log_loss(labels, probs, labels=range(C)))
+    present = sorted(set(labels.tolist()))
+    f1 = [sk.f1_score(labels == c, predicted == c, zero_division=0) for c in present]
+    assert found["macro_f1"] == pytest.approx(np.mean(f1))
+    for c in range(C):
+        row = found["per_class"][f"c{c}"]
+        assert row["support"] == (labels == c).sum()
+        assert row["recall"] == pytest.approx((predicted[labels == c] == c).mean() if row["support"] else 0.0)
+    assert sum(row["support"] for row in found["per_class"].values()) == n
+
+
+def test_log_likelihood_keeps_its_digits_for_extreme_logits():
+    found = metrics(np.array([[1e4, 0.0, -1e4]]), [2], NAMES)
+    assert found["nll"] == 2e4
+    assert found["ece"] == 1.0
+
+
+def test_one_class_is_always_right():
+    found = metrics(np.array([[3.0], [-1.0]]), [0, 0], ["only"])
+    assert (found["accuracy"], found["macro_f1"], found["nll"], found["ece"]) == (1.0, 1.0, 0.0, 0.0)
+
+
+def test_calibration_error_by_hand():
+    # Bins of 1/15: 0.5 and 0.53 share (7/15, 8/15]; 1.0 lies in the last; 0.2 = 3/15 in (2/15, 3/15].
+    confidence = np.array([0.5, 0.53, 1.0, 0.19])
+    correct = np.array([True, False, True, True])
+    by_hand = (abs((0.5 + 0.53) / 2 - 0.5) * 2 + 0.0 + abs(0.19 - 1)) / 4
+    assert expected_calibration_error(confidence, correct) == pytest.approx(by_hand)
+    assert expected_calibration_error(np.array([0.0, 1.0]), np.array([False, True])) == 0.0
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=60))
+def test_calibration_error_against_a_loop(pairs):
+    total = 0.0
+    for j in range(15):
+        low, high = j / 15, (j + 1) / 15
+        inside = [(p, y) for p, y in pairs if math.ceil(p * 15) - 1 == j or (p == 0 and j == 0)]
+        assert all(low - 1e-9 <= p <= high + 1e-9 for p, _ in inside)
+        if inside:
+            total += abs(sum(p for p, _ in inside) / len(inside) - sum(y for _, y in inside) / len(inside)) * len(
+                inside
+            )
+    found = expected_calibration_error(np.array([p for p, _ in pairs]), np.array([y for _, y in pairs]))
+    assert found == pytest.approx(total / len(pairs), abs=1e-12)
+    assert 0 <= found <= 1
+
+
+def test_teacher_blocks_by_hand():
+    logits = np.array([[2.0, 1, 0], [0, 1, 2], [1, 0, 3], [0, 1, 5]])
+    labels = [0, 1, 1, 2]  # predicted: 0, 2, 2, 2
+    teachers = [
+        {"name": "one", "labels": ["a", "b"]},
+        {"name": "two", "labels": ["b", "c"]},
+        {"name": "none", "labels": ["z"]},
+    ]
+    blocks = metrics(logits, labels, NAMES, teachers)["per_teacher_block"]
+    third = pytest.approx(1 / 3)
+    assert blocks["one"] == {
+        "num_classes": 2, "support": 3, "accuracy": third, "in_block": third, "within_block": pytest.approx(2 / 3)
+    }  # fmt: skip
+    assert blocks["two"] == {
+        "num_classes": 2, "support": 3, "accuracy": third, "in_block": 1.0, "within_block": third
+    }  # fmt: skip
+    assert blocks["none"]["support"] == 0 and blocks["none"]["accuracy"] is None
+    assert "per_teacher_block" not in metrics(logits, labels, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels"), [(np.zeros((2, 3)), [0]), (np.zeros((1, 3)), [3]), (np.zeros((1, 2)), [0])]
+)
+def test_figures_refuse_what_does_not_fit(logits, labels):
+    with pytest.raises(ValueError, match=r"fit|predictions"):
+        metrics(logits, labels, NAMES)
+
+
+# ---- predictions ----
+
+
+def test_predictions_do_not_depend_on_batches_and_leave_the_mode_alone(make_model, make_tokenizer, texts):
+    model, tokenizer = make_model("bert", NAMES), make_tokenizer("bert")
+    tokens = tokenize(tokenizer, texts, 32)
+    with torch.inference_mode():
+        expected = torch.cat(
+            [model(torch.from_numpy(row)[None].long()).logits for row in np.split(tokens.ids, tokens.offsets[1:-1])]
+        )
+    model.train()
+    for budget in (16, 100, 100_000):
+        found = predict(model, tokens, token_budget=budget)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert model.training and not found.is_inference()
+
+
+def test_nan_predictions_are_refused(make_model, make_tokenizer):
+    model = make_model("bert", NAMES)
+    with torch.no_grad():
+        model.classifier.bias[0] = math.nan
+    with pytest.raises(UserError, match="NaN for 2 of 2 texts"):
+        predict(model, tokenize(make_tokenizer("bert"), ["a", "b"], 8))
+
+
+# ---- the command ----
+
+
+@pytest.fixture
+def student(make_teacher):
+    return make_teacher("bert", NAMES, name="student")
+
+
+def write_rows(path, rows):
+    path.write_text("\n".join(json.dumps(dict(zip(("text", "label"), row, strict=True))) for row in rows))
+    return path
+
+
+def config(student, data, **more):
+    return EvalConfig(model=str(student), data=str(data), device="cpu", **more)
+
+
+def test_unknown_labels_are_counted_and_left_out(tmp_path, student, texts, caplog):
+    rows = [(text, ["a", "b", "c", "other"][i % 4]) for i, text in enumerate(texts[:12])]
+    data = write_rows(tmp_path / "d.jsonl", rows)
+    with caplog.at_level(logging.WARNING, "muka_fast"):
+        found = evaluate(config(student, data))
+    assert found["num_texts"] == 9 and found["num_unknown"] == 3 and found["unknown_labels"] == {"other": 3}
+    assert "3 of 12 texts" in caplog.text
+    only_known = write_rows(tmp_path / "k.jsonl", [row for row in rows if row[1] != "other"])
+    again = evaluate(config(student, only_known))
+    assert again["nll"] == pytest.approx(found["nll"]) and again["num_unknown"] == 0
+    mapped = tmp_path / "map.json"
+    mapped.write_text(json.dumps({"other": "a"}))
+    assert evaluate(config(student, data, label_map=str(mapped)))["num_texts"] == 12
+
+
+def test_data_without_any_known_label_is_refused(tmp_path, student):
+    data = write_rows(tmp_path / "d.jsonl", [("text", "x"), ("text", "y")])
+    with pytest.raises(
+        UserError, match=r"none of its labels \(x, y, ...\) is a class of .*student \(a, b, c.*--label_map"
+    ):
+        evaluate(config(student, data))
+
+
+def test_a_folder_that_is_no_classifier_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--model"):
+        evaluate(config(tmp_path / "nothing", tmp_path / "d.jsonl"))
+    with pytest.raises(UserError, match=r"config\.json"):
+        evaluate(config(tmp_path, tmp_path / "d.jsonl"))
+
+
+def test_output_is_json_or_tables_on_stdout(tmp_path, student, texts, capsys):
+    data = write_rows(tmp_path / "d.jsonl", [(text, NAMES[i % 3]) for i, text in enumerate(texts[:9])])
+    (student / "run.json").write_text(
+        json.dumps({"teachers": [{"name": "[red]one[/red]", "labels": ["a", "b"]}, {"name": "two", "labels": ["c"]}]})
+    )
+    assert main(config(student, data, json=True)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_texts"] == 9 and set(found["per_class"]) == set(NAMES)
+    assert set(found["per_teacher_block"]) == {"[red]one[/red]", "two"}
+    assert main(config(student, data)) == 0
+    shown = capsys.readouterr().out
+    for text in ("[red]one[/red]", "macro f1", f"{found['accuracy']:.4f}", f"{found['per_class']['c']['f1']:.4f}"):
+        assert text in shown
+
+
+def test_teacher_blocks_come_from_the_run_or_the_configuration(tmp_path):
+    assert teacher_blocks(tmp_path) == []
+    (tmp_path / "config.json").write_text(
+        json.dumps({"muka_fast": {"teachers": [{"name": "x", "labels": ["a"], "k": 1}]}})
+    )
+    assert teacher_blocks(tmp_path) == [{"name": "x", "labels": ["a"]}]
+    for content in ("not json", "[1]", '{"teachers": "x"}', '{"teachers": [1, {"name": "y"}]}'):
+        (tmp_path / "run.json").write_text(content)
+        assert teacher_blocks(tmp_path) == [{"name": "x", "labels": ["a"]}]
+    (tmp_path / "run.json").write_text(json.dumps({"teachers": [{"name": "r", "labels": ["b"]}]}))
+    assert teacher_blocks(tmp_path) == [{"name": "r", "labels": ["b"]}]
