@@ -18,11 +18,13 @@ SHARED = (
 OPTIMIZERS = ("AdamW", "Adam")
 # DeepSpeed ignores keys it does not know, so a misspelt one would silently do nothing: near misses of these are refused.
 KNOWN_KEYS = (
-    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler fp16 bf16 amp torch_autocast "
-    "gradient_clipping zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer steps_per_print "
-    "wall_clock_breakdown activation_checkpointing communication_data_type prescale_gradients gradient_predivide_factor "
-    "sparse_gradients comms_logger tensorboard wandb csv_monitor flops_profiler autotuning data_types aio checkpoint dump_state"
-).split()
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler",
+    "fp16", "bf16", "amp", "torch_autocast", "gradient_clipping", "zero_optimization",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown",
+    "activation_checkpointing", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+    "sparse_gradients", "comms_logger", "tensorboard", "wandb", "csv_monitor", "flops_profiler", "autotuning",
+    "data_types", "aio", "checkpoint", "dump_state",
+)
 ADAM_DEFAULTS = {"betas": [0.9, 0.999], "eps": 1e-8}
 
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from muka_fast.config import RunConfig
 from muka_fast.errors import UserError
 
+T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SHARD_BYTES = 1 << 30  # tensors are gathered one by one and flushed to a file at this size: rank 0 never holds the whole state
 
@@ -84,6 +85,28 @@ def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, i
         # Rank 0 may score for hours while the others wait; a process that dies closes its connections, which ends the wait at once.
         deepspeed.init_distributed("gloo" if device == "cpu" else "nccl", verbose=verbose, timeout=timedelta(days=7))
     return comm.get_rank(), comm.get_world_size()
+
+
+def on_first_process(work: Callable[[], T]) -> T:
+    """Run `work` on process 0 and hand its result to all. Collective.
+
+    A UserError there ends the other processes quietly with exit code 2: process 0 tells it.
+    """
+    if torch.distributed.get_world_size() == 1:
+        return work()
+    told: list[Any] = [None, None]
+    failure = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            told[0] = work()
+        except UserError as error:
+            failure, told[1] = error, str(error)
+    torch.distributed.broadcast_object_list(told)
+    if failure is not None:
+        raise failure
+    if told[1] is not None:
+        raise SystemExit(2)
+    return told[0]
 
 
 def shut_down() -> None:
@@ -218,6 +241,11 @@ class Engine:
             return self.ds.get_lr()[0]
         return self.base_lr * self.schedule(self.completed_steps)
 
+    @property
+    def last_lr(self) -> float:
+        """Learning rate of the last completed step."""
+        return float(self.ds.optimizer.param_groups[0]["lr"])
+
     def __call__(self, **batch: Tensor) -> Any:
         """The student's forward."""
         return self.ds(**{name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()})
@@ -287,7 +315,10 @@ class Engine:
         return kept if self.rank == 0 else None
 
     def save_checkpoint(self, folder: Path) -> dict[str, Any] | None:
-        """Write the state as safetensors files into the empty `folder` (rank 0); returns what `load_checkpoint` needs back. Collective."""
+        """Write the state as safetensors files into the empty `folder` (rank 0). Collective.
+
+        Returns what `load_checkpoint` needs back, None on other ranks.
+        """
         from safetensors.torch import save_file
 
         shard: dict[str, Tensor] = {}

@@ -1,0 +1,185 @@
+"""The training loop: which texts each step sees, one step whose gradient no layout changes, metrics, checkpoints, SIGTERM."""
+
+import json
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from muka_fast import runinfo
+from muka_fast.config import RunConfig
+from muka_fast.console import progress
+from muka_fast.data import TextSet, Tokens, collate, epoch_batches
+from muka_fast.engine import Engine
+from muka_fast.errors import UserError
+from muka_fast.methods import Method
+from muka_fast.snapshots import restore_newest, save_snapshot
+
+log = logging.getLogger("muka_fast")
+
+
+class Plan:
+    """Which texts each step sees: a pure function of lengths, batch size and seed, so that a resumed run sees the same."""
+
+    def __init__(self, lengths: np.ndarray, config: RunConfig) -> None:
+        self.lengths, self.config = lengths, config
+        self.steps_per_epoch = -(-len(lengths) // config.batch_size)
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self._epoch, self._batches = -1, []
+
+    def rows(self, step: int) -> np.ndarray:
+        """Text rows of the global batch of this step, int64, shortest first."""
+        epoch = step // self.steps_per_epoch
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._batches = epoch_batches(self.lengths, self.config.batch_size, self.config.seed, epoch)
+        rows = self._batches[step % self.steps_per_epoch]
+        return rows[np.argsort(self.lengths[rows], kind="stable")]
+
+
+@contextmanager
+def sigterm_flag() -> Iterator[dict[str, bool]]:
+    """A dictionary whose "stop" turns true when SIGTERM arrives (only the main thread can listen)."""
+    flag = {"stop": False}
+    try:
+        before = signal.signal(signal.SIGTERM, lambda *_: flag.update(stop=True))
+    except ValueError:
+        yield flag
+        return
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def train(
+    engine: Engine, method: Method, tokens: Tokens, texts: TextSet, plan: Plan, config: RunConfig, output: Path, pad_id: int
+) -> bool:
+    """All steps that are left; False where SIGTERM ended it (after a checkpoint)."""
+    if config.resume:
+        found = restore_newest(engine, output)
+        log.info("resuming after step %d of %d%s", engine.completed_steps, plan.total_steps, f" ({found})" if found else "")
+    save_every = config.save_every or plan.steps_per_epoch
+    with Metrics(output, engine, plan, config) as metrics, sigterm_flag() as flag:
+        bar = progress(plan.total_steps - engine.completed_steps, "training", "steps")
+        with bar if engine.rank == 0 else nullcontext():
+            while engine.completed_steps < plan.total_steps:
+                rows = plan.rows(engine.completed_steps)
+                loss, stop = train_step(engine, method, tokens, texts, rows, config, flag, pad_id)
+                metrics.step(loss, len(rows))
+                if engine.rank == 0:
+                    bar.advance(note=f"loss {loss:.4f}")
+                if stop or engine.completed_steps % save_every == 0 or engine.completed_steps == plan.total_steps:
+                    save_snapshot(engine, output)
+                if stop and engine.completed_steps < plan.total_steps:
+                    done = engine.completed_steps
+                    log.warning("stopped by SIGTERM after step %d of %d; continue with --resume", done, plan.total_steps)
+                    return False
+    return True
+
+
+def train_step(
+    engine: Engine,
+    method: Method,
+    tokens: Tokens,
+    texts: TextSet,
+    rows: np.ndarray,
+    config: RunConfig,
+    flag: dict[str, bool],
+    pad_id: int,
+) -> tuple[float, bool]:
+    """One optimizer step over the global batch `rows`; returns its loss and whether any process was asked to stop.
+
+    The loss is sum_b loss_b / method.denominator(rows): known from the whole batch on every process, so that neither the cut into
+    micro-batches nor the number of processes enters the gradient.
+    """
+    step, denominator = engine.completed_steps, method.denominator(torch.from_numpy(rows))
+    parts = np.array_split(rows, engine.micro_batches * engine.world_size)[engine.rank :: engine.world_size]
+    total = torch.zeros((), device=engine.device)
+    seen: list[tuple[np.ndarray, torch.Tensor]] = []
+    for micro, part in enumerate(parts):
+        torch.manual_seed(runinfo.dropout_seed(config.seed, step, micro, engine.rank))
+        used = part if len(part) else rows[:1]  # the last batch may leave a process without texts: it takes part with weight 0
+        logits = engine(**collate(tokens, used, pad_id)).logits
+        losses = method.loss(logits.float(), torch.from_numpy(used))
+        loss = losses.sum() / denominator if len(part) else losses.sum() * 0.0
+        total += loss.detach()
+        seen.append((used, losses.detach()))
+        if micro + 1 == len(parts):  # before the weights change
+            value, stop = engine.sum_and_max(total, flag["stop"])
+            if not np.isfinite(value):
+                raise UserError(describe_bad_loss(value, step, seen, texts, config))
+        engine.backward(loss)
+        engine.step()
+    return value, stop
+
+
+def describe_bad_loss(
+    value: float, step: int, seen: list[tuple[np.ndarray, torch.Tensor]], texts: TextSet, config: RunConfig
+) -> str:
+    """One line with the example ids behind a loss that is no number, from all processes."""
+    mine = [int(texts.example_ids[row]) for rows, losses in seen for row in rows[~torch.isfinite(losses).cpu().numpy()]]
+    everyone: list[Any] = [mine]
+    if torch.distributed.get_world_size() > 1:
+        everyone = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, mine)
+    ids = sorted(set().union(*everyone))
+    named = f"for the texts with example ids {', '.join(map(str, ids[:20]))}{' ...' if len(ids) > 20 else ''}" if ids else "in the sum"
+    return (
+        f"the loss became {value} at step {step + 1} {named} of {texts.source}: check these texts, or lower --learning_rate "
+        f"(now {config.learning_rate:g}); the last checkpoint is kept"
+    )
+
+
+class Metrics:
+    """metrics.jsonl and, where TensorBoard is installed, its events: means over the steps since the last line. Process 0 writes."""
+
+    def __init__(self, output: Path, engine: Engine, plan: Plan, config: RunConfig) -> None:
+        self.engine, self.plan, self.config = engine, plan, config
+        self.path, self.file, self.board = output / "metrics.jsonl", None, None
+
+    def __enter__(self) -> "Metrics":
+        if self.engine.rank == 0:
+            runinfo.truncate_metrics(self.path, self.engine.completed_steps)
+            self.file = open(self.path, "a", encoding="utf-8")
+            self.board = runinfo.tensorboard(self.path.parent / "tensorboard", self.engine.completed_steps)
+        self._restart()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for writer in (self.file, self.board):
+            if writer is not None:
+                writer.close()
+
+    def _restart(self) -> None:
+        self.losses, self.num_texts, self.start = [], 0, time.perf_counter()
+
+    def step(self, loss: float, num_texts: int) -> None:
+        """Count a completed step; every log_every steps, and at the last one, write a line."""
+        self.losses.append(loss)
+        self.num_texts += num_texts
+        step = self.engine.completed_steps
+        if step % self.config.log_every and step != self.plan.total_steps:
+            return
+        line = {
+            "step": step,
+            "epoch": round(step / self.plan.steps_per_epoch, 4),
+            "loss": sum(self.losses) / len(self.losses),
+            "lr": self.engine.last_lr,
+            "grad_norm": self.engine.grad_norm,
+            "texts_per_s": round(self.num_texts / (time.perf_counter() - self.start), 2),
+        }
+        if self.file is not None:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        if self.board is not None:
+            for name in ("loss", "lr", "grad_norm", "texts_per_s"):
+                if line[name] is not None:
+                    self.board.add_scalar(name, line[name], step)
+        self._restart()

@@ -1,0 +1,197 @@
+"""What a run records about itself: identity (for --resume), versions, timings, a summary of the teachers' supervision."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from muka_fast import __version__
+from muka_fast.errors import UserError
+from muka_fast.ops.reference import select_teacher_ref
+from muka_fast.selection import teacher_scores
+
+if TYPE_CHECKING:
+    from muka_fast.config import RunConfig
+    from muka_fast.data import TextSet
+    from muka_fast.labels import LabelSpace
+    from muka_fast.methods import Method
+    from muka_fast.supervision import Supervision
+
+# Options that decide the student's numbers; all others (layout, logging, paths) may change between a kill and --resume.
+IDENTITY_OPTIONS = (
+    "method", "margin", "normalize_margin", "uncertainty", "score_temperature", "kd_temperature", "target", "mc",
+    "mc_samples", "mc_scope", "mc_dropout_p", "epochs", "learning_rate", "batch_size", "warmup_ratio",
+    "weight_decay", "max_grad_norm", "max_length", "seed",
+)
+PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "safetensors", "tokenizers", "datasets")
+MARGIN_BINS = 20
+EXAMPLES = 6
+EXAMPLE_CHARACTERS = 400
+
+
+class Clock:
+    """Wall seconds per stage, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def dropout_seed(seed: int, step: int, micro: int, rank: int) -> int:
+    """Seed of the student's dropout in one forward: a function of the place, so that a resume needs no saved state."""
+    digest = hashlib.sha256(f"{seed}:{step}:{micro}:{rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def tensorboard(folder: Path, completed_steps: int) -> Any | None:
+    """A writer of TensorBoard events, where it is installed; events of steps that a resume repeats are hidden."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=completed_steps or None)
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python and the libraries that decide numbers."""
+    found = {"muka_fast": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def identity(
+    config: "RunConfig", texts: "TextSet", sup: "Supervision", space: "LabelSpace", student: str, ds_config: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything that the final weights depend on, besides rounding. student: fingerprint of its folder."""
+    precision = next((key for key in ("bf16", "fp16") if ds_config.get(key, {}).get("enabled")), "fp32")
+    return {
+        **{name: getattr(config, name) for name in IDENTITY_OPTIONS},
+        "scheduler": ds_config.get("scheduler"),
+        "optimizer": ds_config["optimizer"],
+        "precision": precision,
+        "texts": texts.fingerprint,
+        "teachers": [teacher["fingerprint"] for teacher in sup.teachers],
+        "labels": list(space.names),
+        "teacher_labels": [list(labels) for labels in space.teacher_labels],
+        "student": student,
+    }
+
+
+def check_identity(output: Path, mine: dict[str, Any]) -> None:
+    """Raises UserError, with the differences, where the run in `output` was begun with another identity."""
+    theirs = read_run(output).get("identity")
+    if theirs is None:
+        return
+    mine = json.loads(json.dumps(mine))
+    shown = lambda value: value[:12] if isinstance(value, str) and len(value) == 64 else json.dumps(value, ensure_ascii=False)[:80]
+    differing = [f"{key} {shown(theirs.get(key))} -> {shown(mine[key])}" for key in mine if theirs.get(key) != mine[key]]
+    if differing:
+        raise UserError(
+            f"--resume: the run in {output} was begun with other input ({'; '.join(differing)}); "
+            "give the same as then, or start anew with --overwrite"
+        )
+
+
+def read_run(output: Path) -> dict[str, Any]:
+    """run.json of a run, {} where there is none. Raises UserError where it is damaged."""
+    path = output / "run.json"
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); start anew with --overwrite") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is not the record of a run; start anew with --overwrite")
+    return content
+
+
+def supervision_summary(method: "Method", sup: "Supervision", space: "LabelSpace", texts: "TextSet") -> dict[str, Any]:
+    """Which teacher was trusted how often and by how much, with the clearest and the least clear texts.
+
+    Methods without a selection of their own (uhc, supervised, oracle) get that of muka-hard with predictive entropy.
+    """
+    selected, margin, source = method.selected, method.margin, method.config.method
+    if selected is None or margin is None:
+        selected, margin = select_teacher_ref(teacher_scores(sup.restrict(space), "predictive_entropy"))
+        source = "predictive entropy"
+    counts = torch.bincount(selected, minlength=len(space.teacher_names)).tolist()
+    histogram = torch.histc(margin.float(), MARGIN_BINS, 0.0, 1.0).int().tolist()
+    order = margin.argsort(stable=True)
+    show = lambda rows: [example(int(row), selected, margin, sup, space, texts) for row in rows]
+    return {
+        "source": source,
+        "shares": {name: count / len(selected) for name, count in zip(space.teacher_names, counts, strict=True)},
+        "margin_histogram": histogram,
+        "margin_mean": float(margin.double().mean()),
+        "lowest_margin": show(order[:EXAMPLES]),
+        "highest_margin": show(order.flip(0)[: min(EXAMPLES, len(order) - EXAMPLES)] if len(order) > EXAMPLES else order[:0]),
+    }
+
+
+def example(
+    row: int, selected: Tensor, margin: Tensor, sup: "Supervision", space: "LabelSpace", texts: "TextSet"
+) -> dict[str, Any]:
+    """One text with its most trusted teacher and what that teacher says."""
+    teacher = int(selected[row])
+    start, stop = space.offsets[teacher], space.offsets[teacher + 1]
+    probs = torch.softmax(sup.restrict(space).logits[row, start:stop], -1)
+    best = int(probs.argmax())
+    text = texts.texts[row]
+    return {
+        "example_id": int(texts.example_ids[row]),
+        "text": text if len(text) <= EXAMPLE_CHARACTERS else text[:EXAMPLE_CHARACTERS] + " …",
+        "teacher": space.teacher_names[teacher],
+        "margin": float(margin[row]),
+        "says": space.teacher_labels[teacher][best],
+        "probability": float(probs[best]),
+        "label": texts.labels[row] if texts.labels else None,
+    }
+
+
+def truncate_metrics(path: Path, completed_steps: int) -> None:
+    """Drop the lines after the checkpoint that a resumed run continues from, and a line that a kill cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and record.get("step", 0) <= completed_steps:
+            kept.append(line + "\n")
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text("".join(kept), encoding="utf-8")
+    aside.replace(path)
+
+
+def read_metrics(path: Path) -> Sequence[dict[str, Any]]:
+    """The lines of metrics.jsonl; one that a kill cut off is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return [record for record in records if isinstance(record, dict)]

@@ -1,0 +1,115 @@
+"""Training checkpoints of a run: written aside and renamed, checksummed, rotated; the last two whole ones always exist.
+
+`checkpoints/step-00000040/` holds `state-*.safetensors` (weights and moments, whole tensors), and `state.json`: the engine's state
+and the SHA-256 of each file. A folder without the suffix `.partial` is complete; a damaged one is found by its checksums.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from muka_fast.engine import Engine, on_first_process
+from muka_fast.errors import UserError
+from muka_fast.export import is_write_error, sync_folder
+
+log = logging.getLogger("muka_fast")
+KEPT = 2
+STEP = re.compile(r"step-(\d{8})")
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Written aside, then renamed: a reader sees the old file or the new one."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def snapshots(output: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    folder = output / "checkpoints"
+    return sorted(entry for entry in folder.iterdir() if STEP.fullmatch(entry.name)) if folder.is_dir() else []
+
+
+def save_snapshot(engine: Engine, output: Path) -> None:
+    """Checkpoint the engine and drop all but the last two. Collective. Raises UserError where the disk is full."""
+    final = output / "checkpoints" / f"step-{engine.completed_steps:08d}"
+    partial = final.with_name(final.name + ".partial")
+    try:
+        if engine.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        state = engine.save_checkpoint(partial)
+        if state is not None:
+            files = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
+            write_json(partial / "state.json", {"engine": state, "sha256": files})
+            sync_folder(partial)
+            if final.exists():  # the same step, saved before a resume: the same content
+                shutil.rmtree(final)
+            os.replace(partial, final)
+            rotate(output)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not is_write_error(error):
+            raise
+        raise UserError(
+            f"{final}: the checkpoint cannot be written ({error}); free some space, then continue with --resume"
+        ) from error
+    engine.barrier()
+
+
+def rotate(output: Path) -> None:
+    for old in snapshots(output)[:-KEPT]:
+        # Renamed first: a removal that is cut off must not leave something that looks whole.
+        doomed = old.with_name(old.name + ".partial")
+        os.replace(old, doomed)
+        shutil.rmtree(doomed)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        files = dict(state["sha256"])
+        if not isinstance(state["engine"]["completed_steps"], int) or not files:
+            return "state.json is incomplete"
+        for name, digest in files.items():
+            if Path(name).name != name or not (folder / name).is_file():
+                return f"{name} is missing"
+            if file_digest(folder / name) != digest:
+                return f"{name} does not match its checksum"
+        surplus = {path.name for path in folder.glob("state-*.safetensors")} - files.keys()
+        return f"{min(surplus)} does not belong to it" if surplus else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return f"state.json cannot be read ({error})"
+
+
+def newest_whole(output: Path) -> Path | None:
+    """The newest checkpoint whose files match their checksums; damaged ones are named and passed over."""
+    for leftover in (output / "checkpoints").glob("*.partial"):
+        shutil.rmtree(leftover)
+    for folder in reversed(snapshots(output)):
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        log.warning("%s is damaged (%s): going back to the one before", folder, problem)
+    return None
+
+
+def restore_newest(engine: Engine, output: Path) -> Path | None:
+    """Continue from the newest whole checkpoint, if there is one; returns it. Collective."""
+    folder = on_first_process(lambda: newest_whole(output))
+    if folder is None:
+        return None
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    engine.load_checkpoint(folder, state["engine"])
+    return folder

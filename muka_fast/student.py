@@ -1,0 +1,108 @@
+"""Loads the student: any encoder or classifier as a classifier over the union of labels, with a fresh, seeded head."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from muka_fast import checkpoint
+from muka_fast.engine import partitioned_loading, whole_parameters
+from muka_fast.errors import UserError
+from muka_fast.teachers import (
+    LOADING_ERRORS,
+    check_vocabulary,
+    load_tokenizer,
+    quiet_transformers,
+    settle_padding,
+    some,
+)
+
+log = logging.getLogger("muka_fast")
+
+
+def load_student(
+    source: str | Path, labels: Sequence[str], seed: int, ds_config: dict[str, Any]
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
+    """The student in fp32 and its tokenizer, padding on the right.
+
+    source: folder (an encoder without head will do) or hub name; labels: the C class names. Weights that the folder lacks, and the
+    output layer in any case, are drawn from N(0, initializer_range) by a generator that depends on `seed` and the tensor's name
+    alone: the same whatever the architecture's own way, the ZeRO stage or the number of processes.
+
+    Raises:
+        UserError: no such folder, weights as pickle only, damaged or not a text model, an encoder whose weights are elsewhere.
+    """
+    what = f"student {source}"
+    folder = checkpoint.resolve_folder(source, "student")
+    checkpoint.weight_files(folder, what)
+    tokenizer = load_tokenizer(folder, what)
+    names = dict(enumerate(labels))
+    try:
+        with quiet_transformers(), partitioned_loading(ds_config):
+            config = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, num_labels=len(labels)
+            )
+            config.id2label, config.label2id = names, {name: index for index, name in names.items()}
+            config.problem_type = "single_label_classification" if len(labels) > 1 else None
+            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except LOADING_ERRORS as error:
+        raise UserError(f"{what}: transformers cannot load it: {checkpoint.first_line(error)}") from error
+    fresh = draw_fresh(model, info, len(labels), seed)
+    base = [name for name, _ in model.named_parameters() if name.startswith(model.base_model_prefix + ".")]
+    random = sorted(set(base) & fresh)
+    if len(random) > len(base) // 2:
+        raise UserError(f"{what}: its files hold no weights for {some(random)}; give a pretrained encoder")
+    if random:
+        log.info("%s: starts with random weights for %s", what, some(random))
+    settle_padding(model, tokenizer, what)
+    check_vocabulary(model, tokenizer, what)
+    return model, tokenizer
+
+
+def student_fingerprint(source: str | Path) -> str:
+    """SHA-256 (hex) over configuration and weight files of the folder that the student starts from."""
+    folder = checkpoint.resolve_folder(source, "student")
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in checkpoint.weight_files(folder, f"student {source}"):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def draw_fresh(model: transformers.PreTrainedModel, info: dict, num_labels: int, seed: int) -> set[str]:
+    """Draw the parameters that were not loaded and the output layer; returns their names."""
+    parameters = dict(model.named_parameters())
+    shape = lambda name: tuple(getattr(parameters[name], "ds_shape", parameters[name].shape))
+    fresh = {str(key) for key in info["missing_keys"]} | {str(item[0]) for item in info["mismatched_keys"]}
+    prefix = model.base_model_prefix + "."
+    fresh |= {name for name in parameters if not name.startswith(prefix) and shape(name)[0] == num_labels}
+    fresh &= parameters.keys()
+    std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+    with whole_parameters([parameters[name] for name in sorted(fresh)]), torch.no_grad():
+        for name in sorted(fresh):
+            draw(parameters[name], name, std, seed)
+    return fresh
+
+
+def draw(parameter: nn.Parameter, name: str, std: float, seed: int) -> None:
+    """N(0, std) for matrices, 1 for the scales of norms, 0 for biases."""
+    if parameter.ndim > 1:
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    else:
+        parameter.fill_(1.0 if name.endswith("weight") else 0.0)

@@ -1,0 +1,258 @@
+"""The conductor: teachers and unlabelled text in, one Hugging Face student out. `run` is the whole walk, stage by stage.
+
+Runs as `muka-fast train ...`, as `muka_fast.amalgamate(...)`, and as a script under a launcher:
+`deepspeed muka_fast/train.py --ds_config ds.json ...`.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Python puts this file's folder first on the path, where our module names would shadow other packages' (`evaluate`, ...).
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from muka_fast import export, runinfo
+from muka_fast.config import EvalConfig, RunConfig, load_config
+from muka_fast.console import setup_logging
+from muka_fast.data import TextSet, read_texts, tokenize
+from muka_fast.ds_config import prepare_ds_config
+from muka_fast.engine import Engine, init_distributed, on_first_process, resolve_device, shut_down
+from muka_fast.errors import UserError
+from muka_fast.labels import LabelSpace, build_label_space, read_label_map, rename_labels
+from muka_fast.loop import Plan, train
+from muka_fast.methods import Method, build_method, selection_accuracy, target_accuracy
+from muka_fast.snapshots import write_json
+from muka_fast.store import read_manifest, teacher_key
+from muka_fast.student import load_student, student_fingerprint
+from muka_fast.supervision import Supervision, fill_store, load_supervision, open_store, option_values
+from muka_fast.teachers import read_labels, teacher_names, token_limit
+
+log = logging.getLogger("muka_fast")
+STOPPED = 143  # exit code after SIGTERM, by custom 128 + 15
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """output: folder of the run and the student. metrics: final figures. stopped: SIGTERM ended it early; --resume continues."""
+
+    output: Path
+    metrics: dict[str, Any] = field(default_factory=dict)
+    stopped: bool = False
+
+
+def amalgamate(**options: Any) -> RunResult:
+    """Merge teachers into one student; the options are those of `muka-fast train` (muka_fast.config.RunConfig), `config` a YAML file.
+
+    Example:
+        amalgamate(teachers=["news", "bank"], student="encoder", texts="texts.jsonl", output="merged").metrics
+
+    Raises:
+        UserError: bad input, in one line that names it and the way out.
+    """
+    return run(load_config(RunConfig, options.pop("config", None), options))
+
+
+def run(config: RunConfig) -> RunResult:
+    """The walk: texts -> label space -> supervision -> student -> training -> export -> evaluation. Every process runs it."""
+    clock = runinfo.Clock()
+    check_options(config)
+    device = resolve_device(config.device)
+    _, world_size = init_distributed(device, config.verbose)
+    ds_config, config = prepare_ds_config(config.ds_config, config, world_size, device)
+    output = on_first_process(lambda: open_output(config))
+    done = on_first_process(lambda: runinfo.read_run(output))
+    if config.resume and done.get("state") == "complete":
+        log.info("%s is complete: nothing to resume", output)
+        return RunResult(output, done.get("metrics", {}))
+
+    with clock("read texts"):
+        texts = read_data(config)
+    with clock("score teachers"):
+        sup = supervise(config, texts, output)
+    label_map = read_label_map(config.label_map) if config.label_map else None
+    space = build_label_space([(teacher["name"], teacher["labels"]) for teacher in sup.teachers], label_map)
+    labels = None if texts.labels is None else [name or "" for name in rename_labels(texts.labels, label_map)]
+    method = build_method(config, sup, space, labels)
+
+    with clock("load student"):
+        model, tokenizer = load_student(config.student, space.names, config.seed, ds_config)
+        tokens = tokenize(tokenizer, texts.texts, min(config.max_length, token_limit(model, tokenizer)))
+    plan = Plan(tokens.lengths, config)
+    record = begin_record(config, ds_config, texts, sup, space, world_size)
+    on_first_process(lambda: begin_run(output, config, record))
+    engine = Engine.create(model, config, ds_config, plan.total_steps)
+    with clock("train"):
+        finished = train(engine, method, tokens, texts, plan, config, output, model.config.get_text_config().pad_token_id)
+    if not finished:
+        return RunResult(output, stopped=True)
+
+    record["metrics"] = supervision_metrics(method, labels, space)
+    record["supervision"] = runinfo.supervision_summary(method, sup, space, texts)
+    with clock("export"):
+        state = engine.state_dict()
+        on_first_process(lambda: export.save_student(model, tokenizer, output, space.names, card(config, record), state) and None)
+    with clock("evaluate"):
+        if config.eval is not None:
+            record["metrics"] |= {"student": on_first_process(lambda: evaluate_student(config, output))}
+            on_first_process(lambda: export.save_student(model, tokenizer, output, space.names, card(config, record), state) and None)
+    record |= {"state": "complete", "seconds": clock.seconds}
+    on_first_process(lambda: write_json(output / "run.json", record))
+    on_first_process(lambda: export.discard_replaced(output))
+    return RunResult(output, record["metrics"])
+
+
+# ---- before training ----
+
+
+def check_options(config: RunConfig) -> None:
+    """Raises UserError for options that are missing, before anything slow starts."""
+    for name, what in (("texts", "the texts to train on"), ("student", "an encoder to start from"), ("output", "the run's folder")):
+        if getattr(config, name) is None:
+            raise UserError(f"--{name} is missing: give {what}")
+    if not config.teachers and config.store is None:
+        raise UserError("--teachers is missing: name at least one classifier folder or hub model (or a filled --store)")
+
+
+def open_output(config: RunConfig) -> Path:
+    """Take the output folder, and complete an export that a kill cut off."""
+    inputs = [config.texts, config.eval, config.store, config.student, config.label_map, config.ds_config, *config.teachers]
+    output = export.output_guard(config.output, config.resume, config.overwrite, inputs)
+    export.finish_export(output)
+    return output
+
+
+def read_data(config: RunConfig) -> TextSet:
+    """The texts of the run, with labels where the method needs them."""
+    columns = {"text_column": config.text_column, "label_column": config.label_column}
+    need_labels = config.method in ("supervised", "oracle")
+    return read_texts(config.texts, **columns, need_labels=need_labels, limit=config.limit)
+
+
+def supervise(config: RunConfig, texts: TextSet, output: Path) -> Supervision:
+    """The statistics of all teachers over all texts; process 0 computes what the store lacks, the others read it."""
+    store = Path(config.store) if config.store is not None else output / "supervision"
+    if not config.teachers:
+        return open_store(store, texts, option_values(config))
+    if config.label_map:  # a mistake in it should show before hours of scoring
+        pairs = zip(teacher_names(config.teachers), map(read_labels, config.teachers), strict=True)
+        build_label_space(list(pairs), read_label_map(config.label_map))
+    scored: list[Supervision] = []
+
+    def fill() -> list[tuple[str, str]]:
+        scored.append(fill_store(store, config.teachers, texts, config))
+        return [(teacher_key(teacher, texts.fingerprint), teacher["name"]) for teacher in scored[0].teachers]
+
+    found = on_first_process(fill)
+    if scored:
+        return scored[0]
+    keys, names = zip(*found, strict=True)
+    return load_supervision(store, read_manifest(store), keys, names)
+
+
+def begin_record(
+    config: RunConfig, ds_config: dict[str, Any], texts: TextSet, sup: Supervision, space: LabelSpace, world_size: int
+) -> dict[str, Any]:
+    """run.json as far as it is known before training."""
+    teachers = [
+        {"name": teacher["name"], "fingerprint": teacher["fingerprint"], "labels": list(dict.fromkeys(labels))}
+        for teacher, labels in zip(sup.teachers, space.teacher_labels, strict=True)
+    ]
+    return {
+        "state": "training",
+        "config": config.resolved(),
+        "labels": list(space.names),
+        "overlaps": list(space.overlaps),
+        "teachers": teachers,
+        "data": {"source": texts.source, "texts": len(texts), "blank": texts.num_blank, "fingerprint": texts.fingerprint},
+        "identity": runinfo.identity(config, texts, sup, space, student_fingerprint(config.student), ds_config),
+        "layout": {
+            "processes": world_size,
+            "micro_batch": ds_config["train_micro_batch_size_per_gpu"],
+            "accumulation": ds_config["gradient_accumulation_steps"],
+            "zero_stage": ds_config["zero_optimization"]["stage"],
+        },
+        "versions": runinfo.versions(),
+    }
+
+
+def begin_run(output: Path, config: RunConfig, record: dict[str, Any]) -> None:
+    """Refuse to resume another run; write run.yaml, which repeats this one with `--config`, and the first run.json."""
+    if config.resume:
+        runinfo.check_identity(output, record["identity"])
+    options = {key: value for key, value in record["config"].items() if key not in ("resume", "overwrite") and value is not None}
+    if record["identity"]["scheduler"] is not None:
+        del options["warmup_ratio"]  # the ds_config's scheduler has its own
+    (output / "run.yaml.partial").write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (output / "run.yaml.partial").replace(output / "run.yaml")
+    write_json(output / "run.json", record)
+
+
+# ---- after training ----
+
+
+def supervision_metrics(method: Method, labels: list[str] | None, space: LabelSpace) -> dict[str, Any]:
+    """How good the supervision was, where the texts happen to have labels."""
+    if labels is None or not set(labels) & set(space.names):
+        return {}
+    figures = {
+        "selection_accuracy": selection_accuracy(method, labels, space),
+        "target_accuracy": target_accuracy(method, labels, space),
+    }
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def card(config: RunConfig, record: dict[str, Any]) -> export.Card:
+    """The model card's content."""
+    metrics = {name: value for name, value in record["metrics"].items() if name != "student"}
+    student = record["metrics"].get("student", {})
+    return export.Card(
+        title=Path(config.output).resolve().name,
+        base_model=config.student,
+        teachers=record["teachers"],
+        options={name: getattr(config, name) for name in runinfo.IDENTITY_OPTIONS},
+        data=record["data"],
+        metrics=metrics | {name: student[name] for name in ("accuracy", "macro_f1", "nll", "ece") if name in student},
+    )
+
+
+def evaluate_student(config: RunConfig, output: Path) -> dict[str, Any]:
+    """Figures of the exported folder, loaded as anybody would load it, on --eval."""
+    from muka_fast.evaluate import evaluate
+
+    options = ("text_column", "label_column", "max_length", "token_budget", "device", "label_map")
+    return evaluate(EvalConfig(model=str(output), data=config.eval, **{name: getattr(config, name) for name in options}))
+
+
+def main(config: RunConfig) -> int:
+    """`muka-fast train`: run, and tell the figures. Returns the exit code."""
+    try:
+        result = run(config)
+    finally:
+        shut_down()
+    if result.stopped:
+        return STOPPED
+    student = result.metrics.get("student", {})
+    figures = {name: value for name, value in result.metrics.items() if isinstance(value, float)}
+    figures |= {name: student[name] for name in ("accuracy", "macro_f1", "nll", "ece") if name in student}
+    told = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    log.info("student in %s%s", result.output, f": {told}" if told else "")
+    return 0
+
+
+if __name__ == "__main__":
+    import os
+
+    from muka_fast.cli import guarded, parse_train_args
+
+    def script() -> int:
+        config = parse_train_args(sys.argv[1:])
+        setup_logging(config.verbose, int(os.environ.get("RANK", "0")))
+        return main(config)
+
+    sys.exit(guarded(script))
