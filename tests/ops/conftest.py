@@ -1,11 +1,20 @@
-"""What the tests of the ops share: poisoned memory, the instruction sets, and the tolerance measured against float64."""
+"""What the tests of the ops share: poisoned memory, instruction sets, the tolerance against float64, a NumPy Philox, the interpreter."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from muka_fast.ops.table import _C
 
 torch.set_num_threads(1)
+settings.register_profile("muka_fast_ops", deadline=None, print_blob=True)
+settings.load_profile("muka_fast_ops")
 
 
 def poison(tensor):
@@ -47,7 +56,8 @@ def assert_as_exact_as():
     def check(ours, eager, exact, floor=4e-7, scale=1.0, name=""):
         assert ours.shape == exact.shape, name
         assert torch.equal(ours.isnan(), exact.isnan()), f"{name}: NaN in other places"
-        keep = ~exact.isnan()
+        keep = exact.isfinite()
+        assert torch.equal(ours[~keep].nan_to_num().double(), exact[~keep].nan_to_num().to(ours.dtype).double()), f"{name}: infinities"
         if not keep.any():
             return
         ours, eager, exact = (t.double()[keep] for t in (ours, eager, exact))
@@ -56,3 +66,59 @@ def assert_as_exact_as():
         assert error <= limit, f"{name}: error {error:.2e}, PyTorch's {theirs:.2e}, limit {limit:.2e}"
 
     return check
+
+
+def philox_numpy(counter, key):
+    """Philox4x32-10 on arrays, written from the paper and from nothing in this repository: four uint64 arrays of 32-bit words."""
+    x = [np.asarray(word, np.uint64) & np.uint64(0xFFFFFFFF) for word in np.broadcast_arrays(*counter)]
+    k = [int(key) & 0xFFFFFFFF, int(key) >> 32]
+    half = np.uint64(32)
+    for _ in range(10):
+        first, second = x[0] * np.uint64(0xD2511F53), x[2] * np.uint64(0xCD9E8D57)
+        low = np.uint64(0xFFFFFFFF)
+        x = [(second >> half) ^ x[1] ^ np.uint64(k[0]), second & low, (first >> half) ^ x[3] ^ np.uint64(k[1]), first & low]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return x
+
+
+def keep_numpy(num_samples, width, threshold, seed, site, example_ids, offsets, first_sample=0):
+    """The mask contract from its text (True = kept, [K, rows, width]): words to little-endian bytes, bytes to 16-bit lanes."""
+    keep = np.empty((num_samples, len(example_ids), width), bool)
+    for k in range(num_samples):
+        for row, (example, offset) in enumerate(zip(example_ids, offsets, strict=True)):
+            calls = np.arange(offset // 8, (offset + width + 7) // 8 + 1, dtype=np.uint64)
+            words = philox_numpy((calls, first_sample + k, site, example % 2**32), seed)
+            lanes = np.stack(words, -1).astype("<u4").view("<u2").reshape(-1)
+            keep[k, row] = lanes[offset % 8 :][:width] >= threshold
+    return keep
+
+
+@pytest.fixture(scope="session")
+def numpy_philox():
+    return philox_numpy
+
+
+@pytest.fixture(scope="session")
+def numpy_keep():
+    return keep_numpy
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """run(file, keyword): the tests of `file` that match `keyword`, with every op on Triton, in its interpreter, in a process of its own.
+
+    TRITON_INTERPRET replaces triton.jit at import and so cannot be set in this process.
+    """
+
+    def run(file, keyword):
+        pytest.importorskip("triton", reason="Triton is not on this platform")
+        env = os.environ | {"TRITON_INTERPRET": "1", "MUKA_FAST_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
+        folder = Path(file).parent
+        command = [sys.executable, "-m", "pytest", str(file), "-k", keyword, "-q", "-x", "-p", "no:cacheprovider"]
+        result = subprocess.run(
+            [*command, "--confcutdir", str(folder)], env=env, capture_output=True, text=True, cwd=folder.parent.parent
+        )
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+        assert " passed" in result.stdout, result.stdout[-500:]
+
+    return run
