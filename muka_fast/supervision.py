@@ -42,7 +42,7 @@ from muka_fast.teachers import Teacher, check_teachers, load_teacher, teacher_na
 from muka_fast.trunk import StochasticTeacher
 
 if TYPE_CHECKING:
-    from muka_fast.config import RunConfig, ScoreConfig, ScoringOptions
+    from muka_fast.config import ScoreConfig, ScoringOptions
     from muka_fast.labels import LabelSpace
 
 log = logging.getLogger("muka_fast")
@@ -172,11 +172,12 @@ def load_supervision(
 def open_store(store: str | Path, texts: TextSet | None = None, options: dict[str, Any] | None = None) -> Supervision:
     """Every complete teacher of a store, without running or even finding a teacher.
 
-    texts: refuse a store of other texts. options: keep only teachers scored with these values of OPTION_KEYS. Raises
-    UserError where there is no store, nothing complete, nothing with these options, or one teacher under several
-    option sets.
+    texts: refuse a store of other texts. options: only teachers scored with these values of OPTION_KEYS; a differing
+    run_seed is accepted where it leaves no choice, so that students of several seeds can share a store.
+    Raises UserError where there is no store, nothing complete, nothing with these options, or one teacher under
+    several option sets.
     """
-    store = Path(store)
+    store, options = Path(store), options or {}
     manifest = read_manifest(store)
     if manifest is None or not manifest["teachers"]:
         raise UserError(
@@ -185,26 +186,34 @@ def open_store(store: str | Path, texts: TextSet | None = None, options: dict[st
         )
     if texts is not None:
         check_texts(store, manifest, texts)
-    entries, options = manifest["teachers"], options or {}
-    keys = [key for key, entry in entries.items() if not differing_options(entry, options)]
-    if not keys:
-        entry = next(iter(entries.values()))
+    entries = manifest["teachers"]
+    differences = {key: differing_options(entry, options) for key, entry in entries.items()}
+    candidates: dict[str, list[str]] = {}
+    for key, entry in entries.items():
+        if set(differences[key]) <= {"run_seed"}:
+            candidates.setdefault(entry["fingerprint"], []).append(key)
+    if not candidates:
+        key, names = min(differences.items(), key=lambda pair: len(pair[1]))
+        shown = ", ".join(f"{name} {entries[key][name]!r} (asked: {options[name]!r})" for name in names)
         raise UserError(
-            f"--store {store} holds no teacher scored with these options: {entry['name']!r} has "
-            + ", ".join(
-                f"{name} {entry[name]!r} (asked: {options[name]!r})" for name in differing_options(entry, options)
-            )
-            + "; give the teachers to score them again, or the options of the store"
+            f"--store {store} holds no teacher scored with these options: {entries[key]['name']!r} has {shown}; "
+            "give --teachers to score them again, or the options of the store"
         )
-    for key in keys:
-        same = [entries[other] for other in keys if entries[other]["fingerprint"] == entries[key]["fingerprint"]]
-        if len(same) > 1:
-            differing = [name for name in OPTION_KEYS if len({json.dumps(entry[name]) for entry in same}) > 1]
-            raise UserError(
-                f"--store {store} holds teacher {same[0]['name']!r} under several options "
-                f"({', '.join(differing) or 'tokenizer'}): name the teachers, or choose the options"
-            )
-    return load_supervision(store, manifest, keys)
+    return load_supervision(store, manifest, [_only(store, keys, entries, differences) for keys in candidates.values()])
+
+
+def _only(store: Path, keys: list[str], entries: dict[str, Any], differences: dict[str, list[str]]) -> str:
+    """The one key of a teacher that is meant: the only one, or the only one of the seed that was asked for."""
+    same_seed = [key for key in keys if not differences[key]]
+    if len(keys) > 1 and len(same_seed) == 1:
+        keys = same_seed
+    if len(keys) > 1:
+        differing = [name for name in OPTION_KEYS if len({json.dumps(entries[key][name]) for key in keys}) > 1]
+        raise UserError(
+            f"--store {store} holds teacher {entries[keys[0]]['name']!r} under several options "
+            f"({', '.join(differing) or 'tokenizer'}): name --teachers, or give the options that differ"
+        )
+    return keys[0]
 
 
 # ---- the scoring run ----
@@ -342,23 +351,6 @@ def _check_numbers(name: str, source: str, tensors: dict[str, np.ndarray], batch
             f"teacher {name!r}: its output for text {example} of {source!r} (row, counted from 0) is NaN or infinite; "
             "check the checkpoint, or score it on another --device"
         )
-
-
-def supervise(config: RunConfig, texts: TextSet) -> Supervision:
-    """The supervision of a training run: from `config.teachers`, or, where none are named, from what `config.store`
-    already holds.
-
-    Without teachers only options that were given explicitly are compared with the store's, and the seed not at all.
-    """
-    store = config.store or (str(Path(config.output) / "supervision") if config.output else None)
-    if store is None:
-        raise UserError("no place for the supervision: give --store or --output")
-    if config.teachers:
-        return fill_store(store, config.teachers, texts, config)
-    if not config.store:
-        raise UserError("no teachers: give --teachers DIR ..., or a --store that was filled before")
-    given = {name: getattr(config, name) for name in OPTION_KEYS if name in config.model_fields_set}
-    return open_store(store, texts, given)
 
 
 def score(config: ScoreConfig) -> Supervision:

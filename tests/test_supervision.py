@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +25,7 @@ from muka_fast.errors import UserError
 from muka_fast.labels import build_label_space
 from muka_fast.methods import build_method
 from muka_fast.store import MATRICES, VECTORS, read_manifest, read_shard, shard_ranges, teacher_key
-from muka_fast.supervision import fill_store, open_store, score, supervise
+from muka_fast.supervision import fill_store, open_store, option_values, score
 
 LABELS = {"red": ["a", "b"], "blue": ["b", "c", "d"]}
 FORK = multiprocessing.get_context("fork")
@@ -172,7 +171,19 @@ def test_adding_a_teacher_or_an_option_set_runs_only_that(tmp_path, stage):
     assert all(path.read_bytes() == content for path, content in before.items())
     with pytest.raises(UserError, match=r"'red' under several options \(mc_samples\)"):
         open_store(tmp_path)
-    check(open_store(tmp_path, options={"mc_samples": 16}))
+    check(open_store(tmp_path, options={"mc_samples": 16, "run_seed": 0}))
+    check(
+        open_store(tmp_path, options={"mc_samples": 16, "run_seed": 7})
+    )  # no choice: students of several seeds share it
+    fill(tmp_path, ["red"], seed=7)
+    assert {
+        t["name"]: t["run_seed"] for t in open_store(tmp_path, options={"mc_samples": 16, "run_seed": 7}).teachers
+    } == {
+        "red": 7,
+        "blue": 0,
+    }
+    with pytest.raises(UserError, match=r"'red' under several options \(run_seed\)"):
+        open_store(tmp_path, options={"mc_samples": 16, "run_seed": 8})
     with pytest.raises(UserError, match=r"mc_scope 'last:1' \(asked: 'all'\)"):
         open_store(tmp_path, options={"mc_scope": "all"})
 
@@ -372,19 +383,10 @@ def test_real_teachers_are_scored_once_and_every_method_follows_without_them(tmp
 
     for folder in folders:
         shutil.rmtree(folder)
-    again = supervise(RunConfig(store=config.output, output=tmp_path / "run", seed=7), supervision.read_texts(data))
+    again = open_store(config.output, supervision.read_texts(data), option_values(RunConfig(mc_samples=3, seed=7)))
     assert torch.equal(again.logits, sup.logits)
     space = build_label_space([(t["name"], t["labels"]) for t in again.teachers])
     labels = [space.names[i % 4] for i in range(20)]
     for method in METHODS:
         built = build_method(RunConfig(method=method), again, space, labels)
         assert built.loss(torch.randn(20, 4), torch.arange(20)).isfinite().all()
-
-
-def test_supervise_needs_teachers_or_a_filled_store(tmp_path):
-    with pytest.raises(UserError, match="--teachers"):
-        supervise(RunConfig(output=tmp_path), text_set())
-    with pytest.raises(UserError, match="--store"):
-        supervise(RunConfig(), text_set())
-    with pytest.raises(UserError, match=str(Path("nothing"))):
-        supervise(RunConfig(store="nothing"), text_set())
