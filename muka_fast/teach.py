@@ -1,0 +1,293 @@
+"""Fine-tunes a teacher: one encoder, the rows that carry some labels, an ordinary Hugging Face classifier folder as the result."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from muka_fast import __version__
+from muka_fast.config import TeachConfig, nearest
+from muka_fast.console import log, progress
+from muka_fast.data import TextSet, Tokens, collate, epoch_batches, read_texts, tokenize
+from muka_fast.engine import linear_schedule, parameter_groups
+from muka_fast.errors import UserError
+from muka_fast.evaluate import metrics, predict
+from muka_fast.export import clean_tokenizer, is_write_error, set_labels, sync_folder
+from muka_fast.student import load_student
+from muka_fast.supervision import device_of
+from muka_fast.teachers import token_limit
+
+if TYPE_CHECKING:
+    import transformers
+
+RECORD = "teach.json"  # how a teacher was made, beside its weights
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a classifier is fitted: AdamW, linear warm-up over `warmup_ratio` of the steps, then linear decay to 0."""
+
+    epochs: int = 3
+    learning_rate: float = 5e-5
+    batch_size: int = 16
+    max_length: int = 128
+    seed: int = 0
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+
+
+# ---- the rows and labels of a teacher ----
+
+
+def rows_with_labels(texts: TextSet, labels: Sequence[str] | None) -> tuple[TextSet, list[str]]:
+    """The rows whose label is one of `labels` (None: all that occur, sorted), example ids kept, and the label names.
+
+    Raises:
+        UserError: a label that no row has (names the nearest), a label named twice, fewer than two labels.
+    """
+    found = sorted(set(texts.labels))
+    labels = found if labels is None else list(labels)
+    missing = [label for label in labels if label not in found]
+    if missing:
+        names = ", ".join(f"'{label}'{nearest(label, found)}" for label in missing[:5])
+        raise UserError(f"--labels: no row of {texts.source} has {names}{' and more' if len(missing) > 5 else ''}")
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise UserError(f"--labels: '{twice}' is named twice")
+    if len(labels) < 2:
+        raise UserError(f"--labels: a teacher needs two labels or more, {texts.source} gives {labels}")
+    return _keep(texts, set(labels)), labels
+
+
+def _keep(texts: TextSet, labels: set[str]) -> TextSet:
+    rows = [row for row, label in enumerate(texts.labels) if label in labels]
+    pick = lambda values: [values[row] for row in rows]
+    return replace(texts, texts=pick(texts.texts), labels=pick(texts.labels), example_ids=texts.example_ids[rows])
+
+
+def freeze(model: "transformers.PreTrainedModel", num_layers: int) -> None:
+    """Freeze the embeddings, the first `num_layers` layers and whatever all layers share, so that teachers of one encoder keep
+    one trunk. What follows the layers (last norm, pooler, head) stays trainable; 0 freezes nothing.
+
+    Raises:
+        UserError: the model has fewer layers, or shares one layer's weights among all (ALBERT).
+    """
+    if num_layers == 0:
+        return
+    base = model.base_model
+    depth = model.config.get_text_config().num_hidden_layers
+    stacks = [(name, module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList)]
+    stack = next(((name, module) for name, module in stacks if len(module) == depth), None)
+    if stack is None:
+        raise UserError(
+            f"--freeze_layers {num_layers}: {model.config.model_type} has no list of layers of its own weights"
+        )
+    name, layers = stack
+    if num_layers > depth:
+        raise UserError(f"--freeze_layers {num_layers}: the encoder has {depth} layers")
+    children = [child for child, _ in base.named_children()]
+    above = children[children.index(name.split(".")[0]) + 1 :]
+    free = {id(p) for layer in layers[num_layers:] for p in layer.parameters()}
+    free |= {id(p) for child in above for p in getattr(base, child).parameters()}
+    for parameter in base.parameters():
+        parameter.requires_grad_(id(parameter) in free)
+
+
+# ---- training ----
+
+
+def fine_tune(
+    model: "transformers.PreTrainedModel",
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    texts: Sequence[str],
+    label_ids: Sequence[int],
+    recipe: Recipe,
+    description: str = "fine-tuning",
+) -> float:
+    """Fit a classifier in place on n texts with label_ids int [n] in [0, C); returns the mean loss of the last epoch.
+
+    The model ends in eval mode. The result depends on the arguments only (on one machine and thread count): dropout draws from a
+    generator seeded with recipe.seed, and the caller's random state is left as it was.
+
+    Raises:
+        UserError: the loss is not a number.
+    """
+    tokens = tokenize(tokenizer, texts, min(recipe.max_length, token_limit(model, tokenizer)))
+    labels = torch.as_tensor(label_ids, dtype=torch.int64)
+    steps_per_epoch = math.ceil(len(tokens) / recipe.batch_size)
+    total = recipe.epochs * steps_per_epoch
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate)
+    warmup = int(recipe.warmup_ratio * total)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: linear_schedule(min(step, total - 1), total, warmup)
+    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device = next(model.parameters()).device
+    model.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(recipe.seed)
+        with progress(total, description, "steps") as bar:
+            for epoch in range(recipe.epochs):
+                losses = []
+                for rows in epoch_batches(tokens.lengths, recipe.batch_size, recipe.seed, epoch):
+                    loss = _step_loss(model, tokens, labels, rows, device)
+                    if not math.isfinite(loss.item()):
+                        what = f"{description}: the loss is {loss.item()} in epoch {epoch + 1}"
+                        raise UserError(f"{what}; lower --learning_rate or check the encoder")
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
+                    losses.append(loss.item() * len(rows))
+                    bar.advance(note=f"loss {loss.item():.3f}")
+    model.eval()
+    return sum(losses) / len(tokens)
+
+
+def _step_loss(
+    model: nn.Module, tokens: Tokens, labels: torch.Tensor, rows: np.ndarray, device: torch.device
+) -> torch.Tensor:
+    inputs = {
+        name: value.to(device)
+        for name, value in collate(tokens, rows, model.config.get_text_config().pad_token_id).items()
+    }
+    return nn.functional.cross_entropy(model(**inputs).logits.float(), labels[torch.from_numpy(rows)].to(device))
+
+
+# ---- the folder ----
+
+
+def check_output(output: str | Path, overwrite: bool) -> Path:
+    """Refuse a folder that holds something, unless it is a model and `overwrite` is given. Nothing is changed.
+
+    Raises:
+        UserError: see above; or `output` is a file.
+    """
+    path = Path(output).expanduser()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output {output}: this is a file; name a folder")
+    if path.is_dir() and any(path.iterdir()):
+        if not (path / "config.json").is_file():
+            raise UserError(f"--output {output}: holds files that are no model; name a new or empty folder")
+        if not overwrite:
+            raise UserError(
+                f"--output {output}: already holds a model; name a new folder, or replace it with --overwrite"
+            )
+    return path
+
+
+def save_classifier(
+    model: "transformers.PreTrainedModel",
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    labels: Sequence[str],
+    output: Path,
+    record: dict[str, Any],
+) -> None:
+    """Write safetensors weights, configuration with label names, tokenizer and teach.json aside, then rename to `output`.
+
+    An older folder of that name is removed only after the new one is in its place.
+
+    Raises:
+        UserError: the disk is full or read-only.
+    """
+    aside = output.with_name(f".{output.name}.partial")
+    old = output.with_name(f".{output.name}.replaced")
+    set_labels(model, labels)
+    tokenizer = clean_tokenizer(model, tokenizer)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        (aside / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        sync_folder(aside)
+        if output.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(output, old)
+        os.replace(aside, output)
+        shutil.rmtree(old, ignore_errors=True)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if not is_write_error(error):
+            raise
+        what = f"--output {output}: the teacher cannot be written ({error})"
+        raise UserError(f"{what}; free some space or name another folder") from error
+
+
+# ---- the command ----
+
+
+def measure(
+    model: "transformers.PreTrainedModel",
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    texts: TextSet,
+    labels: Sequence[str],
+    max_length: int,
+) -> dict[str, Any]:
+    """Figures (evaluate.metrics) over the rows of `texts` that carry one of `labels`.
+
+    Raises:
+        UserError: there is no such row.
+    """
+    kept = _keep(texts, set(labels))
+    if not len(kept):
+        raise UserError(f"--eval {texts.source}: no row has any of the teacher's labels")
+    tokens = tokenize(tokenizer, kept.texts, min(max_length, token_limit(model, tokenizer)))
+    index = {label: i for i, label in enumerate(labels)}
+    return metrics(predict(model, tokens), [index[label] for label in kept.labels], labels)
+
+
+def teach(config: TeachConfig) -> dict[str, Any]:
+    """Fine-tune and save the teacher of a configuration; returns what teach.json holds.
+
+    Raises:
+        UserError: bad data, labels, encoder or output; the output is then as it was.
+    """
+    output = check_output(config.output, config.overwrite)
+    columns = {"text_column": config.text_column, "label_column": config.label_column, "need_labels": True}
+    train, labels = rows_with_labels(read_texts(config.train, limit=config.limit, **columns), config.labels)
+    held_out = read_texts(config.eval, **columns) if config.eval else None
+    model, tokenizer = load_student(config.encoder, labels, config.seed, {"zero_optimization": {"stage": 0}})
+    freeze(model, config.freeze_layers)
+    model.to(device_of("auto"))
+    names = ("epochs", "learning_rate", "batch_size", "max_length", "seed")
+    recipe = Recipe(**{name: getattr(config, name) for name in names})
+    index = {label: i for i, label in enumerate(labels)}
+    log.info("teacher of %d labels: %d texts, %d epochs", len(labels), len(train), config.epochs)
+    loss = fine_tune(model, tokenizer, train.texts, [index[label] for label in train.labels], recipe)
+    record: dict[str, Any] = {
+        "version": __version__,
+        "options": config.resolved(),
+        "labels": labels,
+        "texts": {"source": train.source, "fingerprint": train.fingerprint, "count": len(train)},
+        "last_epoch_loss": loss,
+    }
+    if held_out is not None:
+        figures = measure(model, tokenizer, held_out, labels, config.max_length)
+        record["eval"] = {name: figures[name] for name in ("accuracy", "macro_f1", "nll", "ece", "num_texts")}
+    save_classifier(model.cpu(), tokenizer, labels, output, record)
+    return record
+
+
+def main(config: TeachConfig) -> int:
+    """`muka-fast teach`."""
+    record = teach(config)
+    if "eval" in record:
+        figures = record["eval"]
+        count = figures["num_texts"]
+        print(
+            f"accuracy {figures['accuracy']:.4f}  macro-F1 {figures['macro_f1']:.4f}  ({count} texts with these labels)"
+        )
+    log.info("teacher: %s", config.output)
+    return 0

@@ -1,0 +1,193 @@
+"""Teaching: rows by label, frozen trunks, reproducible fitting, and a folder that is whole or as it was."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from muka_fast import cli, teach
+from muka_fast.config import TeachConfig
+from muka_fast.errors import UserError
+from muka_fast.teachers import load_teacher
+
+WORDS = {"sport": "goal match team coach", "bank": "card account fee transfer", "sky": "planet star moon orbit"}
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A labelled file that a tiny model can learn: every label has words of its own."""
+    lines = []
+    for i in range(20):
+        for label, words in WORDS.items():
+            parts = words.split()
+            lines.append({"text": f"the {parts[i % 4]} and the {parts[(i + 1) % 4]} number {i}", "label": label})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+@pytest.fixture
+def make_encoder(tmp_path, make_model, make_tokenizer):
+    """make_encoder(family) -> a saved encoder without a classification head."""
+
+    def make(family="bert", **options):
+        folder = tmp_path / f"encoder-{family}"
+        make_model(family, **options).base_model.save_pretrained(folder)
+        make_tokenizer(family).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def options(rows, make_encoder, tmp_path):
+    return {
+        "encoder": str(make_encoder()),
+        "train": str(rows),
+        "labels": ["sport", "bank"],
+        "output": str(tmp_path / "teacher"),
+        "epochs": 6,
+        "learning_rate": 1e-2,
+        "batch_size": 8,
+        "max_length": 24,
+    }
+
+
+def test_an_encoder_without_head_becomes_a_teacher(options, rows, tmp_path):
+    record = teach.teach(TeachConfig(**options, eval=str(rows)))
+    assert record["texts"]["count"] == 40
+    assert record["eval"]["num_texts"] == 40  # the rows labelled "sky" are nobody's here
+    assert record["eval"]["accuracy"] > 0.9
+    teacher = load_teacher(options["output"], run_seed=0)
+    assert teacher.labels == ["sport", "bank"]  # the order given, not the alphabet
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(options["output"])
+    assert model.config.label2id == {"sport": 0, "bank": 1}
+    assert not list(tmp_path.glob(".teacher*"))
+    assert json.loads((tmp_path / "teacher" / "teach.json").read_text())["labels"] == ["sport", "bank"]
+
+
+def test_same_seed_same_weights(options, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        teach.teach(TeachConfig(**options | {"output": str(tmp_path / name), "seed": seed, "epochs": 1}))
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_fitting_leaves_the_callers_random_state_and_does_not_read_it(make_model, make_tokenizer, texts):
+    losses = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        losses.append(teach.fine_tune(make_model(), make_tokenizer(), texts[:8], [0, 1] * 4, teach.Recipe(epochs=2)))
+        assert torch.equal(state, torch.get_rng_state())
+    assert losses[0] == losses[1]
+
+
+def test_labels_default_to_all_of_the_data_sorted(options, tmp_path):
+    del options["labels"]
+    assert teach.teach(TeachConfig(**options | {"epochs": 1}))["labels"] == ["bank", "sky", "sport"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["sport", "banks"], r"--labels: no row of .*rows\.jsonl has 'banks' \(nearest: bank\)"),
+        (["sport", "sport"], "'sport' is named twice"),
+        (["sport"], "needs two labels or more"),
+    ],
+)
+def test_bad_labels_are_refused_before_any_work(options, labels, expected, tmp_path):
+    with pytest.raises(UserError, match=expected) as caught:
+        teach.teach(TeachConfig(**options | {"labels": labels}))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "teacher").exists()
+
+
+def test_existing_output_is_refused_replaced_only_when_told_and_kept_when_writing_fails(options, tmp_path, monkeypatch):
+    output = tmp_path / "teacher"
+    teach.teach(TeachConfig(**options | {"epochs": 1}))
+    before = (output / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"already holds a model.*--overwrite"):
+        teach.teach(TeachConfig(**options))
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    again = TeachConfig(**options | {"epochs": 1, "seed": 5, "overwrite": True})
+    with monkeypatch.context() as patch:
+        patch.setattr(teach, "sync_folder", full)
+        with pytest.raises(UserError, match=r"cannot be written.*No space left"):
+            teach.teach(again)
+    assert (output / "model.safetensors").read_bytes() == before
+    teach.teach(again)
+    assert (output / "model.safetensors").read_bytes() != before
+    assert sorted(path.name for path in tmp_path.glob("*teacher*")) == ["teacher"]
+
+
+def test_a_folder_of_other_files_is_never_replaced(options, tmp_path):
+    output = tmp_path / "teacher"
+    output.mkdir()
+    (output / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="holds files that are no model"):
+        teach.teach(TeachConfig(**options, overwrite=True))
+    assert (output / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "mpnet", "deberta-v2", "modernbert", "llama"])
+def test_frozen_layers_keep_every_weight_below(family, make_model, make_tokenizer, texts):
+    tokenizer = make_tokenizer(family)
+    model = make_model(family, layers=2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    teach.freeze(model, 1)
+    recipe = teach.Recipe(epochs=1, learning_rate=1e-2, max_length=32)
+    teach.fine_tune(model, tokenizer, texts[:16], [i % 2 for i in range(16)], recipe)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    layer = lambda number: {name for name in before if f".{number}." in name}
+    assert changed & layer(1)
+    assert not changed & layer(0)
+    words = {"embeddings", "embed_tokens", "relative_attention_bias", "rel_embeddings"}
+    assert not {name for name in changed if words & set(name.split("."))}
+    assert any("classifier" in name or "score" in name for name in changed)
+
+
+def test_frozen_teachers_of_one_encoder_share_their_trunk(options, tmp_path):
+    weights = []
+    for name, labels in (("a", ["sport", "bank"]), ("b", ["bank", "sky"])):
+        teach.teach(TeachConfig(**options | {"output": str(tmp_path / name), "labels": labels, "freeze_layers": 1}))
+        weights.append(transformers.AutoModel.from_pretrained(tmp_path / name).state_dict())
+    equal = {name for name in weights[0] if torch.equal(weights[0][name], weights[1][name])}
+    assert {name for name in weights[0] if ".layer.0." in name or name.startswith("embeddings")} <= equal
+    assert not {name for name in weights[0] if ".layer.1." in name} & equal
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "expected"), [("bert", 3, "the encoder has 2 layers"), ("albert", 1, "no list of layers")]
+)
+def test_impossible_freezing_is_refused(family, layers, expected, make_model):
+    with pytest.raises(UserError, match=expected):
+        teach.freeze(make_model(family), layers)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(make_model, make_tokenizer, texts):
+    model = make_model("bert")
+    with torch.no_grad():
+        model.classifier.bias.fill_(torch.nan)
+    with pytest.raises(UserError, match="the loss is nan in epoch 1"):
+        teach.fine_tune(model, make_tokenizer("bert"), texts[:4], [0, 1, 0, 1], teach.Recipe())
+
+
+def test_evaluation_data_without_the_labels(options, tmp_path):
+    other = tmp_path / "other.csv"
+    other.write_text("text,label\nhello there,greeting\n")
+    with pytest.raises(UserError, match=r"--eval .*other\.csv: no row has any of the teacher's labels"):
+        teach.teach(TeachConfig(**options | {"epochs": 1, "eval": str(other)}))
+
+
+def test_the_command_prints_the_figures(options, rows, capsys):
+    words = [f"--{name}={value}" for name, value in options.items() if name != "labels"]
+    assert cli.main(["teach", *words, "--labels", "sport,bank", "--eval", str(rows)]) == 0
+    assert "accuracy " in capsys.readouterr().out
+    assert cli.main(["teach", *words]) == 2
+    assert "already holds a model" in capsys.readouterr().err
