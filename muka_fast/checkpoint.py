@@ -1,4 +1,4 @@
-"""What lies in a Hugging Face classifier folder, read without torch: configuration, labels, weight files, fingerprint.
+"""What lies in a Hugging Face model folder, read without torch: configuration, labels, weight files, fingerprint.
 
 Every fault is a UserError in one line that names the folder or file and the way out. No pickle is ever opened and no
 code of a model repository is ever run.
@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+import numpy as np
 
 from muka_fast.errors import UserError
 
@@ -25,6 +27,7 @@ WAY_TO_SAFETENSORS = (
 )
 DTYPE_BITS = {"F4": 4, "BOOL": 8, "I8": 8, "U8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32}
 DTYPE_BITS |= {"F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
+FLOAT_DTYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 # What may change without changing a single logit.
 VOLATILE_KEYS = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "id2label", "label2id"}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -243,7 +246,8 @@ def read_tensors(folder: Path, what: str, stem: str = "model") -> dict[str, Tens
 def fingerprint(config: dict, labels: Sequence[str], tensors: dict[str, TensorEntry], what: str) -> str:
     """sha256 (hex) over the configuration, the labels and every weight's name, dtype, shape and bytes.
 
-    Neither the split into shards nor the order in a file enters, so the same model saved twice is recognised.
+    Neither the split into shards nor the order in a file enters, so the same model saved twice is recognised. Raises
+    UserError for a NaN, found here in passing, before anything slow begins.
     """
     essentials = {key: value for key, value in config.items() if key not in VOLATILE_KEYS}
     head = json.dumps([essentials, list(labels)], sort_keys=True, ensure_ascii=False)
@@ -253,6 +257,8 @@ def fingerprint(config: dict, labels: Sequence[str], tensors: dict[str, TensorEn
         digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())
         for block in tensor_blocks(entry, what):
             digest.update(block)
+            if has_nan(block, entry.dtype):
+                raise UserError(f"{what}: {name} holds NaN values; use a sound checkpoint")
     return digest.hexdigest()
 
 
@@ -269,6 +275,15 @@ def tensor_blocks(entry: TensorEntry, what: str) -> Iterator[bytes]:
             yield block
 
 
+def has_nan(block: bytes, dtype: str) -> bool:
+    """Whether a block of a floating-point tensor holds a NaN; False for other dtypes."""
+    if dtype == "BF16":
+        return bool(((np.frombuffer(block, np.uint16) & 0x7FFF) > 0x7F80).any())
+    if dtype in FLOAT_DTYPES:
+        return bool(np.isnan(np.frombuffer(block, FLOAT_DTYPES[dtype])).any())
+    return False
+
+
 def file_state(folder: Path) -> tuple:
     """Names, sizes and times of a folder's JSON and safetensors files: changes when a fingerprint could change."""
     files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
@@ -276,11 +291,11 @@ def file_state(folder: Path) -> tuple:
 
 
 def folder_fingerprint(folder: Path, what: str) -> str:
-    """The fingerprint of a plain classifier folder; computed once per process as long as its files do not change."""
+    """The fingerprint of a model folder; computed once per process as long as its files do not change."""
     return _folder_fingerprint(folder.resolve(), what, file_state(folder))
 
 
 @cache
 def _folder_fingerprint(folder: Path, what: str, _state: tuple) -> str:
     config = read_config(folder, what)
-    return fingerprint(config, check_classifier(config, what), read_tensors(folder, what), what)
+    return fingerprint(config, config_labels(config, what), read_tensors(folder, what), what)

@@ -5,6 +5,7 @@ Nothing is imported from here (`--import-mode=importlib`): ask for the fixtures 
 """
 
 import copy
+import logging
 import os
 import tempfile
 
@@ -240,6 +241,16 @@ def build_model(family, labels, tokenizer, *, seed=0, hidden=16, layers=2, dropo
                 if parameter.ndim == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def restored_logging():
+    """Commands run in-process rewire the logger of muka_fast; the next test gets it as it was (caplog needs it)."""
+    log = logging.getLogger("muka_fast")
+    handlers, propagate, level = log.handlers[:], log.propagate, log.level
+    yield
+    log.handlers[:], log.propagate = handlers, propagate
+    log.setLevel(level)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -290,7 +290,28 @@ def test_an_index_that_lists_a_lost_tensor_or_leaves_the_folder(make_model, make
 def test_nan_and_infinite_weights(make_teacher, value):
     folder = make_teacher("bert")
     edit_weights(folder, lambda tensors: tensors["bert.pooler.dense.weight"][3, 2].fill_(value))
-    refusal(folder, "bert.pooler.dense.weight", "NaN or infinite")
+    refusal(folder, "bert.pooler.dense.weight", "NaN")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_nan_is_found_before_any_model_is_loaded(make_teacher, dtype):
+    folder = make_teacher("bert")
+
+    def spoil(tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].to(dtype)
+        tensors["classifier.bias"][1] = -torch.tensor(float("nan"), dtype=dtype)
+
+    edit_weights(folder, spoil)
+    with pytest.raises(UserError, match=r"classifier\.bias holds NaN"):
+        teachers.check_teachers([folder])
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), 3e38, -0.0])
+def test_only_a_nan_is_a_nan(value):
+    for dtype in (torch.float32, torch.bfloat16):
+        block = torch.tensor([value], dtype=dtype).view(torch.uint8).numpy().tobytes()
+        assert not checkpoint.has_nan(block, "F32" if dtype == torch.float32 else "BF16")
 
 
 def test_overflow_of_a_narrow_dtype_is_found(make_teacher):
