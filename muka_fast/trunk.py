@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,21 +92,27 @@ class StochasticTeacher:
         return self.finish(self.trunk(input_ids, attention_mask), input_ids, attention_mask, example_ids)
 
     @torch.inference_mode()
-    def trunk(self, input_ids: Tensor, attention_mask: Tensor, start: Trunk | None = None) -> Trunk:
-        """The deterministic part; start: hidden states of a lower layer, same weights below it."""
-        packed = None
-        if self.fast is not None:
-            packed = Packed.of(attention_mask) if start is None or start.packed is None else start.packed
-        if self.layer == 0:
+    def trunk(
+        self, input_ids: Tensor, attention_mask: Tensor, start: Trunk | None = None, stop: int | None = None
+    ) -> Trunk:
+        """The deterministic part, up to layer `stop` (None: this teacher's first stochastic one).
+
+        start: the trunk of a lower layer, of this teacher or of one with the same weights below it.
+        """
+        stop = self.layer if stop is None else stop
+        packed = None if start is None else start.packed
+        if packed is None and self.fast is not None:
+            packed = Packed.of(attention_mask)
+        if stop == 0:
             return Trunk(0, None, packed)
         if start is None or start.hidden is None:
             start = Trunk(0, None)
-        if start.layer == self.layer:
+        if start.layer == stop:
             return start
-        below = {"start": start.layer, "hidden": start.hidden, "stop": self.layer}
-        if packed is not None:
-            return Trunk(self.layer, self.fast.trunk(input_ids, attention_mask, packed, **below), packed)
-        return Trunk(self.layer, self.encoder.run(input_ids, attention_mask, **below))
+        below = {"start": start.layer, "hidden": start.hidden, "stop": stop}
+        if self.fast is not None:
+            return Trunk(stop, self.fast.trunk(input_ids, attention_mask, packed, **below), packed)
+        return Trunk(stop, self.encoder.run(input_ids, attention_mask, **below))
 
     def finish(
         self, trunk: Trunk, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor | np.ndarray
@@ -305,13 +310,6 @@ class StochasticTeacher:
             if fits and _agree(module(features), logits):
                 return active[0], module
         return None
-
-
-def score_together(
-    teachers: Sequence[StochasticTeacher], input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor | np.ndarray
-) -> list[TeacherScores]:
-    """Scores of several teachers that tokenise equally over one batch; layers with the same weights run once."""
-    return [teacher.score(input_ids, attention_mask, example_ids) for teacher in teachers]
 
 
 def _scores(logits: Tensor, samples: Tensor) -> TeacherScores:

@@ -1,0 +1,156 @@
+"""Teachers whose lowest layers have identical weights: the tree of common trunks, every part of which runs once per text."""
+
+import hashlib
+import json
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from muka_fast.intercept import layer_modules
+from muka_fast.trunk import StochasticTeacher, TeacherScores, Trunk
+
+# Entries of a configuration that do not change what embeddings and layers compute in the deterministic pass.
+IRRELEVANT = {
+    "architectures", "id2label", "label2id", "problem_type", "transformers_version", "_name_or_path", "dtype", "torch_dtype",
+    "finetuning_task", "task_specific_params", "classifier_pooling", "classifier_bias", "classifier_activation", "summary_type",
+    "summary_activation", "summary_use_proj", "summary_last_dropout", "use_cache", "output_hidden_states", "output_attentions",
+    "return_dict",
+}  # fmt: skip
+TOP = ("pooler", "final_norm", "norm")  # children of the base model that follow the last layer
+
+_prefixes: "weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]]" = weakref.WeakKeyDictionary()
+
+
+def _update(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
+    values = tensor.detach().cpu().contiguous()
+    digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+    digest.update(values.view(torch.uint8).numpy() if values.numel() and values.dim() else np.asarray(values.tolist()).tobytes())
+
+
+def _base_digest(model: nn.Module, layers: set[int]) -> "hashlib._Hash":
+    """Configuration and every tensor of the base model that is neither in a layer nor above the last one."""
+    digest = hashlib.blake2b(digest_size=16)
+    config = {k: v for k, v in model.config.to_dict().items() if k not in IRRELEVANT and "drop" not in k}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    inside = {id(t) for m in model.base_model.modules() if id(m) in layers for t in (*m.parameters(), *m.buffers())}
+    for name, tensor in (*model.base_model.named_parameters(), *model.base_model.named_buffers()):
+        if id(tensor) not in inside and name.partition(".")[0] not in TOP:
+            _update(digest, name, tensor)
+    return digest
+
+
+def prefixes(teacher: StochasticTeacher) -> tuple[str, ...]:
+    """Content hashes of the deterministic part: entry i covers the tokeniser, the embeddings and the layers below i.
+
+    Two teachers with the same entry i compute the same hidden states at the input of layer i. One entry only (layer 0) for a
+    model that cannot be split. Every weight is read once per model.
+    """
+    model = teacher.model
+    if model not in _prefixes:
+        layers = layer_modules(model) or []
+        digest = _base_digest(model, {id(layer) for layer in layers})
+        # A packed and a padded form of one trunk cannot be exchanged.
+        digest.update(f"{teacher.teacher.tokenizer_key} {teacher.fast is not None} {model.device}".encode())
+        found = [digest.hexdigest()]
+        for index in range(teacher.encoder.depth):
+            layer = layers[int(index / (teacher.encoder.depth / len(layers)))]
+            for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+                _update(digest, name, tensor)
+            found.append(digest.hexdigest())
+        _prefixes[model] = tuple(found)
+    return _prefixes[model]
+
+
+def shared_layers(a: StochasticTeacher, b: StochasticTeacher) -> int:
+    """How many leading layers (embeddings included) two teachers have in common; 0 where not even these are the same."""
+    count = 0
+    for left, right in zip(prefixes(a)[1:], prefixes(b)[1:], strict=False):
+        if left != right:
+            break
+        count += 1
+    return count if prefixes(a)[0] == prefixes(b)[0] else 0
+
+
+@dataclass(frozen=True)
+class TrunkNode:
+    """Layers start..stop that run once for `teachers` (indices); then come the children, and the tails of `finished`."""
+
+    start: int
+    stop: int
+    teachers: tuple[int, ...]
+    finished: tuple[int, ...]
+    children: tuple["TrunkNode", ...] = field(default=())
+
+    @property
+    def layers_run(self) -> int:
+        """Trunk layers that run per batch, this node and everything below it."""
+        return self.stop - self.start + sum(child.layers_run for child in self.children)
+
+
+def trunk_tree(teachers: Sequence[StochasticTeacher]) -> tuple[TrunkNode, ...]:
+    """The forest of common trunks: teachers that share at least one layer below their first active site hang together."""
+    return _grow(teachers, range(len(teachers)), 0)
+
+
+def _grow(teachers: Sequence[StochasticTeacher], indices: Sequence[int], start: int) -> tuple[TrunkNode, ...]:
+    """Nodes for teachers that have the same trunk up to layer `start` and reach beyond it (or start at 0)."""
+    groups: dict[object, list[int]] = {}
+    for i in indices:
+        alone = teachers[i].layer <= start
+        groups.setdefault(i if alone else prefixes(teachers[i])[start + 1], []).append(i)
+    nodes = []
+    for group in groups.values():
+        stop = min(teachers[i].layer for i in group)
+        while stop > start and len({prefixes(teachers[i])[stop] for i in group}) > 1:
+            stop -= 1
+        finished = tuple(i for i in group if teachers[i].layer <= stop)
+        rest = [i for i in group if teachers[i].layer > stop]
+        nodes.append(TrunkNode(start, stop, tuple(group), finished, _grow(teachers, rest, stop) if rest else ()))
+    return tuple(nodes)
+
+
+def tie_shared_weights(teachers: Sequence[StochasticTeacher]) -> int:
+    """Let teachers keep one copy of the layers they share; returns the bytes freed."""
+    first: dict[str, nn.Module] = {}
+    freed = 0
+    for teacher in teachers:
+        layers = layer_modules(teacher.model) or []
+        if len(layers) != teacher.encoder.depth:
+            continue  # ALBERT: its few groups serve all depths
+        for entry, layer in zip(prefixes(teacher)[1:], layers, strict=True):
+            owner = first.setdefault(entry, layer)
+            for mine, theirs in zip(layer.parameters(), owner.parameters(), strict=True):
+                if mine.data_ptr() != theirs.data_ptr():
+                    freed += mine.numel() * mine.element_size()
+                    mine.data = theirs.data
+    return freed
+
+
+def score_together(
+    teachers: Sequence[StochasticTeacher],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    example_ids: Tensor | np.ndarray,
+    tree: tuple[TrunkNode, ...] | None = None,
+) -> list[TeacherScores]:
+    """Scores of several teachers of one tokeniser over one batch; layers with the same weights run once.
+
+    Arguments and scores as in `StochasticTeacher.score`; tree: `trunk_tree(teachers)`, which a loop over batches computes once.
+    """
+    scores: dict[int, TeacherScores] = {}
+
+    def visit(node: TrunkNode, below: Trunk | None) -> None:
+        leader = teachers[node.teachers[0]]
+        trunk = leader.trunk(input_ids, attention_mask, start=below, stop=node.stop)
+        for i in node.finished:
+            scores[i] = teachers[i].finish(trunk, input_ids, attention_mask, example_ids)
+        for child in node.children:
+            visit(child, trunk)
+
+    for node in trunk_tree(teachers) if tree is None else tree:
+        visit(node, None)
+    return [scores[i] for i in range(len(teachers))]
