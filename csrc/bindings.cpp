@@ -10,6 +10,7 @@ void bind_one_query_attention(py::module_& m);
 void bind_mc_head(py::module_& m);
 void bind_repeat_dropout(py::module_& m);
 void bind_mc_statistics(py::module_& m);
+void bind_distill_loss(py::module_& m);
 }  // namespace muka_fast
 
 PYBIND11_MODULE(_C, m) {
@@ -20,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
     muka_fast::bind_mc_head(m);
     muka_fast::bind_repeat_dropout(m);
     muka_fast::bind_mc_statistics(m);
+    muka_fast::bind_distill_loss(m);
 #ifdef MUKA_FAST_CUDA
     m.attr("CUDA") = true;
 #else

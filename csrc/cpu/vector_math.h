@@ -70,10 +70,11 @@ INLINE Vec log_positive(Vec x) {
     const VecInt bits = (VecInt)x - 0x3f3504f3;  // sqrt(1/2)
     const Vec exponent = __builtin_convertvector(bits >> 23, Vec);
     const Vec f = (Vec)((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
-    const Vec s = f / (2.0f + f);
-    const Vec z = s * s;
-    const Vec log1p_f = 2.0f * s + s * z * (0.66666782f + z * (0.3997708f + z * 0.29885188f));
-    const Vec value = exponent * 0.693147181f + log1p_f;
+    // Minimax on [sqrt(1/2) - 1, sqrt(2) - 1], leading f - f^2 / 2 fixed; no division, which would cost as much as all the rest.
+    const Vec f2 = f * f;
+    const Vec high = (0.14197604f - f * 0.13168193f) + f2 * (0.12796742f - f * 0.076577708f);
+    const Vec tail = (0.33333331f - f * 0.25000855f) + f2 * ((0.20001361f - f * 0.16622166f) + f2 * high);
+    const Vec value = exponent * 0.693147181f + (f + f2 * (f * tail - 0.5f));
     return x == x ? value : x;
 }
 
