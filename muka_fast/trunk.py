@@ -129,60 +129,68 @@ class StochasticTeacher:
         return TeacherScores(**{name: value.float().clone() for name, value in vars(scores).items()})
 
     def _finish(self, trunk: Trunk, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor) -> TeacherScores:
-        if trunk.packed is not None and trunk.layer < self.encoder.depth:
-            logits, samples = self._fast_samples(trunk, input_ids, attention_mask, example_ids)
-            return _scores(logits, samples)
-        if trunk.layer == self.encoder.depth and trunk.hidden is not None:
-            hidden, input_ids, attention_mask = self._read_row(trunk, input_ids, attention_mask)
-            trunk = Trunk(trunk.layer, hidden)
-        start = {"start": trunk.layer, "hidden": trunk.hidden}
         if self.mc and self.fused_head is not None:
-            site, linear = self.fused_head
-            features, _ = self.encoder.site_input(input_ids, attention_mask, site, **start)
-            p = self.p_of_site[site.index]
-            head = mc_head(
-                features, linear.weight, linear.bias, self.mc_samples, p, self.teacher.seed, site.index, example_ids
-            )
-            return TeacherScores(**{field: getattr(head, field) for field in TeacherScores.__dataclass_fields__})
-        logits = self.encoder.run(input_ids, attention_mask, **start).float()
-        return _scores(logits, self._samples(trunk, input_ids, attention_mask, example_ids) if self.mc else logits[None])
-
-    def _fast_samples(
-        self, trunk: Trunk, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Deterministic logits [B, C] and those of K stochastic passes [K, B, C]; the former run along as a replica."""
-        packed, samples, logits = trunk.packed, [], None
-        chunk = self._samples_at_once(*input_ids.shape)
-        for first in range(0, self.mc_samples, chunk):
+            hidden, *inputs = self._read_row(trunk, input_ids, attention_mask)
+            return self._fused_scores(hidden, *inputs, example_ids)
+        chunk = self._samples_at_once(*input_ids.shape) if self.mc else 0
+        logits = [self.sample_logits(trunk, input_ids, attention_mask, example_ids, 0, chunk, plain=True)]
+        for first in range(chunk, self.mc_samples if self.mc else 0, chunk or 1):
             count = min(chunk, self.mc_samples - first)
-            ids = example_ids[packed.order]
-            replicas = Replicas(packed, self.p_of_site, self.teacher.seed, ids, count, first, plain=first == 0)
+            logits.append(self.sample_logits(trunk, input_ids, attention_mask, example_ids, first, count))
+        logits = torch.cat(logits)
+        return _scores(logits[0], logits[1:] if self.mc else logits)
+
+    @torch.inference_mode()
+    def sample_logits(
+        self,
+        trunk: Trunk,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        example_ids: Tensor,
+        first_sample: int,
+        count: int,
+        plain: bool = False,
+    ) -> Tensor:
+        """Logits [R, B, C] of `count` stochastic passes from sample `first_sample` on; plain: the deterministic pass before them.
+
+        Samples may come in any number of calls, for any part of the texts, as long as `trunk` is that of the same batch.
+        """
+        masks = None
+        if count:
+            masks = Masks(self.model, self.all_sites, self.p_of_site, self.teacher.seed, example_ids, count, first_sample)
+        if trunk.packed is not None and trunk.layer < self.encoder.depth:
+            ids = example_ids[trunk.packed.order]
+            replicas = Replicas(trunk.packed, self.p_of_site, self.teacher.seed, ids, count, first_sample, plain)
             x = self.fast.embed(input_ids, attention_mask, replicas) if trunk.hidden is None else trunk.hidden
-            rows = packed.unsort(self.fast.tail(x, trunk.layer, replicas), 1)
-            if replicas.plain:
-                logits, rows = self._head(rows[:1], input_ids, attention_mask)[0], rows[1:]
-            masks = Masks(self.model, self.all_sites, self.p_of_site, self.teacher.seed, example_ids, count, first)
-            samples.append(self._head(rows, input_ids, attention_mask, masks))
-        return logits, torch.cat(samples)
+            rows = trunk.packed.unsort(self.fast.tail(x, trunk.layer, replicas), 1)[:, :, None]
+            hidden, stochastic = rows[:1] if plain else None, rows[int(plain) :]
+            layer, inputs = self.encoder.depth, (input_ids[:, :1], attention_mask[:, :1])
+        else:
+            layer, hidden, inputs = trunk.layer, trunk.hidden, (input_ids, attention_mask)
+            if layer == self.encoder.depth and hidden is not None:
+                hidden, *inputs = self._read_row(trunk, input_ids, attention_mask)
+            hidden = None if hidden is None else hidden[None]
+            stochastic = None if hidden is None else hidden.expand(count, *hidden.shape[1:])
+        out = [self._logits_from(layer, hidden, *inputs, 1)] if plain else []
+        if count:
+            out.append(self._logits_from(layer, stochastic, *inputs, count, masks))
+        return torch.cat(out)
 
-    def _head(self, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, masks: Masks | None = None) -> Tensor:
-        """Logits [R, B, C] of the first tokens' rows [R, B, D]."""
-        inputs = (x[:, :1].repeat(len(rows), 1) for x in (input_ids, attention_mask))
-        out = self.encoder.run(*inputs, start=self.encoder.depth, hidden=rows.flatten(0, 1)[:, None], masks=masks)
-        return out.float().view(*rows.shape[:2], -1)
+    def _logits_from(
+        self, layer: int, hidden: Tensor | None, ids: Tensor, mask: Tensor, replicas: int, masks: Masks | None = None
+    ) -> Tensor:
+        """Logits [R, B, C] from the hidden states [R, B, L, D] that enter `layer` of R replicas of ids, mask [B, L]."""
+        hidden = None if hidden is None else hidden.flatten(0, 1)
+        out = self.encoder.run(ids.repeat(replicas, 1), mask.repeat(replicas, 1), start=layer, hidden=hidden, masks=masks)
+        return out.float().view(replicas, len(ids), -1)
 
-    def _samples(self, trunk: Trunk, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor) -> Tensor:
-        """Logits [K, B, C] of K stochastic passes, as many at a time as the memory budget allows."""
-        chunk = self._samples_at_once(*input_ids.shape)
-        logits = []
-        for first in range(0, self.mc_samples, chunk):
-            count = min(chunk, self.mc_samples - first)
-            masks = Masks(self.model, self.all_sites, self.p_of_site, self.teacher.seed, example_ids, count, first)
-            hidden = None if trunk.hidden is None else trunk.hidden.repeat(count, 1, 1)
-            replicas = input_ids.repeat(count, 1), attention_mask.repeat(count, 1)
-            out = self.encoder.run(*replicas, start=trunk.layer, hidden=hidden, masks=masks)
-            logits.append(out.float().view(count, len(input_ids), -1))
-        return torch.cat(logits)
+    def _fused_scores(self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor) -> TeacherScores:
+        """The scores of a tail that is `linear(dropout(features))`."""
+        site, linear = self.fused_head
+        features, _ = self.encoder.site_input(input_ids, attention_mask, site, start=self.encoder.depth, hidden=hidden)
+        p, seed = self.p_of_site[site.index], self.teacher.seed
+        head = mc_head(features, linear.weight, linear.bias, self.mc_samples, p, seed, site.index, example_ids)
+        return TeacherScores(**{field: getattr(head, field) for field in TeacherScores.__dataclass_fields__})
 
     def _samples_at_once(self, num_texts: int, num_tokens: int) -> int:
         """How many replicas of a batch fit into the memory budget (at least one)."""
@@ -293,7 +301,8 @@ class StochasticTeacher:
         ids, mask = _check_inputs(self.model)
         packed = Packed.of(mask)
         rows = packed.unsort(fast.trunk(ids, mask, packed, self.encoder.depth), 0)
-        if _agree(self._head(rows[None], ids, mask)[0], self.encoder.run(ids, mask)):
+        logits = self._logits_from(self.encoder.depth, rows[None, :, None], ids[:, :1], mask[:, :1], 1)[0]
+        if _agree(logits, self.encoder.run(ids, mask)):
             return fast
         log.warning("teacher %s: its fast form differs from the model and is not used", self.name)
         return None

@@ -255,3 +255,18 @@ def test_trunk_of_another_teacher_is_taken_up(stochastic, batch):
 def test_example_ids_of_numpy(stochastic, batch):
     scores = stochastic("bert", "head").score(*batch("bert"), np.arange(TEXTS))
     assert scores.logits.shape == (TEXTS, 3)
+
+
+@pytest.mark.parametrize("scope", ["all", "last:1", "head"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "deberta-v2", "modernbert"])
+def test_samples_may_come_in_waves_and_for_some_of_the_texts(family, scope, stochastic, batch):
+    teacher, (ids, mask) = stochastic(family, scope), batch(family)
+    at_once = teacher.sample_logits(teacher.trunk(ids, mask), ids, mask, EXAMPLE_IDS, 0, K, plain=True)
+    assert at_once.shape == (K + 1, TEXTS, 3)
+    rows = [4, 1]
+    part = ids[rows], mask[rows]
+    trunk_of_part = teacher.trunk(*part)
+    waves = [teacher.sample_logits(trunk_of_part, *part, EXAMPLE_IDS[rows], first, 2) for first in (0, 2)]
+    torch.testing.assert_close(torch.cat(waves), at_once[1:, rows], atol=1e-5, rtol=0)
+    with torch.inference_mode():
+        torch.testing.assert_close(at_once[0], teacher.model(input_ids=ids, attention_mask=mask).logits, atol=1e-5, rtol=0)
