@@ -17,7 +17,7 @@ from muka_fast import __version__
 from muka_fast.config import TeachConfig, nearest
 from muka_fast.console import log, progress
 from muka_fast.data import TextSet, Tokens, collate, epoch_batches, read_texts, tokenize
-from muka_fast.engine import linear_schedule, parameter_groups
+from muka_fast.engine import linear_schedule, parameter_groups, quiet_deepspeed
 from muka_fast.errors import UserError
 from muka_fast.evaluate import metrics, predict
 from muka_fast.export import clean_tokenizer, is_write_error, set_labels, sync_folder
@@ -255,6 +255,7 @@ def teach(config: TeachConfig) -> dict[str, Any]:
         UserError: bad data, labels, encoder or output; the output is then as it was.
     """
     output = check_output(config.output, config.overwrite)
+    quiet_deepspeed(device_of("auto"), config.verbose)  # transformers imports it
     columns = {"text_column": config.text_column, "label_column": config.label_column, "need_labels": True}
     train, labels = rows_with_labels(read_texts(config.train, limit=config.limit, **columns), config.labels)
     held_out = read_texts(config.eval, **columns) if config.eval else None
