@@ -83,6 +83,11 @@ class StochasticTeacher:
         """Every site of the model with its p, and `active_p`, the probability in use (0 = off): for the manifest."""
         return [site.record(self.p_of_site.get(site.index, 0.0)) for site in self.all_sites]
 
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether samples cannot share a forward: a masked value is shared by all its texts."""
+        return any(site.kind == "shared" and site.index in self.p_of_site for site in self.all_sites)
+
     def score(self, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor | np.ndarray) -> TeacherScores:
         """Score B texts: input_ids, attention_mask int64 [B, L], padded on the right; example_ids int64 [B].
 
@@ -155,6 +160,10 @@ class StochasticTeacher:
 
         Samples may come in any number of calls, for any part of the texts, as long as `trunk` is that of the same batch.
         """
+        if count > 1 and self.one_at_a_time:
+            args = (trunk, input_ids, attention_mask, example_ids)
+            parts = [self.sample_logits(*args, first_sample + k, 1, plain and k == 0) for k in range(count)]
+            return torch.cat(parts)
         masks = None
         if count:
             masks = Masks(self.model, self.all_sites, self.p_of_site, self.teacher.seed, example_ids, count, first_sample)
@@ -194,8 +203,6 @@ class StochasticTeacher:
 
     def _samples_at_once(self, num_texts: int, num_tokens: int) -> int:
         """How many replicas of a batch fit into the memory budget (at least one)."""
-        if any(site.kind == "shared" and site.index in self.p_of_site for site in self.all_sites):
-            return 1  # the value is shared by all texts of a forward: one sample at a time
         config = self.model.config
         width = config.hidden_size
         inner = getattr(config, "intermediate_size", None) or 4 * width
