@@ -9,6 +9,9 @@ them. Never in memory: masks, [K, B, D], [K, B, C].
 Letters: K samples (k) · B texts (b) · D features (d) · C classes (c).
 """
 
+import contextlib
+import math
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -93,6 +96,189 @@ def mc_head_cpu(
 
 mc_head_triton: Callable | None = None
 SPECIALISATIONS: list[Specialisation] = []
+if philox.triton is not None:
+    import triton
+    import triton.language as tl
+
+    INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+    SAMPLES = tl.constexpr(16)  # rows of one matrix product that belong to one text; more samples are merged in turns
+    LOWEST = tl.constexpr(-3.0e38)  # finite start of a running maximum: differences stay finite where every logit is -inf
+
+    @triton.jit
+    def masked_logits(
+        p_x, p_w, p_b, b_text, b_id, b_sample, o_c, seed, site, threshold, scale, B, C, D,
+        BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """Logits [BM, BC] of rows (text, sample): the mask leaves x exact in its own dtype, so the scale comes after the product."""
+        b_z = tl.zeros([BM, BC], tl.float32)
+        for i_d in range(0, D, BD):
+            o_d = i_d + tl.arange(0, BD)
+            b_x = tl.load(p_x + b_text[:, None] * D + o_d[None, :], mask=(b_text < B)[:, None] & (o_d < D)[None, :], other=0.0)
+            b_w = tl.load(p_w + o_c.to(tl.int64)[None, :] * D + o_d[:, None], mask=(o_c < C)[None, :] & (o_d < D)[:, None], other=0.0)
+            b_call = (i_d // 8 + tl.arange(0, BD // 8))[None, :] + tl.zeros([BM, 1], tl.int32)
+            keep = philox.keep_lanes(seed, b_call, b_sample[:, None], site, b_id[:, None], threshold, BD // 8, BM)
+            b_z = tl.dot(tl.where(keep, b_x, 0.0).to(b_w.dtype), b_w, b_z, input_precision=PRECISION)
+        b_z = b_z * scale
+        if HAS_BIAS:
+            b_z += tl.load(p_b + o_c, mask=o_c < C, other=0.0).to(tl.float32)[None, :]
+        return tl.where((o_c < C)[None, :], b_z, float("-inf"))
+
+    @triton.jit
+    def row_sums(b_z):
+        """Maximum, sum e and sum e * d of each row, d = z - maximum, e = exp(d); NaN reaches both sums."""
+        b_top = tl.maximum(tl.max(b_z, 1), LOWEST)
+        b_d = b_z - b_top[:, None]
+        b_e = tl.exp(b_d)
+        return b_top, tl.sum(b_e, 1), tl.sum(tl.where(b_d < -87.0, 0.0, b_e * b_d), 1)
+
+    @triton.jit(do_not_specialize=["seed", "site", "threshold", "K"])
+    def mc_head_kernel(
+        p_x,  # [B, D]
+        p_w,  # [C, D]
+        p_b,  # [C]
+        p_ids,  # int64 [B]
+        p_lse,  # [B, K] ln sum exp z over all classes; read where STAGE == 2
+        p_parts,  # [3, B, K, tiles] maximum, sum e, sum e * d of each tile; written where STAGE == 1
+        p_mean, p_var,  # [B, C]
+        p_predictive,  # [B, tiles] -sum p ln p of each tile's mean
+        p_expected,  # [B]; written where STAGE == 0
+        seed, site, threshold, scale, K, B, C, D,
+        BT: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+        STAGE: tl.constexpr,  # 0: all classes in one tile; 1: softmax sums of a tile; 2: statistics of a tile
+    ):  # fmt: skip
+        i_b, i_c, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+        BM: tl.constexpr = BT * SAMPLES
+        o_m = tl.arange(0, BM)
+        o_c = i_c * BC + tl.arange(0, BC)
+        o_t = i_b.to(tl.int64) * BT + tl.arange(0, BT)  # texts
+        b_text = i_b.to(tl.int64) * BT + o_m // SAMPLES
+        b_id = tl.load(p_ids + b_text, mask=b_text < B, other=0)
+        b_mean, b_m2 = tl.zeros([BT, BC], tl.float32), tl.zeros([BT, BC], tl.float32)
+        b_inner = tl.zeros([BT], tl.float32)
+        for i_k in range(0, K, SAMPLES):
+            b_sample = i_k + o_m % SAMPLES
+            m_row = (b_text < B) & (b_sample < K)
+            b_z = masked_logits(
+                p_x, p_w, p_b, b_text, b_id, b_sample, o_c, seed, site, threshold, scale, B, C, D, BM, BC, BD, HAS_BIAS, PRECISION
+            )
+            if STAGE < 2:
+                b_top, b_sum, b_dot = row_sums(b_z)
+            if STAGE == 1:
+                p_part = p_parts + (b_text * K + b_sample) * tiles + i_c
+                part = B.to(tl.int64) * K * tiles
+                tl.store(p_part, b_top, mask=m_row)
+                tl.store(p_part + part, b_sum, mask=m_row)
+                tl.store(p_part + 2 * part, b_dot, mask=m_row)
+            else:
+                if STAGE == 0:
+                    b_p = tl.exp(b_z - b_top[:, None]) / b_sum[:, None]
+                    b_h = tl.where(m_row, tl.log(b_sum) - b_dot / b_sum, 0.0)
+                    b_inner += tl.sum(tl.reshape(b_h, [BT, SAMPLES]), 1)
+                else:
+                    b_p = tl.exp(b_z - tl.load(p_lse + b_text * K + b_sample, mask=m_row, other=0.0)[:, None])
+                # Mean and squared deviations of up to SAMPLES rows, merged with those before (Chan, Golub and LeVeque, 1983).
+                m_3 = tl.reshape(tl.broadcast_to(m_row[:, None], [BM, BC]), [BT, SAMPLES, BC])
+                b_3 = tl.where(m_3, tl.reshape(b_p, [BT, SAMPLES, BC]), 0.0)
+                b_n = tl.minimum(K - i_k, SAMPLES).to(tl.float32)
+                b_new = tl.sum(b_3, 1) / b_n
+                b_off = tl.where(m_3, b_3 - b_new[:, None, :], 0.0)
+                b_delta = b_new - b_mean
+                b_share = b_n / (i_k + b_n)
+                b_mean += b_delta * b_share
+                b_m2 += tl.sum(b_off * b_off, 1) + b_delta * b_delta * (i_k * b_share)
+        if STAGE != 1:
+            p_out = o_t[:, None] * C + o_c[None, :]
+            m_out = (o_t < B)[:, None] & (o_c < C)[None, :]
+            tl.store(p_mean + p_out, b_mean, mask=m_out)
+            tl.store(p_var + p_out, b_m2 / K, mask=m_out)
+            b_h = tl.sum(tl.where(b_mean == 0.0, 0.0, -b_mean * tl.log(b_mean)), 1)
+            tl.store(p_predictive + o_t * tiles + i_c, b_h, mask=o_t < B)
+        if STAGE == 0:
+            tl.store(p_expected + o_t, b_inner / K, mask=o_t < B)
+
+    # Class tile -> texts a program, features a step, warps: no spills on sm_80, sm_90 and sm_100 (tests/ops/test_aot.py), and about one
+    # Philox call a thread and step. Wider tiles than 128 classes spill.
+    TILES_32_BIT = {16: (2, 32, 4), 32: (2, 32, 4), 64: (2, 64, 8), 128: (2, 32, 8)}
+    TILES_16_BIT = {16: (1, 64, 4), 32: (1, 64, 4), 64: (2, 64, 8), 128: (2, 64, 8)}
+
+    def block(classes: int, dtype: torch.dtype) -> dict[str, int]:
+        """Tile sizes and launch options for this many classes."""
+        BC = min(128, max(16, triton.next_power_of_2(classes)))
+        wide = dtype == torch.float32
+        BT, BD, num_warps = (TILES_32_BIT if wide else TILES_16_BIT)[BC]
+        return {"BT": BT, "BC": BC, "BD": BD, "num_warps": num_warps, "num_stages": 1 if wide else 2}
+
+    def merge_tiles(parts: Tensor) -> tuple[Tensor, Tensor]:
+        """Softmax sums of all tiles, [3, B, K, tiles] -> ln sum exp z and entropy, [B, K]."""
+        top, total, dot = parts
+        best = top.amax(-1, keepdim=True)
+        weight = (top - best).exp()
+        merged, inner = (weight * total).sum(-1), (weight * (dot + (top - best) * total)).sum(-1)
+        return best[..., 0] + merged.log(), merged.log() - inner / merged
+
+    def mc_head_triton(
+        features: Tensor, weight: Tensor, bias: Tensor | None, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor
+    ) -> tuple[Tensor, ...]:
+        if features.dtype == torch.float64:
+            return mc_head_reference(features, weight, bias, num_samples, p, seed, site, example_ids)
+        # Both factors in one dtype: 16-bit only where both are, else float32 at float32's precision.
+        dtype = features.dtype if features.dtype == weight.dtype else torch.float32
+        if dtype == torch.bfloat16 and INTERPRETED:  # its dot takes the bits of bfloat16 for integers
+            dtype = torch.float32
+        x, w = features.to(dtype).contiguous(), weight.to(dtype).contiguous()
+        b = w if bias is None else bias.to(dtype).contiguous()
+        (texts, width), classes = x.shape, w.shape[0]
+        mean, var, predictive, expected, information, normalized, _ = _empty_outputs(x, classes, torch.float32)
+        logits = torch.nn.functional.linear(x.float(), w.float(), None if bias is None else bias.float())
+        if texts == 0:
+            return mean, var, predictive, expected, information, normalized, logits
+        threshold, scale = philox.mask_parameters(p)
+        config = block(classes, dtype)
+        tiles = triton.cdiv(classes, config["BC"])
+        by_tile = x.new_empty((texts, tiles), dtype=torch.float32)
+        parts, lse = x.new_empty((3, texts, num_samples, tiles if tiles > 1 else 0), dtype=torch.float32), by_tile
+
+        def launch(stage: int) -> None:
+            mc_head_kernel[(triton.cdiv(texts, config["BT"]), tiles)](
+                x, w, b, example_ids, lse, parts, mean, var, by_tile, expected, seed, site, threshold, scale, num_samples, texts,
+                classes, width, HAS_BIAS=bias is not None, PRECISION="tf32x3", STAGE=stage, enable_fp_fusion=True, **config,
+            )  # fmt: skip
+
+        # Triton launches on the current device, which need not be that of x.
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            if tiles == 1:
+                launch(0)
+            else:
+                launch(1)
+                lse, entropy = merge_tiles(parts)
+                lse, expected = lse.contiguous(), entropy.mean(1)
+                launch(2)
+        # `where` keeps NaN, which clamping on some devices does not.
+        predictive = by_tile.sum(1)
+        predictive, expected = (torch.where(h < 0, 0.0, h) for h in (predictive, expected))
+        information = torch.where(predictive < expected, 0.0, predictive - expected)
+        return mean, var, predictive, expected, information, predictive / math.log(classes) if classes > 1 else predictive * 0, logits
+
+    def _specialisation(dtype: str, classes: int, stage: int, has_bias: bool = True) -> Specialisation:
+        config = block(classes, {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
+        warps, stages = config.pop("num_warps"), config.pop("num_stages")
+        outputs = dict.fromkeys(("p_lse", "p_parts", "p_mean", "p_var", "p_predictive", "p_expected"), "*fp32")
+        scalars = dict.fromkeys(("site", "threshold", "K", "B", "C", "D"), "i32") | {"seed": "i64", "scale": "fp32"}
+        return Specialisation(
+            f"mc_head {dtype} BC={config['BC']} stage {stage}{'' if has_bias else ' without bias'}",
+            mc_head_kernel,
+            {**dict.fromkeys(("p_x", "p_w", "p_b"), f"*{dtype}"), "p_ids": "*i64", **outputs, **scalars},
+            {**config, "HAS_BIAS": has_bias, "PRECISION": "tf32x3", "STAGE": stage},
+            num_warps=warps,
+            num_stages=stages,
+            fast=dtype == "fp32" and (classes, stage) in ((16, 0), (1000, 2)),
+        )
+
+    SPECIALISATIONS = [
+        _specialisation(dtype, classes, stage)
+        for dtype in ("fp32", "fp16", "bf16")
+        for classes, stage in ((16, 0), (32, 0), (64, 0), (128, 0), (1000, 1), (1000, 2))
+    ] + [_specialisation("fp32", 16, 0, has_bias=False)]
 
 _op = table.register(
     "mc_head",

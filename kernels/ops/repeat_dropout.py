@@ -124,6 +124,7 @@ if philox.triton is not None:
             repeat_dropout_kernel[grid](
                 source, out, example_ids, offsets, seed, site, first_sample, threshold, scale, num_samples, rows, width,
                 rows * width, ROWS=ROWS, CALLS=CALLS, REPEATED=source.dim() == 2, num_warps=4,
+                enable_fp_fusion=True,
             )  # fmt: skip
         return out
 
