@@ -5,11 +5,13 @@ processes nor on how a batch is cut (`Engine.backward`). Checkpoints are safeten
 of AdamW), independent of ZeRO stage and number of processes; nothing is ever unpickled.
 """
 
+import atexit
 import contextlib
 import logging
 import os
 import socket
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -53,15 +55,16 @@ def quiet_deepspeed(device: str, verbose: bool) -> None:
 def no_jit_build() -> None:
     """On the CPU keep DeepSpeed from compiling its shared-memory all-reduce at the first run.
 
-    It serves inference only; training goes through gloo. The table of compatible operations is semi-private, hence the guard: without
-    it the run still works, after a build of a minute (or a wait for a lock that a killed build left behind).
+    It serves inference only; training goes through gloo. A table set before it is first read also spares the probe that fills it,
+    which starts a compiler and complains about libraries that are not there. The table is semi-private: should a version go another
+    way, the run still works, after a build of about a minute (or a wait for the lock of a killed build).
     """
     import deepspeed.ops
 
-    try:
+    if "__compatible_ops__" in vars(deepspeed.ops):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    except (AttributeError, TypeError, KeyError):
-        logging.getLogger("muka_fast").warning("this DeepSpeed compiles a helper now (about a minute); later runs reuse it")
+    else:
+        deepspeed.ops.__compatible_ops__ = defaultdict(bool)
 
 
 def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, int]:
@@ -84,6 +87,7 @@ def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, i
             no_jit_build()
         # Rank 0 may score for hours while the others wait; a process that dies closes its connections, which ends the wait at once.
         deepspeed.init_distributed("gloo" if device == "cpu" else "nccl", verbose=verbose, timeout=timedelta(days=7))
+        atexit.register(shut_down, at_exit=True)
     return comm.get_rank(), comm.get_world_size()
 
 
@@ -109,9 +113,12 @@ def on_first_process(work: Callable[[], T]) -> T:
     return told[0]
 
 
-def shut_down() -> None:
-    """Leave the process group, so that interpreters end without torch's warning about it."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+def shut_down(at_exit: bool = False) -> None:
+    """Leave the process group, so that interpreters end without torch's warning about it.
+
+    A group of one stays until exit: DeepSpeed keeps references to it, which a second run in this interpreter would meet.
+    """
+    if torch.distributed.is_initialized() and (at_exit or torch.distributed.get_world_size() > 1):
         torch.distributed.destroy_process_group()
 
 

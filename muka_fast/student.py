@@ -61,6 +61,9 @@ def load_student(
             )
     except LOADING_ERRORS as error:
         raise UserError(f"{what}: transformers cannot load it: {checkpoint.first_line(error)}") from error
+    # ZeRO-3 loading records even legacy renamings (LayerNorm.gamma), and saving would apply them backwards.
+    if ds_config["zero_optimization"]["stage"] == 3:
+        vars(model).pop("_weight_conversions", None)
     fresh = draw_fresh(model, info, len(labels), seed)
     base = [name for name, _ in model.named_parameters() if name.startswith(model.base_model_prefix + ".")]
     random = sorted(set(base) & fresh)

@@ -12,12 +12,13 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import logging
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
-from muka_fast import export, runinfo
+from muka_fast import checkpoint, export, runinfo
 from muka_fast.config import EvalConfig, RunConfig, load_config
 from muka_fast.console import setup_logging
 from muka_fast.data import TextSet, read_texts, tokenize
@@ -31,7 +32,7 @@ from muka_fast.snapshots import write_json
 from muka_fast.store import read_manifest, teacher_key
 from muka_fast.student import load_student, student_fingerprint
 from muka_fast.supervision import Supervision, fill_store, load_supervision, open_store, option_values
-from muka_fast.teachers import read_labels, teacher_names, token_limit
+from muka_fast.teachers import check_teachers, teacher_names, token_limit
 
 log = logging.getLogger("muka_fast")
 STOPPED = 143  # exit code after SIGTERM, by custom 128 + 15
@@ -65,14 +66,16 @@ def run(config: RunConfig) -> RunResult:
     device = resolve_device(config.device)
     _, world_size = init_distributed(device, config.verbose)
     ds_config, config = prepare_ds_config(config.ds_config, config, world_size, device)
-    output = on_first_process(lambda: open_output(config))
-    done = on_first_process(lambda: runinfo.read_run(output))
+    on_first_process(lambda: export.check_output(*output_options(config)) and None)
+    done = on_first_process(lambda: runinfo.read_run(Path(config.output)))
     if config.resume and done.get("state") == "complete":
-        log.info("%s is complete: nothing to resume", output)
-        return RunResult(output, done.get("metrics", {}))
+        log.info("%s is complete: nothing to resume", config.output)
+        return RunResult(Path(config.output), done.get("metrics", {}))
 
     with clock("read texts"):
         texts = read_data(config)
+        on_first_process(lambda: check_inputs(config))
+    output = on_first_process(lambda: open_output(config))
     with clock("score teachers"):
         sup = supervise(config, texts, output)
     label_map = read_label_map(config.label_map) if config.label_map else None
@@ -119,10 +122,29 @@ def check_options(config: RunConfig) -> None:
         raise UserError("--teachers is missing: name at least one classifier folder or hub model (or a filled --store)")
 
 
+def output_options(config: RunConfig) -> tuple[str, bool, bool, list[str | None]]:
+    """What the guard of the output folder asks for, the files that the run reads included."""
+    inputs = [config.texts, config.eval, config.store, config.student, config.label_map, config.ds_config, *config.teachers]
+    return config.output, config.resume, config.overwrite, inputs
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Refuse broken teachers, student, label map or evaluation texts before hours of work, the old run still in its place."""
+    if config.eval is not None:
+        read_texts(config.eval, text_column=config.text_column, label_column=config.label_column, need_labels=True)
+    student = checkpoint.resolve_folder(config.student, "student")
+    checkpoint.check_tokenizer_files(student, f"student {config.student}")
+    checkpoint.read_tensors(student, f"student {config.student}")
+    label_map = read_label_map(config.label_map) if config.label_map else None
+    if config.teachers:
+        files = check_teachers(config.teachers, warn=False)
+        names = teacher_names(config.teachers)
+        build_label_space([(name, file.labels) for name, file in zip(names, files, strict=True)], label_map)
+
+
 def open_output(config: RunConfig) -> Path:
     """Take the output folder, and complete an export that a kill cut off."""
-    inputs = [config.texts, config.eval, config.store, config.student, config.label_map, config.ds_config, *config.teachers]
-    output = export.output_guard(config.output, config.resume, config.overwrite, inputs)
+    output = export.output_guard(*output_options(config))
     export.finish_export(output)
     return output
 
@@ -139,9 +161,6 @@ def supervise(config: RunConfig, texts: TextSet, output: Path) -> Supervision:
     store = Path(config.store) if config.store is not None else output / "supervision"
     if not config.teachers:
         return open_store(store, texts, option_values(config))
-    if config.label_map:  # a mistake in it should show before hours of scoring
-        pairs = zip(teacher_names(config.teachers), map(read_labels, config.teachers), strict=True)
-        build_label_space(list(pairs), read_label_map(config.label_map))
     scored: list[Supervision] = []
 
     def fill() -> list[tuple[str, str]]:
@@ -245,14 +264,24 @@ def main(config: RunConfig) -> int:
     return 0
 
 
+def script(argv: list[str]) -> int:
+    """`deepspeed muka_fast/train.py ...`; without --config, teachers and texts it makes and merges the demo's, and says so."""
+    from muka_fast.cli import parse_train_args
+
+    config = parse_train_args(argv)
+    setup_logging(config.verbose, int(os.environ.get("RANK", "0")))
+    named = any(word.partition("=")[0] == "--config" for word in argv)
+    if not (named or config.teachers or config.texts or config.store):
+        from muka_fast.material import fill_in
+
+        log.info("neither --teachers nor --config: merging the demo's teachers, which are made now where they are missing")
+        init_distributed(resolve_device(config.device), config.verbose)
+        ours = {} if config.output or config.resume else {"overwrite": True}  # repeating the bare command repeats the run
+        config = on_first_process(lambda: fill_in(config)).model_copy(update=ours)
+    return main(config)
+
+
 if __name__ == "__main__":
-    import os
+    from muka_fast.cli import guarded
 
-    from muka_fast.cli import guarded, parse_train_args
-
-    def script() -> int:
-        config = parse_train_args(sys.argv[1:])
-        setup_logging(config.verbose, int(os.environ.get("RANK", "0")))
-        return main(config)
-
-    sys.exit(guarded(script))
+    sys.exit(guarded(lambda: script(sys.argv[1:])))

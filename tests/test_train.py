@@ -1,0 +1,427 @@
+"""The conductor end to end on tiny random models: layout, resume, faults, golden losses."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from muka_fast import loop, snapshots, train
+from muka_fast.config import RunConfig
+from muka_fast.engine import free_port
+from muka_fast.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+LABELS = {"news": ("business", "sport", "science"), "home": ("science", "bank", "smart home")}
+# Adam divides by the root of the second moment: where a gradient is zero but for rounding (the key biases of attention), it turns
+# rounding into full steps. A large eps leaves rounding what it is, so that layouts can be compared closely.
+SMOOTH_ADAM = {"optimizer": {"type": "AdamW", "params": {"eps": 1e-3}}}
+
+
+def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """One token per known word. Trained tokenizers break ties differently in every process, which golden losses do not forgive."""
+    words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text)})
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    vocabulary = {word: index for index, word in enumerate([*special.values(), *words])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=["input_ids", "attention_mask"], **special)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, make_model, texts):
+    """Two teachers that share a class, a student without head (dropout 0.1), 75 labelled texts with one blank row among them."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer = word_tokenizer(texts)
+    for seed, (name, labels) in enumerate(LABELS.items()):
+        make_model("bert", labels, seed=seed, tokenizer=tokenizer).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    for name, dropout in (("student", 0.1), ("plain_student", 0.0)):
+        model = make_model("distilbert", ("a", "b"), seed=9, tokenizer=tokenizer, dropout=dropout)
+        model.base_model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    choose = random.Random(0)
+    names = sorted({label for labels in LABELS.values() for label in labels})
+    rows = [{"text": f"{choose.choice(texts)} {choose.choice(texts)}", "label": choose.choice(names)} for _ in range(75)]
+    rows.insert(3, {"text": " ", "label": "bank"})
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def go(world, tmp_path):
+    """go(name, **options) -> RunResult of a run in tmp_path/name; all runs share one store."""
+
+    def run(name: str, ds: dict | None = None, **options) -> train.RunResult:
+        return train.amalgamate(**arguments(world, tmp_path, name, ds, options))
+
+    return run
+
+
+def arguments(world: Path, tmp_path: Path, name: str, ds: dict | None, options: dict) -> dict:
+    common = {"teachers": [str(world / teacher) for teacher in LABELS], "student": str(world / "student")}
+    common |= {"texts": str(world / "texts.jsonl"), "store": str(world / "store"), "output": str(tmp_path / name)}
+    common |= {"learning_rate": 1e-3, "log_every": 1, "mc_samples": 4}
+    if ds is not None:
+        (tmp_path / f"{name}.json").write_text(json.dumps(ds))
+        common["ds_config"] = str(tmp_path / f"{name}.json")
+    return common | options
+
+
+def weights(result: train.RunResult) -> dict[str, torch.Tensor]:
+    return load_file(result.output / "model.safetensors")
+
+
+def losses(result: train.RunResult) -> list[float]:
+    return [json.loads(line)["loss"] for line in (result.output / "metrics.jsonl").read_text().splitlines()]
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def test_a_run_leaves_a_student_that_plain_transformers_loads(go, world):
+    result = go("run", eval=str(world / "texts.jsonl"))
+    from transformers import pipeline
+
+    classify = pipeline("text-classification", model=str(result.output), top_k=None)
+    names = {"business", "sport", "science", "bank", "smart home"}
+    assert {answer["label"] for answer in classify("Shares fell.")[0]} == names
+    record = json.loads((result.output / "run.json").read_text())
+    assert record["state"] == "complete" and record["labels"] == ["business", "sport", "science", "bank", "smart home"]
+    assert record["overlaps"] == ["science"] and [teacher["name"] for teacher in record["teachers"]] == ["news", "home"]
+    assert record["data"]["texts"] == 75 and record["data"]["blank"] == 1
+    assert {"read texts", "score teachers", "load student", "train", "export", "evaluate"} <= record["seconds"].keys()
+    assert 0 <= result.metrics["student"]["accuracy"] <= 1 and 0 <= result.metrics["target_accuracy"] <= 1
+    lines = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 16)) and lines[-1]["epoch"] == 3
+    assert all(line["loss"] > 0 and line["lr"] > 0 and line["grad_norm"] > 0 and line["texts_per_s"] > 0 for line in lines)
+    assert lines[0]["lr"] == pytest.approx(1e-3 / 2) and max(line["lr"] for line in lines) == 1e-3
+    assert "teachers" in (result.output / "README.md").read_text()
+
+
+def test_run_yaml_repeats_the_run_bit_for_bit(go, tmp_path):
+    first = go("first", ds={"gradient_clipping": 0.3})
+    options = yaml.safe_load((first.output / "run.yaml").read_text())
+    assert options["max_grad_norm"] == 0.3  # taken over from ds.json, and no contradiction with it now
+    again = train.amalgamate(config=str(first.output / "run.yaml"), output=str(tmp_path / "again"))
+    assert losses(first) == losses(again) and largest_difference(weights(first), weights(again)) == 0
+
+
+@pytest.mark.parametrize("normalize_margin", [False, True])
+def test_micro_batches_change_nothing(go, world, normalize_margin):
+    """75 texts: the last batch of an epoch has 11, which do not divide."""
+    options = {"student": str(world / "plain_student"), "normalize_margin": normalize_margin}
+    whole = go("whole", ds=SMOOTH_ADAM, **options)
+    for micro in (8, 4, 1):
+        split = go(f"micro{micro}", ds={**SMOOTH_ADAM, "train_micro_batch_size_per_gpu": micro}, **options)
+        assert losses(split) == pytest.approx(losses(whole), rel=1e-5, abs=1e-8)
+        assert largest_difference(weights(split), weights(whole)) < 1e-6
+
+
+def test_zero_stages_change_nothing(go):
+    """Stages 1 and 2 to the last bit, stage 3 (another order of summation in the gradient norm) to rounding; dropout included."""
+    plain = go("stage0", ds=SMOOTH_ADAM)
+    for stage in (1, 2, 3):
+        sharded = go(f"stage{stage}", ds={**SMOOTH_ADAM, "zero_optimization": {"stage": stage}})
+        assert largest_difference(weights(sharded), weights(plain)) <= (1e-6 if stage == 3 else 0)
+        assert losses(sharded) == pytest.approx(losses(plain), rel=1e-6 if stage == 3 else 0, abs=1e-8 if stage == 3 else 0)
+
+
+def run_processes(options: dict, count: int, extra: tuple[str, ...] = ()) -> list[subprocess.Popen]:
+    """Start muka_fast/train.py as a launcher does, one process per rank."""
+    words = {key: value if isinstance(value, list) else [value] for key, value in options.items()}
+    flags = [word for key, values in words.items() for word in (f"--{key}", *map(str, values))]
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "muka_fast" / "train.py"), *flags, *extra]
+    processes = []
+    for rank in range(count):
+        environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        pipes = {"stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen([*command, f"--local_rank={rank}"], env=environment, **pipes))
+    return processes
+
+
+def finish(processes: list[subprocess.Popen]) -> tuple[list[int], str]:
+    told = [process.communicate(timeout=200)[1] for process in processes]
+    return [process.returncode for process in processes], "".join(told)
+
+
+def test_two_processes_change_nothing(go, world, tmp_path):
+    options = {"student": str(world / "plain_student"), "epochs": 1}
+    alone = go("alone", ds=SMOOTH_ADAM, **options)
+    ds = {**SMOOTH_ADAM, "zero_optimization": {"stage": 2}}
+    codes, told = finish(run_processes(arguments(world, tmp_path, "pair", ds, options), 2))
+    assert codes == [0, 0], told
+    pair = train.RunResult(tmp_path / "pair")
+    assert losses(pair) == pytest.approx(losses(alone), rel=1e-6, abs=1e-8)
+    assert largest_difference(weights(pair), weights(alone)) < 1e-6
+
+
+# ---- resume ----
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """stop_at(step): SIGTERM arrives while this step is under way."""
+
+    def arm(step: int) -> None:
+        def train_step(engine, *rest, _original=loop.train_step):
+            if engine.completed_steps == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return _original(engine, *rest)
+
+        monkeypatch.setattr(loop, "train_step", train_step)
+
+    yield arm
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_sigterm_saves_and_resume_continues_bit_for_bit(go, stop_at, monkeypatch, stage):
+    ds = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 8}
+    whole = go("whole", ds=ds)
+    stop_at(7)
+    stopped = go("cut", ds=ds)
+    assert stopped.stopped and not (stopped.output / "model.safetensors").exists()
+    monkeypatch.undo()
+    resumed = go("cut", ds=ds, resume=True)
+    assert not resumed.stopped and losses(resumed) == losses(whole)
+    assert largest_difference(weights(resumed), weights(whole)) == 0
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_resume_in_another_layout(go, stop_at, monkeypatch, world):
+    options = {"student": str(world / "plain_student")}
+    whole = go("whole", ds=SMOOTH_ADAM, **options)
+    stop_at(7)
+    go("cut", ds={**SMOOTH_ADAM, "zero_optimization": {"stage": 3}}, **options)
+    monkeypatch.undo()
+    resumed = go("cut", ds={**SMOOTH_ADAM, "train_micro_batch_size_per_gpu": 4}, resume=True, **options)
+    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-6, abs=1e-8)
+    assert largest_difference(weights(resumed), weights(whole)) < 1e-6
+
+
+def test_the_last_two_checkpoints_stay_and_a_damaged_one_is_passed_over(go, stop_at, monkeypatch, caplog):
+    whole = go("whole", save_every=2)
+    assert [folder.name for folder in snapshots.snapshots(whole.output)] == ["step-00000014", "step-00000015"]
+    stop_at(9)
+    cut = go("cut", save_every=3)
+    monkeypatch.undo()
+    newest = snapshots.snapshots(cut.output)[-1]
+    assert newest.name == "step-00000010"
+    with open(newest / "state-00000.safetensors", "r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"\x01")
+    (cut.output / "checkpoints" / "step-00000012.partial").mkdir()  # as a kill leaves it
+    caplog.set_level("WARNING", logger="muka_fast")
+    resumed = go("cut", resume=True)
+    assert "step-00000010 is damaged (state-00000.safetensors does not match its checksum)" in caplog.text
+    assert losses(resumed) == losses(whole) and largest_difference(weights(resumed), weights(whole)) == 0
+    assert not list(resumed.output.glob("checkpoints/*.partial"))
+
+
+def test_resume_refuses_another_run(go, stop_at, monkeypatch, world, tmp_path):
+    stop_at(3)
+    go("cut")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"learning_rate 0\.001 -> 0\.002.*--overwrite"):
+        go("cut", resume=True, learning_rate=2e-3)
+    with pytest.raises(UserError, match=r"texts [0-9a-f]{12} -> [0-9a-f]{12}"):
+        go("cut", resume=True, limit=70, store=str(tmp_path / "other_store"))
+    with pytest.raises(UserError, match=r"teachers .* labels"):
+        go("cut", resume=True, teachers=[str(world / "news")])
+    assert go("cut", resume=True).output.joinpath("model.safetensors").exists()
+
+
+def test_an_output_folder_with_a_run_is_refused_and_a_complete_one_is_left_alone(go):
+    first = go("run", epochs=1)
+    before = {path.name: path.stat().st_mtime_ns for path in first.output.iterdir()}
+    with pytest.raises(UserError, match="already holds a run"):
+        go("run", epochs=1)
+    assert go("run", epochs=1, resume=True).metrics == first.metrics
+    assert {path.name: path.stat().st_mtime_ns for path in first.output.iterdir()} == before
+
+
+# ---- faults ----
+
+
+def test_a_loss_that_is_no_number_names_the_texts(go, monkeypatch):
+    from muka_fast.methods import MukaHard
+
+    def poisoned(self, output, rows, _original=MukaHard._loss):
+        return torch.where(rows == 5, float("nan"), _original(self, output, rows))
+
+    monkeypatch.setattr(MukaHard, "_loss", poisoned)
+    # Row 5 is example 6: a blank row before it was skipped, and counts.
+    with pytest.raises(UserError, match=r"loss became nan at step \d+ for the texts with example ids 6 of .*texts\.jsonl"):
+        go("run", method="muka-hard")
+
+
+def test_a_full_disk_keeps_the_last_checkpoints(go, monkeypatch, world, tmp_path):
+    import safetensors.torch
+
+    calls = []
+
+    def save_file(*rest, _original=safetensors.torch.save_file, **options):
+        calls.append(rest)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        return _original(*rest, **options)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
+    with pytest.raises(UserError, match=r"step-00000006: the checkpoint cannot be written .*No space left.*--resume"):
+        go("run", save_every=2)
+    names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert sorted(names) == ["step-00000002", "step-00000004"]
+    monkeypatch.undo()
+    whole = go("whole")
+    assert largest_difference(weights(go("run", resume=True)), weights(whole)) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"texts": None}, "--texts is missing"),
+        ({"student": None}, "--student is missing"),
+        ({"output": None}, "--output is missing"),
+        ({"teachers": [], "store": None}, "--teachers is missing"),
+        ({"student": "nowhere/at/all"}, "student nowhere/at/all: no such folder"),
+        ({"device": "cuda"}, "finds no GPU"),
+        ({"batch_size": 16, "ds_config": "no.json"}, "--ds_config no.json: No such file"),
+    ],
+)
+def test_bad_options_are_one_line(go, options, message):
+    if options.get("device") and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match=message) as caught:
+        go("run", **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_are_needed_for_supervised_only(go, world, tmp_path):
+    bare = tmp_path / "bare.txt"
+    bare.write_text("one text\nanother text\na third one\n")
+    with pytest.raises(UserError, match="label"):
+        go("supervised", texts=str(bare), method="supervised", store=str(tmp_path / "store"))
+    assert go("soft", texts=str(bare), store=str(tmp_path / "store"), epochs=1).metrics == {}
+
+
+def test_a_filled_store_needs_no_teacher(go, world):
+    with_teachers = go("with", epochs=1)
+    without = go("without", epochs=1, teachers=[])
+    assert largest_difference(weights(with_teachers), weights(without)) == 0
+
+
+def test_the_head_is_fresh_seeded_and_independent_of_the_folders_own(world, make_model, texts, tmp_path):
+    """A classifier of the same size as the union gets a new output layer; another seed gives another one."""
+    from muka_fast.student import load_student
+
+    classifier = tmp_path / "classifier"
+    tokenizer = word_tokenizer(texts)
+    make_model("distilbert", "abcde", seed=9, tokenizer=tokenizer).save_pretrained(classifier)
+    tokenizer.save_pretrained(classifier)
+    ds = {"zero_optimization": {"stage": 0}}
+    load = lambda folder, seed: load_student(folder, list("vwxyz"), seed, ds)[0]
+    bare, full, other = load(world / "student", 0), load(classifier, 0), load(classifier, 1)
+    assert torch.equal(bare.classifier.weight, full.classifier.weight) and not bare.classifier.bias.any()
+    assert not torch.equal(full.classifier.weight, other.classifier.weight)
+    assert torch.equal(full.pre_classifier.weight, other.pre_classifier.weight)  # kept: it is the folder's
+    assert full.config.id2label == dict(enumerate("vwxyz"))
+
+
+# ---- golden losses ----
+
+
+@pytest.mark.parametrize("method", ["muka-soft", "muka-hard", "vkd", "uhc", "oracle", "supervised"])
+def test_golden_losses(go, world, method):
+    """20 steps of a tiny model without dropout. Same machine: bit for bit; across CPUs the order of sums differs: 1e-5.
+
+    Delete a file to have it written anew; a change of numbers belongs into the commit that makes it.
+    """
+    result = go(method, method=method, student=str(world / "plain_student"), epochs=4, store=str(world / "golden"))
+    found = losses(result)
+    assert len(found) == 20
+    path = GOLDEN / f"{method}.txt"
+    if not path.exists():
+        path.write_text("".join(f"{step} {loss!r}\n" for step, loss in enumerate(found, 1)))
+        pytest.fail(f"{path} was missing and is written now: look at it and commit it")
+    golden = [float(line.split()[1]) for line in path.read_text().splitlines()]
+    assert found == pytest.approx(golden, rel=1e-5)
+
+
+# ---- the script ----
+
+
+@pytest.mark.slow
+def test_the_script_tells_bad_input_in_one_line_once(world, tmp_path):
+    """Two processes: process 0 speaks, both end with code 2."""
+    options = arguments(world, tmp_path, "run", None, {"teachers": [str(tmp_path / "nobody")], "store": str(tmp_path / "store")})
+    codes, told = finish(run_processes(options, 2))
+    assert codes == [2, 2] and told.count("muka-fast: error:") == 1 and "nobody" in told
+
+
+@pytest.mark.slow
+def test_a_dead_worker_takes_the_job_down_within_seconds(world, tmp_path):
+    options = arguments(world, tmp_path, "run", None, {"epochs": 10_000})
+    processes = run_processes(options, 2)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, processes)
+    processes[1].kill()
+    assert processes[0].wait(timeout=30) != 0
+    finish(processes)
+
+
+def wait_for(condition, processes, seconds: float = 120.0) -> None:
+    import time
+
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end and all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_change_nothing(go, world, tmp_path):
+    """SIGKILL at random moments of scoring, training, saving and exporting; --resume brings the same weights, bit for bit."""
+    store = str(tmp_path / "victim" / "supervision")
+    options = arguments(world, tmp_path, "victim", None, {"save_every": 2, "store": store, "shard_size": 8})
+    whole = go("whole", store=str(tmp_path / "whole_store"), shard_size=8)
+    choose = random.Random(1)
+    kills = 0
+    for _ in range(20):
+        [process] = run_processes(options, 1, ("--resume",))
+        try:
+            process.communicate(timeout=choose.uniform(4, 14))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+        else:
+            assert process.returncode == 0
+            shutil.rmtree(tmp_path / "victim")  # begin again, to be killed elsewhere
+    codes, told = finish(run_processes(options, 1, ("--resume",)))
+    assert codes == [0] and kills, told
+    assert largest_difference(weights(train.RunResult(tmp_path / "victim")), weights(whole)) == 0
+
+
+def test_defaults_are_the_published_recipe():
+    config = RunConfig()
+    assert (config.epochs, config.learning_rate, config.batch_size, config.warmup_ratio) == (3, 2e-5, 16, 0.1)
