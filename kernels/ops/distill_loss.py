@@ -12,13 +12,17 @@ logarithm per student class.
 Letters: B texts (b) · N teachers (i) · S = sum of their class counts (s) · C student classes (c).
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from muka_fast.ops import table
+from muka_fast.ops.aot import Specialisation
+from muka_fast.ops.philox import triton
 from muka_fast.ops.reference import distill_loss_ref, distill_target_ref, select_teacher_ref
 
 SCHEMA = (
@@ -56,6 +60,7 @@ def distill_loss_reference(
     student_logits: Tensor, teacher_probs: Tensor, scores: Tensor, offsets: list[int], teacher_to_union: Tensor,
     soft: bool, tau: float, temperature: float, margin: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_classes(teacher_to_union, student_logits.shape[1])
     # The gradient in closed form: autograd is off below the dispatcher. The tests hold it against autograd of distill_loss_ref.
     loss = distill_loss_ref(student_logits, teacher_probs, scores, offsets, teacher_to_union, soft, tau, temperature, margin)
     probs, scores = teacher_probs.to(loss.dtype), scores.to(loss.dtype)
@@ -63,6 +68,11 @@ def distill_loss_reference(
     p = torch.softmax(student_logits.to(loss.dtype) / temperature, dim=-1)
     factor = select_teacher_ref(scores)[1][:, None] + 1e-6 if margin else 1.0
     return loss, (q.sum(-1, keepdim=True) * p - q) * factor / temperature
+
+
+def check_classes(teacher_to_union: Tensor, classes: int) -> None:
+    if len(teacher_to_union) and not 0 <= int(teacher_to_union.min()) <= int(teacher_to_union.max()) < classes:
+        raise ValueError("teacher_to_union has an entry outside the student's classes")
 
 
 def row_major(tensor: Tensor) -> Tensor:
@@ -90,6 +100,176 @@ def distill_loss_cpu(
 
 
 distill_loss_triton: Callable | None = None
+SPECIALISATIONS: list[Specialisation] = []
+if triton is not None:
+    import triton.language as tl
+
+    @triton.jit
+    def choose_weights(p_scores, N, inverse_tau, SOFT: tl.constexpr, BLOCK_N: tl.constexpr):
+        """Of one text: the largest score / tau and the sum of the exponentials (soft), the selected teacher, the teacher margin."""
+        o_n = tl.arange(0, BLOCK_N)
+        m_n = o_n < N
+        b_s = tl.load(p_scores + o_n, mask=m_n, other=float("-inf"))
+        b_nan = tl.max(tl.where(m_n & (b_s != b_s), 1, 0), 0)
+        b_clean = tl.where(b_s != b_s, float("-inf"), b_s)
+        b_best = tl.max(b_clean, 0)
+        b_selected = tl.min(tl.where(m_n & (b_clean == b_best), o_n, BLOCK_N), 0)
+        b_second = tl.max(tl.where(o_n == b_selected, float("-inf"), b_clean), 0)
+        b_margin = tl.where(b_nan > 0, float("nan"), tl.where(N == 1, 1.0, b_best - b_second))
+        b_top = b_best * inverse_tau
+        b_sum = 1.0
+        if SOFT:
+            b_sum = tl.sum(tl.where(m_n, tl.exp(b_s * inverse_tau - b_top), 0.0), 0)  # NaN where a score is
+        return b_top, b_sum, b_selected, b_margin
+
+    @triton.jit
+    def gather_target(
+        p_probs, p_scores, p_source, p_owner, o_c, m_c, b_top, b_sum, b_selected, inverse_tau, C, M, SOFT: tl.constexpr
+    ):  # fmt: skip
+        """q of the classes o_c: every class reads its own columns, so that nothing is scattered and the order of sums is fixed."""
+        b_q = tl.zeros(o_c.shape, tl.float32)
+        for i_m in range(0, M):
+            b_source = tl.load(p_source + i_m * C + o_c, mask=m_c, other=-1)
+            b_owner = tl.load(p_owner + b_source, mask=b_source >= 0, other=0)
+            if SOFT:
+                b_p = tl.load(p_probs + b_source, mask=b_source >= 0, other=0.0).to(tl.float32)
+                b_s = tl.load(p_scores + b_owner, mask=b_source >= 0, other=float("-inf"))
+                b_q += tl.where(b_source >= 0, tl.exp(b_s * inverse_tau - b_top) / b_sum * b_p, 0.0)
+            else:
+                b_q += tl.load(p_probs + b_source, mask=(b_source >= 0) & (b_owner == b_selected), other=0.0).to(tl.float32)
+        return b_q
+
+    @triton.jit(do_not_specialize=["N", "M"])
+    def distill_loss_kernel(
+        p_z,  # [B, C], rows z_stride apart
+        p_probs,  # [B, S], rows probs_stride apart
+        p_scores,  # [B, N]
+        p_source,  # int32 [M, C]: the columns of teacher_probs that land on each class, -1 where there are no more
+        p_owner,  # int32 [S]: the teacher of each column
+        p_loss,  # [B]
+        p_grad,  # [B, C]
+        C, N, M, z_stride, probs_stride, inverse_tau, inverse_temperature,
+        SOFT: tl.constexpr, MARGIN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKED: tl.constexpr,
+    ):  # fmt: skip
+        """One text per program. Up to BLOCK classes stay in registers; more (CHUNKED) are read a second time, from the cache, for
+        the gradient."""
+        i_b = tl.program_id(0).to(tl.int64)
+        p_z += i_b * z_stride
+        p_probs += i_b * probs_stride
+        p_scores += i_b * N
+        p_grad += i_b * C
+        b_top, b_weights, b_selected, b_margin = choose_weights(p_scores, N, inverse_tau, SOFT, BLOCK_N)
+        o_c = tl.arange(0, BLOCK)
+        m_c = o_c < C
+        b_z = tl.load(p_z + o_c, mask=m_c, other=float("-inf")).to(tl.float32) * inverse_temperature
+        b_q = gather_target(p_probs, p_scores, p_source, p_owner, o_c, m_c, b_top, b_weights, b_selected, inverse_tau, C, M, SOFT)
+        b_max = tl.max(b_z, 0)
+        b_d = b_z - b_max
+        if CHUNKED:  # a first chunk of nothing but -inf says nothing yet
+            b_d = tl.where(b_z == float("-inf"), float("-inf"), b_d)
+        b_e = tl.exp(b_d)
+        b_sum, b_mass = tl.sum(b_e, 0), tl.sum(b_q, 0)
+        # Where q is 0 the student's log-probability must not enter, be it -inf.
+        b_cross = tl.sum(tl.where(b_q == 0, 0.0, b_q * (tl.log(b_q) - b_d)), 0)
+        if CHUNKED:
+            for i_c in range(BLOCK, C, BLOCK):
+                o_c = i_c + tl.arange(0, BLOCK)
+                m_c = o_c < C
+                b_z = tl.load(p_z + o_c, mask=m_c, other=float("-inf")).to(tl.float32) * inverse_temperature
+                b_q = gather_target(
+                    p_probs, p_scores, p_source, p_owner, o_c, m_c, b_top, b_weights, b_selected, inverse_tau, C, M, SOFT
+                )
+                b_new = tl.maximum(b_max, tl.max(b_z, 0))
+                # Before the first finite logit both are -inf, and nothing has been added that would need rescaling.
+                b_shift = tl.where(b_new == b_max, 0.0, b_new - b_max)
+                b_d = tl.where(b_z == float("-inf"), float("-inf"), b_z - b_new)
+                b_sum = b_sum * tl.exp(-b_shift) + tl.sum(tl.exp(b_d), 0)
+                b_cross += tl.where(b_mass == 0, 0.0, b_mass * b_shift)
+                b_cross += tl.sum(tl.where(b_q == 0, 0.0, b_q * (tl.log(b_q) - b_d)), 0)
+                b_mass += tl.sum(b_q, 0)
+                b_max = b_new
+        b_factor = (b_margin + 1e-6) if MARGIN else 1.0
+        tl.store(p_loss + i_b, (b_cross + b_mass * tl.log(b_sum)) * b_factor)
+        b_step = b_factor * inverse_temperature
+        if CHUNKED:
+            for i_c in range(0, C, BLOCK):
+                o_c = i_c + tl.arange(0, BLOCK)
+                m_c = o_c < C
+                b_z = tl.load(p_z + o_c, mask=m_c, other=float("-inf")).to(tl.float32) * inverse_temperature
+                b_q = gather_target(
+                    p_probs, p_scores, p_source, p_owner, o_c, m_c, b_top, b_weights, b_selected, inverse_tau, C, M, SOFT
+                )
+                tl.store(p_grad + o_c, (b_mass / b_sum * tl.exp(b_z - b_max) - b_q) * b_step, mask=m_c)
+        else:
+            tl.store(p_grad + o_c, (b_mass / b_sum * b_e - b_q) * b_step, mask=m_c)
+
+    _plans = WeakTensorKeyDictionary()
+
+    def gather_plan(teacher_to_union: Tensor, offsets: tuple[int, ...], classes: int) -> tuple[Tensor, Tensor, int]:
+        """The map turned round: columns of each class [M, C] and owner of each column, int32 on the map's device, and M.
+
+        Kept for as long as the map lives and is not written to: it is the same in every step of a run.
+        """
+        key = (offsets, classes, teacher_to_union._version)
+        plan = _plans.get(teacher_to_union)
+        if plan is None or plan[0] != key:
+            mapping, device = teacher_to_union.cpu(), teacher_to_union.device
+            check_classes(mapping, classes)
+            order = mapping.argsort(stable=True)
+            counts = torch.bincount(mapping, minlength=classes)
+            place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[mapping[order]]  # how many columns of its class come before
+            depth = int(counts.max())
+            source = torch.full((depth, classes), -1, dtype=torch.int32)
+            source[place, mapping[order]] = order.to(torch.int32)
+            owner = torch.repeat_interleave(torch.arange(len(offsets) - 1, dtype=torch.int32), torch.tensor(offsets).diff())
+            plan = _plans[teacher_to_union] = (key, source.to(device), owner.to(device), depth)
+        return plan[1:]
+
+    def configuration(classes: int, teachers: int, soft: bool, margin: bool) -> tuple[dict[str, int], int]:
+        """Constexprs and number of warps."""
+        block = max(16, min(4096, triton.next_power_of_2(classes)))
+        constexprs = {"SOFT": soft, "MARGIN": margin, "BLOCK": block, "BLOCK_N": triton.next_power_of_2(teachers)}
+        return {**constexprs, "CHUNKED": classes > block}, max(1, min(8, block // 256))
+
+    def distill_loss_triton(
+        student_logits: Tensor, teacher_probs: Tensor, scores: Tensor, offsets: list[int], teacher_to_union: Tensor,
+        soft: bool, tau: float, temperature: float, margin: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if student_logits.dtype not in DTYPE_CODES:
+            return distill_loss_reference(
+                student_logits, teacher_probs, scores, offsets, teacher_to_union, soft, tau, temperature, margin
+            )
+        logits, probs, scores = row_major(student_logits), row_major(teacher_probs), scores.float().contiguous()
+        loss, grad = empty_outputs(logits)
+        texts, classes = logits.shape
+        source, owner, depth = gather_plan(teacher_to_union, tuple(offsets), classes)
+        constexprs, warps = configuration(classes, scores.shape[1], soft, margin)
+        if texts == 0:
+            return loss, grad
+        # Triton launches on the current device, which need not be that of the logits.
+        with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
+            distill_loss_kernel[(texts,)](
+                logits, probs, scores, source, owner, loss, grad, classes, scores.shape[1], depth, logits.stride(0), probs.stride(0),
+                1.0 / tau, 1.0 / temperature, **constexprs, num_warps=warps,
+            )  # fmt: skip
+        return loss, grad
+
+    _TYPES = dict.fromkeys(("p_probs", "p_scores", "p_loss", "p_grad"), "*fp32") | {"p_source": "*i32", "p_owner": "*i32"}
+    _TYPES |= dict.fromkeys(("C", "N", "M"), "i32") | dict.fromkeys(("z_stride", "probs_stride"), "i64")
+    _TYPES |= dict.fromkeys(("inverse_tau", "inverse_temperature"), "fp32")
+    SPECIALISATIONS = [
+        Specialisation(
+            f"distill_loss {dtype} {'soft' if soft else 'hard'} C={classes} N={teachers}",
+            distill_loss_kernel,
+            {"p_z": f"*{dtype}", **_TYPES},
+            configuration(classes, teachers, soft, soft)[0],
+            num_warps=configuration(classes, teachers, soft, soft)[1],
+            fast=dtype == "fp32" and classes in (308, 20_000),
+        )
+        for dtype in ("fp32", "fp16", "bf16")
+        for soft in (True, False)
+        for classes, teachers in ((4, 2), (308, 4), (1200, 8), (4000, 2), (20_000, 2))
+    ]
 
 RAW = table.register(
     "distill_loss",

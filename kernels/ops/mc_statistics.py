@@ -1,27 +1,54 @@
-"""mc_statistics: everything the method needs to know about K stochastic passes of N teachers, in one pass over their logits."""
+"""mc_statistics: everything the method needs to know about K stochastic passes of N teachers, in one pass over their logits.
 
-from collections.abc import Sequence
+    p[k, c] = softmax of sample k over one teacher's classes; method.md 2 and MUKA (arXiv 2112.07327), section 3.2
+    mean[c] = 1/K sum_k p[k, c],  var[c] = 1/K sum_k (p[k, c] - mean[c])^2
+    H = -sum_c mean ln mean,  E = 1/K sum_k (ln sum_c e[k, c] - sum_c e d / sum_c e),  d = z - max z, e = exp(d);  0 ln 0 = 0
+    I = max(H - E, 0),  u = H / ln C_i (0 for one class),  selected = argmin u,  margin = gap of the two best 1 - u
+
+Bytes: every logit once in; means and variances [B, S] and six numbers per teacher and text out. Operations: one exponential per
+logit, two logarithms per class or sample. Nothing of size K is in memory but the input. No gradient: scores are data.
+Letters: K samples (k) · B texts (b) · S = sum of the teachers' class counts (c) · N teachers (i).
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from muka_fast.ops import table
+from muka_fast.ops.aot import Specialisation
+from muka_fast.ops.philox import triton
 from muka_fast.ops.reference import mc_statistics_ref
-from muka_fast.ops.table import _C, register
 
+SCHEMA = "(Tensor logits, int[] offsets) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in csrc/cpu/mc_statistics.cpp
 
 
+def bytes_moved(num_samples: int, texts: int, teachers: int, width: int, itemsize: int = 4) -> int:
+    """Bytes the op must read and write; itemsize: of a logit. width: S."""
+    return texts * (itemsize * num_samples * width + 4 * (2 * width + 4 * teachers + 1) + 8)
+
+
+def operations(num_samples: int, texts: int, teachers: int, width: int) -> int:
+    """Exponentials and logarithms."""
+    return texts * (num_samples * width + num_samples * teachers + width)
+
+
 class McStatistics(NamedTuple):
-    mean_probs: Tensor
-    var_probs: Tensor
-    predictive_entropy: Tensor
-    expected_entropy: Tensor
-    mutual_information: Tensor
-    normalized_entropy: Tensor
-    selected: Tensor
-    teacher_margin: Tensor
+    """Uncertainty of N teachers about B texts; entropies in nats, float32 (float64 for float64 logits)."""
+
+    mean_probs: Tensor  # [B, S]
+    var_probs: Tensor  # [B, S], in [0, 1/4]
+    predictive_entropy: Tensor  # [B, N], in [0, ln C_i]
+    expected_entropy: Tensor  # [B, N], in [0, ln C_i]
+    mutual_information: Tensor  # [B, N], in [0, ln C_i]
+    normalized_entropy: Tensor  # [B, N], in [0, 1]
+    selected: Tensor  # int64 [B], the most certain teacher
+    teacher_margin: Tensor  # [B], in [0, 1]
 
 
 def check(logits: Tensor, offsets: Sequence[int]) -> None:
@@ -67,7 +94,7 @@ def mc_statistics_cpu(logits: Tensor, offsets: list[int]) -> tuple[Tensor, ...]:
     out = empty_outputs(logits, len(offsets) - 1)
     pointers = [tensor.data_ptr() for tensor in out]
     threads = torch.get_num_threads()
-    _C.mc_statistics(logits.data_ptr(), code, samples, texts, sample_stride, text_stride, offsets, *pointers, threads)
+    table._C.mc_statistics(logits.data_ptr(), code, samples, texts, sample_stride, text_stride, offsets, *pointers, threads)
     return out
 
 
@@ -75,15 +102,189 @@ def mc_statistics_fake(logits: Tensor, offsets: list[int]) -> tuple[Tensor, ...]
     return empty_outputs(logits, len(offsets) - 1)
 
 
-RAW = register(
+mc_statistics_triton: Callable | None = None
+SPECIALISATIONS: list[Specialisation] = []
+if triton is not None:
+    import triton.language as tl
+
+    MAX_CLASSES = 16384  # of one teacher; the row of one sample and its two sums live in the registers of 512 threads
+
+    @triton.jit
+    def teacher_statistics(
+        p_z,  # [K, C] of one text and teacher, rows z_stride apart
+        p_mean, p_var,  # [C]
+        K, C, z_stride,
+        SAMPLES: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """Writes mean and variance; returns predictive and expected entropy. SAMPLES rows at a time are merged into the running
+        mean and sum of squares (Chan, Golub, LeVeque, 1979); with one row this is Welford's update."""
+        o_c = tl.arange(0, BLOCK)
+        m_c = o_c < C
+        b_mean, b_m2 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        b_expected = 0.0
+        if SAMPLES == 1:  # of its own, because a row of 16384 classes and its two sums just fit the registers
+            for i_k in range(0, K):
+                b_d = tl.load(p_z + o_c, mask=m_c, other=float("-inf")).to(tl.float32)
+                b_d -= tl.max(b_d, 0)  # NaN for a NaN logit and for a row of -inf, and so is all that follows
+                b_e = tl.exp(b_d)
+                b_sum = tl.sum(b_e, 0)
+                b_expected += tl.log(b_sum) - tl.sum(tl.where(b_e == 0, 0.0, b_e * b_d), 0) / b_sum
+                b_p = b_e * (1.0 / b_sum)
+                b_delta = b_p - b_mean
+                b_mean += b_delta * (1.0 / (i_k + 1))
+                b_m2 += b_delta * (b_p - b_mean)
+                p_z += z_stride
+        else:
+            for i_k in range(0, K, SAMPLES):
+                o_k = i_k + tl.arange(0, SAMPLES)
+                m_k = (o_k < K)[:, None]
+                b_z = tl.load(p_z + o_k.to(tl.int64)[:, None] * z_stride + o_c[None, :], mask=m_k & m_c[None, :], other=0.0)
+                b_z = tl.where(m_c[None, :], b_z.to(tl.float32), float("-inf"))
+                b_d = b_z - tl.max(b_z, 1)[:, None]
+                b_e = tl.exp(b_d)
+                b_sum = tl.sum(b_e, 1)
+                b_inner = tl.log(b_sum) - tl.sum(tl.where(b_e == 0, 0.0, b_e * b_d), 1) / b_sum
+                b_expected += tl.sum(tl.where(o_k < K, b_inner, 0.0), 0)
+                b_p = tl.where(m_k, b_e * (1.0 / b_sum)[:, None], 0.0)
+                count = tl.minimum(K - i_k, SAMPLES) * 1.0
+                share = count / (i_k + count)
+                b_new = tl.sum(b_p, 0) * (1.0 / count)
+                b_off = tl.where(m_k, b_p - b_new[None, :], 0.0)
+                b_delta = b_new - b_mean
+                b_mean += b_delta * share
+                b_m2 += tl.sum(b_off * b_off, 0) + b_delta * b_delta * (i_k * share)
+        tl.store(p_mean + o_c, b_mean, mask=m_c)
+        tl.store(p_var + o_c, b_m2 * (1.0 / K), mask=m_c)
+        b_predictive = -tl.sum(tl.where(b_mean == 0, 0.0, b_mean * tl.log(b_mean)), 0)
+        return b_predictive, b_expected / K
+
+    @triton.jit
+    def mc_statistics_kernel(
+        p_z,  # [K, B, S], strides z_sample, z_text, 1
+        p_offsets,  # int32 [N + 1]
+        p_log_classes,  # [N] ln C_i
+        p_mean, p_var,  # [B, S]
+        p_predictive, p_expected, p_mutual, p_normalized,  # [B, N]
+        p_selected,  # int64 [B]
+        p_margin,  # [B]
+        K, N, S, z_sample, z_text,
+        SMALL_SAMPLES: tl.constexpr, SMALL: tl.constexpr, LARGE_SAMPLES: tl.constexpr, LARGE: tl.constexpr,
+    ):  # fmt: skip
+        """One text per program, so that the selection needs no second launch. Teachers of up to SMALL classes take a small block;
+        LARGE is 0 where there are no others."""
+        i_b = tl.program_id(0).to(tl.int64)
+        p_z += i_b * z_text
+        p_mean += i_b * S
+        p_var += i_b * S
+        for i_n in range(0, N):
+            start = tl.load(p_offsets + i_n)
+            C = tl.load(p_offsets + i_n + 1) - start
+            if LARGE == 0 or C <= SMALL:
+                b_h, b_x = teacher_statistics(p_z + start, p_mean + start, p_var + start, K, C, z_sample, SMALL_SAMPLES, SMALL)
+            else:
+                b_h, b_x = teacher_statistics(
+                    p_z + start, p_mean + start, p_var + start, K, C, z_sample, LARGE_SAMPLES, max(LARGE, 1)
+                )
+            # NaN fails every comparison and is kept: a teacher that computed nonsense must not look certain.
+            b_h = tl.where(b_h < 0, 0.0, b_h)
+            b_x = tl.where(b_x < 0, 0.0, b_x)
+            b_upper = tl.load(p_log_classes + i_n)
+            b_u = tl.where(b_upper > 0, b_h / tl.where(b_upper > 0, b_upper, 1.0), b_h * 0.0)
+            o_n = i_b * N + i_n
+            tl.store(p_predictive + o_n, b_h)
+            tl.store(p_expected + o_n, b_x)
+            tl.store(p_mutual + o_n, tl.where(b_h - b_x < 0, 0.0, b_h - b_x))
+            tl.store(p_normalized + o_n, b_u)
+        # The selection reads back what it needs: carried through the loop above, it would spill beside a row of 16384 classes.
+        tl.debug_barrier()
+        b_best, b_second, b_nan = float("-inf"), float("-inf"), 0.0
+        b_selected = tl.zeros([], tl.int64)
+        for i_n in range(0, N):
+            b_score = 1.0 - tl.load(p_normalized + i_b * N + i_n)
+            b_nan += b_score * 0.0
+            better = b_score > b_best
+            b_second = tl.where(better, b_best, tl.where(b_score > b_second, b_score, b_second))
+            b_best = tl.where(better, b_score, b_best)
+            b_selected = tl.where(better, i_n, b_selected)
+        tl.store(p_selected + i_b, b_selected)
+        tl.store(p_margin + i_b, tl.where(b_nan == 0, tl.where(N == 1, 1.0, b_best - b_second), float("nan")))
+
+    def tile(classes: int, num_samples: int) -> tuple[int, int]:
+        """SAMPLES and BLOCK: up to 4096 elements at a time, so that enough loads are in flight; one row of more classes."""
+        block = max(16, triton.next_power_of_2(classes))
+        return max(1, min(16, triton.next_power_of_2(num_samples), 4096 // block)), block
+
+    def configuration(counts: list[int], num_samples: int) -> dict[str, int]:
+        """Block sizes and warps. A second, small block where most of a large one would idle for some teacher."""
+        samples, block = tile(max(counts), num_samples)
+        small = max((c for c in counts if 8 * c <= block), default=0)
+        warps = {16384: 16, 8192: 16, 4096: 8, 1024: 8}.get(block, 4 if samples * block > 1024 else 1)
+        if not small:
+            return {"SMALL_SAMPLES": samples, "SMALL": block, "LARGE_SAMPLES": 1, "LARGE": 0, "num_warps": warps}
+        small_samples, small_block = tile(small, num_samples)
+        return {"SMALL_SAMPLES": small_samples, "SMALL": small_block, "LARGE_SAMPLES": samples, "LARGE": block, "num_warps": warps}
+
+    @lru_cache(maxsize=64)
+    def on_device(offsets: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Offsets and ln C_i where the kernel reads them; kept, because a copy to the device costs more than the launch."""
+        bounds = torch.tensor(offsets, dtype=torch.int32)
+        return bounds.to(device), bounds.diff().double().log().float().to(device)
+
+    def mc_statistics_triton(logits: Tensor, offsets: list[int]) -> tuple[Tensor, ...]:
+        check(logits, offsets)
+        if logits.dtype not in DTYPE_CODES:
+            return mc_statistics_ref(logits, offsets)
+        counts = [stop - start for start, stop in pairwise(offsets)]
+        if max(counts) > MAX_CLASSES:
+            return mc_statistics_ref(logits, offsets)
+        logits = logits if logits.stride(2) == 1 else logits.contiguous()
+        samples, texts, width = logits.shape
+        out = empty_outputs(logits, len(counts))
+        if texts == 0:
+            return out
+        bounds, log_classes = on_device(tuple(offsets), logits.device)
+        # Triton launches on the current device, which need not be that of the logits.
+        with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
+            mc_statistics_kernel[(texts,)](
+                logits, bounds, log_classes, *out, samples, len(counts), width, logits.stride(0), logits.stride(1),
+                **configuration(counts, samples),
+            )  # fmt: skip
+        return out
+
+    _FLOATS = ["p_log_classes", "p_mean", "p_var", "p_predictive", "p_expected", "p_mutual", "p_normalized", "p_margin"]
+    _TYPES = {"p_offsets": "*i32", "p_selected": "*i64", "K": "i32", "N": "i32", "S": "i32", "z_sample": "i64", "z_text": "i64"}
+    _TYPES |= dict.fromkeys(_FLOATS, "*fp32")
+    for _dtype in ("fp32", "fp16", "bf16"):
+        for _counts in ([2], [77], [150], [1000], [4000], [8192], [10_000], [2, 150], [2, 10_000], [150, 5000]):
+            _constexprs = configuration(_counts, 16)
+            SPECIALISATIONS.append(
+                Specialisation(
+                    f"mc_statistics {_dtype} C={_counts}",
+                    mc_statistics_kernel,
+                    {"p_z": f"*{_dtype}", **_TYPES},
+                    {name: value for name, value in _constexprs.items() if name != "num_warps"},
+                    num_warps=_constexprs["num_warps"],
+                    fast=_dtype == "fp32" and _counts in ([2], [150], [2, 10_000]),
+                )
+            )
+
+RAW = table.register(
     "mc_statistics",
-    "(Tensor logits, int[] offsets) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    SCHEMA,
     reference=mc_statistics_reference,
-    cpu=None if _C is None else mc_statistics_cpu,
-    triton=None,
+    cpu=None if table._C is None else mc_statistics_cpu,
+    triton=mc_statistics_triton,
     fake=mc_statistics_fake,
 )
 
 
 def mc_statistics(logits: Tensor, offsets: Sequence[int]) -> McStatistics:
+    """Statistics of K stochastic passes of N teachers.
+
+    logits: [K >= 1, B, S], float32, float16, bfloat16 or float64, at temperature 1; rows may lie apart. offsets: N + 1 rising ints
+    from 0 to S; teacher i owns columns offsets[i]:offsets[i + 1]. Population variance; ties go to the lowest teacher; one teacher
+    has margin 1. -inf logits are classes of probability 0. A NaN or +inf logit, or a sample of nothing but -inf, makes that
+    teacher's entropies and the text's margin NaN, and such a teacher is never selected.
+    Raises ValueError where logits or offsets do not have this form.
+    """
     return McStatistics(*RAW(logits, offsets))

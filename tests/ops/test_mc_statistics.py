@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from muka_fast.ops import reference
 from muka_fast.ops.mc_statistics import RAW, McStatistics, mc_statistics
+from muka_fast.ops.table import BACKEND
 
 INF = math.inf
 relaxed = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=10 if BACKEND == "triton" else 25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 
 
@@ -162,3 +163,12 @@ def test_compiles_without_a_graph_break():
     logits = torch.randn(3, 4, 5)
     compiled = torch.compile(lambda x: mc_statistics(x, [0, 2, 5]).teacher_margin * 2, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(logits), mc_statistics(logits, [0, 2, 5]).teacher_margin * 2)
+
+
+def test_triton_in_its_interpreter(interpreter):
+    interpreter(__file__, "odd_shapes or no_texts or ties or (nonsense and 33)")
+
+
+@pytest.mark.slow
+def test_triton_in_its_interpreter_with_all_inputs(interpreter):
+    interpreter(__file__, "definition or extreme or nonsense or one_class or strides or float64 or refused")
