@@ -7,6 +7,7 @@ cut off; until the new files are safe on the disk, no old one is touched.
 
 import copy
 import errno
+import itertools
 import json
 import logging
 import os
@@ -61,39 +62,55 @@ class Card:
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
-def output_guard(
+def check_output(
     output: str | Path, resume: bool = False, overwrite: bool = False, inputs: Sequence[str | Path | None] = ()
-) -> Path:
-    """Make the output folder of a run ready, or refuse; returns it, existing.
+) -> bool:
+    """Refuse an output folder that `output_guard` would refuse, and change nothing; returns whether it holds a run.
 
-    An empty or new folder is taken. One that holds a run is continued with `resume`; with `overwrite` it is renamed to a
-    sibling `.<name>.replaced`, which `discard_replaced` removes once the new run is complete. inputs: files and folders
-    that the new run reads, which must not be moved away so. Raises UserError, and has then changed nothing.
+    Called before the inputs are read, so that neither fault waits for the other. Raises UserError.
     """
     given, output = output, Path(output).expanduser()
     try:
         if output.exists() and not output.is_dir():
             raise UserError(f"--output {given}: this is a file; name a folder")
         found = sorted(entry.name for entry in output.iterdir()) if output.exists() else []
-        if found and not any((output / marker).exists() for marker in RUN_MARKERS):
-            raise UserError(f"--output {given}: holds files that no run wrote ({found[0]}); name a new or empty folder")
-        if found and not (resume or overwrite):
-            raise UserError(
-                f"--output {given}: already holds a run; continue it with --resume or replace it with --overwrite"
-            )
+    except OSError as error:
+        raise UserError(f"--output {given}: {error.strerror or error}; name a folder that can be written") from error
+    if found and not any((output / marker).exists() for marker in RUN_MARKERS):
+        raise UserError(f"--output {given}: holds files that no run wrote ({found[0]}); name a new or empty folder")
+    if found and not (resume or overwrite):
+        raise UserError(
+            f"--output {given}: already holds a run; continue it with --resume or replace it with --overwrite"
+        )
+    if found and overwrite:
+        _check_replaceable(output.resolve(), given, inputs)
+    return bool(found)
+
+
+def output_guard(
+    output: str | Path, resume: bool = False, overwrite: bool = False, inputs: Sequence[str | Path | None] = ()
+) -> Path:
+    """Make the output folder of a run ready, or refuse; returns it, existing. Called when the inputs have been found good.
+
+    An empty or new folder is taken. One that holds a run is continued with `resume`; with `overwrite` it is renamed to a
+    sibling `.<name>.replaced`, which `discard_replaced` removes once the new run is complete. inputs: files and folders
+    that the new run reads, which must not be moved away so. Raises UserError, and has then changed nothing.
+    """
+    found = check_output(output, resume, overwrite, inputs)
+    given, output = output, Path(output).expanduser()
+    try:
         if found and overwrite:
-            _set_aside(output, given, inputs)
+            _set_aside(output.resolve(), given)
         elif resume and not found:
             log.info("nothing to resume in %s: starting from the beginning", given)
-        output.mkdir(parents=True, exist_ok=True)
+        output.resolve().mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {given}: {error.strerror or error}; name a folder that can be written") from error
     return output
 
 
-def _set_aside(output: Path, given: str | Path, inputs: Sequence[str | Path | None]) -> None:
-    """Rename a finished or broken run; it stays on the disk until `discard_replaced`."""
-    folder = output.resolve()
+def _check_replaceable(folder: Path, given: str | Path, inputs: Sequence[str | Path | None]) -> None:
+    """Refuse to move away the current folder or anything that the new run reads."""
     if Path.cwd().is_relative_to(folder):
         raise UserError(f"--output {given}: --overwrite cannot replace the folder that you are in; name another one")
     for path in inputs:
@@ -101,9 +118,14 @@ def _set_aside(output: Path, given: str | Path, inputs: Sequence[str | Path | No
             raise UserError(
                 f"--output {given}: --overwrite would move away {path}, which this run reads; name another output"
             )
-    taken = len(_replaced(output))
-    aside = folder.with_name(f".{folder.name}.replaced" + (f"-{taken + 1}" if taken else ""))
+
+
+def _set_aside(folder: Path, given: str | Path) -> None:
+    """Rename a finished or broken run; it stays on the disk until `discard_replaced`."""
+    asides = (folder.with_name(f".{folder.name}.replaced" + (f"-{n}" if n > 1 else "")) for n in itertools.count(1))
+    aside = next(path for path in asides if not path.exists())
     os.replace(folder, aside)
+    folder.mkdir()
     log.info("the run in %s is kept as %s until the new one is complete", given, aside)
 
 

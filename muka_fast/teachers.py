@@ -99,8 +99,8 @@ def read_labels(path: str | Path) -> list[str]:
     return checkpoint.check_classifier(checkpoint.read_config(folder, what), what)
 
 
-def check_teachers(paths: Sequence[str | Path]) -> list[TeacherFiles]:
-    """Check the files of all teachers before any work starts; warns when there is only one.
+def check_teachers(paths: Sequence[str | Path], warn: bool = True) -> list[TeacherFiles]:
+    """Check the files of all teachers before any work starts; warns (where `warn`) when there is only one.
 
     Raises UserError for no teacher, for the same teacher twice (same folder or same content) and for every fault that
     `inspect` finds.
@@ -118,7 +118,7 @@ def check_teachers(paths: Sequence[str | Path]) -> list[TeacherFiles]:
         twin = found.setdefault(files[-1].fingerprint, path)
         if twin != path:
             raise UserError(f"--teachers: {path} and {twin} are the same model; name every teacher once")
-    if len(paths) == 1:
+    if len(paths) == 1 and warn:
         log.warning("only one teacher (%s): this is plain distillation, there is nothing to select between", paths[0])
     return files
 
@@ -180,6 +180,7 @@ def quiet_transformers() -> Iterator[None]:
 
 def load_classifier(folder: Path, dtype: torch.dtype, what: str) -> transformers.PreTrainedModel:
     """The classifier of a folder, with every weight found and of the right shape."""
+    checkpoint.read_tensors(folder, what)  # names a damaged file or a pickle; transformers would not
     try:
         with quiet_transformers():
             model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
