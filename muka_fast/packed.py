@@ -1,11 +1,13 @@
 """Texts of a batch side by side without padding, in groups of equal length, and the masks of their K replicas."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from muka_fast.errors import UserError
 from muka_fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from muka_fast.ops.repeat_dropout import repeat_dropout
 from muka_fast.sites import ATTENTION_STRIDE
@@ -16,22 +18,23 @@ class Packed:
     """B texts sorted by length: T = sum of their lengths rows, no padding.
 
     order int64 [B]: text of each place. lengths, of the places. groups: (first place, first row, texts, length) of every run
-    of equal lengths; inside one, attention needs no mask.
+    of equal lengths; inside one, attention needs no mask. reads_last: the head reads the last token of a text, else the first.
     """
 
     order: Tensor
     lengths: Tensor  # int64 [B]
     groups: tuple[tuple[int, int, int, int], ...]
+    reads_last: bool = False
 
     @classmethod
-    def of(cls, attention_mask: Tensor) -> "Packed":
+    def of(cls, attention_mask: Tensor, reads_last: bool = False) -> "Packed":
         """attention_mask [B, L] of texts padded on the right."""
         lengths, order = attention_mask.sum(1).sort(stable=True)
         groups, place, row = [], 0, 0
         for length, count in zip(*(t.tolist() for t in torch.unique_consecutive(lengths, return_counts=True)), strict=True):
             groups.append((place, row, count, length))
             place, row = place + count, row + count * length
-        return cls(order, lengths, tuple(groups))
+        return cls(order, lengths, tuple(groups), reads_last)
 
     def pack(self, values: Tensor, attention_mask: Tensor) -> Tensor:
         """[B, L, ...] -> [T, ...]."""
@@ -45,6 +48,20 @@ class Packed:
     def first_rows(self) -> Tensor:
         """int64 [B]: row of each text's first token."""
         return self.lengths.cumsum(0) - self.lengths
+
+    @cached_property
+    def read_positions(self) -> Tensor:
+        """int64 [B]: position of each text's token that the head reads."""
+        return self.lengths - 1 if self.reads_last else torch.zeros_like(self.lengths)
+
+    @cached_property
+    def read_rows(self) -> Tensor:
+        """int64 [B]: row of that token."""
+        return self.first_rows + self.read_positions
+
+    @property
+    def longest(self) -> int:
+        return self.groups[-1][3]
 
     @cached_property
     def place_of_row(self) -> Tensor:
@@ -81,22 +98,27 @@ class Replicas:
         return self.example_ids[self.packed.place_of_row]
 
     def _rows(self, width: int, one_row: bool) -> tuple[Tensor, Tensor]:
-        """Example id and first element of each row: of the packed tokens, or of every text's first token."""
+        """Example id and first element of each row: of the packed tokens, or of every text's token that is read."""
         if one_row:
-            return self.example_ids, torch.zeros_like(self.example_ids)
+            return self.example_ids, self.packed.read_positions * width
         return self._token_ids, self.packed.position_of_row * width
 
-    def dropout(self, x: Tensor, site: int | None) -> Tensor:
-        """[T, D] -> [R, T, D] at an active site, else x."""
+    def dropout(self, x: Tensor, site: int | None, one_row: bool = False) -> Tensor:
+        """[(R,) rows, D] -> [R, rows, D] at an active site, else x."""
         if (p := self.p(site)) == 0:
             return x
-        ids, offsets = self._rows(x.shape[-1], False)
-        return self._with_plain(x, repeat_dropout(x, self.count, p, self.seed, site, ids, offsets, self.first_sample))
+        shared = x.dim() == 2
+        ids, offsets = self._rows(x.shape[-1], one_row)
+        source = x if shared else x[int(self.plain) :]
+        masked = repeat_dropout(source, self.count, p, self.seed, site, ids, offsets, self.first_sample)
+        return self._with_plain(x, masked, shared)
 
-    def attention(self, probs: Tensor, site: int, place: int) -> Tensor:
+    def attention(self, probs: Tensor, site: int, place: int, first_query: int) -> Tensor:
         """Masked probabilities [(R,) n, H, Lq, L] of the texts from `place` on -> [R, n, H, Lq, L]."""
         n, heads, queries, length = probs.shape[-4:]
-        element = torch.arange(heads, device=probs.device)[:, None] * ATTENTION_STRIDE
+        if heads > 128 or length > ATTENTION_STRIDE:
+            raise UserError(f"attention masks reach 128 heads and {ATTENTION_STRIDE} tokens, not {heads} and {length}")
+        element = torch.arange(heads, device=probs.device)[:, None] * ATTENTION_STRIDE + first_query
         element = (element + torch.arange(queries, device=probs.device)).flatten() * ATTENTION_STRIDE
         ids = self.example_ids[place : place + n].repeat_interleave(len(element))
         shared = probs.dim() == 4
@@ -111,13 +133,9 @@ class Replicas:
     def add_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm, site: int | None, one_row: bool) -> Tensor:
         """norm(dropout(x) + residual) for [rows, D] or [R, rows, D]; shared values stay shared at a site that is off."""
         p = self.p(site)
-        if p == 0:
-            return norm(x + residual)
+        if p == 0 or x.is_cuda or x.dim() == 2:
+            return norm(self.dropout(x, site, one_row) + residual)
         ids, offsets = self._rows(x.shape[-1], one_row)
-        if x.is_cuda or x.dim() == 2:
-            source = x if x.dim() == 2 else x[int(self.plain) :]
-            masked = repeat_dropout(source, self.count, p, self.seed, site, ids, offsets, self.first_sample)
-            return norm(self._with_plain(x, masked, x.dim() == 2) + residual)
         return dropout_add_layer_norm(
             x, residual, norm.weight, norm.bias, norm.eps, p, self.seed, site, ids, offsets, self.first_sample, self.plain
         )
@@ -127,34 +145,39 @@ def group_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    num_heads: int,
+    head_dim: int,
     scaling: float,
-    position_bias: Tensor | None,
+    bias: Callable[[int, int, int], Tensor | None],
     replicas: Replicas,
     site: int,
     one_row: bool,
 ) -> Tensor:
     """Attention inside each text, its probabilities masked at an active site.
 
-    query: [(R,) T, D], or with one_row [(R,) B, D], the first tokens' queries; key, value: [(R,) T, D];
-    position_bias [H, L, L] or None. Returns the shape of query, with R replicas in front if a mask or an input has them.
+    query: [(R,) T, H * d], or with one_row [(R,) B, H * d], the read tokens' queries; key, value: [(R,) T, G * d], H a multiple of G;
+    bias(first query, queries, length): added to the scores, [H | 1, queries, length] or None.
+    Returns the shape of query, with R replicas in front if a mask or an input has them.
     """
+    repeats = query.shape[-1] // key.shape[-1]
 
     def heads(x: Tensor, first: int, texts: int, rows: int) -> Tensor:  # [(R,) n, H, rows, d]
-        x = x.narrow(-2, first, texts * rows).unflatten(-1, (num_heads, -1))
+        x = x.narrow(-2, first, texts * rows).unflatten(-1, (-1, head_dim))
         return x.unflatten(-3, (texts, rows)).transpose(-3, -2)
 
     out = []
     for place, row, n, length in replicas.packed.groups:
         queries, start = (1, place) if one_row else (length, row)
+        first_query = length - 1 if one_row and replicas.packed.reads_last else 0
         q, k, v = heads(query, start, n, queries), heads(key, row, n, length), heads(value, row, n, length)
-        bias = None if position_bias is None else position_bias[:, :queries, :length]
+        if repeats > 1:
+            k, v = k.repeat_interleave(repeats, -3), v.repeat_interleave(repeats, -3)
+        added = bias(first_query, queries, length)
         if replicas.p(site) == 0:
             flat = [x.flatten(0, -4) for x in (q, k, v)]
-            mixed = nn.functional.scaled_dot_product_attention(*flat, attn_mask=bias, scale=scaling).reshape(q.shape)
+            mixed = nn.functional.scaled_dot_product_attention(*flat, attn_mask=added, scale=scaling).reshape(q.shape)
         else:
             scores = torch.matmul(q * scaling, k.transpose(-1, -2))
-            probs = torch.softmax(scores if bias is None else scores + bias, -1)
-            mixed = torch.matmul(replicas.attention(probs, site, place), v)
+            probs = torch.softmax(scores if added is None else scores + added, -1)
+            mixed = torch.matmul(replicas.attention(probs, site, place, first_query), v)
         out.append(mixed.transpose(-3, -2).flatten(-2).flatten(-3, -2))
     return out[0] if len(out) == 1 else torch.cat(out, -2)

@@ -1,7 +1,4 @@
-"""Post-LN encoders layer by layer, without padding: only what follows a mask is repeated, only the row that is read is computed.
-
-BERT, RoBERTa, XLM-RoBERTa, ELECTRA, DistilBERT, MPNet and ALBERT whose head reads the first token. The modules are the model's own.
-"""
+"""Post-LN encoders layer by layer: BERT, RoBERTa, XLM-RoBERTa, ELECTRA, DistilBERT, MPNet and ALBERT."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from muka_fast.intercept import layer_modules
+from muka_fast.layered import Bias, LayeredEncoder
 from muka_fast.packed import Packed, Replicas, group_attention
 from muka_fast.sites import Site
 
@@ -69,23 +67,13 @@ LAYERS = {
 }
 
 
-class PostLayerNormEncoder:
-    """`trunk`: hidden states that enter a layer, once per text. `tail`: the first token's row of the last layer, R replicas."""
+class PostLayerNormEncoder(LayeredEncoder):
+    """LayeredEncoder of the families in LAYERS."""
 
-    def __init__(self, model: PreTrainedModel, layers: list[PostLayer], embeddings_site: int | None):
-        config = model.config
-        self.base = model.base_model
-        self.layers, self.depth = layers, len(layers)
-        self.embeddings_site = embeddings_site
-        self.num_heads = config.num_attention_heads
-        self.scaling = (config.hidden_size // self.num_heads) ** -0.5
-        self.project = getattr(self.base, "embeddings_project", None)  # ELECTRA with narrow embeddings
-        if config.model_type == "albert":
-            self.project = self.base.encoder.embedding_hidden_mapping_in
-        self.has_position_bias = config.model_type == "mpnet"
+    layers: list[PostLayer]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, sites: list[Site]) -> "PostLayerNormEncoder | None":
+    def of(cls, model: PreTrainedModel, sites: list[Site], reads_last: bool) -> "PostLayerNormEncoder | None":
         """None for an architecture or a configuration that this file does not cover."""
         config, parts_of = model.config, LAYERS.get(model.config.model_type)
         several_layers_a_group = getattr(config, "inner_group_num", 1) != 1
@@ -102,44 +90,29 @@ class PostLayerNormEncoder:
             if len(found) != sum(bool(name) for name in names) or layers[-1].attention_site is None:
                 return None
         embeddings = [s.index for s in sites if s.layer is None]
-        return cls(model, layers, *embeddings) if len(embeddings) == 1 else None
+        return cls(model, layers, embeddings[0], reads_last) if len(embeddings) == 1 else None
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor, replicas: Replicas) -> Tensor:
-        """[T, D], or [R, T, D] where the embeddings' site is active. The module's own dropout is its last step, and off."""
-        x = replicas.packed.pack(self.base.embeddings(input_ids=input_ids), attention_mask)
-        x = replicas.dropout(x, self.embeddings_site)
-        return x if self.project is None else self.project(x)
+    def embeddings(self, input_ids: Tensor) -> Tensor:
+        return self.base.embeddings(input_ids=input_ids)  # in eval mode their own dropout is off
 
-    def trunk(
-        self, input_ids: Tensor, attention_mask: Tensor, packed: Packed, stop: int, start: int = 0, hidden: Tensor | None = None
-    ) -> Tensor:
-        """Deterministic hidden states [T, D] that enter layer `stop`; stop = depth: the first tokens' last rows [B, D]."""
-        replicas = Replicas(packed, {}, 0, packed.order, 0)
-        x = self.embed(input_ids, attention_mask, replicas) if hidden is None else hidden
-        bias = self._position_bias(packed)
-        for index in range(start, stop):
-            x = self._layer(self.layers[index], x, replicas, bias, one_row=index == self.depth - 1)
-        return x
+    def project(self, x: Tensor) -> Tensor:
+        if self.config.model_type == "albert":
+            return self.base.encoder.embedding_hidden_mapping_in(x)
+        narrow = getattr(self.base, "embeddings_project", None)  # ELECTRA
+        return x if narrow is None else narrow(x)
 
-    def tail(self, x: Tensor, start: int, replicas: Replicas) -> Tensor:
-        """Layers from `start` on: [(R,) T, D] -> the first tokens' last rows [R, B, D]."""
-        bias = self._position_bias(replicas.packed)
-        for index in range(start, self.depth):
-            x = self._layer(self.layers[index], x, replicas, bias, one_row=index == self.depth - 1)
-        return x if x.dim() == 3 else x.expand(int(replicas.plain) + replicas.count, -1, -1)
+    def context(self, packed: Packed) -> Bias:
+        """MPNet's position biases."""
+        if self.config.model_type != "mpnet":
+            return lambda first, queries, length: None
+        table = self.base.encoder.compute_position_bias(packed.lengths.new_empty(1, packed.longest, 0))[0]  # [H, L, L]
+        return lambda first, queries, length: table[:, first : first + queries, :length]
 
-    def _position_bias(self, packed: Packed) -> Tensor | None:
-        """MPNet: [H, L, L] for the longest text."""
-        if not self.has_position_bias:
-            return None
-        longest = packed.lengths.new_empty(1, packed.groups[-1][3], 0)
-        return self.base.encoder.compute_position_bias(longest)[0]
-
-    def _layer(self, layer: PostLayer, x: Tensor, replicas: Replicas, bias: Tensor | None, one_row: bool) -> Tensor:
-        """One layer: [(R,) T, D] -> [(R,) T, D], or with one_row [(R,) B, D]."""
-        rows = x.index_select(-2, replicas.packed.first_rows) if one_row else x
+    def layer(self, index: int, x: Tensor, replicas: Replicas, context: Bias, one_row: bool) -> Tensor:
+        layer = self.layers[index]
+        rows = x.index_select(-2, replicas.packed.read_rows) if one_row else x
         attention = group_attention(
-            layer.query(rows), layer.key(x), layer.value(x), self.num_heads, self.scaling, bias, replicas,
+            layer.query(rows), layer.key(x), layer.value(x), self.head_dim, self.head_dim**-0.5, context, replicas,
             layer.attention_site, one_row,
         )  # fmt: skip
         y = replicas.add_norm(layer.output(attention), rows, layer.norm1, layer.output_site, one_row)

@@ -9,16 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from muka_fast.errors import UserError
+from muka_fast.layered import LayeredEncoder
 from muka_fast.ops.mc_head import mc_head
 from muka_fast.ops.mc_statistics import mc_statistics
 from muka_fast.ops.reference import dropout_threshold
 from muka_fast.packed import Packed, Replicas
 from muka_fast.postln import PostLayerNormEncoder
+from muka_fast.preln import PreLayerNormModel
 from muka_fast.sites import Masks, Site, active_sites, list_sites, trace_inputs
 from muka_fast.split import ModelSplit
 from muka_fast.teachers import Teacher
 
 log = logging.getLogger("muka_fast")
+FAST_FORMS = (PostLayerNormEncoder, PreLayerNormModel)
 CPU_BUDGET_BYTES = 512 << 20  # more replicas at once than this are no faster on a CPU
 
 
@@ -37,7 +40,7 @@ class TeacherScores:
 class Trunk:
     """Hidden states of a batch that enter layer `layer` (layer = depth: that leave the last layer).
 
-    hidden: [B, L, D]; packed [T, D] where the teacher has a fast form, and there only the first tokens' rows [B, D] of the last
+    hidden: [B, L, D]; packed [T, D] where the teacher has a fast form, and there only the read tokens' rows [B, D] of the last
     layer; None: nothing is deterministic, layer 0 and the embeddings belong to the tail.
     """
 
@@ -107,7 +110,7 @@ class StochasticTeacher:
         stop = self.layer if stop is None else stop
         packed = None if start is None else start.packed
         if packed is None and self.fast is not None:
-            packed = Packed.of(attention_mask)
+            packed = Packed.of(attention_mask, self.fast.reads_last)
         if stop == 0:
             return Trunk(0, None, packed)
         if start is None or start.hidden is None:
@@ -173,7 +176,7 @@ class StochasticTeacher:
             x = self.fast.embed(input_ids, attention_mask, replicas) if trunk.hidden is None else trunk.hidden
             rows = trunk.packed.unsort(self.fast.tail(x, trunk.layer, replicas), 1)[:, :, None]
             hidden, stochastic = rows[:1] if plain else None, rows[int(plain) :]
-            layer, inputs = self.encoder.depth, (input_ids[:, :1], attention_mask[:, :1])
+            layer, inputs = self.encoder.depth, self._read_token(input_ids, attention_mask)
         else:
             layer, hidden, inputs = trunk.layer, trunk.hidden, (input_ids, attention_mask)
             if layer == self.encoder.depth and hidden is not None:
@@ -220,7 +223,7 @@ class StochasticTeacher:
         ids, mask = _check_inputs(self.model)
         with torch.inference_mode():
             plain = self.model(input_ids=ids, attention_mask=mask).logits.float()
-        if not _agree(self.encoder.run_eagerly(ids, mask), plain):
+        if not self._agree(self.encoder.run_eagerly(ids, mask), plain):
             architecture = type(self.model).__name__
             raise UserError(f"teacher {self.name}: the attention of {architecture} is not one this version can mask")
         if scope == "all" or not self.mc:
@@ -236,7 +239,7 @@ class StochasticTeacher:
     def _splits_right(self, ids: Tensor, mask: Tensor, plain: Tensor) -> bool:
         for layer in (1, self.encoder.depth - 1, self.encoder.depth):
             hidden = self.encoder.run(ids, mask, stop=layer)
-            if not _agree(self.encoder.run(ids, mask, start=layer, hidden=hidden), plain):
+            if not self._agree(self.encoder.run(ids, mask, start=layer, hidden=hidden), plain):
                 return False
         return True
 
@@ -278,41 +281,49 @@ class StochasticTeacher:
         for name, row in (("first", torch.zeros_like(last)), ("last", last)):
             keep = torch.arange(ids.shape[1], device=ids.device) == row[:, None]
             disturbed = torch.where(keep[..., None], hidden, hidden.flip(-1) * 3 + 1)
-            if _agree(self.encoder.run(ids, mask, start=self.encoder.depth, hidden=disturbed), plain):
+            if self._agree(self.encoder.run(ids, mask, start=self.encoder.depth, hidden=disturbed), plain):
                 return name
         return None
 
     def _read_row(self, trunk: Trunk, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Only the row that the head reads, as a sequence of one token: [B, L, ...] -> [B, 1, ...]."""
-        hidden = trunk.hidden
         if trunk.packed is not None:
-            return trunk.packed.unsort(hidden, 0)[:, None], input_ids[:, :1], attention_mask[:, :1]
-        # The elements of a mask over tokens depend on their positions, which the cut would change.
-        per_token = any(s.rank != 2 for s in self.all_sites if s.layer == "head")
-        if self.reads is None or per_token:
-            return hidden, input_ids, attention_mask
-        row = torch.zeros_like(attention_mask[:, :1])
+            return trunk.packed.unsort(trunk.hidden, 0)[:, None], *self._read_token(input_ids, attention_mask)
+        if not self._can_cut():
+            return trunk.hidden, input_ids, attention_mask
+        row = attention_mask.sum(1) - 1 if self.reads == "last" else torch.zeros_like(attention_mask[:, 0])
+        pick = trunk.hidden[torch.arange(len(row), device=row.device), row]
+        return pick[:, None], *self._read_token(input_ids, attention_mask)
+
+    def _read_token(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """input_ids and attention_mask [B, 1] of the token whose row the head reads."""
         if self.reads == "last":
             row = attention_mask.sum(1, keepdim=True) - 1
-        pick = hidden.gather(1, row[..., None].expand(-1, -1, hidden.shape[-1]))
-        return pick, input_ids.gather(1, row), attention_mask.gather(1, row)
+            return input_ids.gather(1, row), attention_mask.gather(1, row)
+        return input_ids[:, :1], attention_mask[:, :1]
+
+    def _can_cut(self) -> bool:
+        """Whether the head may be given one row: the elements of a mask over tokens would change with their positions."""
+        return self.reads is not None and all(site.rank == 2 for site in self.all_sites if site.layer == "head")
 
     @torch.inference_mode()
-    def _find_fast_form(self) -> PostLayerNormEncoder | None:
+    def _find_fast_form(self) -> LayeredEncoder | None:
         """The layer-by-layer form, where the architecture has one and it computes what the model computes."""
-        if self.reads != "first" or any(site.rank != 2 for site in self.all_sites if site.layer == "head"):
-            return None
-        fast = PostLayerNormEncoder.of(self.model, self.all_sites)
-        if fast is None:
-            return None
+        forms = [form.of(self.model, self.all_sites, self.reads == "last") for form in FAST_FORMS] if self._can_cut() else []
         ids, mask = _check_inputs(self.model)
-        packed = Packed.of(mask)
-        rows = packed.unsort(fast.trunk(ids, mask, packed, self.encoder.depth), 0)
-        logits = self._logits_from(self.encoder.depth, rows[None, :, None], ids[:, :1], mask[:, :1], 1)[0]
-        if _agree(logits, self.encoder.run(ids, mask)):
-            return fast
-        log.warning("teacher %s: its fast form differs from the model and is not used", self.name)
+        for fast in filter(None, forms):
+            packed = Packed.of(mask, fast.reads_last)
+            rows = packed.unsort(fast.trunk(ids, mask, packed, self.encoder.depth), 0)
+            logits = self._logits_from(self.encoder.depth, rows[None, :, None], *self._read_token(ids, mask), 1)[0]
+            if self._agree(logits, self.encoder.run(ids, mask)):
+                return fast
+            log.warning("teacher %s: its fast form differs from the model and is not used", self.name)
         return None
+
+    def _agree(self, a: Tensor, b: Tensor) -> bool:
+        """Equal to the rounding of the dtype the model computes in; the scale is that of the logits."""
+        tolerance = 1e-4 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
+        return bool((a.float() - b.float()).abs().max() <= tolerance * max(1.0, b.float().abs().max().item()))
 
     @torch.inference_mode()
     def _find_fused_head(self) -> tuple[Site, nn.Linear] | None:
@@ -323,7 +334,7 @@ class StochasticTeacher:
         features, logits = self.encoder.site_input(*_check_inputs(self.model), active[0])
         for module in self.model.modules():
             fits = isinstance(module, nn.Linear) and tuple(module.weight.shape) == (logits.shape[1], features.shape[1])
-            if fits and _agree(module(features), logits):
+            if fits and self._agree(module(features), logits):
                 return active[0], module
         return None
 
@@ -360,9 +371,3 @@ def _check_inputs(model: nn.Module) -> tuple[Tensor, Tensor]:
     pad = getattr(model.config, "pad_token_id", None)
     ids[1, 4:] = 0 if pad is None else pad
     return ids, mask
-
-
-def _agree(a: Tensor, b: Tensor) -> bool:
-    """Equal to the rounding of the dtype the model computes in; the scale is that of the logits."""
-    tolerance = 1e-4 if b.dtype in (torch.float32, torch.float64) else 5e-2
-    return bool((a.float() - b.float()).abs().max() <= tolerance * max(1.0, b.float().abs().max().item()))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from muka_fast.postln import PostLayerNormEncoder
+from muka_fast.layered import LayeredEncoder
 from muka_fast.shared import prefixes, score_together, shared_layers, tie_shared_weights, trunk_tree
 from muka_fast.split import ModelSplit
 from muka_fast.teachers import Teacher
@@ -47,7 +47,7 @@ def batch(make_tokenizer, texts):
 def layer_calls(monkeypatch):
     """Counts the trunk layers that run."""
     calls = []
-    fast, slow = PostLayerNormEncoder.trunk, ModelSplit.run
+    fast, slow = LayeredEncoder.trunk, ModelSplit.run
 
     def count_fast(self, ids, mask, packed, stop, start=0, hidden=None):
         calls.append(stop - start)
@@ -57,7 +57,7 @@ def layer_calls(monkeypatch):
         calls.extend([] if stop is None else [stop - start])
         return slow(self, ids, mask, start=start, hidden=hidden, stop=stop, masks=masks)
 
-    monkeypatch.setattr(PostLayerNormEncoder, "trunk", count_fast)
+    monkeypatch.setattr(LayeredEncoder, "trunk", count_fast)
     monkeypatch.setattr(ModelSplit, "run", count_slow)
     return calls
 
@@ -82,7 +82,7 @@ def test_one_changed_number_ends_the_common_trunk(place, relatives):
     assert len(prefixes(a)) == 5
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "deberta-v2"])
 def test_scores_together_are_the_scores_alone(family, relatives, batch, monkeypatch):
     plan = [(4, "last:1"), (4, "head"), (2, "last:1"), (2, "last:2"), (0, "last:1"), (4, "all")]
     teachers, inputs = relatives(family, plan), batch(family)
