@@ -1,4 +1,4 @@
-"""What the tests of the ops share: poisoned memory, instruction sets, the tolerance against float64, a NumPy Philox, the interpreter."""
+"""What the tests of the ops share: poisoned memory, instruction sets, tolerance against float64, NumPy Philox, interpreter."""
 
 import os
 import subprocess
@@ -109,7 +109,7 @@ def numpy_keep():
 
 @pytest.fixture(scope="session")
 def interpreter():
-    """run(file, keyword): the tests of `file` that match `keyword`, with every op on Triton, in its interpreter, in a process of its own.
+    """run(file, keyword): the tests of `file` that match `keyword`, every op in Triton's interpreter, in a process of its own.
 
     TRITON_INTERPRET replaces triton.jit at import and so cannot be set in this process.
     """

@@ -14,7 +14,9 @@ from muka_fast.ops.table import BACKEND
 
 INF = math.inf
 relaxed = settings(
-    max_examples=10 if BACKEND == "triton" else 25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=10 if BACKEND == "triton" else 25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 
