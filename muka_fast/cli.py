@@ -181,7 +181,8 @@ def guarded(function: Callable[[], Any]) -> int:
     try:
         return function() or 0
     except UserError as error:
-        print(f"muka-fast: error: {error}", file=sys.stderr)
+        # A message may quote another library's, which may have lines.
+        print("muka-fast: error:", " ".join(str(error).split("\n")), file=sys.stderr)
         return EXIT_USER_ERROR
     except BrokenPipeError:
         # `muka-fast eval ... | head`: the reader has what it wanted. Python would complain once more at exit.

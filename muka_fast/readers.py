@@ -87,7 +87,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _missing_column(place: str, column: str, have: list[str], option: str) -> UserError:
-    names = ", ".join(f"'{name[:40]}'" for name in have[:12]) + (", ..." if len(have) > 12 else "")
+    names = ", ".join(repr(name[:40]) for name in have[:12]) + (", ..." if len(have) > 12 else "")
     return UserError(f"{place}: no column '{column}'; there are: {names or 'none'}; name the right one with --{option}")
 
 

@@ -360,3 +360,49 @@ def test_collate_pads_on_the_right(rows, data):
     assert batch["attention_mask"].tolist() == [[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in chosen]
     share = padding_share(tokens.lengths, [np.array(chosen)])
     assert share == pytest.approx(1 - batch["attention_mask"].float().mean().item(), abs=1e-6)
+
+
+KINDS = ["jsonl", "json", "csv", "tsv", "parquet", "txt", "jsonl.gz", "csv.gz"]
+PIECES = st.sampled_from(
+    [
+        b"text",
+        b",",
+        b"\t",
+        b"\n",
+        b"\r",
+        b'"',
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b":",
+        b'{"text": "x"}',
+        b"\xff",
+        b"\x00",
+        b"PAR1",
+        b"1e999",
+        b"\\ud800",
+        "東".encode(),
+    ]
+)
+
+
+@given(
+    st.sampled_from(KINDS),
+    st.binary(max_size=60) | st.lists(PIECES, max_size=25).map(b"".join),
+    st.booleans(),
+    st.booleans(),
+)
+def test_no_content_of_a_file_raises_anything_but_one_line(tmp_path_factory, kind, content, packed, need_labels):
+    path = tmp_path_factory.mktemp("fuzz") / f"a.{kind}"
+    path.write_bytes(gzip.compress(content) if packed else content)
+    try:
+        found = read_texts(path, need_labels=need_labels)
+    except UserError as error:
+        message = str(error)
+    else:
+        message = ""
+        assert len(found.texts) == len(found.example_ids) > 0
+        "".join(found.texts).encode("utf-8")
+    assert "\n" not in message and "\r" not in message
+    assert not message or f"a.{kind}" in message
