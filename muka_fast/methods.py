@@ -24,7 +24,7 @@ from muka_fast.selection import NEEDS_SAMPLES, choices, label_ids, owners, teach
 if TYPE_CHECKING:
     from muka_fast.config import RunConfig
     from muka_fast.labels import LabelSpace
-    from muka_fast.supervision import Supervision
+    from muka_fast.stored import Supervision
 
 log = logging.getLogger("muka_fast")
 MARGIN_FLOOR = 1e-6  # as published: a text whose two best teachers tie still counts a little

@@ -14,7 +14,7 @@ from muka_fast.errors import UserError
 
 if TYPE_CHECKING:
     from muka_fast.labels import LabelSpace
-    from muka_fast.supervision import Supervision
+    from muka_fast.stored import Supervision
 
 NEEDS_SAMPLES = ("mutual_information", "variance")  # zero for every text unless two passes or more differ
 

@@ -19,13 +19,11 @@ from safetensors.numpy import load_file, save_file
 
 from muka_fast import store as store_module
 from muka_fast import supervision
-from muka_fast.config import METHODS, RunConfig, ScoreConfig
+from muka_fast.config import RunConfig
 from muka_fast.data import TextSet, Tokens
 from muka_fast.errors import UserError
-from muka_fast.labels import build_label_space
-from muka_fast.methods import build_method
 from muka_fast.store import MATRICES, VECTORS, read_manifest, read_shard, shard_ranges, teacher_key
-from muka_fast.supervision import fill_store, open_store, option_values, score
+from muka_fast.supervision import fill_store, open_store
 
 LABELS = {"red": ["a", "b"], "blue": ["b", "c", "d"]}
 FORK = multiprocessing.get_context("fork")
@@ -87,7 +85,8 @@ class Stage:
 @pytest.fixture
 def stage(monkeypatch):
     stage = Stage()
-    monkeypatch.setattr(supervision, "check_teachers", lambda paths: None)
+    monkeypatch.setattr(supervision, "check_teachers", lambda paths: paths)
+    monkeypatch.setattr(supervision, "family_of", lambda path: path)
     monkeypatch.setattr(supervision, "load_teacher", stage.load_teacher)
     monkeypatch.setattr(supervision, "tokenize", stage.tokenize)
     monkeypatch.setattr(supervision, "StochasticTeacher", stage.make_scorer)
@@ -356,37 +355,3 @@ def test_nan_is_refused_with_teacher_and_text_and_not_stored(tmp_path, stage):
     assert [entry["name"] for entry in read_manifest(tmp_path)["teachers"].values()] == ["red"]
     stage.poison = None
     check(fill(tmp_path))
-
-
-# ---- real teachers ----
-
-
-def test_real_teachers_are_scored_once_and_every_method_follows_without_them(tmp_path, make_teacher, texts, caplog):
-    folders = [
-        make_teacher("bert", ["x", "y", "z"], name="one", seed=1),
-        make_teacher("mpnet", ["z", "w"], name="two", seed=2),
-    ]
-    data = tmp_path / "pool.jsonl"
-    rows = [{"text": text} for text in ["", *texts[:20]]]
-    data.write_text("\n".join(json.dumps(row) for row in rows))
-    config = ScoreConfig(
-        teachers=folders, texts=data, output=tmp_path / "s", mc_samples=3, shard_size=8, token_budget=64, device="cpu"
-    )
-    sup = score(config)
-    assert sup.logits.shape == (20, 5) and sup.example_ids.tolist() == list(range(1, 21))
-    other = score(config.model_copy(update={"output": str(tmp_path / "t"), "token_budget": 8192, "shard_size": 100}))
-    for name in (*MATRICES, *VECTORS):
-        torch.testing.assert_close(getattr(sup, name), getattr(other, name), atol=1e-5, rtol=1e-5)
-    with caplog.at_level(logging.INFO, "muka_fast"):
-        assert supervision.main(config) == 0
-    assert "already scored" in caplog.text and "one: 3 classes" in caplog.text
-
-    for folder in folders:
-        shutil.rmtree(folder)
-    again = open_store(config.output, supervision.read_texts(data), option_values(RunConfig(mc_samples=3, seed=7)))
-    assert torch.equal(again.logits, sup.logits)
-    space = build_label_space([(t["name"], t["labels"]) for t in again.teachers])
-    labels = [space.names[i % 4] for i in range(20)]
-    for method in METHODS:
-        built = build_method(RunConfig(method=method), again, space, labels)
-        assert built.loss(torch.randn(20, 4), torch.arange(20)).isfinite().all()

@@ -1,0 +1,200 @@
+"""Supervision as the methods read it: the statistics of all teachers over all texts, loaded from the store and verified.
+
+n texts · N teachers (i) · S columns of all teachers · C_i classes of teacher i.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from muka_fast.errors import UserError
+from muka_fast.selection import UNCERTAINTY
+from muka_fast.store import (
+    MATRICES,
+    OPTION_KEYS,
+    VECTORS,
+    DamagedShard,
+    check_texts,
+    differing_options,
+    read_manifest,
+    read_shard,
+    shard_ranges,
+)
+
+if TYPE_CHECKING:
+    from muka_fast.data import TextSet
+    from muka_fast.labels import LabelSpace
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """All teachers' statistics over all texts, in the order of the text set. n texts, N teachers, S columns of all
+    teachers.
+
+    logits, mean_probs, var_probs fp32 [n, S]; predictive_entropy, expected_entropy fp32 [n, N] in nats; example_ids
+    int64 [n]; teachers: manifest entries (name, labels, fingerprint, mc, ...); offsets: teacher i owns columns
+    offsets[i]:offsets[i + 1]. total_variance [n, N]: var_probs summed over all classes of the teacher. Entropies and
+    total_variance are those of the full label set, also after `restrict`.
+    """
+
+    logits: Tensor
+    mean_probs: Tensor
+    var_probs: Tensor
+    predictive_entropy: Tensor
+    expected_entropy: Tensor
+    example_ids: Tensor
+    teachers: Sequence[dict[str, Any]]
+    offsets: list[int]
+    total_variance: Tensor = None
+    label_space: LabelSpace | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.total_variance is None:
+            sums = [self.var_probs[:, a:b].sum(-1) for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
+            object.__setattr__(self, "total_variance", torch.stack(sums, dim=-1))
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    @property
+    def class_counts(self) -> list[int]:
+        """C_i, classes of each teacher's full label set."""
+        return [len(teacher["labels"]) for teacher in self.teachers]
+
+    @cached_property
+    def mutual_information(self) -> Tensor:
+        """max(H - E, 0) [n, N] in nats (BALD, Houlsby et al., 2011); rounding noise below zero is cut."""
+        return (self.predictive_entropy - self.expected_entropy).clamp_min(0)
+
+    @cached_property
+    def normalized_entropy(self) -> Tensor:
+        """H / ln C_i [n, N] in [0, 1]; 0 for a one-class teacher."""
+        return UNCERTAINTY["predictive_entropy"](self)
+
+    def restrict(self, label_space: LabelSpace) -> Supervision:
+        """Only the columns that the label space keeps: logits lose the dropped columns before any softmax, mean_probs
+        are renormalised.
+
+        A text to which a teacher gives none of its kept classes any probability gets equal kept logits there
+        (uniform): dropping every class that a teacher can see leaves no opinion. Raises ValueError where the space
+        was built for other teachers.
+        """
+        if self.label_space is label_space:
+            return self
+        if self.label_space is not None or len(label_space.offsets) != len(self.offsets):
+            raise ValueError("this label space was built for other teachers than the supervision's")
+        columns = torch.as_tensor(label_space.columns, dtype=torch.int64)
+        logits, mean = self.logits[:, columns], self.mean_probs[:, columns]
+        for a, b in zip(label_space.offsets[:-1], label_space.offsets[1:], strict=True):
+            block = logits[:, a:b]
+            block.masked_fill_((block == -torch.inf).all(-1, keepdim=True), 0.0)
+            mass = mean[:, a:b].sum(-1, keepdim=True)
+            mean[:, a:b] = torch.where(mass > 0, mean[:, a:b] / mass, torch.softmax(block, dim=-1))
+        return replace(
+            self,
+            logits=logits,
+            mean_probs=mean,
+            var_probs=self.var_probs[:, columns],
+            offsets=list(label_space.offsets),
+            label_space=label_space,
+        )
+
+
+# ---- reading a whole store ----
+
+
+def load_supervision(
+    store: Path, manifest: dict[str, Any], keys: Sequence[str], names: Sequence[str] | None = None
+) -> Supervision:
+    """All shards of these teachers, verified, in one piece; names replace those in the manifest.
+
+    Raises UserError naming the first missing or damaged shard.
+    """
+    entries = [dict(manifest["teachers"][key]) for key in keys]
+    for entry, name in zip(entries, names or (), strict=bool(names)):
+        entry["name"] = name
+    counts = [len(entry["labels"]) for entry in entries]
+    offsets = [0, *np.cumsum(counts).tolist()]
+    n, ranges = manifest["texts"]["count"], shard_ranges(manifest["texts"]["count"], manifest["shard_size"])
+    matrices = {name: torch.empty(n, offsets[-1]) for name in MATRICES}
+    vectors = {name: torch.empty(n, len(keys)) for name in VECTORS}
+    ids = torch.empty(n, dtype=torch.int64)
+    for i, key in enumerate(keys):
+        for shard in ranges:
+            try:
+                tensors = read_shard(store / key, shard, key, counts[i])
+            except (FileNotFoundError, DamagedShard) as error:
+                what = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged: {error}"
+                raise UserError(
+                    f"{shard.path(store / key)} {what}; run `muka-fast score` with the same teachers, texts and "
+                    "options to compute it again"
+                ) from error
+            rows = slice(shard.start, shard.stop)
+            for name in MATRICES:
+                matrices[name][rows, offsets[i] : offsets[i + 1]] = torch.from_numpy(tensors[name])
+            for name in VECTORS:
+                vectors[name][rows, i] = torch.from_numpy(tensors[name])
+            found = torch.from_numpy(tensors["example_ids"])
+            if i == 0:
+                ids[rows] = found
+            elif not torch.equal(ids[rows], found):
+                raise UserError(
+                    f"{shard.path(store / key)}: its example ids differ from those of the other teachers of the store"
+                )
+    return Supervision(**matrices, **vectors, example_ids=ids, teachers=entries, offsets=offsets)
+
+
+def open_store(store: str | Path, texts: TextSet | None = None, options: dict[str, Any] | None = None) -> Supervision:
+    """Every complete teacher of a store, without running or even finding a teacher.
+
+    texts: refuse a store of other texts. options: only teachers scored with these values of OPTION_KEYS; a differing
+    run_seed is accepted where it leaves no choice, so that students of several seeds can share a store.
+    Raises UserError where there is no store, nothing complete, nothing with these options, or one teacher under
+    several option sets.
+    """
+    store, options = Path(store), options or {}
+    manifest = read_manifest(store)
+    if manifest is None or not manifest["teachers"]:
+        raise UserError(
+            f"--store {store} holds no completely scored teacher: fill it with "
+            f"`muka-fast score --teachers ... --output {store}`"
+        )
+    if texts is not None:
+        check_texts(store, manifest, texts)
+    entries = manifest["teachers"]
+    differences = {key: differing_options(entry, options) for key, entry in entries.items()}
+    candidates: dict[str, list[str]] = {}
+    for key, entry in entries.items():
+        if set(differences[key]) <= {"run_seed"}:
+            candidates.setdefault(entry["fingerprint"], []).append(key)
+    if not candidates:
+        key, names = min(differences.items(), key=lambda pair: len(pair[1]))
+        shown = ", ".join(f"{name} {entries[key][name]!r} (asked: {options[name]!r})" for name in names)
+        raise UserError(
+            f"--store {store} holds no teacher scored with these options: {entries[key]['name']!r} has {shown}; "
+            "give --teachers to score them again, or the options of the store"
+        )
+    return load_supervision(store, manifest, [_only(store, keys, entries, differences) for keys in candidates.values()])
+
+
+def _only(store: Path, keys: list[str], entries: dict[str, Any], differences: dict[str, list[str]]) -> str:
+    """The one key of a teacher that is meant: the only one, or the only one of the seed that was asked for."""
+    same_seed = [key for key in keys if not differences[key]]
+    if len(keys) > 1 and len(same_seed) == 1:
+        keys = same_seed
+    if len(keys) > 1:
+        differing = [name for name in OPTION_KEYS if len({json.dumps(entries[key][name]) for key in keys}) > 1]
+        raise UserError(
+            f"--store {store} holds teacher {entries[keys[0]]['name']!r} under several options "
+            f"({', '.join(differing) or 'tokenizer'}): name --teachers, or give the options that differ"
+        )
+    return keys[0]

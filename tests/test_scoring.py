@@ -1,0 +1,77 @@
+"""Real teachers through the scoring run: once, together where they have layers in common, and never again for another method."""
+
+import json
+import logging
+import shutil
+
+import numpy as np
+import torch
+
+from muka_fast import supervision
+from muka_fast.config import METHODS, RunConfig, ScoreConfig
+from muka_fast.data import TextSet, read_texts
+from muka_fast.labels import build_label_space
+from muka_fast.methods import build_method
+from muka_fast.store import MATRICES, VECTORS, read_manifest
+from muka_fast.supervision import fill_store, open_store, option_values, score
+
+
+def test_real_teachers_are_scored_once_and_every_method_follows_without_them(tmp_path, make_teacher, texts, caplog):
+    folders = [
+        make_teacher("bert", ["x", "y", "z"], name="one", seed=1),
+        make_teacher("mpnet", ["z", "w"], name="two", seed=2),
+    ]
+    data = tmp_path / "pool.jsonl"
+    rows = [{"text": text} for text in ["", *texts[:20]]]
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    config = ScoreConfig(
+        teachers=folders, texts=data, output=tmp_path / "s", mc_samples=3, shard_size=8, token_budget=64, device="cpu"
+    )
+    sup = score(config)
+    assert sup.logits.shape == (20, 5) and sup.example_ids.tolist() == list(range(1, 21))
+    other = score(config.model_copy(update={"output": str(tmp_path / "t"), "token_budget": 8192, "shard_size": 100}))
+    for name in (*MATRICES, *VECTORS):
+        torch.testing.assert_close(getattr(sup, name), getattr(other, name), atol=1e-5, rtol=1e-5)
+    with caplog.at_level(logging.INFO, "muka_fast"):
+        assert supervision.main(config) == 0
+    assert "already scored" in caplog.text and "one: 3 classes" in caplog.text
+
+    for folder in folders:
+        shutil.rmtree(folder)
+    again = open_store(config.output, read_texts(data), option_values(RunConfig(mc_samples=3, seed=7)))
+    assert torch.equal(again.logits, sup.logits)
+    space = build_label_space([(t["name"], t["labels"]) for t in again.teachers])
+    labels = [space.names[i % 4] for i in range(20)]
+    for method in METHODS:
+        built = build_method(RunConfig(method=method), again, space, labels)
+        assert built.loss(torch.randn(20, 4), torch.arange(20)).isfinite().all()
+
+
+def test_teachers_with_common_layers_run_together_and_others_do_not(tmp_path, make_teacher, texts, monkeypatch):
+    folders = [
+        make_teacher("bert", ["a", "b"], name="one", seed=1),
+        make_teacher("bert", ["c", "d"], name="stranger", seed=2),
+        make_teacher("bert", ["e", "f"], name="two", seed=1),  # the same seed and sizes: the same weights
+    ]
+    options = RunConfig(mc_samples=3, shard_size=4, token_budget=64, device="cpu")
+    pool = TextSet(texts[:9], None, np.arange(9), "pool", "fp", 0)
+    groups, real = [], supervision.score_together
+    monkeypatch.setattr(
+        supervision,
+        "score_together",
+        lambda teachers, *rest: groups.append([t.name for t in teachers]) or real(teachers, *rest),
+    )
+    together = fill_store(tmp_path / "s", folders, pool, options)
+    assert groups and all(group == ["one", "two"] for group in groups)
+    assert [teacher["name"] for teacher in together.teachers] == ["one", "stranger", "two"]
+    alone = [fill_store(tmp_path / f"s{i}", [folder], pool, options) for i, folder in enumerate(folders)]
+    for name in MATRICES:
+        expected = torch.cat([getattr(sup, name) for sup in alone], -1)
+        torch.testing.assert_close(getattr(together, name), expected, atol=1e-5, rtol=0)
+
+    groups.clear()
+    entries = read_manifest(tmp_path / "s")["teachers"].items()
+    shutil.rmtree(tmp_path / "s" / next(key for key, entry in entries if entry["name"] == "two"))
+    again = fill_store(tmp_path / "s", folders, pool, options)
+    assert not groups  # one of the relatives has work left, the other none
+    torch.testing.assert_close(again.logits, together.logits, atol=1e-5, rtol=0)
