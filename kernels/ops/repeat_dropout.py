@@ -91,15 +91,16 @@ if philox.triton is not None:
         mask = m_r[:, None] & (o_d >= 0) & (o_d < D)
         p_x += o_r[:, None] * D + o_d
         p_y += o_r[:, None] * D + o_d
-        b_x = tl.load(p_x, mask=mask, other=0.0)
+        if REPEATED:
+            b_x = tl.load(p_x, mask=mask, other=0.0)
         for k in range(K):
+            if not REPEATED:
+                b_x = tl.load(p_x, mask=mask, other=0.0)
+                p_x += y_stride
             keep = philox.keep_lanes(seed, b_call, first_sample + k, site, b_id[:, None], threshold, CALLS, ROWS)
             b_y = tl.where(keep, b_x.to(tl.float32) * scale, 0.0)
             tl.store(p_y, b_y.to(p_y.dtype.element_ty), mask=mask)
             p_y += y_stride
-            if not REPEATED:
-                p_x += y_stride
-                b_x = tl.load(p_x, mask=mask & (k + 1 < K), other=0.0)
 
     def block(width: int) -> tuple[int, int]:
         """ROWS and CALLS of one program: 1024 elements, whole rows where they are short."""
