@@ -189,8 +189,11 @@ def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
             for text, label in zip(texts, labels, strict=True):
                 number += 1
                 yield Row(number, text, label)
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: damaged parquet file ({str(error).splitlines()[0]})") from error
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        # Arrow's own complaints are OSErrors without a number, over several lines.
+        raise UserError(f"{path}: damaged parquet file ({str(error).strip().splitlines()[0]})") from error
 
 
 def _hub_rows(name: str, split: str, columns: Columns) -> Iterator[Row]:

@@ -406,3 +406,13 @@ def test_no_content_of_a_file_raises_anything_but_one_line(tmp_path_factory, kin
         "".join(found.texts).encode("utf-8")
     assert "\n" not in message and "\r" not in message
     assert not message or f"a.{kind}" in message
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.9, 0.999])
+def test_truncated_parquet_is_one_line(tmp_path, keep):
+    path = write(tmp_path / "a.parquet", TEXTS * 20, LABELS * 20)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * keep)] + whole[-8:])
+    with pytest.raises(UserError, match=r"a\.parquet: damaged parquet file") as caught:
+        read_texts(path)
+    assert "\n" not in str(caught.value)
