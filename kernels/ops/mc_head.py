@@ -196,7 +196,7 @@ if philox.triton is not None:
         if STAGE == 0:
             tl.store(p_expected + o_t, b_inner / K, mask=o_t < B)
 
-    # Class tile -> texts a program, features a step, warps: no spills on sm_80, sm_90 and sm_100 (tests/ops/test_aot.py), and about one
+    # Class tile -> texts a program, features a step, warps: no spills on sm_80, sm_90 and sm_100 (tests/ops/test_aot.py), about one
     # Philox call a thread and step. Wider tiles than 128 classes spill.
     TILES_32_BIT = {16: (2, 32, 4), 32: (2, 32, 4), 64: (2, 64, 8), 128: (2, 32, 8)}
     TILES_16_BIT = {16: (1, 64, 4), 32: (1, 64, 4), 64: (2, 64, 8), 128: (2, 64, 8)}

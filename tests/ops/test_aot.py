@@ -13,8 +13,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET has replaced the compiler", allow_module_level=True)
 triton = pytest.importorskip("triton", reason="Triton is not on this platform")
 
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.backends.compiler import GPUTarget  # noqa: E402 - only where Triton is
+from triton.compiler import ASTSource  # noqa: E402
 
 OPS = Path(importlib.import_module("muka_fast.ops.table").__file__).parent
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

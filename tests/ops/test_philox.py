@@ -123,4 +123,5 @@ def test_share_of_kept_lanes(numpy_keep, seed, example):
 
 
 def test_philox_calls():
-    assert [philox.philox_calls(first, width) for first, width in ((0, 0), (0, 8), (0, 9), (7, 1), (7, 2), (5, 0))] == [0, 1, 2, 1, 2, 0]
+    rows = ((0, 0), (0, 8), (0, 9), (7, 1), (7, 2), (5, 0))
+    assert [philox.philox_calls(first, width) for first, width in rows] == [0, 1, 2, 1, 2, 0]
