@@ -64,7 +64,8 @@ def train(
     """All steps that are left; False where SIGTERM ended it (after a checkpoint)."""
     if config.resume:
         found = restore_newest(engine, output)
-        log.info("resuming after step %d of %d%s", engine.completed_steps, plan.total_steps, f" ({found})" if found else "")
+        if found:
+            log.info("resuming after step %d of %d (%s)", engine.completed_steps, plan.total_steps, found)
     save_every = config.save_every or plan.steps_per_epoch
     with Metrics(output, engine, plan, config) as metrics, sigterm_flag() as flag:
         bar = progress(plan.total_steps - engine.completed_steps, "training", "steps")
