@@ -57,7 +57,7 @@ RULES = [
     (re.compile(rf"(?<![A-Za-z0-9])(?:{NAMES})(?![A-Za-z0-9])", re.IGNORECASE), MASK),
     (re.compile(r"\s+"), " "),
 ]
-SIGNATURE = re.compile(r"^[\w.,\[\]= ]*\w\s*\([^)]*\)?\s*(->.*|:|=.*)?$")
+SIGNATURE = re.compile(r"^([\w.,\[\] ]+=\s*)?[\w.]+\([^)]*\)?\s*(->.*|:)?$")  # `y = f(a, b)`, `f(a) -> b`
 HEADINGS = (
     "parameters?|args?|arguments?|keyword arguments|returns?|yields?|raises?|examples?|notes?|references?|attributes|methods?"
     "|see also|shape|usage|warnings?|inputs?|outputs?"
