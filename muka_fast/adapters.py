@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from muka_fast import checkpoint
@@ -97,12 +98,18 @@ def adapter_fingerprint(folder: Path, what: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def load_merged(folder: Path, labels: list[str], dtype: "torch.dtype", what: str) -> "transformers.PreTrainedModel":
-    """Base and adapter merged in memory into one plain classifier; nothing is written."""
+def import_peft(what: str) -> ModuleType:
+    """The optional library that reads adapters; UserError naming the extra where it is missing."""
     try:
         import peft
     except ImportError:
         raise UserError(f"{what}: this is a LoRA adapter, which needs pip install 'muka-fast[peft]'") from None
+    return peft
+
+
+def load_merged(folder: Path, labels: list[str], dtype: "torch.dtype", what: str) -> "transformers.PreTrainedModel":
+    """Base and adapter merged in memory into one plain classifier; nothing is written."""
+    peft = import_peft(what)
     import transformers
 
     from muka_fast import teachers

@@ -6,10 +6,12 @@ tokenizer, or a LoRA adapter of one. Whatever else is met ends in a UserError th
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -103,7 +105,7 @@ def check_teachers(paths: Sequence[str | Path], warn: bool = True) -> list[Teach
     """Check the files of all teachers before any work starts; warns (where `warn`) when there is only one.
 
     Raises UserError for no teacher, for the same teacher twice (same folder or same content) and for every fault that
-    `inspect` finds.
+    `inspect` and `rehearse` find.
     """
     if not paths:
         raise UserError("--teachers: no teacher given; name at least one folder or hub model, better two")
@@ -115,12 +117,33 @@ def check_teachers(paths: Sequence[str | Path], warn: bool = True) -> list[Teach
             raise UserError(f"--teachers: {path} is given twice (also as {found[folder]}); name every teacher once")
         found[folder] = path
         files.append(inspect(path))
+        rehearse(files[-1].folder, f"teacher {path}", checkpoint.file_state(files[-1].folder))
         twin = found.setdefault(files[-1].fingerprint, path)
         if twin != path:
             raise UserError(f"--teachers: {path} and {twin} are the same model; name every teacher once")
     if len(paths) == 1 and warn:
         log.warning("only one teacher (%s): this is plain distillation, there is nothing to select between", paths[0])
     return files
+
+
+@cache
+def rehearse(folder: Path, what: str, _state: tuple) -> None:
+    """Load a teacher without its weights, so that what `load_teacher` would refuse later is refused before the hours in between.
+
+    Once per state of its files. The model's part needs accelerate; without it a missing head shows when its turn comes.
+    """
+    if adapters.is_adapter(folder):
+        adapters.import_peft(what)
+        return
+    log.disabled = True  # the warnings come with the real loading
+    try:
+        tokenizer = load_tokenizer(folder, what)
+        if importlib.util.find_spec("accelerate") is not None:
+            model = load_classifier(folder, torch.float32, what, device_map="meta")
+            settle_padding(model, tokenizer, what)
+            check_vocabulary(model, tokenizer, what)
+    finally:
+        log.disabled = False
 
 
 def teacher_seed(run_seed: int, fingerprint: str) -> int:
@@ -178,14 +201,17 @@ def quiet_transformers() -> Iterator[None]:
         transformers.logging.set_verbosity(level)
 
 
-def load_classifier(folder: Path, dtype: torch.dtype, what: str) -> transformers.PreTrainedModel:
-    """The classifier of a folder, with every weight found and of the right shape."""
+def load_classifier(
+    folder: Path, dtype: torch.dtype, what: str, device_map: str | None = None
+) -> transformers.PreTrainedModel:
+    """The classifier of a folder, with every weight found and of the right shape. device_map "meta": shapes only."""
     checkpoint.read_tensors(folder, what)  # names a damaged file or a pickle; transformers would not
     try:
         with quiet_transformers():
             model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 dtype=dtype,
+                device_map=device_map,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,

@@ -47,6 +47,7 @@ def refusal(path, *words):
 
 def test_every_family_loads_as_transformers_loads_it(family, make_teacher, texts):
     folder = make_teacher(family, ["a", "b", "c"], seed=5)
+    assert teachers.check_teachers([folder])[0].labels == ["a", "b", "c"]
     teacher = teachers.load_teacher(folder, run_seed=7)
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokens = teacher.tokenizer(texts[:6], padding=True, return_tensors="pt", return_token_type_ids=False)
@@ -170,6 +171,25 @@ def test_the_same_teacher_twice_is_refused(make_teacher, tmp_path):
     with pytest.raises(UserError, match="same model"):
         teachers.check_teachers([folder, tmp_path / "copy"])
     teachers.check_teachers([folder, make_teacher("bert", seed=9)])
+
+
+def test_every_fault_shows_before_any_teacher_runs(make_teacher, make_tokenizer, caplog):
+    sound = make_teacher("bert", seed=9, name="sound")
+    headless = make_teacher("bert", name="headless")
+    edit_weights(headless, lambda tensors: tensors.pop("classifier.weight"))
+    labels = make_teacher("bert", name="labels")
+    edit_config(labels, id2label={"0": "a", "1": "b", "2": "c"})
+    vocabulary = make_teacher("bert", name="vocabulary")
+    make_tokenizer("roberta").save_pretrained(vocabulary)
+    for folder, word in ((headless, "classifier.weight"), (labels, "id2label"), (vocabulary, "embeds only")):
+        with pytest.raises(UserError, match=word):
+            teachers.check_teachers([sound, folder])
+    edit_weights(sound, lambda tensors: tensors.update({"unused": torch.ones(2)}))
+    with caplog.at_level(logging.WARNING, logger="muka_fast"):
+        teachers.check_teachers([sound, make_teacher("bert", name="other")])
+        assert caplog.text == ""
+        teachers.load_teacher(sound, run_seed=0)
+    assert "unused" in caplog.text  # said once, when it is loaded
 
 
 def test_labels_are_read_without_weights(make_teacher):
