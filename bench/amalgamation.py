@@ -1,16 +1,19 @@
 """What a user gains end to end: muka_fast against the published procedure, same teachers, texts, student and steps, in one run.
 
     python bench/amalgamation.py --encoder DIR --train F --eval F [--texts 400] [--scopes last:1 head all] [--json F]
+    python bench/amalgamation.py --synthetic toy|small|base        random weights and installed docstrings: times only
 
-Teachers are fine-tuned first (kept in --workdir). Scoring times are medians of interleaved repetitions; the published procedure's
-cost per text is constant (every text is padded), so it may be measured on fewer texts (--published_texts) and scaled, which the
-result says. Correctness first: in every scope the deterministic targets must equal the plain model's.
+Teachers are fine-tuned first (kept in --workdir); the pool is a random part of --train. Scoring times are medians of interleaved
+repetitions; the published procedure's cost per text is constant (every text is padded), so it may be measured on fewer texts
+(--published_texts) and scaled, which the result says. Correctness first: in every scope the deterministic targets must equal the
+plain model's.
 """
 
 import argparse
 import json
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,11 +22,14 @@ from pathlib import Path
 
 import torch
 from environment import keep
+from merging import write_texts
 from published import deterministic_logits, normalized_entropy, padded_batches, soft_targets, train_step
+from synthetic import SIZES, make_encoder, make_teacher, make_texts
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import muka_fast
+from muka_fast import teach
 from muka_fast.config import ScoreConfig, TeachConfig, load_config
 from muka_fast.data import TextSet, collate, read_texts, token_budget_batches, tokenize
 from muka_fast.evaluate import metrics, predict
@@ -36,9 +42,10 @@ TOLERANCE = 1e-4  # of the deterministic logits, relative to the largest
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", required=True, help="folder of the pretrained encoder of teachers and student")
-    parser.add_argument("--train", required=True, help="labelled texts: the teachers' training data and, unlabelled, the pool")
-    parser.add_argument("--eval", required=True, help="labelled texts for the student's accuracy")
+    parser.add_argument("--encoder", help="folder of the pretrained encoder of teachers and student")
+    parser.add_argument("--train", help="labelled texts: the teachers' training data and, unlabelled, the pool")
+    parser.add_argument("--eval", help="labelled texts for the student's accuracy")
+    parser.add_argument("--synthetic", choices=SIZES, help="random teachers of this size over docstrings instead")
     parser.add_argument("--num_teachers", type=int, default=2)
     parser.add_argument("--texts", type=int, default=400, help="texts of the pool")
     parser.add_argument("--eval_texts", type=int, default=600)
@@ -53,24 +60,44 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--freeze_layers", type=int, default=4, help="leading layers that the teachers share")
     parser.add_argument("--workdir", default="runs/bench_amalgamation")
-    parser.add_argument("--json", help="also write the rows to this file")
-    return parser.parse_args()
+    parser.add_argument("--json", help="write the rows to this file instead of bench/results")
+    parser.add_argument("--peak_of", help=argparse.SUPPRESS)  # a process of its own that scores once and prints its peak memory
+    args = parser.parse_args()
+    if not args.synthetic and not (args.encoder and args.train and args.eval):
+        parser.error("--encoder, --train and --eval, or --synthetic")
+    return args
 
 
-def make_teachers(args: argparse.Namespace, labels: list[str]) -> list[str]:
-    """Teachers of consecutive parts of the sorted labels, fine-tuned once and kept."""
-    from muka_fast import teach
-
+def prepare(args: argparse.Namespace) -> list[str]:
+    """Pool, evaluation texts and teachers of consecutive parts of the sorted labels in --workdir; made once. Returns the teachers."""
+    work = Path(args.workdir)
+    work.mkdir(parents=True, exist_ok=True)
+    if args.synthetic:
+        args.seeds = 0
+        args.train, args.eval = make_texts(work, args.texts)
+        args.encoder = str(work / "encoder")
+        if not Path(args.encoder).is_dir():
+            make_encoder(Path(args.encoder), args.synthetic, read_texts(args.train).texts)
+    else:
+        # Files may be sorted by label: parts are drawn at random.
+        for name, limit in (("train", 2000), ("eval", args.eval_texts)):
+            write_texts(work / f"{name}.jsonl", [Path(getattr(args, name))], limit, set())
+            setattr(args, name, str(work / f"{name}.jsonl"))
+    labels = sorted(set(read_texts(args.train, need_labels=True).labels))
     size = -(-len(labels) // args.num_teachers)
     paths = []
     for i in range(args.num_teachers):
-        path = Path(args.workdir) / f"teacher{i}"
-        if not path.is_dir():
-            part = labels[i * size : (i + 1) * size]
-            options = {"encoder": args.encoder, "train": args.train, "labels": part, "output": str(path), "limit": 2000}
-            options |= {"freeze_layers": args.freeze_layers, "epochs": 2, "learning_rate": 2e-4, "max_length": args.max_length}
-            teach.main(load_config(TeachConfig, None, options))
+        path, part = work / f"teacher{i}", labels[i * size : (i + 1) * size]
         paths.append(str(path))
+        if path.is_dir():
+            continue
+        if args.synthetic:
+            layers = SIZES[args.synthetic][1]
+            make_teacher(path, args.encoder, part, seed=i, own_layers=max(1, layers - args.freeze_layers))
+            continue
+        options = {"encoder": args.encoder, "train": args.train, "labels": part, "output": str(path)}
+        options |= {"freeze_layers": args.freeze_layers, "epochs": 2, "learning_rate": 2e-4, "max_length": args.max_length}
+        teach.main(load_config(TeachConfig, None, options))
     return paths
 
 
@@ -213,9 +240,15 @@ def measure_students(
     return accuracies, seconds
 
 
-def peak_bytes(args: argparse.Namespace) -> int:
-    """Largest resident set of this process so far (the bench runs one configuration per process for a fair figure)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def peak_bytes(scope: str) -> int:
+    """Largest resident set of a process of its own that scores the pool once (interpreter, torch and one teacher included)."""
+    done = subprocess.run([sys.executable, *sys.argv, "--peak_of", scope], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def print_peak(args: argparse.Namespace, paths: list[str], texts: TextSet) -> None:
+    score_with(args, paths, texts, args.peak_of)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 
 
 def rows_of(args: argparse.Namespace, scoring: dict, students: tuple[dict, dict] | None) -> list[dict]:
@@ -233,7 +266,7 @@ def rows_of(args: argparse.Namespace, scoring: dict, students: tuple[dict, dict]
             "agreement_all_vs_all": scoring["agreement_all_vs_all"],
             "end_to_end_speedup": None,
             "student_accuracy": None,
-            "peak_bytes": peak_bytes(args),
+            "peak_bytes": peak_bytes(scope),
         }
         if students is not None:
             accuracies, spent = students
@@ -249,7 +282,7 @@ def table(rows: list[dict]) -> str:
     shown = {
         "scope": "{}", "scoring_s": "{:.2f}", "plain_forward_s": "{:.2f}", "published_s": "{:.1f}", "cost_in_plain_forwards": "{:.2f}",
         "speedup_vs_published": "{:.1f}", "agreement_with_all": "{:.1%}", "agreement_all_vs_all": "{:.1%}",
-        "end_to_end_speedup": "{:.1f}", "student_accuracy": "{:.1%}", "student_accuracy_published": "{:.1%}",
+        "peak_bytes": "{:,}", "end_to_end_speedup": "{:.1f}", "student_accuracy": "{:.1%}", "student_accuracy_published": "{:.1%}",
     }  # fmt: skip
     lines = ["| " + " | ".join(name.replace("_", " ") for name in shown) + " |", "|---" * len(shown) + "|"]
     for row in rows:
@@ -260,10 +293,12 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     args = parse_arguments()
-    labels = sorted(set(read_texts(args.train, need_labels=True).labels))
+    paths = prepare(args)
     texts = read_texts(args.train, limit=args.texts)
-    evaluation = read_texts(args.eval, need_labels=True, limit=args.eval_texts)
-    paths = make_teachers(args, labels)
+    if args.peak_of:
+        print_peak(args, paths, texts)
+        return
+    evaluation = read_texts(args.eval, need_labels=True)
     space = build_label_space([(Path(p).name, load_teacher(p, run_seed=0).labels) for p in paths], None)
     scoring = measure_scoring(args, paths, texts)
     students = measure_students(args, paths, texts, evaluation, space, scoring) if args.seeds else None

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command: build, tests marked gpu, ceilings, microbenchmarks, end to end.
+#
+#   bench/gpu.sh [--stage build,correct,...] [--dry-run] [--out DIR] [--wheels DIR]
+#
+# Every stage has a time limit, writes its own files at once and never stops the others; the last lines printed are a table.
+# --dry-run: every stage at toy size on the CPU, so that CI tests this script. --wheels: a folder of wheels to install first
+# (deepspeed, datasets, ... where the machine has no network).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+stages=build,correct,ceilings,ops,amalgamation
+dry=0 out=bench/results wheels=
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --stage) stages=$2; shift 2 ;;
+    --dry-run) dry=1; shift ;;
+    --out) out=$2; shift 2 ;;
+    --wheels) wheels=$2; shift 2 ;;
+    *) echo "gpu.sh: unknown option $1 (see the head of this file)" >&2; exit 2 ;;
+  esac
+done
+mkdir -p "$out"
+python=${PYTHON:-python3}
+if [ -n "$wheels" ]; then
+  site=$(mktemp -d)
+  "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$wheels"/*.whl || exit 1
+  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+# The checkout itself, with the extension built in place by the first stage.
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+if [ $dry = 1 ]; then device=cpu; else device=cuda; fi
+
+table=
+run() { # name, limit in seconds, command...
+  local name=$1 limit=$2 start=$SECONDS code
+  shift 2
+  case ",$stages," in *",$name,"*) ;; *) return ;; esac
+  echo "=== $name: $*"
+  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$out/gpu_$name.log" | tail -n 40
+  code=${PIPESTATUS[0]}
+  table+="$(printf '%-14s %-8s %5ds' "$name" "$([ "$code" = 0 ] && echo ok || echo "rc $code")" $((SECONDS - start)))"$'\n'
+}
+
+if [ $dry = 1 ]; then
+  run build 300 env MUKA_FAST_CUDA=0 "$python" setup.py -q build_ext --inplace
+  run correct 120 "$python" -m pytest -q -m "gpu or not gpu" tests/test_gpu.py
+  run ceilings 60 "$python" bench/ceilings.py --device cpu --toy --json "$out/ceilings.json"
+  run ops 120 "$python" bench/throughput.py --device cpu --toy --json "$out/throughput.json"
+  run amalgamation 200 "$python" bench/amalgamation.py --synthetic toy --workdir "$out/work" --json "$out/amalgamation.json"
+else
+  run build 150 "$python" setup.py -q build_ext --inplace
+  run correct 180 "$python" -m pytest -q -m gpu tests
+  run ceilings 30 "$python" bench/ceilings.py
+  run ops 120 "$python" bench/throughput.py --device "$device"
+  run amalgamation 180 "$python" bench/amalgamation.py --synthetic base --workdir "$out/work"
+fi
+echo "--- bench/gpu.sh on $device"
+printf '%s' "$table"
+case "$table" in *" rc "*) exit 1 ;; esac

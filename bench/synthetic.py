@@ -1,0 +1,59 @@
+"""Material for a machine without data and weights: installed docstrings as texts, encoders and teachers with random weights.
+
+Speed and memory do not depend on what the weights are; accuracies of such teachers mean nothing and are not reported.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
+
+from muka_fast.material import train_tokenizer
+from muka_fast.docstrings import collect
+
+# hidden size, layers, heads: "base" is BERT-base, "toy" proves a script.
+SIZES = {"toy": (32, 3, 4), "small": (384, 6, 12), "base": (768, 12, 12)}
+
+
+def make_texts(folder: Path, count: int) -> tuple[str, str]:
+    """Paths of labelled texts for pool and evaluation, `count` of each at most, in random order."""
+    docs = collect()
+    paths = []
+    for name, rows in (("pool", docs.train), ("eval", docs.test)):
+        rows = list(rows)
+        random.Random(0).shuffle(rows)
+        lines = [json.dumps({"text": docs.texts[row], "label": docs.labels[row]}) + "\n" for row in rows[:count]]
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(lines), encoding="utf-8")
+        paths.append(str(path))
+    return paths[0], paths[1]
+
+
+def make_encoder(folder: Path, size: str, texts: list[str]) -> str:
+    """A BERT encoder folder with random weights and a tokenizer trained on the texts."""
+    hidden, layers, heads = SIZES[size]
+    tokenizer = train_tokenizer(texts)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        intermediate_size=4 * hidden, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def make_teacher(folder: Path, encoder: str, labels: list[str], seed: int, own_layers: int) -> str:
+    """A teacher whose head and last `own_layers` layers are random by `seed`, the rest the encoder's."""
+    torch.manual_seed(seed)
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=len(labels), **names)
+    for layer in model.base_model.encoder.layer[-own_layers:]:
+        for parameter in layer.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
+    return str(folder)
