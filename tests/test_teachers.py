@@ -474,3 +474,38 @@ def test_tensor_entries_agree_with_safetensors(tmp_path, dtype):
         content = b"".join(checkpoint.tensor_blocks(entries[name], "teacher"))
         assert content == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     assert np.prod(entries["b"].shape) == 0
+
+
+# Tokenizers in the older layouts
+
+
+def test_a_bert_vocabulary_in_a_text_file(make_teacher, texts):
+    folder = make_teacher("bert")
+    whole = teachers.load_teacher(folder, run_seed=0).tokenizer
+    vocabulary = sorted(whole.get_vocab(), key=whole.get_vocab().get)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    plain = teachers.load_teacher(folder, run_seed=0).tokenizer
+    assert plain(texts)["input_ids"] == whole(texts)["input_ids"]
+
+
+def test_a_roberta_vocabulary_with_merges(make_teacher, texts):
+    folder = make_teacher("roberta")
+    whole = teachers.load_teacher(folder, run_seed=0).tokenizer
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))
+    plain = teachers.load_teacher(folder, run_seed=0).tokenizer
+    assert plain(texts)["input_ids"] == whole(texts)["input_ids"]
+
+
+def test_a_vocabulary_without_its_merges(make_teacher):
+    folder = make_teacher("roberta")
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    refusal(folder, "tokenizer")
