@@ -4,6 +4,7 @@ Nothing is left behind: instance attributes are removed, the attention implement
 eval() mode.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -26,7 +27,14 @@ class SiteHandler(Protocol):
         """x in, masked x out. p is what the module itself would drop, as far as it says so."""
 
 
-_handlers: list[SiteHandler] = []  # innermost last
+class _Handlers(threading.local):
+    """The handlers of the with-blocks that this thread is in, innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[SiteHandler] = []
+
+
+_handlers = _Handlers()
 
 
 def _attention(
@@ -46,7 +54,7 @@ def _attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is not None:
         attention_mask = attention_mask[..., : key.shape[-2]]
-    handler = _handlers[-1] if _handlers else None
+    handler = _handlers.stack[-1] if _handlers.stack else None
     if handler is None or not handler.wants(module):
         out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
     else:
@@ -112,7 +120,7 @@ def intercept(model: PreTrainedModel, handler: SiteHandler) -> Iterator[None]:
     before = [config._attn_implementation for config in configs]
     modules = list(dropout_modules(model).values())
     shadows = [module.__dict__.get("forward") for module in modules]
-    _handlers.append(handler)
+    _handlers.stack.append(handler)
     try:
         for config in configs:
             config._attn_implementation = ATTENTION_NAME
@@ -120,7 +128,7 @@ def intercept(model: PreTrainedModel, handler: SiteHandler) -> Iterator[None]:
             module.forward = _site_forward(handler, module)
         yield
     finally:
-        _handlers.pop()
+        _handlers.stack.pop()
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation = name
         for module, shadow in zip(modules, shadows, strict=True):

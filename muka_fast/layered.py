@@ -41,10 +41,13 @@ class LayeredEncoder(ABC):
     def layer(self, index: int, x: Tensor, replicas: Replicas, context: object, one_row: bool) -> Tensor:
         """One layer: [(R,) T, D] -> [(R,) T, D], or with one_row [(R,) B, D]."""
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor, replicas: Replicas) -> Tensor:
-        """[T, D], or [R, T, D] where the embeddings' site is active."""
-        x = replicas.packed.pack(self.embeddings(input_ids), attention_mask)
-        return self.project(replicas.dropout(x, self.embeddings_site))
+    def embed(self, input_ids: Tensor, attention_mask: Tensor, packed: Packed) -> Tensor:
+        """[T, E]: the embeddings before their dropout."""
+        return packed.pack(self.embeddings(input_ids), attention_mask)
+
+    def enter(self, embedded: Tensor, replicas: Replicas) -> Tensor:
+        """Embeddings -> what enters layer 0, [T, D], or [R, T, D] where the embeddings' site is active."""
+        return self.project(replicas.dropout(embedded, self.embeddings_site))
 
     def trunk(
         self,
@@ -57,8 +60,9 @@ class LayeredEncoder(ABC):
     ) -> Tensor:
         """Deterministic hidden states [T, D] that enter layer `stop`; stop = depth: the read tokens' last rows [B, D]."""
         replicas = Replicas(packed, {}, 0, packed.order, 0)
-        x = self.embed(input_ids, attention_mask, replicas) if hidden is None else hidden
-        return self._run(x, start, stop, replicas)
+        if hidden is None:
+            hidden = self.enter(self.embed(input_ids, attention_mask, packed), replicas)
+        return self._run(hidden, start, stop, replicas)
 
     def tail(self, x: Tensor, start: int, replicas: Replicas) -> Tensor:
         """Layers from `start` on: [(R,) T, D] -> the read tokens' last rows [R, B, D]."""

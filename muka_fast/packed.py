@@ -1,6 +1,7 @@
 """Texts of a batch side by side without padding, in groups of equal length, and the masks of their K replicas."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,11 +31,22 @@ class Packed:
     def of(cls, attention_mask: Tensor, reads_last: bool = False) -> "Packed":
         """attention_mask [B, L] of texts padded on the right."""
         lengths, order = attention_mask.sum(1).sort(stable=True)
-        groups, place, row = [], 0, 0
-        for length, count in zip(*(t.tolist() for t in torch.unique_consecutive(lengths, return_counts=True)), strict=True):
-            groups.append((place, row, count, length))
-            place, row = place + count, row + count * length
-        return cls(order, lengths, tuple(groups), reads_last)
+        whole = cls(order, lengths, (), reads_last)
+        return next(part for _, _, part in whole.parts(len(order)))
+
+    def parts(self, max_texts: int) -> Iterator[tuple[slice, slice, "Packed"]]:
+        """The batch in parts of at most `max_texts` texts: places, rows, and the part by itself."""
+        ends = torch.cat([self.first_rows, self.lengths.sum()[None]]).tolist()
+        lengths = self.lengths.tolist()
+        for start in range(0, len(lengths), max_texts):
+            stop = min(start + max_texts, len(lengths))
+            groups, place = [], 0
+            for length, run in itertools.groupby(lengths[start:stop]):
+                count = len(list(run))
+                groups.append((place, ends[start + place] - ends[start], count, length))
+                place += count
+            part = Packed(self.order[start:stop], self.lengths[start:stop], tuple(groups), self.reads_last)
+            yield slice(start, stop), slice(ends[start], ends[stop]), part
 
     def pack(self, values: Tensor, attention_mask: Tensor) -> Tensor:
         """[B, L, ...] -> [T, ...]."""

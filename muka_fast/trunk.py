@@ -1,8 +1,8 @@
 """A teacher under Monte-Carlo dropout: what lies below the first active site (trunk) once, the tail K times."""
 
 import logging
-import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -171,10 +171,7 @@ class StochasticTeacher:
         if count:
             masks = Masks(self.model, self.all_sites, self.p_of_site, self.teacher.seed, example_ids, count, first_sample)
         if trunk.packed is not None and trunk.layer < self.encoder.depth:
-            ids = example_ids[trunk.packed.order]
-            replicas = Replicas(trunk.packed, self.p_of_site, self.teacher.seed, ids, count, first_sample, plain)
-            x = self.fast.embed(input_ids, attention_mask, replicas) if trunk.hidden is None else trunk.hidden
-            rows = trunk.packed.unsort(self.fast.tail(x, trunk.layer, replicas), 1)[:, :, None]
+            rows = self._fast_rows(trunk, input_ids, attention_mask, example_ids, first_sample, count, plain)
             hidden, stochastic = rows[:1] if plain else None, rows[int(plain) :]
             layer, inputs = self.encoder.depth, self._read_token(input_ids, attention_mask)
         else:
@@ -187,6 +184,28 @@ class StochasticTeacher:
         if count:
             out.append(self._logits_from(layer, stochastic, *inputs, count, masks))
         return torch.cat(out)
+
+    def _fast_rows(
+        self,
+        trunk: Trunk,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        example_ids: Tensor,
+        first_sample: int,
+        count: int,
+        plain: bool,
+    ) -> Tensor:
+        """The read tokens' last rows [R, B, 1, D]; as many texts at a time as fit, since what replicas share is per text."""
+        packed, x, rows = trunk.packed, trunk.hidden, []
+        if x is None:
+            x = self.fast.embed(input_ids, attention_mask, packed)
+        replica_bytes = self._replica_bytes(packed.longest) * (count + int(plain))
+        for _, tokens, part in packed.parts(max(1, self._budget() // replica_bytes)):
+            ids = example_ids[part.order]
+            replicas = Replicas(part, self.p_of_site, self.teacher.seed, ids, count, first_sample, plain)
+            hidden = x[tokens] if trunk.hidden is not None else self.fast.enter(x[tokens], replicas)
+            rows.append(self.fast.tail(hidden, trunk.layer, replicas))
+        return packed.unsort(torch.cat(rows, 1), 1)[:, :, None]
 
     def _logits_from(
         self, layer: int, hidden: Tensor | None, ids: Tensor, mask: Tensor, replicas: int, masks: Masks | None = None
@@ -205,16 +224,20 @@ class StochasticTeacher:
         return TeacherScores(**{field: getattr(head, field) for field in TeacherScores.__dataclass_fields__})
 
     def _samples_at_once(self, num_texts: int, num_tokens: int) -> int:
-        """How many replicas of a batch fit into the memory budget (at least one)."""
-        config = self.model.config
-        width = config.hidden_size
+        """How many replicas of a batch (fast form: of one text, since it cuts the batch) fit into the memory budget."""
+        texts = 1 if self.fast is not None else num_texts
+        return max(1, min(self.mc_samples, self._budget() // (texts * self._replica_bytes(num_tokens)) - 1))
+
+    def _replica_bytes(self, num_tokens: int) -> int:
+        """Activations of one replica of one text, roughly."""
+        config, width = self.model.config, self.model.config.hidden_size
         inner = getattr(config, "intermediate_size", None) or 4 * width
         one_row = self.fast is not None and self.layer >= self.encoder.depth - 1
         rows = 1 if one_row else num_tokens
-        floats = rows * (10 * width + 3 * inner + 3 * config.num_attention_heads * num_tokens)
-        itemsize = next(self.model.parameters()).element_size()
-        budget = self.memory_budget_bytes or free_memory_bytes(self.model.device)
-        return max(1, min(self.mc_samples, budget // (num_texts * floats * itemsize)))
+        return rows * (10 * width + 3 * inner + 3 * config.num_attention_heads * num_tokens) * self.model.dtype.itemsize
+
+    def _budget(self) -> int:
+        return self.memory_budget_bytes or free_memory_bytes(self.model.device)
 
     # Set-up: run once, at construction.
 
@@ -351,10 +374,11 @@ def free_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not every system knows the name
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
         return CPU_BUDGET_BYTES
-    return min(free // 4, CPU_BUDGET_BYTES)
+    available = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 4 * CPU_BUDGET_BYTES)
+    return min(available // 4, CPU_BUDGET_BYTES)
 
 
 def _threshold(p: float) -> int:
