@@ -43,6 +43,16 @@ RUN_MARKERS = (
 )
 RUN_MARKERS += (PARTIAL, READY)
 MOST_CARD_LABELS = 300
+MUKA = "Knowledge amalgamation by teacher uncertainty (MUKA, arXiv 2112.07327; MUKI, arXiv 2210.05230)"
+METHOD_TEXTS = {
+    "muka-soft": f"{MUKA}: all teachers' predictions, weighted by how certain each one is.",
+    "muka-hard": f"{MUKA}: the prediction of the most certain teacher.",
+    "vkd": "Distillation of the softmax over all teachers' concatenated logits.",
+    "uhc": "Each teacher's prediction against the student's, restricted to that teacher's classes.",
+    "supervised": "Training on the true labels; the teachers only name the classes.",
+    "oracle": "Distillation of the teacher that knows the true label of each text.",
+}
+LABELLED_METHODS = ("supervised", "oracle")
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -50,8 +60,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 class Card:
     """What the model card tells besides the labels. Texts from outside may hold anything: the card escapes them.
 
-    teachers: dicts with name, and where known architecture, labels (union names), fingerprint. options, data, metrics:
-    shown as tables in their order.
+    teachers: dicts with name, and where known labels (union names) and fingerprint. options (of them "method" gets a
+    sentence), data, metrics: shown as tables in their order.
     """
 
     title: str
@@ -265,7 +275,9 @@ def sync_folder_entry(folder: Path) -> None:
 
 
 def markdown_text(value: Any) -> str:
-    """Any value as literal text on one line of Markdown, also inside a table cell; HTML is inert."""
+    """Any value as literal text on one line of Markdown, also inside a table cell; HTML is inert, None is a dash."""
+    if value is None:
+        return "–"
     text = " ".join(str(value).split())
     text = "".join(char if char.isprintable() else "\ufffd" for char in text)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -305,6 +317,8 @@ def render_card(card: Card, labels: Sequence[str], folder: str) -> str:
         folder=folder,
         version=__version__,
         front_matter=front_matter(card),
+        method=METHOD_TEXTS.get(str(card.options.get("method")), "Merging of classifiers."),
+        unlabelled=card.options.get("method") not in LABELLED_METHODS,
     )
 
 

@@ -20,7 +20,7 @@ CARD = export.Card(
     title="merged",
     base_model="org/encoder",
     teachers=[
-        {"name": "news", "architecture": "bert", "labels": ["a", "b"], "fingerprint": "0123456789abcdef0123"},
+        {"name": "news", "labels": ["a", "b"], "fingerprint": "0123456789abcdef0123"},
         {"name": "bank", "labels": ["b", "c"]},
     ],
     options={"method": "muka-soft", "mc_samples": 16},
@@ -285,8 +285,9 @@ def test_card_tells_teachers_method_data_and_figures():
     assert head["library_name"] == "transformers"
     assert head["pipeline_tag"] == "text-classification"
     assert head["base_model"] == "org/encoder"
-    assert "| news | bert | 2 | `0123456789abcdef` |" in text
-    assert "| bank |  | 2 | `` |" in text
+    assert "| news | 2 | `0123456789abcdef` |" in text
+    assert "| bank | 2 | `` |" in text
+    assert "weighted by how certain" in text and "without labels" in text
     assert "| b | news, bank |" in text
     assert "| mc\\_samples | 16 |" in text
     assert "| accuracy | 0.8765 |" in text
@@ -299,6 +300,19 @@ def test_card_without_anything_but_a_title():
     text = export.render_card(export.Card("x"), ["a"], "x")
     assert "1 class," in text
     assert "no labelled texts" in text
+
+
+def test_card_of_a_run_with_labels():
+    text = export.render_card(export.Card("x", options={"method": "oracle", "limit": None}), ["a"], "x")
+    assert "without labels" not in text
+    assert "knows the true label" in text
+    assert "| limit | – |" in text
+
+
+def test_every_method_has_its_sentence():
+    from muka_fast.config import METHODS
+
+    assert set(export.METHOD_TEXTS) == set(METHODS)
 
 
 def test_many_labels_are_cut():
@@ -316,7 +330,7 @@ def test_strange_names_cannot_break_out_of_the_card(names, other):
     card = export.Card(
         title=other,
         base_model=other,
-        teachers=[{"name": name, "labels": names, "architecture": other} for name in names],
+        teachers=[{"name": name, "labels": names} for name in names],
         options={other: other},
         data={other: other},
         metrics={other: 1.0},
@@ -324,7 +338,7 @@ def test_strange_names_cannot_break_out_of_the_card(names, other):
     plain = export.Card(
         title="x",
         base_model="x" if other else other,
-        teachers=[{"name": "x", "labels": names, "architecture": "x"} for _ in names],
+        teachers=[{"name": "x", "labels": names} for _ in names],
         options={"x": "x"},
         data={"x": "x"},
         metrics={"x": 1.0},
