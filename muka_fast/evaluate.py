@@ -113,8 +113,8 @@ def metrics(
 ) -> dict[str, Any]:
     """Figures of n predictions: logits [n, C], labels int [n] in [0, C), names of the C classes.
 
-    accuracy, macro_f1 (mean over the classes that occur in `labels`), nll (nats), ece, num_texts; per_class: name ->
-    precision, recall, f1, support; per_teacher_block (where `teachers` with name and labels are given): name ->
+    accuracy, macro_f1 (mean over the classes that occur in `labels`), nll (nats), ece, calibration (its bins), num_texts;
+    per_class: name -> precision, recall, f1, support; per_teacher_block (where `teachers` with name and labels are given): name ->
     num_classes, support, accuracy, in_block (share predicted as any class of the teacher), within_block (accuracy when
     only the teacher's classes may be predicted), over the texts whose label the teacher owns; None without such texts.
     """
@@ -139,6 +139,7 @@ def metrics(
         "macro_f1": float(f1_score(labels, predicted, labels=np.unique(labels), average="macro", zero_division=0)),
         "nll": float(-log_probs[np.arange(len(labels)), labels].mean()),
         "ece": expected_calibration_error(np.exp(log_probs.max(-1)), predicted == labels),
+        "calibration": calibration_bins(np.exp(log_probs.max(-1)), predicted == labels),
         "per_class": {
             name: {
                 column: int(values[c]) if column == "support" else float(values[c])
@@ -160,9 +161,23 @@ def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, num_
     confidence [n] in [0, 1]: probability of the predicted class; correct bool [n]. Bin j holds (j / bins, (j + 1) / bins],
     the first one also 0.
     """
-    bins = np.clip(np.ceil(confidence * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
+    bins = _bins(confidence, num_bins)
     gap = np.bincount(bins, weights=confidence - correct, minlength=num_bins)
     return float(np.abs(gap).sum() / len(confidence))
+
+
+def _bins(confidence: np.ndarray, num_bins: int) -> np.ndarray:
+    return np.clip(np.ceil(confidence * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
+
+
+def calibration_bins(confidence: np.ndarray, correct: np.ndarray, num_bins: int = ECE_BINS) -> list[dict[str, float]]:
+    """The bins of `expected_calibration_error` that hold texts: count, mean confidence, accuracy; lowest first."""
+    bins = _bins(confidence, num_bins)
+    parts = [bins == index for index in np.unique(bins)]
+    return [
+        {"count": int(part.sum()), "confidence": float(confidence[part].mean()), "accuracy": float(correct[part].mean())}
+        for part in parts
+    ]
 
 
 def _block(

@@ -1,0 +1,123 @@
+"""The report page: everything a run wrote down is on it, and nothing in it is live."""
+
+import copy
+import html
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from muka_fast import report
+from muka_fast.errors import UserError
+
+NASTY = '<script>alert("x")</script> & $\\frac{1}{0}$ "quotes" </svg></td>'
+
+
+@pytest.fixture
+def record() -> dict:
+    """run.json of a finished run, every text of which is hostile."""
+    example = {"example_id": 7, "text": NASTY, "teacher": NASTY, "margin": 0.25, "says": NASTY, "probability": 0.5, "label": NASTY}
+    block = {"num_classes": 1, "support": 2, "accuracy": 0.5, "in_block": 1.0, "within_block": None}
+    per_class = {NASTY: {"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "support": 12}}
+    bins = [{"count": 3, "confidence": 0.3, "accuracy": 0.2}, {"count": 9, "confidence": 0.9, "accuracy": 0.8}]
+    figures = {"accuracy": 0.7312, "macro_f1": 0.7, "nll": 0.9, "ece": 0.05, "num_texts": 12, "calibration": bins}
+    figures |= {"per_class": per_class, "per_teacher_block": {NASTY: block}}
+    return {
+        "state": "complete",
+        "config": {"method": "muka-soft", "margin": True, "texts": NASTY, "label_map": None},
+        "labels": [NASTY],
+        "overlaps": [NASTY],
+        "teachers": [{"name": NASTY, "fingerprint": "f", "labels": [NASTY]}],
+        "data": {"source": NASTY, "texts": 1200, "blank": 0, "fingerprint": "f"},
+        "layout": {"processes": 2},
+        "versions": {"torch": NASTY},
+        "seconds": {"train": 12.5},
+        "metrics": {"student": figures, "selection_accuracy": 0.9, "target_accuracy": 0.8},
+        "supervision": {
+            "source": "muka-soft",
+            "shares": {NASTY: 1.0},
+            "margin_histogram": [0, 3, 9],
+            "margin_mean": 0.5,
+            "lowest_margin": [example],
+            "highest_margin": [example],
+        },
+    }
+
+
+def metrics(steps: int) -> list[dict]:
+    return [{"step": step, "epoch": step / 10, "loss": 1 / step, "lr": 1e-3} for step in range(1, steps + 1)]
+
+
+class Tags(HTMLParser):
+    """Collects tags and attributes, and checks that every element is closed in its order."""
+
+    VOID = ("meta", "br", "path", "use", "rect", "circle", "line")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen, self.attributes = [], set(), []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.add(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.add(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("steps", [1, 5, 300])
+def test_every_text_is_escaped_and_the_page_is_self_contained(record, steps):
+    page = report.render(record, metrics(steps), NASTY)
+    parser = Tags()
+    parser.feed(page)
+    assert not parser.open and not parser.seen & {"script", "img", "link", "iframe", "object", "embed"}
+    assert not [name for name, _ in parser.attributes if name.startswith("on")]
+    links = [value for name, value in parser.attributes if name in ("href", "src", "xlink:href", "srcset", "action")]
+    assert all(value.startswith("#") for value in links)  # markers inside of a chart
+    assert not re.search(r"url\((?!#)|@import", page)
+    assert NASTY not in page and html.escape(NASTY) in page.replace("&#34;", "&quot;")
+    assert page.count("alert(") >= 10  # titles, tables and examples show it, as text
+
+
+def test_figures_charts_and_tables_are_there(record):
+    page = report.render(record, metrics(50), "my run")
+    assert page.count("<svg") == 3 and "73.1 %" in page and "33.3 %" in page and "0.250" in page
+    titles = ("Training loss", "Calibration", "Least clear texts", "Clearest texts", "Classes", "Configuration", "Seconds per stage")
+    assert all(title in page for title in titles)
+    assert "label_map" not in page  # options that are not set do not fill the table
+
+
+def test_a_run_that_is_under_way_has_a_page(record):
+    for key in ("metrics", "supervision", "seconds"):
+        del record[key]
+    page = report.render(record | {"state": "training"}, metrics(3), "my run")
+    assert "not finished: 3 steps are done" in page and page.count("<svg") == 1
+    assert "not finished" in report.render(record | {"state": "training"}, [], "my run")
+
+
+def test_written_beside_the_run_and_damaged_files_are_told(record, tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        report.write_report(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"holds no run\.json"):
+        report.write_report(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5, "epoch": 0.1}\n{"step": 2, "lo')  # cut off by a kill
+    assert "step 1" in report.write_report(tmp_path).read_text()
+    for key in ("teachers", "config", "data"):
+        damaged = copy.deepcopy(record)
+        damaged[key] = None
+        (tmp_path / "run.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="damaged or of another version"):
+            report.write_report(tmp_path)
+    (tmp_path / "run.json").write_text("[1")
+    with pytest.raises(UserError, match="cannot be read"):
+        report.write_report(tmp_path)
+    assert not list(tmp_path.glob("*.partial"))
