@@ -75,6 +75,7 @@ def test_source_archive_is_complete(sdist):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # compiles everything, on one core
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert [name for name in names if name.startswith("muka_fast/_C.") and name.endswith(".so")]
@@ -88,6 +89,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("where", ["elsewhere", "checkout"])
 def test_wheel_works(wheel, tmp_path, where):
     """From a folder outside the checkout, and from its root, where the in-tree package must not hide the compiled extension."""

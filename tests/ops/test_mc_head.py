@@ -208,8 +208,13 @@ def test_counts_of_bytes_and_operations():
 
 
 def test_triton_in_the_interpreter(interpreter):
-    keyword = "baseline and (33-130 or 5-63 or 3-64-1000 or 18-65 or 2-70 or 4-32) or 16_bit or mixed or no_texts or it_is_the_ops"
-    interpreter(__file__, f"{keyword} or baseline and (extreme and 40 or nonsense and 130)")
+    interpreter(__file__, "odd_shapes and (5-63 or 4-32 or 18-65) or mixed or no_texts or implementation")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_triton_in_the_interpreter_with_all_inputs(interpreter):
+    interpreter(__file__, "odd_shapes and not 768 or 16_bit or it_is_the_ops or extreme or nonsense or strides or refused")
 
 
 def test_the_implementation_under_test():

@@ -164,5 +164,10 @@ def test_counts_of_bytes_and_operations():
 
 
 def test_triton_in_the_interpreter(interpreter):
-    shapes = "bits_table and baseline and (63 or 130)"
-    interpreter(__file__, f"{shapes} or other_dtypes or in_parts or neighbours or nothing or gradient_of")
+    interpreter(__file__, "bits_table and 63 or nothing or gradient_of")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_triton_in_the_interpreter_with_all_inputs(interpreter):
+    interpreter(__file__, "bits_table or other_dtypes or in_parts or neighbours or strided or refused")
