@@ -1,0 +1,212 @@
+"""The ops under test: shapes, our call, the eager forms it is compared with, the exact result, and what the op must move.
+
+Letters: K samples · B texts · N teachers · C classes of each (of the one teacher for mc_head) · D features · S = N * C.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from muka_fast.ops import distill_loss, mc_head, mc_statistics, reference, repeat_dropout
+
+K, P, SEED, SITE = 16, 0.1, 0x9E3779B97F4A7C15, 3
+
+
+class Problem(NamedTuple):
+    """One op at one shape. ours and eager return results only as a side effect of being timed; `check` compares values."""
+
+    ours: Callable[[], object]
+    eager: dict[str, Callable[[], object]]  # "eager": the best batched form; others: further forms worth a line
+    check: Callable[[], str]  # "" or what is wrong
+    bytes_moved: int
+    flops: int
+    counted: tuple[str, int]  # what else the op is made of: ("exponentials", how many)
+
+
+class Case(NamedTuple):
+    op: str
+    shape: tuple[int, ...]
+    letters: str
+    build: Callable[..., Problem]  # (shape, dtype, device) -> Problem
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    compiled: bool = False  # compared with torch.compile by default (compiling takes half a minute on a small machine)
+    toy: bool = False
+
+    @property
+    def label(self) -> str:
+        return " ".join(f"{letter}{size}" for letter, size in zip(self.letters, self.shape, strict=True))
+
+
+def errors(ours: tuple, eager: tuple, exact: tuple, scales: tuple[float, ...]) -> str:
+    """The tests' tolerance: at most twice the error of eager float32, plus a few roundings of the result's magnitude."""
+    for place, (a, b, c, scale) in enumerate(zip(ours, eager, exact, scales, strict=True)):
+        if not a.is_floating_point():
+            continue  # a selection may differ where two teachers tie
+        error, theirs = ((t.double() - c).abs().max().item() for t in (a, b))
+        limit = 2 * theirs + 4e-7 * max(scale, c.abs().max().item())
+        if not error <= limit:
+            return f"output {place}: error {error:.1e}, limit {limit:.1e}"
+    return ""
+
+
+def loop_statistics(logits: Tensor, offsets: list[int]) -> tuple[Tensor, ...]:
+    """How one would write it: one teacher after the other."""
+    means, variances, predictive, expected, normalized = [], [], [], [], []
+    for start, stop in pairwise(offsets):
+        probs = torch.softmax(logits[:, :, start:stop].float(), -1)
+        mean = probs.mean(0)
+        means.append(mean)
+        variances.append(probs.var(0, correction=0))
+        predictive.append(-torch.xlogy(mean, mean).sum(-1))
+        expected.append(-torch.xlogy(probs, probs).sum(-1).mean(0))
+        normalized.append(predictive[-1] / torch.tensor(float(stop - start)).log())
+    H, E, u = torch.stack(predictive, -1), torch.stack(expected, -1), torch.stack(normalized, -1)
+    top = (1 - u).topk(min(2, u.shape[1]), -1).values
+    return torch.cat(means, -1), torch.cat(variances, -1), H, E, (H - E).clamp_min(0), u, u.argmin(-1), top[:, 0] - top[:, -1]
+
+
+def batched_statistics(logits: Tensor, teachers: int) -> tuple[Tensor, ...]:
+    """The best eager form, for teachers of equal size: one view, as few and as cheap passes as PyTorch allows."""
+    samples, texts, width = logits.shape
+    log_probs = torch.log_softmax(logits.float().view(samples, texts, teachers, -1), -1)
+    probs = log_probs.exp()
+    mean = probs.mean(0)
+    variance = (probs * probs).mean(0).sub_(mean * mean)
+    H, E = torch.special.entr(mean).sum(-1), -probs.mul_(log_probs).sum(-1).mean(0)
+    u = H / torch.tensor(float(width // teachers)).log()
+    top, index = u.topk(min(2, teachers), -1, largest=False)
+    return mean.view(texts, width), variance.view(texts, width), H, E, (H - E).clamp_min_(0), u, index[:, 0], top[:, -1] - top[:, 0]
+
+
+def statistics_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Problem:
+    samples, texts, teachers, classes = shape
+    width, offsets = teachers * classes, list(range(0, teachers * classes + 1, classes))
+    logits = (torch.randn(samples, texts, width, device=device) * 3).to(dtype)
+
+    def check() -> str:
+        few = logits[:, :64]
+        exact, eager = (reference.mc_statistics_ref(few.to(t), offsets) for t in (torch.float64, torch.float32))
+        return errors(mc_statistics.mc_statistics(few, offsets), eager, exact, (1, 1, 1, 1, 10, 1, 1, 1))
+
+    return Problem(
+        lambda: mc_statistics.mc_statistics(logits, offsets),
+        {"eager": lambda: batched_statistics(logits, teachers), "eager loop": lambda: loop_statistics(logits, offsets)},
+        check,
+        mc_statistics.bytes_moved(samples, texts, teachers, width, logits.element_size()),
+        0,
+        ("exponentials", mc_statistics.operations(samples, texts, teachers, width)),
+    )
+
+
+def eager_loss(student: Tensor, probs: Tensor, scores: Tensor, owner: Tensor, mapping: Tensor) -> Tensor:
+    weighted = torch.softmax(scores / 0.2, -1)[:, owner] * probs
+    q = torch.zeros(student.shape, device=student.device).index_add_(1, mapping, weighted)
+    top = scores.topk(2, -1).values
+    return F.kl_div(torch.log_softmax(student.float(), -1), q, reduction="none").sum(-1) * (top[:, 0] - top[:, 1] + 1e-6)
+
+
+def loss_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Problem:
+    """Forward and backward."""
+    texts, teachers, classes = shape
+    width, offsets = teachers * classes, list(range(0, teachers * classes + 1, classes))
+    student = torch.randn(texts, width, device=device).to(dtype).requires_grad_()
+    probs = torch.softmax(torch.randn(texts, teachers, classes, device=device), -1).view(texts, width)
+    scores, mapping = torch.rand(texts, teachers, device=device), torch.arange(width, device=device)
+    owner = mapping // classes
+    options = {"soft": True, "tau": 0.2, "temperature": 1.0, "margin": True}
+
+    def backward(loss: Tensor) -> None:
+        student.grad = None
+        loss.mean().backward()
+
+    def check() -> str:
+        results = []
+        ours, definition = (distill_loss.distill_loss, dtype), reference.distill_loss_ref
+        for function, to in (ours, (definition, torch.float32), (definition, torch.float64)):
+            leaf, rest = student.detach().to(to).requires_grad_(), torch.promote_types(to, torch.float32)
+            loss = function(leaf, probs.to(rest), scores.to(rest), offsets, mapping, **options)
+            results.append((loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]))
+        return errors(*results, scales=(10, 1 + torch.finfo(dtype).eps / 4e-7))
+
+    return Problem(
+        lambda: backward(distill_loss.distill_loss(student, probs, scores, offsets, mapping, **options)),
+        {"eager": lambda: backward(eager_loss(student, probs, scores, owner, mapping))},
+        check,
+        # Forward as the op's file says; backward: the kept gradient in, the student's out.
+        distill_loss.bytes_moved(texts, teachers, width, width, student.element_size()) + 8 * texts * width,
+        0,
+        ("exponentials", distill_loss.operations(texts, teachers, width)),
+    )
+
+
+def head_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Problem:
+    samples, texts, width, classes = shape
+    x, w = torch.randn(texts, width, device=device).to(dtype), torch.randn(classes, width, device=device).to(dtype) / width**0.5
+    bias, ids = torch.randn(classes, device=device).to(dtype), torch.arange(texts, device=device)
+
+    def eager() -> tuple[Tensor, ...]:
+        masked = F.dropout(x.expand(samples, texts, width), P)
+        return *batched_statistics(F.linear(masked, w, bias), 1)[:6], F.linear(x, w, bias)
+
+    def check() -> str:
+        few, few_ids = x[:24], ids[:24]
+        mask = (samples, P, SEED, SITE, few_ids)
+        exact, in_float = (reference.mc_head_ref(few.to(t), w.to(t), bias.to(t), *mask) for t in (torch.float64, torch.float32))
+        ours = mc_head.mc_head(few, w, bias, *mask)
+        # 16-bit products are accumulated in float32, yet enter in 16 bits.
+        scale = 10 * max(1.0, torch.finfo(dtype).eps / 1e-5)
+        return errors(tuple(ours), in_float, exact, (scale,) * 7)
+
+    work = mc_head.operations(samples, texts, width, classes)
+    return Problem(
+        lambda: mc_head.mc_head(x, w, bias, samples, P, SEED, SITE, ids),
+        {"eager": eager},
+        check,
+        mc_head.bytes_moved(texts, width, classes, x.element_size()),
+        work["dense_flops"],
+        ("random lanes", work["philox_lanes"]),
+    )
+
+
+def dropout_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Problem:
+    samples, rows, width = shape
+    x = torch.randn(rows, width, device=device).to(dtype)
+    ids, offsets = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def check() -> str:
+        few = (x[:8], samples, P, SEED, SITE, ids[:8], offsets[:8])
+        same = torch.equal(repeat_dropout.repeat_dropout(*few), reference.repeat_dropout_ref(*few))
+        return "" if same else "masks or values differ from the contract"
+
+    return Problem(
+        lambda: repeat_dropout.repeat_dropout(x, samples, P, SEED, SITE, ids, offsets),
+        {"eager": lambda: F.dropout(x.expand(samples, rows, width), P)},
+        check,
+        repeat_dropout.bytes_moved(samples, rows, width, x.element_size()),
+        0,
+        ("random lanes", samples * rows * width),
+    )
+
+
+CASES = [
+    Case("mc_statistics", (K, 32, 2, 2), "KBNC", statistics_problem, toy=True),
+    Case("mc_statistics", (K, 256, 4, 77), "KBNC", statistics_problem, compiled=True),
+    Case("mc_statistics", (K, 1024, 8, 150), "KBNC", statistics_problem),
+    Case("mc_statistics", (K, 32, 2, 10_000), "KBNC", statistics_problem),
+    Case("mc_statistics", (K, 8192, 8, 150), "KBNC", statistics_problem, devices=("cuda",)),
+    Case("mc_head", (K, 32, 384, 2), "KBDC", head_problem, toy=True),
+    Case("mc_head", (K, 256, 768, 77), "KBDC", head_problem, compiled=True),
+    Case("mc_head", (K, 1024, 768, 16), "KBDC", head_problem),
+    Case("repeat_dropout", (K, 32, 384), "KBD", dropout_problem, toy=True),
+    Case("repeat_dropout", (K, 4096, 384), "KBD", dropout_problem),
+    Case("repeat_dropout", (K, 65_536, 768), "KBD", dropout_problem, devices=("cuda",)),
+    Case("distill_loss", (32, 2, 2), "BNC", loss_problem, toy=True),
+    Case("distill_loss", (256, 4, 77), "BNC", loss_problem, compiled=True),
+    Case("distill_loss", (1024, 8, 150), "BNC", loss_problem),
+    Case("distill_loss", (64, 2, 10_000), "BNC", loss_problem),
+    Case("distill_loss", (16_384, 8, 150), "BNC", loss_problem, devices=("cuda",)),
+]

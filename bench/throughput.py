@@ -1,0 +1,229 @@
+"""Microbenchmarks of the ops: correct first, then milliseconds, ratios against eager PyTorch and torch.compile, shares of the limit.
+
+    python bench/throughput.py [--op mc_statistics,distill_loss] [--device cpu|cuda] [--dtype float32|float16|bfloat16]
+                               [--compare eager,compile,ours] [--threads 1] [--base REF] [--json F] [--plot F] [--toy]
+
+Every round calls each implementation once, in turn; medians, 20th and 80th percentiles are over rounds. The limit is the larger of
+bytes / measured copy bandwidth and products / measured matrix-product rate. Results go to bench/results/ unless --json is given.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from ceilings import copy_bytes_per_s, gemm_flops_per_s
+from environment import environment, environment_lines, keep
+from registry import CASES, Case, Problem
+from timing import interleaved, ratio, seconds_per_call, spread
+
+from muka_fast.ops import mc_statistics, table
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = ["op", "shape", "implementation", "ms", "p20", "p80", "x eager", "x loop", "x compile", "GB/s", "of limit", "work"]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", default=",".join(dict.fromkeys(case.op for case in CASES)), help="comma-separated")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    parser.add_argument(
+        "--compare", help="of eager, compile, ours; default: all, with compile at one shape of each op (it takes long)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the ratios; ours is also timed with all of them")
+    parser.add_argument("--seconds", type=float, default=4.0, help="time for each op and shape")
+    parser.add_argument("--base", metavar="REF", help="a commit to compare with, built in a worktree of its own")
+    parser.add_argument("--json", help="write the list of results to this file instead of bench/results")
+    parser.add_argument("--plot", metavar="F", help="bar chart of the ratios, .png or .svg")
+    parser.add_argument("--toy", action="store_true", help="the smallest shapes, briefly: proves the script, not the machine")
+    args = parser.parse_args()
+    unknown = set(args.op.split(",")) - {case.op for case in CASES}
+    unknown |= set((args.compare or "").split(",")) - {"eager", "compile", "ours", ""}
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    return args
+
+
+def implementations(problem: Problem, case: Case, compare: str | None) -> dict:
+    """What to time. Compiled: the best eager form, with its warm-up done here."""
+    wanted = set(compare.split(",")) if compare else {"eager", "ours"} | ({"compile"} if case.compiled else set())
+    runs = {"ours": problem.ours} if "ours" in wanted else {}
+    if "eager" in wanted:
+        runs |= problem.eager
+    if "compile" in wanted:
+        compiled = torch.compile(problem.eager["eager"])
+        for _ in range(2):
+            compiled()
+        runs["compile"] = compiled
+    return runs
+
+
+def run_case(case: Case, args: argparse.Namespace, rates: dict[str, float], cores: int) -> list[dict]:
+    """The rows of one op at one shape; timings only of what is correct."""
+    problem = case.build(case.shape, getattr(torch, args.dtype), args.device)
+    wrong = problem.check()
+    base = {"op": case.op, "shape": case.label, "device": args.device, "dtype": args.dtype}
+    if wrong:
+        print(f"{case.op} {case.label}: WRONG, not timed: {wrong}", flush=True)
+        nothing = dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "ratio_vs_eager", "share_of_limit"))
+        return [base | {"impl": "ours"} | nothing | {"correct": False}]
+    runs = implementations(problem, case, None if args.toy else args.compare)
+    budget = 0.2 if args.toy else args.seconds
+    seconds = interleaved(runs, args.device, budget)
+    if "ours" in runs and args.device == "cpu" and cores > args.threads:
+        # Not in turn with the others: a change of the number of threads makes PyTorch's next call milliseconds slower.
+        torch.set_num_threads(cores)
+        seconds |= {f"ours, {cores} threads": interleaved({"ours": problem.ours}, args.device, budget / 4)["ours"]}
+        torch.set_num_threads(args.threads)
+    limit = max(problem.bytes_moved / rates["copy_bytes_per_s"], problem.flops / rates["gemm_flops_per_s"])
+    rows = []
+    for name, values in seconds.items():
+        median, p20, p80 = spread(values)
+        row = base | {"impl": name, "median_ms": 1e3 * median, "p20_ms": 1e3 * p20, "p80_ms": 1e3 * p80}
+        row["ratio_vs_eager"] = ratio(seconds["eager"], values) if "eager" in seconds else None
+        row |= {"share_of_limit": limit / median, "correct": True}
+        keys = {"x loop": "eager loop", "x compile": "compile"}
+        others = {column: ratio(seconds[key], values) for column, key in keys.items() if key in seconds}
+        what, count = problem.counted
+        extra = {"GB/s": problem.bytes_moved / median / 1e9, "work": f"{count / median / 1e9:.2f} G {what}/s"}
+        rows.append(row | {"_table": others | extra})
+    return rows
+
+
+def markdown(rows: list[dict], header: str) -> str:
+    """The table that is printed and kept."""
+    lines = [header, "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    for row in rows:
+        if not row["correct"]:
+            lines.append(f"| {row['op']} | {row['shape']} | ours | wrong result, not timed |" + " |" * (len(COLUMNS) - 4))
+            continue
+        more = row.get("_table", {})
+        number = lambda value, digits=2: "" if value is None else f"{value:.{digits}f}"
+        times = [f"{row[name]:.4g}" for name in ("median_ms", "p20_ms", "p80_ms")]
+        ratios = [number(row["ratio_vs_eager"]), number(more.get("x loop")), number(more.get("x compile"))]
+        share = f"{100 * row['share_of_limit']:.0f} %"
+        cells = [row["op"], row["shape"], row["impl"], *times, *ratios, number(more.get("GB/s")), share, more.get("work", "")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def call_overhead(device: str) -> str:
+    """One call of the smallest op through torch.library, beside the implementation and the bare kernel."""
+    logits, offsets = torch.randn(16, 32, 4, device=device), [0, 2, 4]
+    runs = {"through torch.library": lambda: mc_statistics.RAW(logits, offsets)}
+    if device == "cpu" and table._C is not None:
+        outputs = mc_statistics.empty_outputs(logits, 2)
+        pointers = [t.data_ptr() for t in outputs]
+        runs["direct call"] = lambda: mc_statistics.mc_statistics_cpu(logits, offsets)
+        runs["allocation of the eight outputs alone"] = lambda: mc_statistics.empty_outputs(logits, 2)
+        runs["bare kernel"] = lambda: table._C.mc_statistics(logits.data_ptr(), 0, 16, 32, 128, 4, offsets, *pointers, 1)
+    elif device == "cuda":
+        runs["direct call"] = lambda: mc_statistics.mc_statistics_triton(logits, offsets)
+    # Host time on either device: the launch is what a small call costs.
+    seconds = interleaved(runs, "cpu", 0.5)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    figures = ", ".join(f"{name} {1e6 * spread(values).median:.1f} us" for name, values in seconds.items())
+    return f"One call of mc_statistics at K16 B32 N2 C2: {figures}."
+
+
+def measure_rates(device: str, toy: bool, dtype: torch.dtype) -> dict[str, float]:
+    """The limits, in this run and with this number of threads; the rate of torch.exp in cache for scale."""
+    values, out = torch.randn(1 << 12, device=device), torch.empty(1 << 12, device=device)
+    each = min(seconds_per_call(lambda: torch.exp(values, out=out), device, 200) for _ in range(20))
+    return {
+        "copy_bytes_per_s": copy_bytes_per_s(device, toy),
+        "gemm_flops_per_s": gemm_flops_per_s(device, toy, dtype),
+        "exp_per_s": values.numel() / each,
+    }
+
+
+def other_commit(reference: str, args: argparse.Namespace) -> list[dict]:
+    """The rows of `ours` with the package of another commit, built in a worktree that is removed again."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        subprocess.run(["git", "-C", ROOT, "worktree", "add", "--detach", tree, reference], check=True, capture_output=True)
+        try:
+            subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, check=True, capture_output=True)
+            file = Path(folder) / "rows.json"
+            command = [sys.executable, Path(__file__), "--compare", "ours", "--json", file, "--op", args.op]
+            command += ["--device", args.device, "--dtype", args.dtype, "--threads", str(args.threads)]
+            command += ["--seconds", str(args.seconds)] + (["--toy"] if args.toy else [])
+            env = os.environ | {"PYTHONPATH": str(tree)}
+            subprocess.run(list(map(str, command)), cwd=tree, env=env, check=True, stdout=subprocess.DEVNULL)
+            return json.loads(file.read_text())
+        finally:
+            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", tree], check=False, capture_output=True)
+
+
+def against_base(rows: list[dict], base: list[dict], reference: str) -> str:
+    """One line per op and shape: how many times as fast as the other commit (separate processes: trust no few percent)."""
+    before = {(row["op"], row["shape"], row["impl"]): row["median_ms"] for row in base}
+    lines = [f"\nAgainst {reference}:\n"]
+    for row in rows:
+        old = before.get((row["op"], row["shape"], row["impl"]))
+        if old and row["median_ms"] and row["impl"] == "ours":
+            ms = row["median_ms"]
+            lines.append(f"- {row['op']} {row['shape']}: {old / ms:.2f} times as fast ({old:.4g} -> {ms:.4g} ms)")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict], path: str) -> None:
+    """Ratios against the best eager form, one bar per op and shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    timed = [row for row in rows if row["ratio_vs_eager"] and row["impl"] not in ("eager",)]
+    names = [f"{row['op']} {row['shape']}\n{row['impl']}" for row in timed]
+    figure, axes = pyplot.subplots(figsize=(8, 0.5 + 0.42 * len(timed)), layout="constrained")
+    axes.barh(names, [row["ratio_vs_eager"] for row in timed])
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("times as fast as the best eager PyTorch form")
+    axes.tick_params(axis="y", labelsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> int:
+    args = parse_arguments()
+    begin, cores = time.perf_counter(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.manual_seed(0)
+    base = other_commit(args.base, args) if args.base else []
+    torch.set_num_threads(args.threads)
+    rates = measure_rates(args.device, args.toy, getattr(torch, args.dtype))
+    header = (
+        f"# Throughput of the ops on {args.device}, {args.dtype}\n\n"
+        f"Copy bandwidth {rates['copy_bytes_per_s'] / 1e9:.1f} GB/s, matrix products {rates['gemm_flops_per_s'] / 1e9:.1f} Gflop/s, "
+        f"torch.exp in cache {rates['exp_per_s'] / 1e9:.2f} G/s"
+        + (f" ({args.threads} thread{'s' if args.threads > 1 else ''})." if args.device == "cpu" else ".")
+    )
+    rows = []
+    for case in CASES:
+        if case.op in args.op.split(",") and args.device in case.devices and (case.toy or not args.toy):
+            new = run_case(case, args, rates, cores)
+            print(markdown(new, "").strip() if not rows else "\n".join(markdown(new, "").strip().splitlines()[2:]), flush=True)
+            rows += new
+    report = markdown(rows, header) + "\n" + call_overhead(args.device) + "\n"
+    report += against_base(rows, base, args.base) if base else ""
+    print(f"\n{header}\n" + report.split("\n\n", 3)[-1] + environment_lines(environment()) + f"\n{time.perf_counter() - begin:.0f} s")
+    if args.plot:
+        plot(rows, args.plot)
+    plain = [{name: value for name, value in row.items() if name != "_table"} for row in rows]
+    if args.json:
+        Path(args.json).write_text(json.dumps(plain, indent=1) + "\n")
+    else:
+        print("kept in", keep("throughput", {"rates": rates, "rows": plain}, report, args.device))
+    return 0 if all(row["correct"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Timing that survives a busy machine: implementations are called in turn, and ratios are medians over rounds, not of totals."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+
+class Spread(NamedTuple):
+    """Seconds of one call."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def spread(seconds: list[float]) -> Spread:
+    ordered = sorted(seconds)
+    last = len(ordered) - 1
+    return Spread(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)])
+
+
+def seconds_per_call(run: Callable[[], object], device: str, calls: int) -> float:
+    """Mean of `calls` calls in a row; device events on CUDA, so that only the device's time counts."""
+    if device == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            run()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3 / calls
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - begin) / calls
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], device: str, budget_s: float) -> dict[str, list[float]]:
+    """Seconds per call of every implementation in every round; a round times each of them once, one after the other.
+
+    Short calls are timed several at a time (1 ms together). As many rounds as fit the budget, 3 to 101.
+    """
+    calls = {}
+    for name, run in runs.items():
+        run()
+        calls[name] = max(1, min(1000, int(1e-3 / max(seconds_per_call(run, device, 1), 1e-7))))
+    begin, rounds = time.perf_counter(), 0
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    while rounds < 3 or (rounds < 101 and time.perf_counter() - begin < budget_s):
+        for name, run in runs.items():
+            seconds[name].append(seconds_per_call(run, device, calls[name]))
+        rounds += 1
+    return seconds
+
+
+def ratio(slow: list[float], fast: list[float]) -> float:
+    """Median over rounds of slow / fast: a disturbance that lasts longer than a round hits both. Of the medians, where the two
+    were not timed in the same rounds."""
+    if len(slow) != len(fast):
+        return statistics.median(slow) / statistics.median(fast)
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
