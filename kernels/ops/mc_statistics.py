@@ -107,8 +107,6 @@ SPECIALISATIONS: list[Specialisation] = []
 if triton is not None:
     import triton.language as tl
 
-    MAX_CLASSES = 16384  # of one teacher; the row of one sample and its two sums live in the registers of 512 threads
-
     @triton.jit
     def teacher_statistics(
         p_z,  # [K, C] of one text and teacher, rows z_stride apart
@@ -209,20 +207,20 @@ if triton is not None:
         tl.store(p_selected + i_b, b_selected)
         tl.store(p_margin + i_b, tl.where(b_nan == 0, tl.where(N == 1, 1.0, b_best - b_second), float("nan")))
 
-    def tile(classes: int, num_samples: int) -> tuple[int, int]:
-        """SAMPLES and BLOCK: up to 4096 elements at a time, so that enough loads are in flight; one row of more classes."""
-        block = max(16, triton.next_power_of_2(classes))
-        return max(1, min(16, triton.next_power_of_2(num_samples), 4096 // block)), block
+    # Classes of one block -> samples at a time and warps: enough loads in flight, no spills. Few sizes, all compiled by the tests.
+    TILES = {16: (16, 1), 64: (16, 4), 256: (16, 4), 512: (8, 4), 1024: (4, 8), 2048: (2, 8), 4096: (1, 8)}
+    TILES |= {8192: (1, 16), 16384: (1, 16)}
+    SMALL_BLOCKS = (16, 512)  # of the second block, for teachers that would leave most of a block of 1024 classes or more idle
 
-    def configuration(counts: list[int], num_samples: int) -> dict[str, int]:
-        """Block sizes and warps. A second, small block where most of a large one would idle for some teacher."""
-        samples, block = tile(max(counts), num_samples)
-        small = max((c for c in counts if 8 * c <= block), default=0)
-        warps = {16384: 16, 8192: 16, 4096: 8, 1024: 8}.get(block, 4 if samples * block > 1024 else 1)
-        if not small:
-            return {"SMALL_SAMPLES": samples, "SMALL": block, "LARGE_SAMPLES": 1, "LARGE": 0, "num_warps": warps}
-        small_samples, small_block = tile(small, num_samples)
-        return {"SMALL_SAMPLES": small_samples, "SMALL": small_block, "LARGE_SAMPLES": samples, "LARGE": block, "num_warps": warps}
+    def configuration(counts: list[int], num_samples: int) -> tuple[dict[str, int], int]:
+        """Constexprs and number of warps for these class counts."""
+        block = next(size for size in TILES if size >= max(counts))
+        samples, warps = TILES[block] if num_samples > 1 else (1, TILES[block][1])
+        idle = max((count for count in counts if 2 * count <= block), default=0)
+        small = next((size for size in SMALL_BLOCKS if size >= idle), None)
+        if not idle or block < 1024 or small is None or num_samples == 1:
+            return {"SMALL_SAMPLES": samples, "SMALL": block, "LARGE_SAMPLES": 1, "LARGE": 0}, warps
+        return {"SMALL_SAMPLES": TILES[small][0], "SMALL": small, "LARGE_SAMPLES": samples, "LARGE": block}, warps
 
     @lru_cache(maxsize=64)
     def on_device(offsets: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -235,38 +233,40 @@ if triton is not None:
         if logits.dtype not in DTYPE_CODES:
             return mc_statistics_ref(logits, offsets)
         counts = [stop - start for start, stop in pairwise(offsets)]
-        if max(counts) > MAX_CLASSES:
+        if max(counts) > max(TILES):
             return mc_statistics_ref(logits, offsets)
         logits = logits if logits.stride(2) == 1 else logits.contiguous()
         samples, texts, width = logits.shape
         out = empty_outputs(logits, len(counts))
         if texts == 0:
             return out
+        constexprs, warps = configuration(counts, samples)
         bounds, log_classes = on_device(tuple(offsets), logits.device)
         # Triton launches on the current device, which need not be that of the logits.
         with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
             mc_statistics_kernel[(texts,)](
                 logits, bounds, log_classes, *out, samples, len(counts), width, logits.stride(0), logits.stride(1),
-                **configuration(counts, samples),
+                **constexprs, num_warps=warps,
             )  # fmt: skip
         return out
 
     _FLOATS = ["p_log_classes", "p_mean", "p_var", "p_predictive", "p_expected", "p_mutual", "p_normalized", "p_margin"]
     _TYPES = {"p_offsets": "*i32", "p_selected": "*i64", "K": "i32", "N": "i32", "S": "i32", "z_sample": "i64", "z_text": "i64"}
     _TYPES |= dict.fromkeys(_FLOATS, "*fp32")
-    for _dtype in ("fp32", "fp16", "bf16"):
-        for _counts in ([2], [77], [150], [1000], [4000], [8192], [10_000], [2, 150], [2, 10_000], [150, 5000]):
-            _constexprs = configuration(_counts, 16)
-            SPECIALISATIONS.append(
-                Specialisation(
-                    f"mc_statistics {_dtype} C={_counts}",
-                    mc_statistics_kernel,
-                    {"p_z": f"*{_dtype}", **_TYPES},
-                    {name: value for name, value in _constexprs.items() if name != "num_warps"},
-                    num_warps=_constexprs["num_warps"],
-                    fast=_dtype == "fp32" and _counts in ([2], [150], [2, 10_000]),
-                )
-            )
+    _CASES = [([block], samples, "fp32") for samples in (16, 1) for block in TILES]
+    _CASES += [([small, block], 16, "fp32") for small in SMALL_BLOCKS for block in TILES if block >= 1024]
+    _CASES += [([block], 16, dtype) for dtype in ("fp16", "bf16") for block in (16, 256, 16384)]
+    SPECIALISATIONS = [
+        Specialisation(
+            f"mc_statistics {dtype} C={counts} K={samples}",
+            mc_statistics_kernel,
+            {"p_z": f"*{dtype}", **_TYPES},
+            configuration(counts, samples)[0],
+            num_warps=configuration(counts, samples)[1],
+            fast=dtype == "fp32" and samples == 16 and counts in ([16], [256], [16, 16384]),
+        )
+        for counts, samples, dtype in _CASES
+    ]
 
 RAW = table.register(
     "mc_statistics",
