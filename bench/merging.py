@@ -70,7 +70,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="students per method")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(METHODS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--learning_rate", type=float, default=1e-4, help="of the students")
+    parser.add_argument("--learning_rate", type=float, default=2e-4, help="of the students")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--teacher_epochs", type=int, default=3)
     parser.add_argument("--teacher_learning_rate", type=float, default=1e-4)
