@@ -126,7 +126,7 @@ class StochasticTeacher:
         self, trunk: Trunk, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor | np.ndarray
     ) -> TeacherScores:
         """The stochastic part on top of this teacher's trunk."""
-        example_ids = torch.as_tensor(np.asarray(example_ids), dtype=torch.int64).to(input_ids.device)
+        example_ids = torch.as_tensor(example_ids, dtype=torch.int64, device=input_ids.device)
         with torch.inference_mode():
             scores = self._finish(trunk, input_ids, attention_mask, example_ids)
         bad = torch.stack([torch.isnan(value).reshape(len(value), -1).any(1) for value in vars(scores).values()]).any(0)

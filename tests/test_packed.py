@@ -1,0 +1,40 @@
+"""Packing: every token once, in groups of one length, and parts that are packings of their own."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from muka_fast.packed import Packed
+
+
+def mask_of(lengths):
+    return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.booleans(), st.integers(1, 13))
+def test_packed(lengths, reads_last, max_texts):
+    mask = mask_of(lengths)
+    packed = Packed.of(mask, reads_last)
+    text, position = torch.meshgrid(torch.arange(len(lengths)), torch.arange(max(lengths)), indexing="ij")
+    tokens = packed.pack(torch.stack([text, position], -1), mask)
+    assert tokens[:, 0].tolist() == packed.order[packed.place_of_row].tolist()
+    assert tokens[:, 1].tolist() == packed.position_of_row.tolist()
+    assert len(tokens) == sum(lengths) and packed.longest == max(lengths)
+    assert packed.lengths.tolist() == sorted(lengths)
+    read = tokens[packed.read_rows]
+    assert packed.unsort(read, 0).tolist() == [[i, n - 1 if reads_last else 0] for i, n in enumerate(lengths)]
+    for part_of in (packed, *(part for _, _, part in packed.parts(max_texts))):
+        check_groups(part_of)
+    places, rows, parts = zip(*packed.parts(max_texts), strict=True)
+    assert torch.equal(torch.cat([packed.order[p] for p in places]), packed.order)
+    assert torch.equal(torch.cat([tokens[r] for r in rows]), tokens)
+    assert all(len(part.order) <= max_texts and part.reads_last == reads_last for part in parts)
+
+
+def check_groups(packed):
+    place = row = 0
+    for first_place, first_row, texts, length in packed.groups:
+        assert (first_place, first_row) == (place, row)
+        assert packed.lengths[place : place + texts].tolist() == [length] * texts
+        place, row = place + texts, row + texts * length
+    assert (place, row) == (len(packed.order), int(packed.lengths.sum()))
