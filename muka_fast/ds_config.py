@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from muka_fast.config import RunConfig
 from muka_fast.errors import UserError
 
@@ -109,6 +111,11 @@ def merge_shared(ds: dict[str, Any], config: RunConfig, name: str) -> RunConfig:
             raise UserError(f"{name} sets {'.'.join(path)} to {theirs}, but --{option} is {ours}: remove one of them")
         else:
             settled[option] = theirs
+    try:
+        type(config).model_validate(config.model_dump() | settled)  # the options' own ranges
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        raise UserError(f"{name}: {found['loc'][0]} {found['input']!r}: {found['msg']}") from error
     return config.model_copy(update=settled)
 
 

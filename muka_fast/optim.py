@@ -1,0 +1,39 @@
+"""What the student's optimizer does besides AdamW: which parameters decay, the learning-rate schedule, gradient clipping."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices, none on biases and norms (the custom of BERT fine-tuning)."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Under ZeRO-3 a parameter's own shape is that of its empty remainder.
+    matrices = [len(getattr(parameter, "ds_shape", parameter.shape)) > 1 for parameter in trained]
+    split = {decay: [p for p, matrix in zip(trained, matrices, strict=True) if matrix == decay] for decay in (True, False)}
+    groups = [{"params": split[True], "weight_decay": weight_decay}, {"params": split[False], "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def clip_gradients(groups: list[dict[str, Any]], max_norm: float) -> Tensor:
+    """Scale whole gradients to a joint norm of at most `max_norm` and return the norm before.
+
+    DeepSpeed clips stage 0 by another formula than stages 1 and 2; this is the latter's, in its order of summation, so that the stage
+    changes no bit of the result.
+    """
+    gradients = [[p.grad for p in group["params"] if p.grad is not None] for group in groups]
+    wide = lambda gradient: torch.linalg.vector_norm(gradient.double())
+    norms = [torch.stack([wide(g) for g in group]).pow(2).sum().float().sqrt() for group in gradients if group]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    scale = 1.0 / torch.clamp((norm + 1e-6) / max_norm, min=1.0)
+    for gradient in (g for group in gradients for g in group):
+        gradient.mul_(scale)
+    return norm
+
+
+def linear_schedule(step: int, total_steps: int, warmup_steps: int) -> float:
+    """Factor of the learning rate at step 0, 1, ..., total_steps - 1: rises over the warm-up, then falls linearly; never 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return (total_steps - step) / max(1, total_steps - warmup_steps)

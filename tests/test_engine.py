@@ -1,0 +1,208 @@
+"""The DeepSpeed configuration we fill and refuse, the schedule, the clipping, and an engine alone."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from muka_fast.config import RunConfig
+from muka_fast.ds_config import prepare_ds_config, read_ds_config
+from muka_fast.engine import Engine, init_distributed
+from muka_fast.errors import UserError
+from muka_fast.optim import clip_gradients, linear_schedule, parameter_groups
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ---- configuration ----
+
+
+def test_a_partial_configuration_is_filled_from_our_options():
+    config = RunConfig(batch_size=24, learning_rate=3e-5, weight_decay=0.02, max_grad_norm=0.5)
+    ds, same = prepare_ds_config({"optimizer": {"params": {"lr": "auto"}}, "train_batch_size": "auto"}, config, 2)
+    assert ds["train_batch_size"] == 24 and ds["train_micro_batch_size_per_gpu"] == 12 and ds["gradient_accumulation_steps"] == 1
+    params = {"lr": 3e-5, "weight_decay": 0.02, "betas": [0.9, 0.999], "eps": 1e-8}
+    assert ds["optimizer"] == {"type": "AdamW", "params": params}
+    assert ds["gradient_clipping"] == 0.5 and ds["zero_optimization"] == {"stage": 0}
+    assert same == config
+
+
+def test_its_values_win_over_our_defaults_and_are_recorded():
+    user = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3, "gradient_clipping": 2}
+    ds, config = prepare_ds_config(user, RunConfig(), 2)
+    assert ds["train_batch_size"] == config.batch_size == 24 and config.max_grad_norm == 2
+    assert prepare_ds_config(None, RunConfig(), 1)[0]["train_micro_batch_size_per_gpu"] == 16
+
+
+@given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 8))
+def test_batch_is_micro_batch_times_accumulation_times_processes(micro, accumulation, processes):
+    batch = micro * accumulation * processes
+    for given_part in ({"train_micro_batch_size_per_gpu": micro}, {"gradient_accumulation_steps": accumulation}):
+        ds, _ = prepare_ds_config(given_part, RunConfig(batch_size=batch), processes)
+        assert ds["train_micro_batch_size_per_gpu"] * ds["gradient_accumulation_steps"] * processes == batch
+
+
+@pytest.mark.parametrize(
+    ("ds", "options", "message"),
+    [
+        ({"train_batch_size": 32}, {"batch_size": 16}, "train_batch_size to 32, but --batch_size is 16"),
+        ({"gradient_clipping": 0.5}, {"max_grad_norm": 1.0}, r"gradient_clipping to 0\.5, but --max_grad_norm is 1\.0"),
+        ({"optimizer": {"params": {"lr": 1e-3}}}, {"learning_rate": 2e-5}, r"params\.lr to 0\.001, but --learning_rate is 2e-05"),
+        ({"scheduler": {"type": "WarmupLR"}}, {"warmup_ratio": 0.1}, "scheduler and --warmup_ratio"),
+        ({"train_micro_batch_size_per_gpu": 5}, {"batch_size": 16}, "--batch_size 16 is not a micro-batch of 5 x 3"),
+        ({"train_micro_batch_size_per_gpu": 0}, {}, "must be an integer >= 1"),
+        ({"optimizer": {"type": "Lamb"}}, {}, "'Lamb' is not supported, use one of AdamW, Adam"),
+        ({"optimizer": {"params": {"lr": "big"}}}, {}, "must be a number"),
+        ({"gradient_clipping": -1}, {}, "max_grad_norm"),
+        ({"zero_optimization": {"stage": 4}}, {}, "must be 0, 1, 2 or 3"),
+        ({"bf16": {"enabled": True}}, {}, "bf16 is enabled, but this run is on the CPU"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, {}, "both enabled"),
+    ],
+)
+def test_contradictions_name_both_sides(ds, options, message):
+    with pytest.raises(UserError, match=message) as caught:
+        prepare_ds_config(ds, RunConfig(**options), 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_half_precision_keeps_master_weights():
+    ds, _ = prepare_ds_config({"bf16": {"enabled": True}}, RunConfig(), 1, device="cuda")
+    assert ds["zero_optimization"]["stage"] == 1
+    with pytest.raises(UserError, match="master weights"):
+        prepare_ds_config({"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}, RunConfig(), 1, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "must hold a JSON object"),
+        ('{"zero_optimisation": {}}', r"unknown key 'zero_optimisation' \(nearest: zero_optimization\)"),
+        ('{"optimizer": 3}', "'optimizer' must be a JSON object"),
+        ("[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_bad_files_are_one_line(tmp_path, content, message):
+    path = tmp_path / "ds.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_ds_config(path)
+
+
+@pytest.mark.parametrize("path", [ROOT / "ds.json", *sorted((ROOT / "configs").glob("zero*.json"))], ids=lambda path: path.name)
+def test_shipped_configurations_fit_our_defaults(path):
+    ds, config = prepare_ds_config(path, RunConfig(batch_size=32, learning_rate=1e-4), 2)
+    assert ds["train_batch_size"] == 32 and config == RunConfig(batch_size=32, learning_rate=1e-4)
+    assert json.loads(path.read_text())["zero_optimization"]["stage"] == ds["zero_optimization"]["stage"]
+
+
+# ---- arithmetic ----
+
+
+@given(st.integers(1, 500), st.floats(0, 1))
+def test_the_schedule_rises_then_falls_and_never_stops(total, ratio):
+    warmup = round(ratio * total)
+    factors = [linear_schedule(step, total, warmup) for step in range(total)]
+    assert all(0 < factor <= 1 for factor in factors) and max(factors) == 1
+    peak = factors.index(1)
+    assert factors[: peak + 1] == sorted(factors[: peak + 1]) and factors[peak:] == sorted(factors[peak:], reverse=True)
+
+
+@given(st.floats(0.01, 10), st.integers(0, 5))
+def test_clipping_is_that_of_torch(max_norm, seed):
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,), (2, 2))]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    expected = [parameter.grad.clone() for parameter in parameters]
+    norm = math.sqrt(sum(float((gradient.double() ** 2).sum()) for gradient in expected))
+    found = clip_gradients([{"params": parameters[:1]}, {"params": parameters[1:]}], max_norm)
+    assert float(found) == pytest.approx(norm, rel=1e-6)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient * min(1.0, max_norm / (norm + 1e-6)), rtol=1e-5, atol=1e-7)
+
+
+def test_weight_decay_spares_biases_and_norms():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2, bias=False))
+    decayed, spared = parameter_groups(model, 0.1)
+    assert decayed["weight_decay"] == 0.1 and [p.ndim for p in decayed["params"]] == [2, 2]
+    assert spared["weight_decay"] == 0 and [p.ndim for p in spared["params"]] == [1, 1, 1]
+
+
+# ---- an engine alone ----
+
+
+class Tiny(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 2)
+        self.register_buffer("kept", torch.arange(2.0))
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def steps(engine: Engine, count: int) -> None:
+    for _ in range(count):
+        generator = torch.Generator().manual_seed(engine.completed_steps)
+        engine.backward(engine(x=torch.randn(4, 3, generator=generator)).square().mean())
+        engine.step()
+
+
+def make(ds: dict, total_steps: int = 10) -> Engine:
+    torch.manual_seed(0)
+    ds, config = prepare_ds_config(ds, RunConfig(batch_size=4, learning_rate=0.1), 1)
+    return Engine.create(Tiny(), config, ds, total_steps)
+
+
+@pytest.mark.parametrize(
+    "ds", [{}, {"zero_optimization": {"stage": 2}}, {"scheduler": {"type": "WarmupDecayLR"}}], ids=["0", "2", "scheduler"]
+)
+def test_a_checkpoint_continues_bit_for_bit(tmp_path, ds):
+    whole = make(ds)
+    steps(whole, 4)
+    state = whole.save_checkpoint(tmp_path)
+    steps(whole, 6)
+    resumed = make(ds)
+    resumed.load_checkpoint(tmp_path, json.loads(json.dumps(state)))
+    assert resumed.completed_steps == 4
+    steps(resumed, 6)
+    expected, found = whole.state_dict(), resumed.state_dict()
+    assert expected.keys() == found.keys() == {"linear.weight", "linear.bias", "kept"}
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert whole.last_lr == resumed.last_lr > 0
+
+
+def test_the_learning_rate_follows_the_schedule():
+    engine = make({})
+    rates = []
+    for _ in range(10):
+        steps(engine, 1)
+        rates.append(engine.last_lr)
+    assert rates == pytest.approx([0.1 * linear_schedule(step, 10, 1) for step in range(10)])
+    assert engine.grad_norm > 0
+
+
+def test_one_process_needs_no_launcher_and_no_compiler(tmp_path):
+    """In a fresh interpreter without a launcher's variables; a stale lock of a killed build must not hang it."""
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm"
+    lock.mkdir(parents=True)
+    (lock / "lock").touch()
+    hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
+    environment |= {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "OMP_NUM_THREADS": "1"}
+    code = "from muka_fast.engine import init_distributed; print(init_distributed())"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200, check=True)
+    assert done.stdout.split("\n")[-2] == "(0, 1)" and done.stderr == ""
+    assert sorted(path.name for path in (tmp_path / "extensions").rglob("*")) == ["deepspeed_shm_comm", "lock"]
+
+
+def test_joining_twice_is_joining_once():
+    assert init_distributed() == init_distributed() == (0, 1)
