@@ -112,10 +112,10 @@ def small_config(family: str, tokenizer: transformers.PreTrainedTokenizerFast) -
     ends = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
     ends |= {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id}
     return transformers.ModernBertConfig(
-        hidden_size=96,
+        hidden_size=64,
         num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=96,
+        num_attention_heads=2,
+        intermediate_size=64,
         classifier_pooling="mean",
         **dict.fromkeys(names, 0.1),
         **ends,
