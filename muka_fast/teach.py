@@ -17,10 +17,11 @@ from muka_fast import __version__
 from muka_fast.config import TeachConfig, nearest
 from muka_fast.console import log, progress
 from muka_fast.data import TextSet, Tokens, collate, epoch_batches, read_texts, tokenize
-from muka_fast.engine import linear_schedule, parameter_groups, quiet_deepspeed
+from muka_fast.engine import quiet_deepspeed
 from muka_fast.errors import UserError
 from muka_fast.evaluate import metrics, predict
 from muka_fast.export import clean_tokenizer, is_write_error, set_labels, sync_folder
+from muka_fast.optim import linear_schedule, parameter_groups
 from muka_fast.student import load_student
 from muka_fast.supervision import device_of
 from muka_fast.teachers import token_limit
