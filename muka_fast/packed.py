@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from muka_fast.errors import UserError
 from muka_fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
+from muka_fast.ops.one_query_attention import one_query_attention
+from muka_fast.ops.reference import ATTENTION_STRIDE
 from muka_fast.ops.repeat_dropout import repeat_dropout
-from muka_fast.sites import ATTENTION_STRIDE
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Packed:
 
     def parts(self, max_texts: int) -> Iterator[tuple[slice, slice, "Packed"]]:
         """The batch in parts of at most `max_texts` texts: places, rows, and the part by itself."""
-        ends = torch.cat([self.first_rows, self.lengths.sum()[None]]).tolist()
+        ends = self.starts.tolist()
         lengths = self.lengths.tolist()
         for start in range(0, len(lengths), max_texts):
             stop = min(start + max_texts, len(lengths))
@@ -70,6 +71,11 @@ class Packed:
     def read_rows(self) -> Tensor:
         """int64 [B]: row of that token."""
         return self.first_rows + self.read_positions
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """int64 [B + 1]: row of each text's first token, and T."""
+        return torch.cat([self.first_rows, self.lengths.sum()[None]])
 
     @property
     def longest(self) -> int:
@@ -145,7 +151,7 @@ class Replicas:
     def add_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm, site: int | None, one_row: bool) -> Tensor:
         """norm(dropout(x) + residual) for [rows, D] or [R, rows, D]; shared values stay shared at a site that is off."""
         p = self.p(site)
-        if p == 0 or x.is_cuda or x.dim() == 2:
+        if p == 0 or x.dim() == 2:
             return norm(self.dropout(x, site, one_row) + residual)
         ids, offsets = self._rows(x.shape[-1], one_row)
         return dropout_add_layer_norm(
@@ -170,6 +176,12 @@ def group_attention(
     bias(first query, queries, length): added to the scores, [H | 1, queries, length] or None.
     Returns the shape of query, with R replicas in front if a mask or an input has them.
     """
+    if one_row and query.dim() == key.dim() == 2:
+        longest = replicas.packed.longest
+        added = bias(longest - 1 if replicas.packed.reads_last else 0, 1, longest)
+        # The bias of the first token's query is the same for every text, up to its length; that of the last token is not.
+        if added is None or not replicas.packed.reads_last:
+            return one_token_attention(query, key, value, head_dim, scaling, added, replicas, site)
     repeats = query.shape[-1] // key.shape[-1]
 
     def heads(x: Tensor, first: int, texts: int, rows: int) -> Tensor:  # [(R,) n, H, rows, d]
@@ -193,3 +205,26 @@ def group_attention(
             mixed = torch.matmul(replicas.attention(probs, site, place, first_query), v)
         out.append(mixed.transpose(-3, -2).flatten(-2).flatten(-3, -2))
     return out[0] if len(out) == 1 else torch.cat(out, -2)
+
+
+def one_token_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_dim: int,
+    scaling: float,
+    bias: Tensor | None,
+    replicas: Replicas,
+    site: int,
+) -> Tensor:
+    """`group_attention` of the read tokens over states that all replicas share, in one op: [B, H * d] -> [(R,) B, H * d].
+
+    bias: [H | 1, 1, longest text] or None, added to the scores.
+    """
+    packed, p, num_heads = replicas.packed, replicas.p(site), query.shape[-1] // head_dim
+    out = one_query_attention(
+        query, key, value, packed.starts, num_heads, scaling, replicas.count if p else 0, p, replicas.seed, site,
+        replicas.example_ids, packed.read_positions, None if bias is None else bias[:, 0].expand(num_heads, -1),
+        replicas.first_sample, replicas.plain or p == 0,
+    )  # fmt: skip
+    return out if p else out[0]

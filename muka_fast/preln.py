@@ -134,7 +134,13 @@ class PreLayerNormModel(LayeredEncoder):
         table = torch.zeros(1, *unseen.shape, dtype=self.base.dtype, device=unseen.device)
         table.masked_fill_(unseen, torch.finfo(self.base.dtype).min)
         needed = bool(unseen.any())
-        return lambda first, queries, length: table[:, first : first + queries, :length] if needed else None
+        last_sees_all = kind != "sliding_attention"  # the last token of a text, be the model causal or not
+
+        def bias(first: int, queries: int, length: int) -> Tensor | None:
+            free = not needed or (last_sees_all and first + 1 == length)
+            return None if free else table[:, first : first + queries, :length]
+
+        return bias
 
     def layer(self, index: int, x: Tensor, replicas: Replicas, context: dict, one_row: bool) -> Tensor:
         layer, packed = self.layers[index], replicas.packed

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from muka_fast.errors import UserError
 from muka_fast.intercept import intercept, layer_modules, patched
+from muka_fast.ops.reference import ATTENTION_STRIDE
 from muka_fast.ops.repeat_dropout import repeat_dropout
 
-ATTENTION_STRIDE = 16384  # fixed, so that the masks of a text do not depend on the padding of its batch
 SHARED_EXAMPLE = 0xFFFFFFFF  # example id of sites that every text shares (DeBERTa's table of relative positions)
 TRACE_TEXTS, TRACE_TOKENS = 3, 5
 

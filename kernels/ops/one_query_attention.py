@@ -216,14 +216,15 @@ def one_query_attention(
     Raises ValueError where shapes do not fit, a text is empty or too long, or there are more than 128 heads.
     """
     texts, width = query.shape
-    lengths = starts.diff()
+    lengths = starts.diff()  # on a GPU its values are not looked at: that would wait for the device
     if key.shape != value.shape or width % num_heads or key.shape[1] % (width // num_heads) or width % key.shape[1]:
         raise ValueError(f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)} do not share {num_heads} heads")
-    if starts.shape != (texts + 1,) or (texts and (starts[0] != 0 or starts[-1] != key.shape[0] or lengths.min() < 1)):
+    looked_at = texts > 0 and not starts.is_cuda
+    if starts.shape != (texts + 1,) or (looked_at and (starts[0] != 0 or starts[-1] != key.shape[0] or lengths.min() < 1)):
         raise ValueError(f"starts must rise strictly from 0 to {key.shape[0]} in {texts} steps")
-    if num_heads > 128 or (texts and lengths.max() > ATTENTION_STRIDE):
+    if num_heads > 128 or (looked_at and lengths.max() > ATTENTION_STRIDE):
         raise ValueError(f"the masks of attention reach 128 heads and {ATTENTION_STRIDE} tokens")
-    if position_bias is not None and texts and position_bias.shape[1] < lengths.max():
+    if position_bias is not None and looked_at and position_bias.shape[1] < lengths.max():
         raise ValueError(f"position_bias {list(position_bias.shape)} is shorter than the longest text ({int(lengths.max())})")
     ids = philox.check_rows("example_ids", example_ids, texts, query.device)
     positions = philox.check_rows("query_positions", query_positions, texts, query.device)
