@@ -27,7 +27,7 @@ struct Run {
 };
 
 struct Problem {
-    int64_t num_teachers, num_classes;
+    int64_t num_teachers, width, num_classes;  // width: S
     int64_t logits_stride, probs_stride;  // between texts, in elements
     const float* teacher_probs;           // [B, S]
     const float* scores;                  // [B, N]
@@ -95,6 +95,7 @@ void distill_loss(uintptr_t logits, int dtype, int64_t num_texts, int64_t num_cl
         factors[text] = static_cast<float>(static_cast<double>(teacher_margin) + kMarginFloor);
     }
     const Problem problem{teachers,
+                          offsets.back(),
                           num_classes,
                           logits_stride,
                           probs_stride,
@@ -110,7 +111,7 @@ void distill_loss(uintptr_t logits, int dtype, int64_t num_texts, int64_t num_cl
                           reinterpret_cast<float*>(loss),
                           reinterpret_cast<float*>(grad)};
     const int level = isa_level();
-    const int64_t scratch_floats = 2 * (num_classes + 16) + teachers + 16;
+    const int64_t scratch_floats = 2 * (num_classes + 16) + 16 + teachers + 16;
     const int64_t grain = kGrain / (num_classes + offsets.back()) + 1;
     parallel_for(num_texts, threads, grain, [&](int64_t begin, int64_t end) {
         std::unique_ptr<float[]> scratch(new float[scratch_floats]);

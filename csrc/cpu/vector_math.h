@@ -65,8 +65,8 @@ INLINE Vec exp_nonpositive(Vec x, Vec& product) {
     return value;
 }
 
-// ln(x) for x > 0 normal; NaN stays NaN. Zero and below mean nothing here: x_log_x takes care of zero.
-INLINE Vec log_positive(Vec x) {
+// ln(x) for x > 0 normal. Zero and below, infinity and NaN give some number.
+INLINE Vec log_normal(Vec x) {
     const VecInt bits = (VecInt)x - 0x3f3504f3;  // sqrt(1/2)
     const Vec exponent = __builtin_convertvector(bits >> 23, Vec);
     const Vec f = (Vec)((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
@@ -74,12 +74,14 @@ INLINE Vec log_positive(Vec x) {
     const Vec f2 = f * f;
     const Vec high = (0.14197604f - f * 0.13168193f) + f2 * (0.12796742f - f * 0.076577708f);
     const Vec tail = (0.33333331f - f * 0.25000855f) + f2 * ((0.20001361f - f * 0.16622166f) + f2 * high);
-    const Vec value = exponent * 0.693147181f + (f + f2 * (f * tail - 0.5f));
-    return x == x ? value : x;
+    return exponent * 0.693147181f + (f + f2 * (f * tail - 0.5f));
 }
 
-// x ln x with 0 ln 0 = 0.
-INLINE Vec x_log_x(Vec x) { return x < splat(1.17549435e-38f) ? splat(0.0f) : x * log_positive(x); }
+// ln(x) for x > 0 normal; NaN stays NaN.
+INLINE Vec log_positive(Vec x) { return x == x ? log_normal(x) : x; }
+
+// x ln x with 0 ln 0 = 0; NaN stays NaN.
+INLINE Vec x_log_x(Vec x) { return x < splat(1.17549435e-38f) ? splat(0.0f) : x * log_normal(x); }
 
 // Halving: each step folds the upper half of what is left onto the lower one.
 #if LANES == 16

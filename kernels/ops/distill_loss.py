@@ -297,7 +297,9 @@ class _DistillLoss(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 9
         (grad,) = ctx.saved_tensors
-        return (grad * grad_loss[:, None]).to(ctx.dtype), *(None,) * 8
+        # From a mean or a sum every text's factor is the same, stored once: a product with a scalar takes half the time.
+        same = len(grad_loss) > 0 and grad_loss.stride(0) == 0
+        return (grad * (grad_loss[0] if same else grad_loss[:, None])).to(ctx.dtype), *(None,) * 8
 
 
 def distill_loss_autograd(*inputs) -> tuple[Tensor, Tensor]:
