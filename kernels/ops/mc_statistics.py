@@ -210,7 +210,7 @@ if triton is not None:
     # Classes of one block -> samples at a time and warps: enough loads in flight, no spills. Few sizes, all compiled by the tests.
     TILES = {16: (16, 1), 64: (16, 4), 256: (16, 4), 512: (8, 4), 1024: (4, 8), 2048: (2, 8), 4096: (1, 8)}
     TILES |= {8192: (1, 16), 16384: (1, 16)}
-    SMALL_BLOCKS = (16, 512)  # of the second block, for teachers that would leave most of a block of 1024 classes or more idle
+    SMALL_BLOCKS = (16, 512)  # of the second block, for teachers that would leave most of a block of 2048 classes or more idle
 
     def configuration(counts: list[int], num_samples: int) -> tuple[dict[str, int], int]:
         """Constexprs and number of warps for these class counts."""
@@ -218,7 +218,7 @@ if triton is not None:
         samples, warps = TILES[block] if num_samples > 1 else (1, TILES[block][1])
         idle = max((count for count in counts if 2 * count <= block), default=0)
         small = next((size for size in SMALL_BLOCKS if size >= idle), None)
-        if not idle or block < 1024 or small is None or num_samples == 1:
+        if not idle or block < 2048 or small is None or num_samples == 1:
             return {"SMALL_SAMPLES": samples, "SMALL": block, "LARGE_SAMPLES": 1, "LARGE": 0}, warps
         return {"SMALL_SAMPLES": TILES[small][0], "SMALL": small, "LARGE_SAMPLES": samples, "LARGE": block}, warps
 
@@ -254,7 +254,7 @@ if triton is not None:
     _TYPES = {"p_offsets": "*i32", "p_selected": "*i64", "K": "i32", "N": "i32", "S": "i32", "z_sample": "i64", "z_text": "i64"}
     _TYPES |= dict.fromkeys(_FLOATS, "*fp32")
     _CASES = [([block], samples, "fp32") for samples in (16, 1) for block in TILES]
-    _CASES += [([small, block], 16, "fp32") for small in SMALL_BLOCKS for block in TILES if block >= 1024]
+    _CASES += [([small, block], 16, "fp32") for small in SMALL_BLOCKS for block in TILES if block >= 2048]
     _CASES += [([block], 16, dtype) for dtype in ("fp16", "bf16") for block in (16, 256, 16384)]
     SPECIALISATIONS = [
         Specialisation(
