@@ -1,0 +1,52 @@
+"""bench/gpu.sh rehearsed on the CPU, so that a chance at a GPU is not lost to a fault of the script."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def gpu_script(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(["bash", "bench/gpu.sh", *arguments], cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def test_an_unknown_option_is_refused():
+    done = gpu_script("--fast")
+    assert done.returncode == 2
+    assert "unknown option --fast" in done.stderr
+
+
+def test_a_failing_stage_is_reported_and_stops_no_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHON", "false")
+    done = subprocess.run(
+        ["bash", "bench/gpu.sh", "--dry-run", "--stage", "correct,ceilings", "--out", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert [row.split()[:3] for row in done.stdout.split("--- bench/gpu.sh")[1].splitlines()[1:]] == [
+        ["correct", "rc", "1"],
+        ["ceilings", "rc", "1"],
+    ]
+
+
+def test_wheels_that_do_not_install_end_it(tmp_path):
+    done = gpu_script("--dry-run", "--stage", "ceilings", "--out", str(tmp_path / "out"), "--wheels", str(tmp_path))
+    assert done.returncode == 1
+    assert "---" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_dry_run(tmp_path):
+    done = gpu_script("--dry-run", "--stage", "correct,ceilings,ops,amalgamation", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    for name in ("ceilings", "throughput", "amalgamation"):
+        assert json.loads((tmp_path / f"{name}.json").read_text())
+    rows = done.stdout.split("--- bench/gpu.sh")[1].splitlines()[1:]
+    assert [row.split()[:2] for row in rows] == [[name, "ok"] for name in ("correct", "ceilings", "ops", "amalgamation")]
