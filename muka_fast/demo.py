@@ -136,7 +136,7 @@ def show(table: "Table", folder: Path, held_out: TextSet, space: LabelSpace) -> 
         row = next(i for i, label in enumerate(held_out.labels) if space.owners(label) == [teacher])
         text, answer = held_out.texts[row], classify(held_out.texts[row], truncation=True)[0]
         cut = text if len(text) <= 90 else text[:87] + "..."
-        out.print(f"  {cut}", markup=False)
+        out.print(f"  {cut}", markup=False, soft_wrap=True)
         out.print(f"    -> {answer['label']} ({answer['score']:.2f}), truly {held_out.labels[row]}", markup=False)
 
 
