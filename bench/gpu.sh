@@ -47,7 +47,8 @@ if [ $dry = 1 ]; then
   run correct 120 "$python" -m pytest -q -m "gpu or not gpu" tests/test_gpu.py
   run ceilings 60 "$python" bench/ceilings.py --device cpu --toy --json "$out/ceilings.json"
   run ops 120 "$python" bench/throughput.py --device cpu --toy --json "$out/throughput.json"
-  run amalgamation 200 "$python" bench/amalgamation.py --synthetic toy --workdir "$out/work" --json "$out/amalgamation.json"
+  run amalgamation 300 "$python" bench/amalgamation.py --synthetic toy --texts 40 --published_texts 8 --max_length 32 \
+    --samples 4 --repetitions 1 --workdir "$out/work" --json "$out/amalgamation.json"
 else
   run build 150 "$python" setup.py -q build_ext --inplace
   run correct 180 "$python" -m pytest -q -m gpu tests

@@ -40,6 +40,8 @@ def resolve_device(device: str) -> str:
     """ "cpu" or "cuda" for the option --device; raises UserError for a GPU that is not there."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: PyTorch finds no GPU on this machine, use --device cpu or auto")
+    if device.startswith("cuda:") and device != "cuda:0":
+        raise UserError(f"--device {device}: training takes the first GPU it sees, so set CUDA_VISIBLE_DEVICES={device[5:]}")
     return "cuda" if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()) else "cpu"
 
 
@@ -77,6 +79,8 @@ def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, i
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = str(free_port())
+    if device != "cpu":  # before anything is sent: each process talks through its own GPU
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     quiet_deepspeed(device, verbose)
     import deepspeed
     from deepspeed import comm

@@ -58,6 +58,7 @@ class Method:
         self.config, self.sup, self.label_space, self.label_ids = config, sup, label_space, label_ids
         self.temperature = float(config.kd_temperature)
         self.teacher_to_union = torch.as_tensor(label_space.teacher_to_union, dtype=torch.int64)
+        self._union_on: dict[torch.device, Tensor] = {}
         self.selected: Tensor | None = None
         self.margin: Tensor | None = None
         self.included = torch.ones(len(sup.logits))
@@ -72,6 +73,12 @@ class Method:
         if self.num_excluded:  # where, not times: an excluded text's loss may be anything
             loss = torch.where(self.included[rows].to(loss.device) > 0, loss, torch.zeros_like(loss))
         return loss
+
+    def union_on(self, device: torch.device) -> Tensor:
+        """teacher_to_union there, the same tensor at every call: no copy a step, and the op plans its gather once."""
+        if device not in self._union_on:
+            self._union_on[device] = self.teacher_to_union.to(device)
+        return self._union_on[device]
 
     def _loss(self, output: StudentOutput, rows: Tensor) -> Tensor:
         raise NotImplementedError
@@ -140,7 +147,7 @@ class Composed(Method):
             self.teacher_probs(rows).to(device),
             self.scores[rows].to(device),
             self.offsets,
-            self.teacher_to_union.to(device),
+            self.union_on(device),
             soft=self.soft,
             tau=self.config.score_temperature,
             temperature=self.temperature,

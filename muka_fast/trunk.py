@@ -108,6 +108,7 @@ class StochasticTeacher:
         start: the trunk of a lower layer, of this teacher or of one with the same weights below it.
         """
         stop = self.layer if stop is None else stop
+        attention_mask = self._without_end_padding(input_ids, attention_mask)
         packed = None if start is None else start.packed
         if packed is None and self.fast is not None:
             packed = Packed.of(attention_mask, self.fast.reads_last)
@@ -127,6 +128,7 @@ class StochasticTeacher:
     ) -> TeacherScores:
         """The stochastic part on top of this teacher's trunk."""
         example_ids = torch.as_tensor(example_ids, dtype=torch.int64, device=input_ids.device)
+        attention_mask = self._without_end_padding(input_ids, attention_mask)
         with torch.inference_mode():
             scores = self._finish(trunk, input_ids, attention_mask, example_ids)
         bad = torch.stack([torch.isnan(value).reshape(len(value), -1).any(1) for value in vars(scores).values()]).any(0)
@@ -308,6 +310,18 @@ class StochasticTeacher:
                 return name
         return None
 
+    def _without_end_padding(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Heads that read the last token mean the last one that is not the padding token, which a text itself may end with.
+
+        Causal: what follows that token changes nothing before it.
+        """
+        pad = self.model.config.get_text_config().pad_token_id
+        if self.reads != "last" or pad is None:
+            return attention_mask
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (position * ((input_ids != pad) & attention_mask.bool())).amax(1, keepdim=True)
+        return attention_mask * (position <= last)
+
     def _read_row(self, trunk: Trunk, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Only the row that the head reads, as a sequence of one token: [B, L, ...] -> [B, 1, ...]."""
         if trunk.packed is not None:
@@ -372,7 +386,8 @@ def _scores(logits: Tensor, samples: Tensor) -> TeacherScores:
 def free_memory_bytes(device: torch.device) -> int:
     """What replicas may take by default: half of the free GPU memory; on a CPU a quarter, at most CPU_BUDGET_BYTES."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + cached) // 2
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:  # not Linux

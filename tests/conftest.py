@@ -315,3 +315,12 @@ def make_teacher(tmp_path, make_model, make_tokenizer):
         return folder
 
     return make
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Registers, spills and shared memory of every Triton kernel compiled in this run (tests/ops/test_aot.py)."""
+    passed = terminalreporter.getreports("passed")
+    lines = [value for report in passed for name, value in report.user_properties if name == "resources"]
+    if lines:
+        terminalreporter.section("Triton kernels")
+        terminalreporter.write_line("\n".join(sorted(set(lines))))

@@ -1,4 +1,4 @@
-"""On a CUDA device: every op against float64, masks bit-equal to the CPU's, and a teacher's scores equal on both. Run by bench/gpu.sh."""
+"""On a CUDA device (bench/gpu.sh): every op against float64, masks bit-equal to the CPU's, a teacher's scores equal on both."""
 
 import pytest
 import torch
@@ -79,7 +79,9 @@ def test_mc_head(texts, width, classes, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("soft", [True, False])
-@pytest.mark.parametrize(("texts", "counts", "classes"), [(256, [77] * 4, 308), (63, [3, 5, 1], 6), (1, [2], 2), (8, [10_000] * 2, 12_000)])
+@pytest.mark.parametrize(
+    ("texts", "counts", "classes"), [(256, [77] * 4, 308), (63, [3, 5, 1], 6), (1, [2], 2), (8, [10_000] * 2, 12_000)]
+)
 def test_distill_loss(texts, counts, classes, soft, dtype):
     offsets = offsets_of(counts)
     to_union = torch.randint(0, classes, (sum(counts),), device="cuda")

@@ -273,3 +273,17 @@ def test_samples_may_come_in_waves_and_for_some_of_the_texts(family, scope, stoc
     torch.testing.assert_close(torch.cat(waves), at_once[1:, rows], atol=1e-5, rtol=0)
     with torch.inference_mode():
         torch.testing.assert_close(at_once[0], teacher.model(input_ids=ids, attention_mask=mask).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("scope", ["all", "last:1"])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_text_that_ends_with_the_padding_token(decoder, scope, stochastic, batch):
+    """Transformers reads the last token that is not the padding token, be it of the text or of the batch."""
+    teacher = stochastic(decoder, scope, mc_dropout_p=0.2)
+    ids, mask = batch(decoder)
+    pad = teacher.model.config.pad_token_id
+    ends = mask.sum(1) - 1
+    ids[torch.arange(len(ids)), ends] = pad
+    with torch.inference_mode():
+        plain = teacher.model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(teacher.score(ids, mask, EXAMPLE_IDS).logits, plain, atol=1e-5, rtol=1e-5)

@@ -80,7 +80,7 @@ if philox.triton is not None:
         residual_stride,  # 0 or rows * D
         CALLS: tl.constexpr,
     ):  # fmt: skip
-        i_i, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        i_i, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
         b_offset = tl.load(p_offsets + i_i)
         # A row may begin in the middle of a call: its columns shift against the lanes.
         o_d = tl.arange(0, CALLS * 8) - (b_offset & 7)
@@ -91,7 +91,7 @@ if philox.triton is not None:
         # The plain replica keeps every lane.
         b_threshold, b_scale = tl.where(i_r < num_plain, 0, threshold), tl.where(i_r < num_plain, 1.0, scale)
         b_id = tl.load(p_ids + i_i + tl.zeros([1, 1], tl.int64))
-        keep = philox.keep_lanes(seed, b_call, first_sample + i_r - num_plain, site, b_id, b_threshold, CALLS, 1)
+        keep = philox.keep_lanes(seed, b_call, (first_sample + i_r - num_plain).to(tl.int32), site, b_id, b_threshold, CALLS, 1)
         b_y = tl.where(tl.reshape(keep, [CALLS * 8]), b_x * b_scale, 0.0) + b_residual
         b_centred = tl.where(m_d, b_y - tl.sum(tl.where(m_d, b_y, 0.0), 0) / D, 0.0)
         b_y = b_centred / tl.sqrt(tl.sum(b_centred * b_centred, 0) / D + eps)

@@ -1,7 +1,7 @@
 """mc_head: the statistics of a linear classifier under K dropout masks of its input, in one pass over features and weights.
 
-    z_k[b] = W (mask_k[b] * scale * x[b]) + bias,  P_k = softmax(z_k);  mean, variance and entropies of P_k over k (method.md 2)
-    mask_k: element = feature column (method.md 5); deterministic logits: W x + bias
+    z_k[b] = W (mask_k[b] * scale * x[b]) + bias,  P_k = softmax(z_k);  mean, variance and entropies of P_k over k
+    mask_k: element = feature column (philox.py); deterministic logits: W x + bias
 
 Bytes: features, weight and bias once, outputs once. Operations: K masks of D lanes a text (ten Philox rounds for eight lanes), and
 2 K B C D floating-point operations for a dense product; the C++ kernel sums only the columns that a mask drops, the share p of
@@ -131,7 +131,7 @@ if philox.triton is not None:
         b_e = tl.exp(b_d)
         return b_top, tl.sum(b_e, 1), tl.sum(tl.where(b_d < -87.0, 0.0, b_e * b_d), 1)
 
-    @triton.jit(do_not_specialize=["seed", "site", "threshold", "K"])
+    @triton.jit(do_not_specialize=["seed", "site", "threshold", "K", "B"])
     def mc_head_kernel(
         p_x,  # [B, D]
         p_w,  # [C, D]

@@ -1,6 +1,6 @@
 """mc_statistics: everything the method needs to know about K stochastic passes of N teachers, in one pass over their logits.
 
-    p[k, c] = softmax of sample k over one teacher's classes; method.md 2 and MUKA (arXiv 2112.07327), section 3.2
+    p[k, c] = softmax of sample k over one teacher's classes; MUKA (arXiv 2112.07327), section 3.2
     mean[c] = 1/K sum_k p[k, c],  var[c] = 1/K sum_k (p[k, c] - mean[c])^2
     H = -sum_c mean ln mean,  E = 1/K sum_k (ln sum_c e[k, c] - sum_c e d / sum_c e),  d = z - max z, e = exp(d);  0 ln 0 = 0
     I = max(H - E, 0),  u = H / ln C_i (0 for one class),  selected = argmin u,  margin = gap of the two best 1 - u

@@ -95,7 +95,7 @@ if philox.triton is not None:
         D: tl.constexpr, D_PAD: tl.constexpr, R_PAD: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
     ):  # fmt: skip
         i_b, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        o_d, o_r = tl.arange(0, D_PAD), tl.arange(0, R_PAD)
+        o_d, o_r = tl.arange(0, D_PAD), tl.program_id(2) * R_PAD + tl.arange(0, R_PAD)
         m_d = o_d < D
         b_start = tl.load(p_starts + i_b)
         length = (tl.load(p_starts + i_b + 1) - b_start).to(tl.int32)
@@ -132,6 +132,8 @@ if philox.triton is not None:
         p_y += (o_r[:, None].to(tl.int64) * B + i_b) * (H * D) + i_h * D + o_d[None, :]
         tl.store(p_y, (b_y / total).to(p_y.dtype.element_ty), mask=(o_r < R)[:, None] & m_d[None, :])
 
+    MOST_REPLICAS = 32  # of one program; more share a text over several
+
     def pad(size: int) -> int:
         return max(16, triton.next_power_of_2(size))  # the least that tl.dot takes
 
@@ -156,12 +158,13 @@ if philox.triton is not None:
         if out.numel() == 0:
             return out
         BLOCK, num_warps = block(head_dim)
+        R_PAD = min(pad(replicas), MOST_REPLICAS)
         # Triton launches on the current device, which need not be that of the query.
         with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-            one_query_attention_kernel[(texts, num_heads)](
+            one_query_attention_kernel[(texts, num_heads, triton.cdiv(replicas, R_PAD))](
                 query, key, value, starts, bias, out, example_ids, query_positions, scaling, seed, site, first_sample, threshold,
                 scale, int(plain_first), replicas, texts, num_heads, key.shape[1] // head_dim, bias.shape[1], D=head_dim,
-                D_PAD=pad(head_dim), R_PAD=pad(replicas), BLOCK=BLOCK, HAS_BIAS=position_bias is not None, num_warps=num_warps,
+                D_PAD=pad(head_dim), R_PAD=R_PAD, BLOCK=BLOCK, HAS_BIAS=position_bias is not None, num_warps=num_warps,
                 num_stages=1,
             )  # fmt: skip
         return out

@@ -183,7 +183,7 @@ def repeat_dropout(
 
     x: [rows, D], read once, or [K, rows, D]; float32, float16, bfloat16 or float64.
     p: dropout probability, 0 <= p < 1 (rounded to 1/65536; 0 copies). seed: 64 bits, unsigned. site: 0 ... 2^32 - 1.
-    example_ids, offsets: int64 [rows]: the text of each row and the element index of its first column (method.md 5); both wrap,
+    example_ids, offsets: int64 [rows]: the text of each row and the element index of its first column (philox.py); both wrap,
     ids at 2^32 and offsets at 2^35. first_sample: sample number of copy 0, so that K copies can be made in several calls.
     Raises ValueError for anything outside these ranges.
     """

@@ -100,6 +100,12 @@ def test_attention_equals_its_reference(lengths, heads, head_dim, with_bias, pla
     torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=1e-5)
 
 
+def test_more_replicas_than_one_program_takes():
+    query, key, value, starts, ids, positions, _ = attention_case([3, 9], 2, 2, 8, 5)
+    common = (query, key, value, starts, 2, 0.35, 40, 0.3, 12, 3, ids, positions, None, 0, True)
+    torch.testing.assert_close(one_query_attention(*common), one_query_attention_ref(*common), atol=2e-6, rtol=1e-5)
+
+
 def test_attention_is_the_row_of_the_whole_layer():
     """The masks are those of the full [H, L, L] probabilities at the row of the query, and so is the result."""
     length, heads, head_dim, samples = 9, 3, 8, 2
