@@ -175,6 +175,7 @@ def test_a_run_without_teachers_gets_the_demos(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # eighteen small runs
 def test_the_demo_prints_its_table_and_continues_where_it_stopped(config, short_recipe, monkeypatch, capsys):
     monkeypatch.setattr(demo, "STUDENT_OPTIONS", material.STUDENT_OPTIONS | {"epochs": 1})
     assert demo.main(config) == 0
