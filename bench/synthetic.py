@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
-from muka_fast.material import train_tokenizer
 from muka_fast.docstrings import collect
+from muka_fast.material import train_tokenizer
 
 # hidden size, layers, heads: "base" is BERT-base, "toy" proves a script.
 SIZES = {"toy": (32, 3, 4), "small": (384, 6, 12), "base": (768, 12, 12)}
