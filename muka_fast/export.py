@@ -88,6 +88,8 @@ def check_output(
         raise UserError(f"--output {given}: {error.strerror or error}; name a folder that can be written") from error
     if found and not any((output / marker).exists() for marker in RUN_MARKERS):
         raise UserError(f"--output {given}: holds files that no run wrote ({found[0]}); name a new or empty folder")
+    if found == ["supervision"] and (output / "supervision").is_dir() and not overwrite:
+        return False  # scores that a refused run left: they are kept under a hash of all that they depend on
     if found and not (resume or overwrite):
         raise UserError(
             f"--output {given}: already holds a run; continue it with --resume or replace it with --overwrite"
@@ -174,6 +176,9 @@ def save_student(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         model.save_pretrained(partial, state_dict=None if state_dict is None else dict(state_dict))
+        if state_dict is not None:
+            _set_dtype(partial / "config.json", state_dict)
+        open_weights(partial)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(render_card(card, labels, output.resolve().name), encoding="utf-8")
         names = sorted(entry.name for entry in partial.iterdir())
@@ -190,6 +195,22 @@ def save_student(
             f"--output {output}: the student cannot be written ({reason}); free some space, then repeat with --resume"
         ) from error
     return output
+
+
+def _set_dtype(path: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Have config.json name the precision of the weights: DeepSpeed casts the model itself, but keeps them in fp32."""
+    dtypes = {tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        content = json.loads(path.read_text(encoding="utf-8")) | {"dtype": str(dtypes.pop()).removeprefix("torch.")}
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def open_weights(folder: Path) -> None:
+    """Give the weight files the usual rights: safetensors makes them for the owner alone, whatever the umask."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
 
 
 def is_write_error(error: BaseException) -> bool:

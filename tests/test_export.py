@@ -88,6 +88,21 @@ def test_gathered_weights_win_over_the_models_own(make_model, make_tokenizer, tm
         assert torch.equal(tensor, gathered[name])
 
 
+def test_config_and_rights_are_those_of_the_written_weights(make_model, make_tokenizer, tmp_path):
+    """DeepSpeed casts the model to bf16 and hands out fp32 weights; safetensors writes for the owner alone."""
+    model, tokenizer = make_model("bert", LABELS), make_tokenizer("bert")
+    whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = os.umask(0o027)
+    try:
+        export.save_student(model.to(torch.bfloat16), tokenizer, tmp_path / "out", LABELS, CARD, whole)
+    finally:
+        os.umask(before)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o640
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.float32 and torch.equal(loaded.classifier.weight, whole["classifier.weight"])
+
+
 def test_one_class(make_model, make_tokenizer, tmp_path):
     save(make_model, make_tokenizer, tmp_path / "out", labels=["spam"])
     assert transformers.AutoConfig.from_pretrained(tmp_path / "out").id2label == {0: "spam"}
@@ -220,6 +235,16 @@ def test_new_and_empty_folders_are_taken(tmp_path):
     assert export.output_guard(tmp_path / "a" / "b").is_dir()
     assert export.output_guard(tmp_path / "a" / "b", resume=True).is_dir()
     assert export.output_guard(tmp_path / "a" / "b", overwrite=True).is_dir()
+
+
+def test_scores_that_a_refused_run_left_are_no_run(tmp_path):
+    (tmp_path / "out" / "supervision").mkdir(parents=True)
+    (tmp_path / "out" / "supervision" / "manifest.json").write_text("{}")
+    for options in ({}, {"resume": True}):
+        assert export.output_guard(tmp_path / "out", **options) == tmp_path / "out"
+        assert (tmp_path / "out" / "supervision" / "manifest.json").exists()
+    export.output_guard(tmp_path / "out", overwrite=True)
+    assert (tmp_path / ".out.replaced" / "supervision" / "manifest.json").exists()
 
 
 def test_a_file_and_foreign_files_are_refused_whatever_the_flags(tmp_path):
