@@ -20,7 +20,7 @@ from muka_fast.data import TextSet, Tokens, collate, epoch_batches, read_texts, 
 from muka_fast.engine import quiet_deepspeed
 from muka_fast.errors import UserError
 from muka_fast.evaluate import metrics, predict
-from muka_fast.export import clean_tokenizer, is_write_error, set_labels, sync_folder
+from muka_fast.export import clean_tokenizer, is_write_error, open_weights, set_labels, sync_folder
 from muka_fast.optim import linear_schedule, parameter_groups
 from muka_fast.student import load_student
 from muka_fast.supervision import device_of
@@ -210,6 +210,7 @@ def save_classifier(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         model.save_pretrained(aside)
+        open_weights(aside)
         tokenizer.save_pretrained(aside)
         (aside / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         sync_folder(aside)
@@ -229,14 +230,8 @@ def save_classifier(
 # ---- the command ----
 
 
-def measure(
-    model: "transformers.PreTrainedModel",
-    tokenizer: "transformers.PreTrainedTokenizerBase",
-    texts: TextSet,
-    labels: Sequence[str],
-    max_length: int,
-) -> dict[str, Any]:
-    """Figures (evaluate.metrics) over the rows of `texts` that carry one of `labels`.
+def rows_to_measure(texts: TextSet, labels: Sequence[str]) -> TextSet:
+    """The rows that carry one of the teacher's `labels`.
 
     Raises:
         UserError: there is no such row.
@@ -244,9 +239,20 @@ def measure(
     kept = _keep(texts, set(labels))
     if not len(kept):
         raise UserError(f"--eval {texts.source}: no row has any of the teacher's labels")
-    tokens = tokenize(tokenizer, kept.texts, min(max_length, token_limit(model, tokenizer)))
+    return kept
+
+
+def measure(
+    model: "transformers.PreTrainedModel",
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    texts: TextSet,
+    labels: Sequence[str],
+    max_length: int,
+) -> dict[str, Any]:
+    """Figures (evaluate.metrics) over texts that carry one of `labels` each."""
+    tokens = tokenize(tokenizer, texts.texts, min(max_length, token_limit(model, tokenizer)))
     index = {label: i for i, label in enumerate(labels)}
-    return metrics(predict(model, tokens), [index[label] for label in kept.labels], labels)
+    return metrics(predict(model, tokens), [index[label] for label in texts.labels], labels)
 
 
 def teach(config: TeachConfig) -> dict[str, Any]:
@@ -259,7 +265,7 @@ def teach(config: TeachConfig) -> dict[str, Any]:
     quiet_deepspeed(device_of("auto"), config.verbose)  # transformers imports it
     columns = {"text_column": config.text_column, "label_column": config.label_column, "need_labels": True}
     train, labels = rows_with_labels(read_texts(config.train, limit=config.limit, **columns), config.labels)
-    held_out = read_texts(config.eval, **columns) if config.eval else None
+    held_out = rows_to_measure(read_texts(config.eval, split="test", **columns), labels) if config.eval else None
     model, tokenizer = load_student(config.encoder, labels, config.seed, {"zero_optimization": {"stage": 0}})
     freeze(model, config.freeze_layers)
     model.to(device_of("auto"))

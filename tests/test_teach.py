@@ -178,7 +178,8 @@ def test_a_loss_that_is_no_number_stops_the_run(make_model, make_tokenizer, text
         teach.fine_tune(model, make_tokenizer("bert"), texts[:4], [0, 1, 0, 1], teach.Recipe())
 
 
-def test_evaluation_data_without_the_labels(options, tmp_path):
+def test_evaluation_data_without_the_labels_is_refused_before_the_training(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(teach, "fine_tune", lambda *_: pytest.fail("trained in vain"))
     other = tmp_path / "other.csv"
     other.write_text("text,label\nhello there,greeting\n")
     with pytest.raises(UserError, match=r"--eval .*other\.csv: no row has any of the teacher's labels"):
