@@ -198,23 +198,21 @@ def _block(
 
 
 def teacher_blocks(folder: Path) -> list[dict[str, Any]]:
-    """Name and labels of the teachers behind a student: `teachers` of its run.json, or of `muka_fast` in config.json.
+    """The teachers behind a student, from its run.json: name, labels (classes of the student), own_labels (before the label map).
 
     Empty for a model that is no student of ours, or whose run.json says nothing about them.
     """
-    for file, key in (("run.json", None), ("config.json", "muka_fast")):
-        try:
-            content = json.loads((folder / file).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        content = content.get(key) if key and isinstance(content, dict) else content
-        teachers = content.get("teachers") if isinstance(content, dict) else None
-        if isinstance(teachers, list):
-            found = [teacher for teacher in teachers if isinstance(teacher, dict)]
-            found = [{"name": str(t["name"]), "labels": t["labels"]} for t in found if "name" in t and "labels" in t]
-            if found:
-                return found
-    return []
+    try:
+        content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    teachers = content.get("teachers") if isinstance(content, dict) else None
+    found = [t for t in teachers if isinstance(t, dict)] if isinstance(teachers, list) else []
+    return [
+        {"name": str(t["name"]), "labels": t["labels"], "own_labels": t.get("own_labels", [])}
+        for t in found
+        if "name" in t and "labels" in t
+    ]
 
 
 # ---- the command ----
@@ -235,7 +233,9 @@ def evaluate(config: "EvalConfig") -> dict[str, Any]:
         limit=config.limit,
         split="test",
     )
-    renamed = rename_labels(texts.labels, read_label_map(config.label_map) if config.label_map else None)
+    teachers = teacher_blocks(checkpoint.resolve_folder(config.model, "--model"))
+    owners = [{"name": teacher["name"], "labels": teacher["own_labels"]} for teacher in teachers]
+    renamed = rename_labels(texts.labels, read_label_map(config.label_map) if config.label_map else None, owners)
     index = {name: c for c, name in enumerate(names)}
     known = np.array([label in index for label in renamed])
     unknown: dict[str, int] = {}
@@ -259,7 +259,7 @@ def evaluate(config: "EvalConfig") -> dict[str, Any]:
     tokens = tokenize(tokenizer, [texts.texts[row] for row in rows], max_length)
     logits = predict(model, tokens, token_budget=config.token_budget, description="predicting")
     labels = [index[renamed[row]] for row in rows]
-    figures = metrics(logits, labels, names, teacher_blocks(checkpoint.resolve_folder(config.model, "--model")))
+    figures = metrics(logits, labels, names, teachers)
     head = {"model": str(config.model), "data": str(config.data), "num_unknown": sum(unknown.values())}
     return head | {"unknown_labels": unknown} | figures
 

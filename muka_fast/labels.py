@@ -23,7 +23,7 @@ LabelMap = Mapping[str, "str | Mapping[str, str | None] | None"]
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """The student's classes and where each teacher's classes lie among them (method.md 1).
+    """The student's classes and where each teacher's classes lie among them (README, "How it works").
 
     Attributes:
         names: union label names in first-seen order, length C.
@@ -158,10 +158,23 @@ def read_label_map(path: str | Path) -> dict[str, str | dict[str, str | None] | 
     }
 
 
-def rename_labels(labels: Sequence[str], label_map: LabelMap | None) -> list[str | None]:
-    """True labels under the names of the union: the entries of the map that hold for all teachers are applied."""
-    shared = {old: new for old, new in (label_map or {}).items() if not isinstance(new, Mapping)}
-    return [shared.get(label, label) for label in labels]
+def rename_labels(
+    labels: Sequence[str], label_map: LabelMap | None, teachers: Sequence[Mapping[str, object]] = ()
+) -> list[str | None]:
+    """True labels under the names of the union.
+
+    The entries of the map that hold for all teachers are applied, and those for single teachers where every teacher that
+    owns the old name has it renamed alike. teachers: dicts with name and labels (those of the teacher itself, in any order).
+    """
+    label_map = label_map or {}
+    shared = {old: new for old, new in label_map.items() if not isinstance(new, Mapping)}
+    own = {name: table for name, table in label_map.items() if isinstance(table, Mapping)}
+    renamed = dict(shared)
+    for old in {old for table in own.values() for old in table}:
+        found = [own.get(teacher["name"], {}).get(old, shared.get(old, old)) for teacher in teachers if old in teacher["labels"]]
+        if found and all(new == found[0] for new in found):
+            renamed[old] = found[0]
+    return [renamed.get(label, label) for label in labels]
 
 
 def _name(key: object, path: Path) -> str:

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,14 +191,23 @@ def test_output_is_json_or_tables_on_stdout(tmp_path, student, texts, capsys):
         assert text in shown
 
 
-def test_teacher_blocks_come_from_the_run_or_the_configuration(tmp_path):
+def test_teacher_blocks_come_from_the_run(tmp_path):
     assert teacher_blocks(tmp_path) == []
-    (tmp_path / "config.json").write_text(
-        json.dumps({"muka_fast": {"teachers": [{"name": "x", "labels": ["a"], "k": 1}]}})
-    )
-    assert teacher_blocks(tmp_path) == [{"name": "x", "labels": ["a"]}]
     for content in ("not json", "[1]", '{"teachers": "x"}', '{"teachers": [1, {"name": "y"}]}'):
         (tmp_path / "run.json").write_text(content)
-        assert teacher_blocks(tmp_path) == [{"name": "x", "labels": ["a"]}]
-    (tmp_path / "run.json").write_text(json.dumps({"teachers": [{"name": "r", "labels": ["b"]}]}))
-    assert teacher_blocks(tmp_path) == [{"name": "r", "labels": ["b"]}]
+        assert teacher_blocks(tmp_path) == []
+    teacher = {"name": "r", "labels": ["b"], "own_labels": ["x"]}
+    (tmp_path / "run.json").write_text(json.dumps({"teachers": [teacher | {"fingerprint": "0"}]}))
+    assert teacher_blocks(tmp_path) == [teacher]
+
+
+def test_the_entries_of_a_single_teacher_rename_the_true_labels(tmp_path, student, texts):
+    """The student's run.json tells who owned the old name."""
+    write_rows(tmp_path / "data.jsonl", [(text, "old") for text in texts[:3]])
+    (tmp_path / "map.json").write_text(json.dumps({"mood": {"old": "a"}}))
+    options = {"label_map": str(tmp_path / "map.json")}
+    with pytest.raises(UserError, match="none of its labels"):
+        evaluate(config(student, tmp_path / "data.jsonl", **options))
+    teacher = {"name": "mood", "labels": NAMES, "own_labels": ["old", "b", "c"]}
+    (Path(student) / "run.json").write_text(json.dumps({"teachers": [teacher]}))
+    assert evaluate(config(student, tmp_path / "data.jsonl", **options))["num_texts"] == 3

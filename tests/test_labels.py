@@ -176,3 +176,13 @@ def test_true_labels_follow_the_map():
     label_map = {"old": "new", "gone": None, "t": {"cat": "dog"}}
     assert rename_labels(["old", "gone", "cat"], label_map) == ["new", None, "cat"]
     assert rename_labels(["old"], None) == ["old"]
+
+
+def test_true_labels_follow_the_entries_of_one_teacher_where_all_owners_agree():
+    teachers = [{"name": "s", "labels": ["cat", "cow"]}, {"name": "t", "labels": ["cat", "owl"]}]
+    rename = lambda label_map: rename_labels(["cat", "cow", "owl"], label_map, teachers)
+    assert rename({"t": {"owl": "bird"}}) == ["cat", "cow", "bird"]
+    assert rename({"owl": "wrong", "t": {"owl": "bird"}}) == ["cat", "cow", "bird"]  # as in the label space
+    assert rename({"t": {"cat": "pet"}}) == ["cat", "cow", "owl"]  # s keeps its cats
+    assert rename({"s": {"cat": "pet"}, "t": {"cat": "pet", "owl": None}}) == ["pet", "cow", None]
+    assert rename({"cat": "pet", "t": {"cat": "pet"}}) == ["pet", "cow", "owl"]
