@@ -249,7 +249,7 @@ def fill_in(config: RunConfig) -> RunConfig:
     values = {
         "teachers": prepared.teachers,
         "texts": prepared.texts,
-        "student": prepared.student,
+        "student": config.student or prepared.student,
         "output": output,
         "limit": None,
     }

@@ -168,6 +168,8 @@ def test_a_run_without_teachers_gets_the_demos(monkeypatch, tmp_path):
     assert filled.output == "runs/demo/student"
     assert filled.epochs == 1  # given
     assert filled.learning_rate == material.STUDENT_OPTIONS["learning_rate"]  # not given
+    assert filled.student == "encoder"
+    assert material.fill_in(RunConfig(student="mine")).student == "mine"
     assert material.fill_in(RunConfig(output=str(tmp_path / "mine"))).output == str(tmp_path / "mine")
 
 
