@@ -238,7 +238,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"merging.py: error: {error}", file=sys.stderr)
         return 2
     sizes = {name: len(read_texts(folder / f"{name}.jsonl").texts) for name in ("train", "test")}
-    results = {"setting": args.setting, "sizes": sizes, "teachers": teachers, "rows": rows}
+    kept = [{key: value for key, value in teacher.items() if key != "path"} for teacher in teachers]
+    results = {"setting": args.setting, "sizes": sizes, "teachers": kept, "rows": rows}
     text = markdown(args, sizes, teachers, rows)
     print(text)
     keep(f"merging_{args.setting}", results, text, folder=args.results)
