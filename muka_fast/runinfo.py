@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -26,12 +27,15 @@ if TYPE_CHECKING:
     from muka_fast.methods import Method
     from muka_fast.supervision import Supervision
 
+log = logging.getLogger("muka_fast")
 # Options that decide the student's numbers; all others (layout, logging, paths) may change between a kill and --resume.
 IDENTITY_OPTIONS = (
     "method", "margin", "normalize_margin", "uncertainty", "score_temperature", "kd_temperature", "target", "mc",
     "mc_samples", "mc_scope", "mc_dropout_p", "epochs", "learning_rate", "batch_size", "warmup_ratio",
     "weight_decay", "max_grad_norm", "max_length", "seed",
 )
+# What a complete run read; compared by name, so that its --resume stays instant.
+INPUT_OPTIONS = ("texts", "text_column", "label_column", "limit", "student", "label_map")
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "safetensors", "tokenizers", "datasets")
 MARGIN_BINS = 20
 EXAMPLES = 6
@@ -80,15 +84,23 @@ def versions() -> dict[str, str]:
 
 
 def identity(
-    config: "RunConfig", texts: "TextSet", sup: "Supervision", space: "LabelSpace", student: str, ds_config: dict[str, Any]
+    config: "RunConfig",
+    texts: "TextSet",
+    sup: "Supervision",
+    space: "LabelSpace",
+    student: str,
+    ds_config: dict[str, Any],
+    labels: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Everything that the final weights depend on, besides rounding. student: fingerprint of its folder."""
-    precision = next((key for key in ("bf16", "fp16") if ds_config.get(key, {}).get("enabled")), "fp32")
+    """Everything that the final weights depend on, besides rounding.
+
+    student: fingerprint of its folder. labels: the true label of each text, where the method learns from them.
+    """
+    learnt = {} if labels is None else {"true_labels": hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest()}
     return {
         **{name: getattr(config, name) for name in IDENTITY_OPTIONS},
-        "scheduler": ds_config.get("scheduler"),
-        "optimizer": ds_config["optimizer"],
-        "precision": precision,
+        **ds_identity(ds_config),
+        **learnt,
         "texts": texts.fingerprint,
         "teachers": [teacher["fingerprint"] for teacher in sup.teachers],
         "labels": list(space.names),
@@ -97,11 +109,22 @@ def identity(
     }
 
 
+def ds_identity(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """The part of the identity that the ds_config decides."""
+    precision = next((key for key in ("bf16", "fp16") if ds_config.get(key, {}).get("enabled")), "fp32")
+    return {"scheduler": ds_config.get("scheduler"), "optimizer": ds_config["optimizer"], "precision": precision}
+
+
 def check_identity(output: Path, mine: dict[str, Any]) -> None:
     """Raises UserError, with the differences, where the run in `output` was begun with another identity."""
     theirs = read_run(output).get("identity")
     if theirs is None:
         return
+    refuse_other(output, theirs, mine)
+
+
+def refuse_other(output: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Raises UserError, with the differences, where `mine` is not what the run in `output` was begun with."""
     mine = json.loads(json.dumps(mine))
     shown = lambda value: value[:12] if isinstance(value, str) and len(value) == 64 else json.dumps(value, ensure_ascii=False)[:80]
     differing = [f"{key} {shown(theirs.get(key))} -> {shown(mine[key])}" for key in mine if theirs.get(key) != mine[key]]
@@ -110,6 +133,30 @@ def check_identity(output: Path, mine: dict[str, Any]) -> None:
             f"--resume: the run in {output} was begun with other input ({'; '.join(differing)}); "
             "give the same as then, or start anew with --overwrite"
         )
+
+
+def complete_run(config: "RunConfig", ds_config: dict[str, Any]) -> dict[str, Any] | None:
+    """run.json of the complete run that --resume finds, None where there is something left to do.
+
+    Raises UserError, with the differences, where that run had other options or input files; nothing slow is read.
+    """
+    output = Path(config.output)
+    done = read_run(output)
+    if done.get("state") != "complete":
+        return None
+    before, now = done.get("config"), config.resolved()
+    if isinstance(before, dict):
+        names = [*IDENTITY_OPTIONS, *INPUT_OPTIONS]
+        if before.get("teachers") and now["teachers"]:
+            names.append("teachers")  # else a filled store stands for them
+        elif not before.get("teachers") and not now["teachers"]:
+            names.append("store")
+        mine = {name: now[name] for name in names} | ds_identity(ds_config)
+        theirs = {name: before.get(name) for name in names}
+        refuse_other(output, theirs | {key: done.get("identity", {}).get(key) for key in ds_identity(ds_config)}, mine)
+        if before.get("eval") != now["eval"]:
+            log.warning("%s was evaluated on %s; for %s use `muka-fast eval`", output, before.get("eval"), now["eval"])
+    return done
 
 
 def read_run(output: Path) -> dict[str, Any]:

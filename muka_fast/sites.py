@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from muka_fast.errors import UserError
 from muka_fast.intercept import intercept, layer_modules, patched
@@ -148,6 +149,47 @@ def active_sites(sites: Sequence[Site], scope: str, teacher: str = "the teacher"
     if not chosen:
         raise UserError(f"--mc_scope head: {teacher} has no dropout site in its head; use --mc_scope last:1")
     return chosen
+
+
+def active_probabilities(
+    sites: Sequence[Site], scope: str, mc_dropout_p: float | None, teacher: str = "the teacher"
+) -> dict[int, float]:
+    """Site index -> p > 0 of the sites of `scope`; mc_dropout_p: of all of them, None = the model's own.
+
+    Raises UserError for a scope without sites and where nothing would be random.
+    """
+    chosen = active_sites(sites, scope, teacher)
+    p_of_site = {site.index: site.p if mc_dropout_p is None else mc_dropout_p for site in chosen}
+    p_of_site = {index: p for index, p in p_of_site.items() if p > 0}
+    if not p_of_site:
+        raise UserError(
+            f"{teacher}: all {len(chosen)} dropout sites of --mc_scope {scope} have p = 0, so "
+            "every sample would be the same; set --mc_dropout_p 0.1, or use --no-mc"
+        )
+    return p_of_site
+
+
+class _AnyValue(TorchDispatchMode):
+    """Answers 1 where a model asks for the value of a tensor that has none ("is this mask all ones?")."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten  # inference mode shows the composite operators as they are called
+        if func in (aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default):
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+def sites_of_config(config: PreTrainedConfig) -> list[Site] | None:
+    """`list_sites` of the classifier that a configuration describes, without weights; None where it cannot be run so."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False).eval()
+        with _AnyValue():
+            return list_sites(model)
+    except UserError:
+        raise
+    except Exception:  # whatever a model does without values; the real one is looked at when its turn comes
+        return None
 
 
 class Masks:

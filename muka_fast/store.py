@@ -33,7 +33,7 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -258,6 +258,21 @@ def merge_manifest(
         if teacher is not None:
             manifest["teachers"][teacher[0]] = teacher[1]
         if known is None or teacher is not None:
+            write_atomically(store / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    return manifest
+
+
+def order_teachers(store: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """Have the manifest name these teachers in this order, in the places that they take in it; returns it.
+
+    Its order is that of the teachers (and so of the classes) for whoever opens the store without naming them.
+    """
+    with _locked(store):
+        manifest = read_manifest(store)
+        entries, wished = manifest["teachers"], iter(keys)
+        order = [next(wished) if key in keys else key for key in entries]
+        if order != list(entries):
+            manifest["teachers"] = {key: entries[key] for key in order}
             write_atomically(store / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
     return manifest
 

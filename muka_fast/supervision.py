@@ -6,17 +6,20 @@ import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
 from muka_fast import adapters, checkpoint
 from muka_fast.console import progress
 from muka_fast.data import TextSet, Tokens, collate, read_texts, token_budget_batches, tokenize
 from muka_fast.errors import UserError
 from muka_fast.shared import score_together, tie_shared_weights, trunk_tree
+from muka_fast.sites import Site, active_probabilities, num_site_layers, sites_of_config
 from muka_fast.store import (
     MATRICES,
     OPTION_KEYS,
@@ -24,6 +27,7 @@ from muka_fast.store import (
     DamagedShard,
     ShardRange,
     merge_manifest,
+    order_teachers,
     read_manifest,
     read_shard,
     remove_leftovers,
@@ -32,13 +36,21 @@ from muka_fast.store import (
     write_shard,
 )
 from muka_fast.stored import Supervision, load_supervision, open_store
-from muka_fast.teachers import Teacher, TeacherFiles, check_teachers, load_teacher, teacher_names
+from muka_fast.teachers import (
+    LOADING_ERRORS,
+    Teacher,
+    TeacherFiles,
+    check_teachers,
+    load_teacher,
+    quiet_transformers,
+    teacher_names,
+)
 from muka_fast.trunk import StochasticTeacher
 
 if TYPE_CHECKING:
     from muka_fast.config import ScoreConfig, ScoringOptions
 
-__all__ = ["Supervision", "device_of", "fill_store", "load_supervision", "main", "open_store", "option_values", "score"]
+__all__ = ["Supervision", "check_sites", "device_of", "fill_store", "load_supervision", "main", "open_store", "option_values", "score"]
 
 log = logging.getLogger("muka_fast")
 FAMILY_BYTES = 1 << 20  # of the largest tensor; whether layers are equal is found out from all of them
@@ -64,6 +76,8 @@ def fill_store(store: str | Path, teacher_paths: Sequence[str], texts: TextSet, 
     """
     store = Path(store)
     files = check_teachers(teacher_paths)
+    if options.mc:
+        check_sites(teacher_names(teacher_paths), files, options)
     shard_size = merge_manifest(store, texts, options.shard_size)["shard_size"]
     if shard_size != options.shard_size:
         log.info("%s was begun with --shard_size %d, which stays", store, shard_size)
@@ -91,7 +105,29 @@ def fill_store(store: str | Path, teacher_paths: Sequence[str], texts: TextSet, 
             tie_shared_weights([member.scorer for member in group])
     if group:
         _run(store, group, texts, tokens, options, shard_size)
-    return load_supervision(store, read_manifest(store), keys, names)
+    return load_supervision(store, order_teachers(store, keys), keys, names)
+
+
+def check_sites(names: Sequence[str], files: Sequence[TeacherFiles], options: ScoringOptions) -> None:
+    """Refuse a teacher in which --mc_scope leaves nothing random, before the scores of those before it take hours."""
+    for name, found in zip(names, files, strict=True):
+        sites = _sites(found.folder, checkpoint.file_state(found.folder))
+        # Without layers of its own every site is used, whatever the scope (StochasticTeacher).
+        if sites and (options.mc_scope == "all" or num_site_layers(sites)):
+            active_probabilities(sites, options.mc_scope, options.mc_dropout_p, f"teacher {name}")
+
+
+@cache
+def _sites(folder: Path, _state: tuple) -> list[Site] | None:
+    """The dropout sites of a teacher by its configuration, once per state of its files."""
+    what = f"teacher {folder}"
+    if adapters.is_adapter(folder) and not (folder / "config.json").is_file():
+        folder = adapters.base_folder(folder, what)
+    try:
+        with quiet_transformers():
+            return sites_of_config(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    except LOADING_ERRORS:
+        return None  # an adapter's broken base: told with all details when its turn comes
 
 
 def family_of(files: TeacherFiles) -> str:

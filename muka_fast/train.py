@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,13 +26,14 @@ from muka_fast.data import TextSet, read_texts, tokenize
 from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine, init_distributed, on_first_process, resolve_device, shut_down
 from muka_fast.errors import UserError
-from muka_fast.labels import LabelSpace, build_label_space, read_label_map, rename_labels
+from muka_fast.export import LABELLED_METHODS
+from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
 from muka_fast.loop import Plan, train
 from muka_fast.methods import Method, build_method, selection_accuracy, target_accuracy
 from muka_fast.snapshots import write_json
 from muka_fast.store import read_manifest, teacher_key
 from muka_fast.student import load_student, student_fingerprint
-from muka_fast.supervision import Supervision, fill_store, load_supervision, open_store, option_values
+from muka_fast.supervision import Supervision, check_sites, fill_store, load_supervision, open_store, option_values
 from muka_fast.teachers import check_teachers, teacher_names, token_limit
 
 log = logging.getLogger("muka_fast")
@@ -67,27 +69,29 @@ def run(config: RunConfig) -> RunResult:
     _, world_size = init_distributed(device, config.verbose)
     ds_config, config = prepare_ds_config(config.ds_config, config, world_size, device)
     on_first_process(lambda: export.check_output(*output_options(config)) and None)
-    done = on_first_process(lambda: runinfo.read_run(Path(config.output)))
-    if config.resume and done.get("state") == "complete":
+    done = on_first_process(lambda: runinfo.complete_run(config, ds_config)) if config.resume else None
+    if done is not None:
         log.info("%s is complete: nothing to resume", config.output)
         return RunResult(Path(config.output), done.get("metrics", {}))
 
     with clock("read texts"):
         texts = read_data(config)
-        on_first_process(lambda: check_inputs(config))
+        on_first_process(lambda: check_inputs(config, texts))
     output = on_first_process(lambda: open_output(config))
     with clock("score teachers"):
         sup = supervise(config, texts, output)
     label_map = read_label_map(config.label_map) if config.label_map else None
     space = build_label_space([(teacher["name"], teacher["labels"]) for teacher in sup.teachers], label_map)
-    labels = None if texts.labels is None else [name or "" for name in rename_labels(texts.labels, label_map)]
+    labels = true_labels(texts, label_map, sup)
+    if not config.teachers:  # else they were checked before the scoring
+        on_first_process(lambda: check_labels(config, sup.teachers, space, label_map))
     method = build_method(config, sup, space, labels)
 
     with clock("load student"):
         model, tokenizer = load_student(config.student, space.names, config.seed, ds_config)
         tokens = tokenize(tokenizer, texts.texts, min(config.max_length, token_limit(model, tokenizer)))
     plan = Plan(tokens.lengths, config)
-    record = begin_record(config, ds_config, texts, sup, space, world_size)
+    record = begin_record(config, ds_config, texts, sup, space, labels, world_size)
     on_first_process(lambda: begin_run(output, config, record))
     engine = Engine.create(model, config, ds_config, plan.total_steps)
     with clock("train"):
@@ -128,10 +132,8 @@ def output_options(config: RunConfig) -> tuple[str, bool, bool, list[str | None]
     return config.output, config.resume, config.overwrite, inputs
 
 
-def check_inputs(config: RunConfig) -> None:
-    """Refuse broken teachers, student, label map or evaluation texts before hours of work, the old run still in its place."""
-    if config.eval is not None:
-        read_texts(config.eval, text_column=config.text_column, label_column=config.label_column, need_labels=True)
+def check_inputs(config: RunConfig, texts: TextSet) -> None:
+    """Refuse broken teachers, student, label map or labelled texts before hours of work, the old run still in its place."""
     student = checkpoint.resolve_folder(config.student, "student")
     checkpoint.check_tokenizer_files(student, f"student {config.student}")
     checkpoint.read_tensors(student, f"student {config.student}")
@@ -139,7 +141,44 @@ def check_inputs(config: RunConfig) -> None:
     if config.teachers:
         files = check_teachers(config.teachers, warn=False)
         names = teacher_names(config.teachers)
-        build_label_space([(name, file.labels) for name, file in zip(names, files, strict=True)], label_map)
+        owners = [{"name": name, "labels": file.labels} for name, file in zip(names, files, strict=True)]
+        space = build_label_space([(owner["name"], owner["labels"]) for owner in owners], label_map)
+        check_labels(config, owners, space, label_map, texts)
+        if config.mc:
+            check_sites(names, files, config)
+    elif config.eval is not None:
+        read_eval(config)
+
+
+def read_eval(config: RunConfig) -> TextSet:
+    """The texts of --eval, as `evaluate` reads them."""
+    columns = {"text_column": config.text_column, "label_column": config.label_column}
+    return read_texts(config.eval, **columns, need_labels=True, split="test")
+
+
+def check_labels(
+    config: RunConfig,
+    teachers: Sequence[Mapping[str, Any]],
+    space: LabelSpace,
+    label_map: LabelMap | None,
+    texts: TextSet | None = None,
+) -> None:
+    """Refuse --eval, and the texts of a method that needs labels, where no label is a class. teachers: name, labels of each."""
+    for option, found in (("eval", read_eval(config) if config.eval is not None else None), ("texts", texts)):
+        if found is None or found.labels is None or (option == "texts" and config.method not in LABELLED_METHODS):
+            continue
+        if not set(rename_labels(found.labels, label_map, teachers)) & set(space.names):
+            raise UserError(
+                f"--{option} {found.source}: none of its labels ({', '.join(sorted(set(found.labels))[:3])}, ...) is a class of the "
+                f"teachers ({', '.join(space.names[:3])}, ...); rename them with --label_map or choose --label_column"
+            )
+
+
+def true_labels(texts: TextSet, label_map: LabelMap | None, sup: Supervision) -> list[str] | None:
+    """The labels of the texts under the names of the label space; "" where the map drops one, None where there are none."""
+    if texts.labels is None:
+        return None
+    return [name or "" for name in rename_labels(texts.labels, label_map, sup.teachers)]
 
 
 def open_output(config: RunConfig) -> Path:
@@ -152,7 +191,7 @@ def open_output(config: RunConfig) -> Path:
 def read_data(config: RunConfig) -> TextSet:
     """The texts of the run, with labels where the method needs them."""
     columns = {"text_column": config.text_column, "label_column": config.label_column}
-    need_labels = config.method in ("supervised", "oracle")
+    need_labels = config.method in LABELLED_METHODS
     return read_texts(config.texts, **columns, need_labels=need_labels, limit=config.limit)
 
 
@@ -171,17 +210,30 @@ def supervise(config: RunConfig, texts: TextSet, output: Path) -> Supervision:
     if scored:
         return scored[0]
     keys, names = zip(*found, strict=True)
-    return load_supervision(store, read_manifest(store), keys, names)
+    manifest = read_manifest(store)
+    if manifest is None:
+        option = "--store" if config.store is not None else "--output"
+        raise UserError(f"{option} {store} is not visible here: it must lie on a file system that all nodes share")
+    return load_supervision(store, manifest, keys, names)
 
 
 def begin_record(
-    config: RunConfig, ds_config: dict[str, Any], texts: TextSet, sup: Supervision, space: LabelSpace, world_size: int
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    texts: TextSet,
+    sup: Supervision,
+    space: LabelSpace,
+    labels: list[str] | None,
+    world_size: int,
 ) -> dict[str, Any]:
     """run.json as far as it is known before training."""
     teachers = [
-        {"name": teacher["name"], "fingerprint": teacher["fingerprint"], "labels": list(dict.fromkeys(labels))}
-        for teacher, labels in zip(sup.teachers, space.teacher_labels, strict=True)
+        {"name": teacher["name"], "fingerprint": teacher["fingerprint"], "labels": list(dict.fromkeys(names))}
+        | {"own_labels": teacher["labels"]}
+        for teacher, names in zip(sup.teachers, space.teacher_labels, strict=True)
     ]
+    needed = labels if config.method in LABELLED_METHODS else None
+    student = student_fingerprint(config.student)
     return {
         "state": "training",
         "config": config.resolved(),
@@ -189,7 +241,7 @@ def begin_record(
         "overlaps": list(space.overlaps),
         "teachers": teachers,
         "data": {"source": texts.source, "texts": len(texts), "blank": texts.num_blank, "fingerprint": texts.fingerprint},
-        "identity": runinfo.identity(config, texts, sup, space, student_fingerprint(config.student), ds_config),
+        "identity": runinfo.identity(config, texts, sup, space, student, ds_config, needed),
         "layout": {
             "processes": world_size,
             "micro_batch": ds_config["train_micro_batch_size_per_gpu"],

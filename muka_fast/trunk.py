@@ -16,7 +16,7 @@ from muka_fast.ops.reference import dropout_threshold
 from muka_fast.packed import Packed, Replicas
 from muka_fast.postln import PostLayerNormEncoder
 from muka_fast.preln import PreLayerNormModel
-from muka_fast.sites import Masks, Site, active_sites, list_sites, trace_inputs
+from muka_fast.sites import Masks, Site, active_probabilities, list_sites, trace_inputs
 from muka_fast.split import ModelSplit
 from muka_fast.teachers import Teacher
 
@@ -274,15 +274,7 @@ class StochasticTeacher:
             raise UserError(f"--mc_samples {self.mc_samples}: must be at least 1")
         if mc_dropout_p is not None and not 1 <= _threshold(mc_dropout_p) < 65536:
             raise UserError(f"--mc_dropout_p {mc_dropout_p}: must lie between 0 and 1, both excluded")
-        chosen = active_sites(self.all_sites, self.mc_scope, f"teacher {self.name}")
-        p_of_site = {site.index: site.p if mc_dropout_p is None else mc_dropout_p for site in chosen}
-        p_of_site = {index: p for index, p in p_of_site.items() if p > 0}
-        if not p_of_site:
-            raise UserError(
-                f"teacher {self.name}: all {len(chosen)} dropout sites of --mc_scope {self.mc_scope} have p = 0, so "
-                "every sample would be the same; set --mc_dropout_p 0.1, or use --no-mc"
-            )
-        return p_of_site
+        return active_probabilities(self.all_sites, self.mc_scope, mc_dropout_p, f"teacher {self.name}")
 
     def _first_stochastic_layer(self) -> int:
         """Where the trunk ends: 0 = there is none, depth = after the last layer."""

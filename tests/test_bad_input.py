@@ -266,6 +266,29 @@ def test_teachers_without_dropout(command, refused, make_teacher):
     refused(command("train", teachers=["first", "dry"]), "dry", "--mc_dropout_p")
 
 
+@pytest.mark.parametrize("name", ["train", "score"])
+def test_a_second_teacher_that_cannot_be_sampled_is_refused_before_the_first_is_scored(
+    name, command, refused, make_teacher, world
+):
+    make_teacher("bert", LABELS_B, dropout=0.0, name="dry")
+    make_teacher("bert", LABELS_B, name="low")
+    refused(command(name, teachers=["first", "dry"]), "dry", "--mc_dropout_p")
+    refused(command(name, teachers=["first", "low"], mc_scope="last:9"), "--mc_scope last:9", "first")
+    assert not list(world.rglob("shard-*"))
+
+
+@pytest.mark.parametrize("changes", [{"eval": "foreign.jsonl"}, {"texts": "foreign.jsonl", "method": "oracle"}])
+@pytest.mark.parametrize("filled", [False, True])
+def test_labels_that_are_no_class_are_refused_before_any_work(changes, filled, command, refused, world, capsys):
+    rows = [{"text": json.loads(line)["text"], "label": "other"} for line in (world / "texts.jsonl").open()]
+    (world / "foreign.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if filled:  # a store instead of teachers
+        accepted(command("score", texts=changes.get("texts", "texts.jsonl")), capsys)
+        changes = changes | {"teachers": None, "store": "store"}
+    refused(command("train", **changes), "foreign.jsonl" if "eval" in changes or not filled else "oracle", "--label_map")
+    assert not list((world / "out").rglob("shard-*")) and not (world / "out" / "run.json").exists()
+
+
 # ---- the student ----
 
 

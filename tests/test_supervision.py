@@ -86,6 +86,7 @@ class Stage:
 def stage(monkeypatch):
     stage = Stage()
     monkeypatch.setattr(supervision, "check_teachers", lambda paths: paths)
+    monkeypatch.setattr(supervision, "check_sites", lambda names, files, options: None)
     monkeypatch.setattr(supervision, "family_of", lambda path: path)
     monkeypatch.setattr(supervision, "load_teacher", stage.load_teacher)
     monkeypatch.setattr(supervision, "tokenize", stage.tokenize)
@@ -185,6 +186,15 @@ def test_adding_a_teacher_or_an_option_set_runs_only_that(tmp_path, stage):
         open_store(tmp_path, options={"mc_samples": 16, "run_seed": 8})
     with pytest.raises(UserError, match=r"mc_scope 'last:1' \(asked: 'all'\)"):
         open_store(tmp_path, options={"mc_scope": "all"})
+
+
+def test_a_store_is_opened_in_the_order_of_the_latest_scoring(tmp_path, stage):
+    fill(tmp_path, ["red"])
+    fill(tmp_path, ["blue", "red"])  # red was there first
+    check(open_store(tmp_path, text_set()), ["blue", "red"])
+    written = (tmp_path / "manifest.json").stat().st_mtime_ns
+    fill(tmp_path, ["blue", "red"])
+    assert (tmp_path / "manifest.json").stat().st_mtime_ns == written
 
 
 def test_each_distinct_tokenizer_tokenises_once(tmp_path, stage):

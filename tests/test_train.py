@@ -250,13 +250,48 @@ def test_resume_refuses_another_run(go, stop_at, monkeypatch, world, tmp_path):
     assert go("cut", resume=True).output.joinpath("model.safetensors").exists()
 
 
-def test_an_output_folder_with_a_run_is_refused_and_a_complete_one_is_left_alone(go):
+def test_an_output_folder_with_a_run_is_refused_and_a_complete_one_is_left_alone(go, world):
     first = go("run", epochs=1)
     before = {path.name: path.stat().st_mtime_ns for path in first.output.iterdir()}
     with pytest.raises(UserError, match="already holds a run"):
         go("run", epochs=1)
     assert go("run", epochs=1, resume=True).metrics == first.metrics
+    with pytest.raises(UserError, match=r"epochs 1 -> 2.*--overwrite"):
+        go("run", epochs=2, resume=True)
+    with pytest.raises(UserError, match=r"student .*student.* -> .*plain_student"):
+        go("run", epochs=1, resume=True, student=str(world / "plain_student"))
+    with pytest.raises(UserError, match=r"optimizer .* -> "):
+        go("run", epochs=1, resume=True, ds=SMOOTH_ADAM)
     assert {path.name: path.stat().st_mtime_ns for path in first.output.iterdir()} == before
+
+
+def test_a_damaged_record_stops_a_resume_but_not_an_overwrite(go, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run\.json: cannot be read .*--overwrite"):
+        go("run", epochs=1, resume=True)
+    assert json.loads((go("run", epochs=1, overwrite=True).output / "run.json").read_text())["state"] == "complete"
+
+
+def test_resume_refuses_other_true_labels(go, stop_at, monkeypatch, world, tmp_path):
+    """The texts are the same, so their fingerprint is, too."""
+    rows = [json.loads(line) for line in (world / "texts.jsonl").read_text().splitlines()]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stop_at(3)
+    go("cut", texts=str(texts), method="supervised")
+    monkeypatch.undo()
+    texts.write_text("".join(json.dumps(row | {"label": "bank"}) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"true_labels [0-9a-f]{12} -> [0-9a-f]{12}"):
+        go("cut", texts=str(texts), method="supervised", resume=True)
+
+
+def test_an_output_that_this_node_does_not_see_is_named(world, tmp_path, monkeypatch):
+    """A process of another node is told that process 0 filled the store, and finds none."""
+    config = RunConfig(**arguments(world, tmp_path, "run", None, {"store": None}))
+    monkeypatch.setattr(train, "on_first_process", lambda work: [("key", "news")])
+    with pytest.raises(UserError, match=r"--output .*supervision.*file system that all nodes share"):
+        train.supervise(config, train.read_data(config), tmp_path / "run")
 
 
 # ---- faults ----
