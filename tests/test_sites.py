@@ -5,7 +5,7 @@ import torch
 
 from muka_fast.errors import UserError
 from muka_fast.ops.reference import dropout_scale, keep_mask_ref
-from muka_fast.sites import ATTENTION_STRIDE, SHARED_EXAMPLE, Masks, Site, active_sites, list_sites
+from muka_fast.sites import ATTENTION_STRIDE, SHARED_EXAMPLE, Masks, Site, active_sites, list_sites, sites_of_config
 from muka_fast.split import ModelSplit
 
 SEED = 0xFEDC_BA98_7654_3210
@@ -41,6 +41,11 @@ def test_every_site_is_listed_in_order(family, make_model):
     assert [s.index for s in sites] == list(range(len(sites)))
     assert len({(s.path, s.occurrence) for s in sites}) == len(sites)
     assert {s.p for s in sites} == {0.25}
+
+
+def test_the_configuration_alone_gives_the_same_sites(family, make_model):
+    model = make_model(family, ["a", "b", "c"])
+    assert sites_of_config(model.config) == list_sites(model.eval())
 
 
 def test_sites_of_p_zero_are_listed_too(family, make_model):
