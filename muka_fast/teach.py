@@ -249,7 +249,12 @@ def measure(
     labels: Sequence[str],
     max_length: int,
 ) -> dict[str, Any]:
-    """Figures (evaluate.metrics) over texts that carry one of `labels` each."""
+    """Figures (evaluate.metrics) over the rows of `texts` that carry one of `labels`.
+
+    Raises:
+        UserError: there is no such row.
+    """
+    texts = rows_to_measure(texts, labels)
     tokens = tokenize(tokenizer, texts.texts, min(max_length, token_limit(model, tokenizer)))
     index = {label: i for i, label in enumerate(labels)}
     return metrics(predict(model, tokens), [index[label] for label in texts.labels], labels)
