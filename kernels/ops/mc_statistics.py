@@ -208,7 +208,7 @@ if triton is not None:
         tl.store(p_margin + i_b, tl.where(b_nan == 0, tl.where(N == 1, 1.0, b_best - b_second), float("nan")))
 
     # Classes of one block -> samples at a time and warps: enough loads in flight, no spills. Few sizes, all compiled by the tests.
-    TILES = {16: (16, 1), 64: (16, 4), 256: (16, 4), 512: (8, 4), 1024: (4, 8), 2048: (2, 8), 4096: (1, 8)}
+    TILES = {16: (16, 1), 64: (16, 4), 256: (16, 4), 512: (4, 4), 1024: (4, 8), 2048: (2, 8), 4096: (1, 8)}
     TILES |= {8192: (1, 16)}  # a row of 16384 and its two sums spill on sm_90 and sm_100
     SMALL_BLOCKS = (16, 512)  # of the second block, for teachers that would leave most of a block of 2048 to 8192 classes idle
 
