@@ -289,6 +289,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         where = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or error
         raise UserError(f"--config {path}{where}: not valid YAML ({reason})") from error
+    except (ValueError, RecursionError) as error:  # an impossible date, a number of thousands of digits, endless brackets
+        raise UserError(f"--config {path}: holds a value that cannot be read ({type(error).__name__})") from error
     if content is None:
         return {}
     if not isinstance(content, dict):

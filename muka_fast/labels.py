@@ -148,6 +148,8 @@ def read_label_map(path: str | Path) -> dict[str, str | dict[str, str | None] | 
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"--label_map {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from error
+    except (ValueError, RecursionError) as error:  # an impossible date, a number of thousands of digits, endless brackets
+        raise UserError(f"--label_map {path}: holds a value that cannot be read ({type(error).__name__})") from error
     if not isinstance(content, dict):
         raise UserError(f"--label_map {path}: must map old names to new ones (or null), found {type(content).__name__}")
     return {

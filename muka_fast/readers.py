@@ -114,8 +114,9 @@ def _jsonl_rows(path: Path, columns: Columns) -> Iterator[Row]:
             continue
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
+        except (ValueError, RecursionError) as error:
+            parsed = isinstance(error, json.JSONDecodeError)
+            reason = f"{error.msg}, column {error.colno}" if parsed else "too deep or too long a number"
             raise UserError(f"{path}, line {number}: not valid JSON ({reason})") from error
         yield Row(number, *_pick(record, f"{path}, line {number}", columns))
 
@@ -125,11 +126,11 @@ def _json_rows(path: Path, columns: Columns) -> Iterator[Row]:
     content = "".join(line for _, line in _lines(path))
     try:
         records = json.loads(content)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         if content.lstrip().startswith("{") and "Extra data" in str(error):
             raise UserError(f"{path}: holds one object per line: rename it to {path.stem}.jsonl") from error
         line = getattr(error, "lineno", 1)
-        raise UserError(f"{path}, line {line}: not valid JSON ({getattr(error, 'msg', 'too deep')})") from error
+        raise UserError(f"{path}, line {line}: not valid JSON ({getattr(error, 'msg', 'too deep or a number too long')})") from error
     if not isinstance(records, list):
         raise UserError(f"{path}: a list of objects is expected, found {_kind(records)}")
     for number, record in enumerate(records, 1):

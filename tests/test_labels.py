@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from muka_fast.config import read_yaml
+from muka_fast.data import read_texts
 from muka_fast.errors import UserError
 from muka_fast.labels import build_label_space, read_label_map, rename_labels
 
@@ -186,3 +188,16 @@ def test_true_labels_follow_the_entries_of_one_teacher_where_all_owners_agree():
     assert rename({"t": {"cat": "pet"}}) == ["cat", "cow", "owl"]  # s keeps its cats
     assert rename({"s": {"cat": "pet"}, "t": {"cat": "pet", "owl": None}}) == ["pet", "cow", None]
     assert rename({"cat": "pet", "t": {"cat": "pet"}}) == ["pet", "cow", "owl"]
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.json", "[" * 100_000), ("a.yaml", "a: 2020-99-99\n"), ("a.json", "9" * 5000)])
+def test_values_that_no_parser_can_hold_end_in_one_line(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_label_map(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_yaml(path)
+    (tmp_path / "a.jsonl").write_text(f'{{"text": {"9" * 5000}}}\n')
+    with pytest.raises(UserError, match="line 1: not valid JSON"):
+        read_texts(tmp_path / "a.jsonl")
