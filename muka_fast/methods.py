@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -41,7 +42,7 @@ class StudentOutput(NamedTuple):
 # ---- the methods ----
 
 
-class Method:
+class Method(ABC):
     """Targets and losses of one run over the texts of a store; rows are indices into the store, int64 [B].
 
     The loss of a global batch is `loss(student, rows).sum() / denominator(all rows of the global batch)`, whatever
@@ -80,8 +81,9 @@ class Method:
             self._union_on[device] = self.teacher_to_union.to(device)
         return self._union_on[device]
 
+    @abstractmethod
     def _loss(self, output: StudentOutput, rows: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Loss per text [B] before exclusion, weights included."""
 
     def weights(self, rows: Tensor) -> Tensor:
         """The weight of each text [B] that `loss` already contains: 1, 0 (excluded) or teacher margin + 1e-6."""
@@ -91,9 +93,9 @@ class Method:
         """What the sum of the losses of a global batch is divided by: the number of texts that count (at least 1)."""
         return max(float(self.included[rows].sum()), 1.0)
 
+    @abstractmethod
     def target_probs(self, rows: Tensor) -> Tensor | None:
         """The composed target q [B, C] of each text; None where the method has none (uhc)."""
-        raise NotImplementedError
 
     @property
     def num_excluded(self) -> int:
