@@ -9,7 +9,6 @@ import atexit
 import contextlib
 import logging
 import os
-import socket
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -27,13 +26,6 @@ from muka_fast.optim import clip_gradients, linear_schedule, parameter_groups
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SHARD_BYTES = 1 << 30  # tensors are gathered one by one and flushed to a file at this size: rank 0 never holds the whole state
-
-
-def free_port() -> int:
-    """A TCP port that is free on this machine now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def resolve_device(device: str) -> str:
@@ -73,12 +65,11 @@ def no_jit_build() -> None:
 def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, int]:
     """Join the process group and return (rank, world size). A plain `python` is a group of one. Calling it again does nothing.
 
-    The launchers (deepspeed, torchrun) set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; what is absent is filled for one
-    process on a free port.
+    The launchers (deepspeed, torchrun) set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Without them the group of one
+    opens no port and leaves nothing in the environment that a child process would take for its own place in a group.
     """
-    if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = str(free_port())
+    launched = "RANK" in os.environ
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if device != "cpu":  # before anything is sent: each process talks through its own GPU
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     quiet_deepspeed(device, verbose)
@@ -90,8 +81,12 @@ def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, i
     if not comm.is_initialized():
         if device == "cpu":
             no_jit_build()
+        backend = "gloo" if device == "cpu" else "nccl"
         # Rank 0 may score for hours while the others wait; a process that dies closes its connections, which ends the wait at once.
-        deepspeed.init_distributed("gloo" if device == "cpu" else "nccl", verbose=verbose, timeout=timedelta(days=7))
+        patience = timedelta(days=7)
+        if not launched and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group(backend, timeout=patience, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        deepspeed.init_distributed(backend, verbose=verbose, timeout=patience)
         atexit.register(shut_down, at_exit=True)
     return comm.get_rank(), comm.get_world_size()
 

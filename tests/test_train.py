@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,6 @@ from transformers import PreTrainedTokenizerFast
 
 from muka_fast import loop, snapshots, train
 from muka_fast.config import RunConfig
-from muka_fast.engine import free_port
 from muka_fast.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,6 +142,15 @@ def test_zero_stages_change_nothing(go):
         sharded = go(f"stage{stage}", ds={**SMOOTH_ADAM, "zero_optimization": {"stage": stage}})
         assert largest_difference(weights(sharded), weights(plain)) <= (1e-6 if stage == 3 else 0)
         assert losses(sharded) == pytest.approx(losses(plain), rel=1e-6 if stage == 3 else 0, abs=1e-8 if stage == 3 else 0)
+
+
+def free_port() -> int:
+    """A TCP port that nothing holds, below the range from which the kernel serves others between this call and its use."""
+    while True:
+        port = random.SystemRandom().randrange(15000, 30000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
 
 
 def run_processes(options: dict, count: int, extra: tuple[str, ...] = ()) -> list[subprocess.Popen]:
