@@ -9,7 +9,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-stages=build,correct,ceilings,ops,amalgamation
+stages=build,correct,ceilings,ops,predicted,amalgamation
 dry=0 out=bench/results wheels=
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -47,13 +47,15 @@ if [ $dry = 1 ]; then
   run correct 120 "$python" -m pytest -q -m "gpu or not gpu" tests/test_gpu.py
   run ceilings 60 "$python" bench/ceilings.py --device cpu --toy --json "$out/ceilings.json"
   run ops 120 "$python" bench/throughput.py --device cpu --toy --json "$out/throughput.json"
-  run amalgamation 300 "$python" bench/amalgamation.py --synthetic toy --texts 40 --published_texts 8 --max_length 32 \
+  run predicted 30 "$python" bench/predict.py --out "$out"
+  run amalgamation 600 "$python" bench/amalgamation.py --synthetic toy --texts 40 --published_texts 8 --max_length 32 \
     --samples 4 --repetitions 1 --workdir "$out/work" --json "$out/amalgamation.json"
 else
   run build 150 "$python" setup.py -q build_ext --inplace
   run correct 180 "$python" -m pytest -q -m gpu tests
   run ceilings 30 "$python" bench/ceilings.py
   run ops 120 "$python" bench/throughput.py --device "$device"
+  run predicted 30 "$python" bench/predict.py --measured "$out"/throughput_h200_*.json --out "$out"
   run amalgamation 180 "$python" bench/amalgamation.py --synthetic base --workdir "$out/work"
 fi
 echo "--- bench/gpu.sh on $device"
