@@ -47,7 +47,8 @@ $(STAMP): $(SOURCES) | $(BIN)/python
 	  cp constraints.txt $(VENV)/constraints.txt; \
 	  $(BIN)/python -c 'import torch' >/dev/null 2>&1 || { \
 	    index=$$($(BIN)/python -c "import urllib.request as u; u.urlopen('$(TORCH_CPU_INDEX)/', timeout=5)" >/dev/null 2>&1 \
-	      && echo "--index-url $(TORCH_CPU_INDEX)" || true); \
+	      && echo "--index-url $(TORCH_CPU_INDEX)" \
+	      || echo "$(TORCH_CPU_INDEX) does not answer: $(TORCH) comes from the default index" >&2); \
 	    $(PIP) install $$index $(TORCH); }; \
 	fi
 	$(PIP) install -c $(VENV)/constraints.txt setuptools pybind11 deepspeed
