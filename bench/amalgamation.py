@@ -226,7 +226,7 @@ def measure_students(
                 result = muka_fast.amalgamate(
                     teachers=paths, student=args.encoder, texts=args.train, limit=args.texts, output=f"{folder}/run", seed=seed,
                     mc_scope=scope, mc_samples=args.samples, epochs=args.epochs, learning_rate=args.learning_rate,
-                    batch_size=args.batch_size, max_length=args.max_length,
+                    batch_size=args.batch_size, max_length=args.max_length, uncertainty="predictive_entropy",
                 )  # fmt: skip
                 seconds[scope].append(time.perf_counter() - start)
                 student = AutoModelForSequenceClassification.from_pretrained(result.output).eval()

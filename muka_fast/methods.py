@@ -12,31 +12,30 @@ import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from muka_fast.aligned import AlignedStudent, Alignment, AmalgamatedFeature, CommonFeatures, StudentOutput
 from muka_fast.errors import UserError
+from muka_fast.evidence import evidence_weights
 from muka_fast.ops.distill_loss import distill_loss
 from muka_fast.ops.reference import distill_target_ref, select_teacher_ref
 from muka_fast.selection import NEEDS_SAMPLES, choices, label_ids, owners, teacher_scores
+from muka_fast.store import half
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from muka_fast.config import RunConfig
+    from muka_fast.features import Features
     from muka_fast.labels import LabelSpace
     from muka_fast.stored import Supervision
 
 log = logging.getLogger("muka_fast")
 MARGIN_FLOOR = 1e-6  # as published: a text whose two best teachers tie still counts a little
-
-
-class StudentOutput(NamedTuple):
-    """What a student returns for a batch: logits [B, C] and, for methods that align features, pooled features [B,
-    D]."""
-
-    logits: Tensor
-    features: Tensor | None = None
 
 
 # ---- the methods ----
@@ -53,7 +52,11 @@ class Method(ABC):
     """
 
     needs_labels = False
-    needs_features = False  # True: `loss` must get a StudentOutput with features
+    needs_features = False  # True: the store must hold the teachers' features
+    needs_whole_batch = False  # True: the loss compares the texts of a batch, which must not be split
+    # How the texts' teachers are chosen over the whole pool, where the method does so: (supervision, neutral features, seed)
+    # -> weights [n, N], whose rows sum to 1 or less; what is missing is the weight of "no teacher".
+    rule: Callable[[Supervision, Features, int], np.ndarray] | None = None
 
     def __init__(self, config: RunConfig, sup: Supervision, label_space: LabelSpace, label_ids: Tensor | None) -> None:
         self.config, self.sup, self.label_space, self.label_ids = config, sup, label_space, label_ids
@@ -85,6 +88,14 @@ class Method(ABC):
     def _loss(self, output: StudentOutput, rows: Tensor) -> Tensor:
         """Loss per text [B] before exclusion, weights included."""
 
+    def wrap(self, student: nn.Module) -> nn.Module:
+        """What is trained: the student, or a module that holds it together with the method's own modules."""
+        return student
+
+    def student_inputs(self, rows: Tensor) -> dict[str, Tensor]:
+        """What the wrapped student takes besides the tokens of these texts."""
+        return {}
+
     def weights(self, rows: Tensor) -> Tensor:
         """The weight of each text [B] that `loss` already contains: 1, 0 (excluded) or teacher margin + 1e-6."""
         return self.included[rows]
@@ -104,20 +115,22 @@ class Method(ABC):
     _num_excluded = 0
 
     def _exclude(self, excluded: Tensor) -> None:
-        self.included = (~excluded).float()
-        self._num_excluded = int(excluded.sum())
-        if self._num_excluded == len(excluded):
+        if excluded.all():
             raise UserError(
                 f"--method {self.config.method}: none of the {len(excluded)} labels is a class of the teachers "
                 f"({', '.join(self.label_space.names[:5])}, ...): rename them with --label_map or choose --label_column"
             )
+        self._leave_out(excluded, "have a label that no teacher owns")
+
+    def _leave_out(self, excluded: Tensor, why: str) -> None:
+        """Give these texts (bool [n]) weight 0, and say so."""
+        self.included = (~excluded).float()
+        self._num_excluded = int(excluded.sum())
+        if self._num_excluded == len(excluded):
+            raise UserError(f"--method {self.config.method}: all {len(excluded)} texts {why}; give other texts")
         if self._num_excluded:
-            log.warning(
-                "%s: %d of %d texts have a label that no teacher owns; they are left out (weight 0)",
-                self.config.method,
-                self._num_excluded,
-                len(excluded),
-            )
+            told = (self.config.method, self._num_excluded, len(excluded), why)
+            log.warning("%s: %d of %d texts %s; they are left out (weight 0)", *told)
 
 
 class Composed(Method):
@@ -130,9 +143,10 @@ class Composed(Method):
 
     scores: Tensor  # [n, N]
     offsets: list[int]
+    tau: float
 
     def _trust(self, scores: Tensor) -> None:
-        self.scores, self.offsets = scores, list(self.sup.offsets)
+        self.scores, self.offsets, self.tau = scores, list(self.sup.offsets), self.config.score_temperature
         self.selected, self.margin = select_teacher_ref(scores)
 
     def teacher_probs(self, rows: Tensor) -> Tensor:
@@ -151,11 +165,12 @@ class Composed(Method):
             self.offsets,
             self.union_on(device),
             soft=self.soft,
-            tau=self.config.score_temperature,
+            tau=self.tau,
             temperature=self.temperature,
             margin=self.weighted,
         )
-        return loss * self.loss_scale if self.loss_scale != 1.0 else loss
+        loss = loss * self.loss_scale if self.loss_scale != 1.0 else loss
+        return loss if output.penalty is None else loss + output.penalty.to(loss)
 
     def target_probs(self, rows: Tensor) -> Tensor:
         return distill_target_ref(
@@ -165,7 +180,7 @@ class Composed(Method):
             self.teacher_to_union,
             self.label_space.num_classes,
             self.soft,
-            self.config.score_temperature,
+            self.tau,
         )
 
 
@@ -193,6 +208,36 @@ class MukaSoft(MukaHard):
     """muka-soft: all teachers' targets, mixed by softmax(scores / score_temperature)."""
 
     soft = True
+
+
+class RuledSoft(Composed):
+    """All teachers' targets, mixed by weights w [n, N] that a rule drew from the whole pool: q = sum_i w_i pad(p^_i)."""
+
+    soft = True
+    needs_features = True
+
+    def __init__(
+        self,
+        config: RunConfig,
+        sup: Supervision,
+        label_space: LabelSpace,
+        label_ids: Tensor | None,
+        weights: np.ndarray,
+    ) -> None:
+        super().__init__(config, sup, label_space, label_ids)
+        weights = torch.from_numpy(weights)
+        self._trust(weights.clamp_min(1e-30).log())  # the op takes the softmax of scores over tau
+        self.tau = 1.0
+        self.margin = select_teacher_ref(weights)[1]
+        held = weights.sum(-1)
+        if not (held >= 0.5).all():
+            self._leave_out(held < 0.5, "belong to no teacher by the rule")
+
+
+class MukaEvidence(RuledSoft):
+    """muka-evidence: weights from the pool's evidence (muka_fast/evidence.py)."""
+
+    rule = staticmethod(evidence_weights)
 
 
 class Oracle(Composed):
@@ -225,6 +270,66 @@ class VanillaKD(Composed):
 
     def teacher_probs(self, rows: Tensor) -> Tensor:
         return tempered_softmax(self.sup.logits[rows], self.temperature)
+
+
+class TiedFeatures(VanillaKD):
+    """vkd, and the student's features tied to the teachers' by modules that are trained with it (muka_fast/aligned.py)."""
+
+    needs_features = True
+    alignment: type[Alignment]
+
+    def __init__(self, config: RunConfig, sup: Supervision, label_space: LabelSpace, label_ids: Tensor | None) -> None:
+        super().__init__(config, sup, label_space, label_ids)
+        found = [np.concatenate([half(chunk) for _, chunk in features.chunks()]) for features in sup.features]
+        self.widths = [values.shape[1] for values in found]
+        self.features = torch.from_numpy(np.concatenate(found, axis=1))  # [n, sum D_i] fp16
+
+    def wrap(self, student: nn.Module) -> nn.Module:
+        return AlignedStudent(student, self.alignment, self.widths, self.config.seed)
+
+    def student_inputs(self, rows: Tensor) -> dict[str, Tensor]:
+        return {"teacher_features": self.features[rows].float()}
+
+
+class DFA(TiedFeatures):
+    """dfa: vkd + two squared errors: of the auto-encoder over the teachers' features, and of the student's to its code."""
+
+    alignment = AmalgamatedFeature
+
+
+class CFL(TiedFeatures):
+    """cfl: vkd + maximum mean discrepancy in a common space + squared error of the teachers' reconstructed features."""
+
+    alignment = CommonFeatures
+    needs_whole_batch = True
+
+
+class MeanLogits(Composed):
+    """mean: KL x T^2 to softmax(mean over teachers of z_i / T), for teachers of one label set, in whatever order each has it."""
+
+    def __init__(self, config: RunConfig, sup: Supervision, label_space: LabelSpace, label_ids: Tensor | None) -> None:
+        super().__init__(config, sup, label_space, label_ids)
+        num_classes, everything = label_space.num_classes, set(label_space.names)
+        for name, labels in zip(label_space.teacher_names, label_space.teacher_labels, strict=True):
+            lacking = sorted(everything - set(labels))
+            if lacking or len(labels) != num_classes:
+                fault = f"lacks {lacking[0]!r}" if lacking else "has two labels of one class"
+                raise UserError(
+                    f"--method mean needs teachers of one label set, but teacher {name!r} {fault}; choose another "
+                    "method, or bring the labels in line with --label_map"
+                )
+        self._trust(torch.ones(len(sup.logits), 1))
+        self.offsets = [0, num_classes]
+        self.loss_scale = self.temperature**2
+        blocks = self.teacher_to_union.view(-1, num_classes).argsort(-1) + torch.tensor(sup.offsets[:-1])[:, None]
+        self.columns = blocks  # [N, C]: of class c in teacher i
+        self.teacher_to_union = torch.arange(num_classes)
+        self.selected = self.margin = None
+
+    def teacher_probs(self, rows: Tensor) -> Tensor:
+        mean = self.sup.logits[rows][:, self.columns].mean(1)
+        nothing = (mean == -torch.inf).all(-1, keepdim=True)
+        return tempered_softmax(mean.masked_fill(nothing, 0.0), self.temperature)
 
 
 class UnifiedHead(Method):
@@ -272,19 +377,28 @@ class Supervised(Method):
 METHODS: dict[str, type[Method]] = {
     "muka-soft": MukaSoft,
     "muka-hard": MukaHard,
+    "muka-evidence": MukaEvidence,
     "vkd": VanillaKD,
     "uhc": UnifiedHead,
+    "dfa": DFA,
+    "cfl": CFL,
+    "mean": MeanLogits,
     "supervised": Supervised,
     "oracle": Oracle,
 }
 
 
 def build_method(
-    config: RunConfig, sup: Supervision, label_space: LabelSpace, labels: Sequence[str] | None = None
+    config: RunConfig,
+    sup: Supervision,
+    label_space: LabelSpace,
+    labels: Sequence[str] | None = None,
+    weights: np.ndarray | None = None,
 ) -> Method:
-    """The method `config.method` over the store's texts; labels: the true label of every text, for supervised and
-    oracle.
+    """The method `config.method` over the store's texts.
 
+    labels: the true label of every text, for supervised and oracle. weights: what the method's rule gives for the
+    restricted supervision, fp32 [n, N], for methods that have one.
     A label map's dropped columns leave each teacher's softmax (its logits are restricted), merged columns add up.
     Raises UserError for an unknown method, or when it needs labels and there are none that match.
     """
@@ -295,8 +409,11 @@ def build_method(
         raise UserError(f"--method {config.method} needs true labels: give texts with a label column (--label_column)")
     if labels is not None and len(labels) != len(sup.logits):
         raise ValueError(f"{len(labels)} labels for {len(sup.logits)} texts")
+    if (factory.rule is None) != (weights is None):
+        raise ValueError(f"--method {config.method}: weights are for methods with a rule, and only for them")
     ids = None if labels is None else label_ids(labels, label_space)
-    return factory(config, sup.restrict(label_space), label_space, ids)
+    args = (config, sup.restrict(label_space), label_space, ids)
+    return factory(*args) if weights is None else factory(*args, weights)
 
 
 # ---- shared arithmetic ----
