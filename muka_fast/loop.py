@@ -19,8 +19,8 @@ from muka_fast.console import progress
 from muka_fast.data import TextSet, Tokens, collate, epoch_batches
 from muka_fast.engine import Engine
 from muka_fast.errors import UserError
-from muka_fast.methods import Method
 from muka_fast.snapshots import restore_newest, save_snapshot
+from muka_fast.targets import Method
 
 log = logging.getLogger("muka_fast")
 
