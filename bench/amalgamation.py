@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 from environment import keep
-from merging import write_texts
 from published import deterministic_logits, normalized_entropy, padded_batches, soft_targets, train_step
+from settings import draw, read_rows, write_rows
 from synthetic import SIZES, make_encoder, make_teacher, make_texts
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -81,7 +81,7 @@ def prepare(args: argparse.Namespace) -> list[str]:
     else:
         # Files may be sorted by label: parts are drawn at random.
         for name, limit in (("train", 2000), ("eval", args.eval_texts)):
-            write_texts(work / f"{name}.jsonl", [Path(getattr(args, name))], limit, set())
+            write_rows(work / f"{name}.jsonl", draw(read_rows(Path(getattr(args, name))), limit, 0))
             setattr(args, name, str(work / f"{name}.jsonl"))
     labels = sorted(set(read_texts(args.train, need_labels=True).labels))
     size = -(-len(labels) // args.num_teachers)
@@ -226,7 +226,7 @@ def measure_students(
                 result = muka_fast.amalgamate(
                     teachers=paths, student=args.encoder, texts=args.train, limit=args.texts, output=f"{folder}/run", seed=seed,
                     mc_scope=scope, mc_samples=args.samples, epochs=args.epochs, learning_rate=args.learning_rate,
-                    batch_size=args.batch_size, max_length=args.max_length,
+                    batch_size=args.batch_size, max_length=args.max_length, uncertainty="predictive_entropy",
                 )  # fmt: skip
                 seconds[scope].append(time.perf_counter() - start)
                 student = AutoModelForSequenceClassification.from_pretrained(result.output).eval()

@@ -232,7 +232,7 @@ class Engine:
         """
         if self.schedule is not None:
             for group in self.ds.optimizer.param_groups:
-                group["lr"] = self.lr
+                group["lr"] = group.get("base_lr", self.base_lr) * self.schedule(self.completed_steps)
         self.ds.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self) -> bool:

@@ -47,8 +47,13 @@ MUKA = "Knowledge amalgamation by teacher uncertainty (MUKA, arXiv 2112.07327; M
 METHOD_TEXTS = {
     "muka-soft": f"{MUKA}: all teachers' predictions, weighted by how certain each one is.",
     "muka-hard": f"{MUKA}: the prediction of the most certain teacher.",
+    "muka-evidence": "Knowledge amalgamation by evidence of the whole pool: all teachers' predictions, weighted by how well each "
+    "text fits a teacher's features and the neighbourhood that it owns.",
     "vkd": "Distillation of the softmax over all teachers' concatenated logits.",
     "uhc": "Each teacher's prediction against the student's, restricted to that teacher's classes.",
+    "dfa": "Distillation of all teachers' concatenated logits, the student's features drawn to a code of the teachers' features.",
+    "cfl": "Distillation of all teachers' concatenated logits, student and teachers compared in a space of common features.",
+    "mean": "Distillation of the mean of the teachers' logits, which know the same classes.",
     "supervised": "Training on the true labels; the teachers only name the classes.",
     "oracle": "Distillation of the teacher that knows the true label of each text.",
 }

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from muka_fast import runinfo
+from muka_fast.aligned import StudentOutput
 from muka_fast.config import RunConfig
 from muka_fast.console import progress
 from muka_fast.data import TextSet, Tokens, collate, epoch_batches
 from muka_fast.engine import Engine
 from muka_fast.errors import UserError
-from muka_fast.methods import Method
 from muka_fast.snapshots import restore_newest, save_snapshot
+from muka_fast.targets import Method
 
 log = logging.getLogger("muka_fast")
 
@@ -107,8 +108,9 @@ def train_step(
     for micro, part in enumerate(parts):
         torch.manual_seed(runinfo.dropout_seed(config.seed, step, micro, engine.rank))
         used = part if len(part) else rows[:1]  # the last batch may leave a process without texts: it takes part with weight 0
-        logits = engine(**collate(tokens, used, pad_id)).logits
-        losses = method.loss(logits.float(), torch.from_numpy(used))
+        texts_used = torch.from_numpy(used)
+        output = engine(**collate(tokens, used, pad_id), **method.student_inputs(texts_used))
+        losses = method.loss(StudentOutput(output.logits.float(), getattr(output, "penalty", None)), texts_used)
         loss = losses.sum() / denominator if len(part) else losses.sum() * 0.0
         total += loss.detach()
         seen.append((used, losses.detach()))

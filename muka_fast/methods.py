@@ -2,171 +2,36 @@
 2210.05230).
 
 Letters: n texts of the store · B rows of a batch · N teachers (i) · S kept teacher columns · C classes of the student
-· T kd_temperature. Every loss that is a divergence from a composed target goes through `ops.distill_loss`; there is
-no second path.
+· T kd_temperature. What they have in common is in targets.py.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from muka_fast.aligned import AlignedStudent, Alignment, AmalgamatedFeature, CommonFeatures, StudentOutput
 from muka_fast.errors import UserError
-from muka_fast.ops.distill_loss import distill_loss
-from muka_fast.ops.reference import distill_target_ref, select_teacher_ref
+from muka_fast.evidence import evidence_weights
+from muka_fast.ops.reference import select_teacher_ref
 from muka_fast.selection import NEEDS_SAMPLES, choices, label_ids, owners, teacher_scores
+from muka_fast.store import half
+from muka_fast.targets import Composed, Method, tempered_softmax
 
 if TYPE_CHECKING:
     from muka_fast.config import RunConfig
     from muka_fast.labels import LabelSpace
     from muka_fast.stored import Supervision
 
-log = logging.getLogger("muka_fast")
 MARGIN_FLOOR = 1e-6  # as published: a text whose two best teachers tie still counts a little
 
 
-class StudentOutput(NamedTuple):
-    """What a student returns for a batch: logits [B, C] and, for methods that align features, pooled features [B,
-    D]."""
-
-    logits: Tensor
-    features: Tensor | None = None
-
-
 # ---- the methods ----
-
-
-class Method(ABC):
-    """Targets and losses of one run over the texts of a store; rows are indices into the store, int64 [B].
-
-    The loss of a global batch is `loss(student, rows).sum() / denominator(all rows of the global batch)`, whatever
-    the split into micro-batches and processes: both terms are known per text, so that the layout never enters the
-    gradient. Attributes: selected int64 [n] (the teacher that the method trusts most; None where it has no such
-    notion), margin [n] (gap of the two best teacher scores, 1 for one teacher; None likewise), num_excluded (texts
-    with weight 0).
-    """
-
-    needs_labels = False
-    needs_features = False  # True: `loss` must get a StudentOutput with features
-
-    def __init__(self, config: RunConfig, sup: Supervision, label_space: LabelSpace, label_ids: Tensor | None) -> None:
-        self.config, self.sup, self.label_space, self.label_ids = config, sup, label_space, label_ids
-        self.temperature = float(config.kd_temperature)
-        self.teacher_to_union = torch.as_tensor(label_space.teacher_to_union, dtype=torch.int64)
-        self._union_on: dict[torch.device, Tensor] = {}
-        self.selected: Tensor | None = None
-        self.margin: Tensor | None = None
-        self.included = torch.ones(len(sup.logits))
-        if self.needs_labels:
-            self._exclude(label_ids < 0)
-
-    def loss(self, student: Tensor | StudentOutput, rows: Tensor) -> Tensor:
-        """Loss per text [B], weights (margin, exclusion) included, before any mean; differentiable in the student."""
-        output = student if isinstance(student, StudentOutput) else StudentOutput(student)
-        rows = rows.cpu()
-        loss = self._loss(output, rows)
-        if self.num_excluded:  # where, not times: an excluded text's loss may be anything
-            loss = torch.where(self.included[rows].to(loss.device) > 0, loss, torch.zeros_like(loss))
-        return loss
-
-    def union_on(self, device: torch.device) -> Tensor:
-        """teacher_to_union there, the same tensor at every call: no copy a step, and the op plans its gather once."""
-        if device not in self._union_on:
-            self._union_on[device] = self.teacher_to_union.to(device)
-        return self._union_on[device]
-
-    @abstractmethod
-    def _loss(self, output: StudentOutput, rows: Tensor) -> Tensor:
-        """Loss per text [B] before exclusion, weights included."""
-
-    def weights(self, rows: Tensor) -> Tensor:
-        """The weight of each text [B] that `loss` already contains: 1, 0 (excluded) or teacher margin + 1e-6."""
-        return self.included[rows]
-
-    def denominator(self, rows: Tensor) -> float:
-        """What the sum of the losses of a global batch is divided by: the number of texts that count (at least 1)."""
-        return max(float(self.included[rows].sum()), 1.0)
-
-    @abstractmethod
-    def target_probs(self, rows: Tensor) -> Tensor | None:
-        """The composed target q [B, C] of each text; None where the method has none (uhc)."""
-
-    @property
-    def num_excluded(self) -> int:
-        return self._num_excluded
-
-    _num_excluded = 0
-
-    def _exclude(self, excluded: Tensor) -> None:
-        self.included = (~excluded).float()
-        self._num_excluded = int(excluded.sum())
-        if self._num_excluded == len(excluded):
-            raise UserError(
-                f"--method {self.config.method}: none of the {len(excluded)} labels is a class of the teachers "
-                f"({', '.join(self.label_space.names[:5])}, ...): rename them with --label_map or choose --label_column"
-            )
-        if self._num_excluded:
-            log.warning(
-                "%s: %d of %d texts have a label that no teacher owns; they are left out (weight 0)",
-                self.config.method,
-                self._num_excluded,
-                len(excluded),
-            )
-
-
-class Composed(Method):
-    """A target composed from teacher probabilities [B, S] and scores [n, N]: KL(q, softmax(student / T)) (MUKA, eq. 3
-    to 6)."""
-
-    soft = False
-    weighted = False  # times (teacher margin + 1e-6)
-    loss_scale = 1.0
-
-    scores: Tensor  # [n, N]
-    offsets: list[int]
-
-    def _trust(self, scores: Tensor) -> None:
-        self.scores, self.offsets = scores, list(self.sup.offsets)
-        self.selected, self.margin = select_teacher_ref(scores)
-
-    def teacher_probs(self, rows: Tensor) -> Tensor:
-        """p^_i [B, S]: each teacher's softmax(z_i / T) over its kept columns, or its Monte-Carlo mean renormalised
-        over them."""
-        if self.config.target == "mc_mean":
-            return self.sup.mean_probs[rows]
-        return block_softmax(self.sup.logits[rows], self.sup.offsets, self.temperature)
-
-    def _loss(self, output: StudentOutput, rows: Tensor) -> Tensor:
-        device = output.logits.device
-        loss = distill_loss(
-            output.logits,
-            self.teacher_probs(rows).to(device),
-            self.scores[rows].to(device),
-            self.offsets,
-            self.union_on(device),
-            soft=self.soft,
-            tau=self.config.score_temperature,
-            temperature=self.temperature,
-            margin=self.weighted,
-        )
-        return loss * self.loss_scale if self.loss_scale != 1.0 else loss
-
-    def target_probs(self, rows: Tensor) -> Tensor:
-        return distill_target_ref(
-            self.teacher_probs(rows),
-            self.scores[rows],
-            self.offsets,
-            self.teacher_to_union,
-            self.label_space.num_classes,
-            self.soft,
-            self.config.score_temperature,
-        )
 
 
 class MukaHard(Composed):
@@ -193,6 +58,36 @@ class MukaSoft(MukaHard):
     """muka-soft: all teachers' targets, mixed by softmax(scores / score_temperature)."""
 
     soft = True
+
+
+class RuledSoft(Composed):
+    """All teachers' targets, mixed by weights w [n, N] that a rule drew from the whole pool: q = sum_i w_i pad(p^_i)."""
+
+    soft = True
+    needs_features = True
+
+    def __init__(
+        self,
+        config: RunConfig,
+        sup: Supervision,
+        label_space: LabelSpace,
+        label_ids: Tensor | None,
+        weights: np.ndarray,
+    ) -> None:
+        super().__init__(config, sup, label_space, label_ids)
+        weights = torch.from_numpy(weights)
+        self._trust(weights.clamp_min(1e-30).log())  # the op takes the softmax of scores over tau
+        self.tau = 1.0
+        self.margin = select_teacher_ref(weights)[1]
+        held = weights.sum(-1)
+        if not (held >= 0.5).all():
+            self._leave_out(held < 0.5, "belong to no teacher by the rule")
+
+
+class MukaEvidence(RuledSoft):
+    """muka-evidence: weights from the pool's evidence (muka_fast/evidence.py)."""
+
+    rule = staticmethod(evidence_weights)
 
 
 class Oracle(Composed):
@@ -225,6 +120,66 @@ class VanillaKD(Composed):
 
     def teacher_probs(self, rows: Tensor) -> Tensor:
         return tempered_softmax(self.sup.logits[rows], self.temperature)
+
+
+class TiedFeatures(VanillaKD):
+    """vkd, and the student's features tied to the teachers' by modules that are trained with it (muka_fast/aligned.py)."""
+
+    needs_features = True
+    alignment: type[Alignment]
+
+    def __init__(self, config: RunConfig, sup: Supervision, label_space: LabelSpace, label_ids: Tensor | None) -> None:
+        super().__init__(config, sup, label_space, label_ids)
+        found = [np.concatenate([half(chunk) for _, chunk in features.chunks()]) for features in sup.features]
+        self.widths = [values.shape[1] for values in found]
+        self.features = torch.from_numpy(np.concatenate(found, axis=1))  # [n, sum D_i] fp16
+
+    def wrap(self, student: nn.Module) -> nn.Module:
+        return AlignedStudent(student, self.alignment, self.widths, self.config.seed)
+
+    def student_inputs(self, rows: Tensor) -> dict[str, Tensor]:
+        return {"teacher_features": self.features[rows].float()}
+
+
+class DFA(TiedFeatures):
+    """dfa: vkd + two squared errors: of the auto-encoder over the teachers' features, and of the student's to its code."""
+
+    alignment = AmalgamatedFeature
+
+
+class CFL(TiedFeatures):
+    """cfl: vkd + maximum mean discrepancy in a common space + squared error of the teachers' reconstructed features."""
+
+    alignment = CommonFeatures
+    needs_whole_batch = True
+
+
+class MeanLogits(Composed):
+    """mean: KL x T^2 to softmax(mean over teachers of z_i / T), for teachers of one label set, in whatever order each has it."""
+
+    def __init__(self, config: RunConfig, sup: Supervision, label_space: LabelSpace, label_ids: Tensor | None) -> None:
+        super().__init__(config, sup, label_space, label_ids)
+        num_classes, everything = label_space.num_classes, set(label_space.names)
+        for name, labels in zip(label_space.teacher_names, label_space.teacher_labels, strict=True):
+            lacking = sorted(everything - set(labels))
+            if lacking or len(labels) != num_classes:
+                fault = f"lacks {lacking[0]!r}" if lacking else "has two labels of one class"
+                raise UserError(
+                    f"--method mean needs teachers of one label set, but teacher {name!r} {fault}; choose another "
+                    "method, or bring the labels in line with --label_map"
+                )
+        self._trust(torch.ones(len(sup.logits), 1))
+        self.offsets = [0, num_classes]
+        self.loss_scale = self.temperature**2
+        blocks = self.teacher_to_union.view(-1, num_classes).argsort(-1) + torch.tensor(sup.offsets[:-1])[:, None]
+        self.columns = blocks  # [N, C]: of class c in teacher i
+        self.teacher_to_union = torch.arange(num_classes)
+        self.selected = self.margin = None
+
+    def teacher_probs(self, rows: Tensor) -> Tensor:
+        mean = self.sup.logits[rows][:, self.columns].mean(1)
+        nothing = (mean == -torch.inf).all(-1, keepdim=True)
+        return tempered_softmax(mean.masked_fill(nothing, 0.0), self.temperature)
 
 
 class UnifiedHead(Method):
@@ -272,19 +227,28 @@ class Supervised(Method):
 METHODS: dict[str, type[Method]] = {
     "muka-soft": MukaSoft,
     "muka-hard": MukaHard,
+    "muka-evidence": MukaEvidence,
     "vkd": VanillaKD,
     "uhc": UnifiedHead,
+    "dfa": DFA,
+    "cfl": CFL,
+    "mean": MeanLogits,
     "supervised": Supervised,
     "oracle": Oracle,
 }
 
 
 def build_method(
-    config: RunConfig, sup: Supervision, label_space: LabelSpace, labels: Sequence[str] | None = None
+    config: RunConfig,
+    sup: Supervision,
+    label_space: LabelSpace,
+    labels: Sequence[str] | None = None,
+    weights: np.ndarray | None = None,
 ) -> Method:
-    """The method `config.method` over the store's texts; labels: the true label of every text, for supervised and
-    oracle.
+    """The method `config.method` over the store's texts.
 
+    labels: the true label of every text, for supervised and oracle. weights: what the method's rule gives for the
+    restricted supervision, fp32 [n, N], for methods that have one.
     A label map's dropped columns leave each teacher's softmax (its logits are restricted), merged columns add up.
     Raises UserError for an unknown method, or when it needs labels and there are none that match.
     """
@@ -295,22 +259,11 @@ def build_method(
         raise UserError(f"--method {config.method} needs true labels: give texts with a label column (--label_column)")
     if labels is not None and len(labels) != len(sup.logits):
         raise ValueError(f"{len(labels)} labels for {len(sup.logits)} texts")
+    if (factory.rule is None) != (weights is None):
+        raise ValueError(f"--method {config.method}: weights are for methods with a rule, and only for them")
     ids = None if labels is None else label_ids(labels, label_space)
-    return factory(config, sup.restrict(label_space), label_space, ids)
-
-
-# ---- shared arithmetic ----
-
-
-def tempered_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """softmax(logits / temperature) over the last dimension; the maximum goes first, so that large logits keep their
-    digits."""
-    return torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
-
-
-def block_softmax(logits: Tensor, offsets: Sequence[int], temperature: float = 1.0) -> Tensor:
-    """tempered_softmax over each teacher's own columns: [B, S] -> [B, S]."""
-    return torch.cat([tempered_softmax(logits[:, a:b], temperature) for a, b in itertools.pairwise(offsets)], dim=-1)
+    args = (config, sup.restrict(label_space), label_space, ids)
+    return factory(*args) if weights is None else factory(*args, weights)
 
 
 # ---- how good the supervision is, where true labels are known ----

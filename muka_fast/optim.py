@@ -7,13 +7,21 @@ from torch import Tensor, nn
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices, none on biases and norms (the custom of BERT fine-tuning)."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # Under ZeRO-3 a parameter's own shape is that of its empty remainder.
-    matrices = [len(getattr(parameter, "ds_shape", parameter.shape)) > 1 for parameter in trained]
-    split = {decay: [p for p, matrix in zip(trained, matrices, strict=True) if matrix == decay] for decay in (True, False)}
-    groups = [{"params": split[True], "weight_decay": weight_decay}, {"params": split[False], "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    """Weight decay on matrices, none on biases and norms (the custom of BERT fine-tuning).
+
+    Parameters with an attribute `base_lr` come last, in groups of their own that carry it.
+    """
+    split: dict[tuple[float | None, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # Under ZeRO-3 a parameter's own shape is that of its empty remainder.
+            matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+            split.setdefault((getattr(parameter, "base_lr", None), matrix), []).append(parameter)
+    groups = []
+    for base_lr, matrix in sorted(split, key=lambda kind: (kind[0] is not None, kind[0], not kind[1])):
+        group = {"params": split[base_lr, matrix], "weight_decay": weight_decay if matrix else 0.0}
+        groups.append(group if base_lr is None else group | {"base_lr": base_lr})
+    return groups
 
 
 def clip_gradients(groups: list[dict[str, Any]], max_norm: float) -> Tensor:

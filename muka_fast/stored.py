@@ -6,7 +6,7 @@ n texts · N teachers (i) · S columns of all teachers · C_i classes of teacher
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from muka_fast.errors import UserError
+from muka_fast.features import Features, read_or_refuse, teacher_features
 from muka_fast.selection import UNCERTAINTY
 from muka_fast.store import (
     MATRICES,
     OPTION_KEYS,
     VECTORS,
-    DamagedShard,
+    ShardRange,
     check_texts,
     differing_options,
     read_manifest,
@@ -43,7 +44,8 @@ class Supervision:
     logits, mean_probs, var_probs fp32 [n, S]; predictive_entropy, expected_entropy fp32 [n, N] in nats; example_ids
     int64 [n]; teachers: manifest entries (name, labels, fingerprint, mc, ...); offsets: teacher i owns columns
     offsets[i]:offsets[i + 1]. total_variance [n, N]: var_probs summed over all classes of the teacher. Entropies and
-    total_variance are those of the full label set, also after `restrict`.
+    total_variance are those of the full label set, also after `restrict`. features: per teacher what its output layer
+    reads, [n, D_i], on disk until a method asks for it; None where the supervision comes from no store.
     """
 
     logits: Tensor
@@ -55,6 +57,7 @@ class Supervision:
     teachers: Sequence[dict[str, Any]]
     offsets: list[int]
     total_variance: Tensor = None
+    features: Sequence[Features] | None = field(default=None, repr=False)
     label_space: LabelSpace | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -128,16 +131,12 @@ def load_supervision(
     matrices = {name: torch.empty(n, offsets[-1]) for name in MATRICES}
     vectors = {name: torch.empty(n, len(keys)) for name in VECTORS}
     ids = torch.empty(n, dtype=torch.int64)
+    features = []
     for i, key in enumerate(keys):
+        read = shard_reader(store / key, key, counts[i])
+        features.append(teacher_features(store / key, ranges, entries[i]["name"], read))
         for shard in ranges:
-            try:
-                tensors = read_shard(store / key, shard, key, counts[i])
-            except (FileNotFoundError, DamagedShard) as error:
-                what = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged: {error}"
-                raise UserError(
-                    f"{shard.path(store / key)} {what}; run `muka-fast score` with the same teachers, texts and "
-                    "options to compute it again"
-                ) from error
+            tensors = read_or_refuse(store / key, shard, read)
             rows = slice(shard.start, shard.stop)
             for name in MATRICES:
                 matrices[name][rows, offsets[i] : offsets[i + 1]] = torch.from_numpy(tensors[name])
@@ -150,7 +149,14 @@ def load_supervision(
                 raise UserError(
                     f"{shard.path(store / key)}: its example ids differ from those of the other teachers of the store"
                 )
-    return Supervision(**matrices, **vectors, example_ids=ids, teachers=entries, offsets=offsets)
+    return Supervision(
+        **matrices, **vectors, example_ids=ids, teachers=entries, offsets=offsets, features=features
+    )
+
+
+def shard_reader(folder: Path, key: str, num_classes: int) -> Callable[[ShardRange], dict[str, np.ndarray]]:
+    """`read_shard` of one teacher."""
+    return lambda shard: read_shard(folder, shard, key, num_classes)
 
 
 def open_store(store: str | Path, texts: TextSet | None = None, options: dict[str, Any] | None = None) -> Supervision:

@@ -21,11 +21,14 @@ from muka_fast.errors import UserError
 from muka_fast.shared import score_together, tie_shared_weights, trunk_tree
 from muka_fast.sites import Site, active_probabilities, num_site_layers, sites_of_config
 from muka_fast.store import (
+    FEATURE_TYPE,
+    FEATURES,
     MATRICES,
     OPTION_KEYS,
     VECTORS,
     DamagedShard,
     ShardRange,
+    half,
     merge_manifest,
     order_teachers,
     read_manifest,
@@ -66,12 +69,19 @@ class Job:
     todo: list[ShardRange]
 
 
-def fill_store(store: str | Path, teacher_paths: Sequence[str], texts: TextSet, options: ScoringOptions) -> Supervision:
+def fill_store(
+    store: str | Path,
+    teacher_paths: Sequence[str],
+    texts: TextSet,
+    options: ScoringOptions,
+    need_features: bool = False,
+) -> Supervision:
     """Score the texts with every teacher that the store does not hold completely yet; returns all, in the order given.
 
     Killed runs continue at the next missing shard; damaged shards are named and computed again; a teacher that is
     complete under the same options is read, not run. Each distinct tokenizer tokenises the texts once. Teachers run
     one after another, save those that have their lowest layers in common: these run together, the common part once.
+    need_features: compute also those shards again that an older version wrote without features.
     Raises UserError for bad teachers, a store of other texts, a full disk, or a teacher whose logits are not numbers.
     """
     store = Path(store)
@@ -91,7 +101,7 @@ def fill_store(store: str | Path, teacher_paths: Sequence[str], texts: TextSet, 
         family = families[i]
         device = device_of(options.device)
         teacher = load_teacher(teacher_paths[i], run_seed=options.seed, device=device, name=names[i])
-        job = _prepare(store, teacher, texts, options, shard_size)
+        job = _prepare(store, teacher, texts, options, shard_size, need_features)
         del teacher
         keys[i] = job.key
         if job.scorer is None:
@@ -156,7 +166,9 @@ def device_of(name: str) -> str:
     return name
 
 
-def _prepare(store: Path, teacher: Teacher, texts: TextSet, options: ScoringOptions, shard_size: int) -> Job:
+def _prepare(
+    store: Path, teacher: Teacher, texts: TextSet, options: ScoringOptions, shard_size: int, need_features: bool
+) -> Job:
     """What is left to do for a teacher; its scorer is None where the store holds it completely."""
     entry = {
         "name": teacher.name,
@@ -168,7 +180,8 @@ def _prepare(store: Path, teacher: Teacher, texts: TextSet, options: ScoringOpti
     }
     key = teacher_key(entry, texts.fingerprint)
     remove_leftovers(store / key)
-    todo = _missing_shards(store / key, shard_ranges(len(texts), shard_size), key, len(teacher.labels))
+    ranges = shard_ranges(len(texts), shard_size)
+    todo = _missing_shards(store / key, ranges, key, len(teacher.labels), need_features)
     if not todo and key in read_manifest(store)["teachers"]:
         log.info("teacher %s: already scored", teacher.name)
         return Job(key, entry, None, todo)
@@ -206,17 +219,23 @@ def option_values(options: ScoringOptions) -> dict[str, Any]:
     return {name: options.seed if name == "run_seed" else getattr(options, name) for name in OPTION_KEYS}
 
 
-def _missing_shards(folder: Path, ranges: Iterable[ShardRange], key: str, num_classes: int) -> list[ShardRange]:
-    """The shards that are not there or damaged (those are named)."""
-    missing = []
+def _missing_shards(
+    folder: Path, ranges: Iterable[ShardRange], key: str, num_classes: int, need_features: bool
+) -> list[ShardRange]:
+    """The shards that are not there, or damaged (those are named), or without the features that are needed."""
+    missing, bare = [], 0
     for shard in ranges:
         try:
-            read_shard(folder, shard, key, num_classes)
+            if FEATURES not in read_shard(folder, shard, key, num_classes) and need_features:
+                missing.append(shard)
+                bare += 1
         except FileNotFoundError:
             missing.append(shard)
         except DamagedShard as error:
             log.warning("%s is damaged (%s): computing it again", shard.path(folder), error)
             missing.append(shard)
+    if bare:
+        log.info("%s: %d shards of an older version hold no features: computing them again", folder, bare)
     return missing
 
 
@@ -242,6 +261,9 @@ def _score_shards(store: Path, group: Sequence[Job], texts: TextSet, tokens: Tok
                 )
                 results = score_together(scorers, *inputs, tree) if tree is not None else [scorers[0].score(*inputs)]
                 for scorer, tensors, result in zip(scorers, shards, results, strict=True):
+                    if FEATURES not in tensors:
+                        tensors[FEATURES] = np.empty((len(ids), result.features.shape[1]), FEATURE_TYPE)
+                    tensors[FEATURES][batch] = half(result.features.float().cpu().numpy())
                     for name in (*MATRICES, *VECTORS):
                         tensors[name][batch] = getattr(result, name).float().cpu().numpy()
                     _check_numbers(scorer.teacher.name, texts.source, tensors, batch)
@@ -260,7 +282,7 @@ def _empty_shard(example_ids: np.ndarray, num_classes: int) -> dict[str, np.ndar
 def _check_numbers(name: str, source: str, tensors: dict[str, np.ndarray], batch: np.ndarray) -> None:
     """NaN must never turn into certainty: refuse it here, whatever produced it."""
     good = ~(np.isnan(tensors["logits"][batch]) | np.isposinf(tensors["logits"][batch])).any(-1)
-    for part in (*MATRICES[1:], *VECTORS):
+    for part in (*MATRICES[1:], *VECTORS, FEATURES):
         good &= np.isfinite(tensors[part][batch]).reshape(len(batch), -1).all(-1)
     if not good.all():
         example = int(tensors["example_ids"][batch[~good][0]])
@@ -275,7 +297,7 @@ def score(config: ScoreConfig) -> Supervision:
     texts = read_texts(
         config.texts, text_column=config.text_column, label_column=config.label_column, limit=config.limit
     )
-    return fill_store(config.output, config.teachers, texts, config)
+    return fill_store(config.output, config.teachers, texts, config, need_features=True)
 
 
 def main(config: ScoreConfig) -> int:

@@ -17,9 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import yaml
 
 from muka_fast import checkpoint, export, runinfo
+from muka_fast.aligned import student_part
 from muka_fast.config import EvalConfig, RunConfig, load_config
 from muka_fast.console import setup_logging
 from muka_fast.data import TextSet, read_texts, tokenize
@@ -29,7 +31,8 @@ from muka_fast.errors import UserError
 from muka_fast.export import LABELLED_METHODS
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
 from muka_fast.loop import Plan, train
-from muka_fast.methods import Method, build_method, selection_accuracy, target_accuracy
+from muka_fast.methods import METHODS, Method, build_method, selection_accuracy, target_accuracy
+from muka_fast.neutral import neutral_features
 from muka_fast.snapshots import write_json
 from muka_fast.store import read_manifest, teacher_key
 from muka_fast.student import load_student, student_fingerprint
@@ -68,6 +71,7 @@ def run(config: RunConfig) -> RunResult:
     device = resolve_device(config.device)
     _, world_size = init_distributed(device, config.verbose)
     ds_config, config = prepare_ds_config(config.ds_config, config, world_size, device)
+    check_layout(config, ds_config)
     on_first_process(lambda: export.check_output(*output_options(config)) and None)
     done = on_first_process(lambda: runinfo.complete_run(config, ds_config)) if config.resume else None
     if done is not None:
@@ -85,7 +89,9 @@ def run(config: RunConfig) -> RunResult:
     labels = true_labels(texts, label_map, sup)
     if not config.teachers:  # else they were checked before the scoring
         on_first_process(lambda: check_labels(config, sup.teachers, space, label_map))
-    method = build_method(config, sup, space, labels)
+    with clock("select teachers"):
+        weights = on_first_process(lambda: pool_weights(config, sup, space, texts, output))
+    method = build_method(config, sup, space, labels, weights)
 
     with clock("load student"):
         model, tokenizer = load_student(config.student, space.names, config.seed, ds_config)
@@ -93,7 +99,8 @@ def run(config: RunConfig) -> RunResult:
     plan = Plan(tokens.lengths, config)
     record = begin_record(config, ds_config, texts, sup, space, labels, world_size)
     on_first_process(lambda: begin_run(output, config, record))
-    engine = Engine.create(model, config, ds_config, plan.total_steps)
+    trained = method.wrap(model)
+    engine = Engine.create(trained, config, ds_config, plan.total_steps)
     with clock("train"):
         finished = train(engine, method, tokens, texts, plan, config, output, model.config.get_text_config().pad_token_id)
     if not finished:
@@ -103,6 +110,7 @@ def run(config: RunConfig) -> RunResult:
     record["supervision"] = runinfo.supervision_summary(method, sup, space, texts)
     with clock("export"):
         state = engine.state_dict()
+        state = state if trained is model else student_part(state)
         on_first_process(lambda: export.save_student(model, tokenizer, output, space.names, card(config, record), state) and None)
     with clock("evaluate"):
         if config.eval is not None:
@@ -124,6 +132,16 @@ def check_options(config: RunConfig) -> None:
             raise UserError(f"--{name} is missing: give {what}")
     if not config.teachers and config.store is None:
         raise UserError("--teachers is missing: name at least one classifier folder or hub model (or a filled --store)")
+
+
+def check_layout(config: RunConfig, ds_config: dict[str, Any]) -> None:
+    """Raises UserError where the method compares whole batches and the layout splits them."""
+    micro_batch = ds_config["train_micro_batch_size_per_gpu"]
+    if METHODS[config.method].needs_whole_batch and micro_batch != config.batch_size:
+        raise UserError(
+            f"--method {config.method} compares the features of whole batches: run it in one process, with a micro-batch of "
+            f"--batch_size {config.batch_size} (here it is {micro_batch})"
+        )
 
 
 def output_options(config: RunConfig) -> tuple[str, bool, bool, list[str | None]]:
@@ -197,13 +215,13 @@ def read_data(config: RunConfig) -> TextSet:
 
 def supervise(config: RunConfig, texts: TextSet, output: Path) -> Supervision:
     """The statistics of all teachers over all texts; process 0 computes what the store lacks, the others read it."""
-    store = Path(config.store) if config.store is not None else output / "supervision"
+    store = store_folder(config, output)
     if not config.teachers:
         return open_store(store, texts, option_values(config))
     scored: list[Supervision] = []
 
     def fill() -> list[tuple[str, str]]:
-        scored.append(fill_store(store, config.teachers, texts, config))
+        scored.append(fill_store(store, config.teachers, texts, config, METHODS[config.method].needs_features))
         return [(teacher_key(teacher, texts.fingerprint), teacher["name"]) for teacher in scored[0].teachers]
 
     found = on_first_process(fill)
@@ -215,6 +233,22 @@ def supervise(config: RunConfig, texts: TextSet, output: Path) -> Supervision:
         option = "--store" if config.store is not None else "--output"
         raise UserError(f"{option} {store} is not visible here: it must lie on a file system that all nodes share")
     return load_supervision(store, manifest, keys, names)
+
+
+def store_folder(config: RunConfig, output: Path) -> Path:
+    """Where the supervision lies."""
+    return Path(config.store) if config.store is not None else output / "supervision"
+
+
+def pool_weights(
+    config: RunConfig, sup: Supervision, space: LabelSpace, texts: TextSet, output: Path
+) -> np.ndarray | None:
+    """The teachers' weights [n, N] by the method's rule over the pool; None where the method has none."""
+    rule = METHODS[config.method].rule
+    if rule is None:
+        return None
+    neutral = neutral_features(store_folder(config, output), config.student, texts, config)
+    return rule(sup.restrict(space), neutral, config.seed)
 
 
 def begin_record(

@@ -1,7 +1,7 @@
 """A teacher under Monte-Carlo dropout: what lies below the first active site (trunk) once, the tail K times."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from muka_fast.ops.mc_head import mc_head
 from muka_fast.ops.mc_statistics import mc_statistics
 from muka_fast.ops.reference import dropout_threshold
 from muka_fast.packed import Packed, Replicas
+from muka_fast.pooled import head_input, output_layer, pool
 from muka_fast.postln import PostLayerNormEncoder
 from muka_fast.preln import PreLayerNormModel
 from muka_fast.sites import Masks, Site, active_probabilities, list_sites, trace_inputs
@@ -27,13 +28,15 @@ CPU_BUDGET_BYTES = 512 << 20  # more replicas at once than this are no faster on
 
 @dataclass(frozen=True)
 class TeacherScores:
-    """What one teacher says about B texts, float32: statistics over its own C classes, entropies in nats."""
+    """What one teacher says about B texts, float32: statistics over its own C classes, entropies in nats, and what its
+    output layer reads in the deterministic pass (D = 0 where the head has no such layer)."""
 
     logits: Tensor  # [B, C] deterministic
     mean_probs: Tensor  # [B, C]
     var_probs: Tensor  # [B, C]
     predictive_entropy: Tensor  # [B]
     expected_entropy: Tensor  # [B]
+    features: Tensor  # [B, D]
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class StochasticTeacher:
         self.layer = self._first_stochastic_layer()
         self.reads = self._probe_read_row()
         self.fast = self._find_fast_form()
+        self.output_layer = output_layer(self.model, *_check_inputs(self.model))
         self.fused_head = self._find_fused_head()
 
     @property
@@ -143,12 +147,14 @@ class StochasticTeacher:
             hidden, *inputs = self._read_row(trunk, input_ids, attention_mask)
             return self._fused_scores(hidden, *inputs, example_ids)
         chunk = self._samples_at_once(*input_ids.shape) if self.mc else 0
-        logits = [self.sample_logits(trunk, input_ids, attention_mask, example_ids, 0, chunk, plain=True)]
+        with head_input(self.output_layer) as seen:  # the plain replica comes first
+            logits = [self.sample_logits(trunk, input_ids, attention_mask, example_ids, 0, chunk, plain=True)]
         for first in range(chunk, self.mc_samples if self.mc else 0, chunk or 1):
             count = min(chunk, self.mc_samples - first)
             logits.append(self.sample_logits(trunk, input_ids, attention_mask, example_ids, first, count))
         logits = torch.cat(logits)
-        return _scores(logits[0], logits[1:] if self.mc else logits)
+        features = pool(seen[0], attention_mask, self.reads) if seen else logits.new_empty(len(input_ids), 0)
+        return _scores(logits[0], logits[1:] if self.mc else logits, features)
 
     @torch.inference_mode()
     def sample_logits(
@@ -223,7 +229,8 @@ class StochasticTeacher:
         features, _ = self.encoder.site_input(input_ids, attention_mask, site, start=self.encoder.depth, hidden=hidden)
         p, seed = self.p_of_site[site.index], self.teacher.seed
         head = mc_head(features, linear.weight, linear.bias, self.mc_samples, p, seed, site.index, example_ids)
-        return TeacherScores(**{field: getattr(head, field) for field in TeacherScores.__dataclass_fields__})
+        statistics = {field.name: getattr(head, field.name) for field in fields(TeacherScores)[:-1]}
+        return TeacherScores(**statistics, features=features)
 
     def _samples_at_once(self, num_texts: int, num_tokens: int) -> int:
         """How many replicas of a batch (fast form: of one text, since it cuts the batch) fit into the memory budget."""
@@ -368,11 +375,11 @@ class StochasticTeacher:
         return None
 
 
-def _scores(logits: Tensor, samples: Tensor) -> TeacherScores:
+def _scores(logits: Tensor, samples: Tensor, features: Tensor) -> TeacherScores:
     """Statistics of stochastic logits [K, B, C] beside the deterministic ones [B, C]."""
     statistics = mc_statistics(samples, [0, logits.shape[1]])
     entropies = statistics.predictive_entropy[:, 0], statistics.expected_entropy[:, 0]
-    return TeacherScores(logits, statistics.mean_probs, statistics.var_probs, *entropies)
+    return TeacherScores(logits, statistics.mean_probs, statistics.var_probs, *entropies, features)
 
 
 def free_memory_bytes(device: torch.device) -> int:

@@ -33,7 +33,6 @@ def test_defaults_are_the_published_recipe():
     published = {
         "method": "muka-soft",
         "margin": True,
-        "uncertainty": "predictive_entropy",
         "mc_samples": 16,
         "score_temperature": 0.2,
         "kd_temperature": 1.0,
@@ -47,6 +46,13 @@ def test_defaults_are_the_published_recipe():
     assert {name: config.resolved()[name] for name in published} == published
     assert config.mc_scope == "last:1"
     assert config.mc_dropout_p is None
+
+
+def test_the_measure_follows_from_the_passes():
+    measure = lambda **flags: load_config(RunConfig, None, flags).resolved()["uncertainty"]
+    assert measure() == measure(mc_samples=2) == "mutual_information"
+    assert measure(mc=False) == measure(mc_samples=1) == "predictive_entropy"
+    assert measure(uncertainty="variance") == "variance"
 
 
 @pytest.mark.parametrize("model", MODELS)

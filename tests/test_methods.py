@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muka_fast import config as configuration
+from muka_fast.aligned import StudentOutput
 from muka_fast.errors import UserError
+from muka_fast.features import Features
 from muka_fast.labels import build_label_space
 from muka_fast.methods import (
     METHODS,
-    StudentOutput,
-    block_softmax,
     build_method,
     selection_accuracy,
     target_accuracy,
@@ -23,7 +23,10 @@ from muka_fast.methods import (
 from muka_fast.ops.mc_statistics import mc_statistics
 from muka_fast.selection import UNCERTAINTY, owners, teacher_scores
 from muka_fast.supervision import Supervision
+from muka_fast.targets import block_softmax
 
+# `mean` is for teachers of one label set.
+COMMON = tuple(name for name in METHODS if name != "mean")
 LABELS = (["sport", "art"], ["art", "food", "law"], ["tax"])  # "art" is shared; the last teacher has one class
 
 
@@ -47,6 +50,7 @@ def make_supervision(labels=LABELS, n=7, K=4, seed=0, scale=2.0, mc=True):
         example_ids=torch.arange(n),
         teachers=teachers,
         offsets=offsets,
+        features=[Features.of(torch.randn(n, 4 + i, generator=generator).numpy()) for i in range(len(labels))],
     )
 
 
@@ -59,8 +63,13 @@ def options(method="muka-soft", **more):
 
 
 def build(method, sup=None, label_map=None, labels=None, **more):
+    """The method; muka's scores are the published ones unless `uncertainty` says otherwise."""
     sup = make_supervision() if sup is None else sup
-    return build_method(options(method, **more), sup, space_of(sup, label_map), labels)
+    space, weights = space_of(sup, label_map), None
+    if METHODS[method].rule is not None:
+        neutral = Features.of(torch.randn(len(sup), 6, generator=torch.Generator().manual_seed(5)).numpy())
+        weights = METHODS[method].rule(sup.restrict(space), neutral, 0)
+    return build_method(options(method, **{"uncertainty": "predictive_entropy"} | more), sup, space, labels, weights)
 
 
 def kl(q, log_p):
@@ -229,6 +238,48 @@ def test_an_excluded_text_cannot_poison_the_gradient():
     assert student.grad.isfinite().all()
 
 
+# ---- rules over the pool ----
+
+
+def test_a_rules_weights_mix_the_teachers_and_a_text_that_nobody_owns_is_left_out(caplog):
+    sup, student = make_supervision(), student_logits()
+    weights = torch.softmax(torch.randn(7, 3, generator=torch.Generator().manual_seed(2)), -1)
+    weights[3] *= 0.4  # 0.6 for "no teacher"
+    weights[5] = torch.tensor([0.0, 1.0, 0.0])
+    method = build_method(options("muka-evidence"), sup, space_of(sup), None, weights.numpy())
+    probs, expected = block_softmax(sup.logits, sup.offsets), torch.zeros(7, 5)
+    for column, (i, c) in enumerate([(0, 0), (0, 1), (1, 1), (1, 2), (1, 3), (2, 4)]):
+        expected[:, c] += (weights / weights.sum(-1, keepdim=True))[:, i] * probs[:, column]
+    torch.testing.assert_close(method.target_probs(ROWS), expected)
+    loss = method.loss(student, ROWS)
+    torch.testing.assert_close(loss, kl(expected, torch.log_softmax(student, -1)) * (torch.arange(7) != 3))
+    assert method.num_excluded == 1 and method.denominator(ROWS) == 6 and "1 of 7 texts belong to no teacher" in caplog.text
+    assert torch.equal(method.selected, weights.argmax(-1))
+    with pytest.raises(UserError, match="all 7 texts belong to no teacher"):
+        build_method(options("muka-evidence"), sup, space_of(sup), None, weights.numpy() * 0.3)
+
+
+def test_weights_are_for_methods_with_a_rule_and_only_for_them():
+    sup = make_supervision()
+    with pytest.raises(ValueError, match="weights"):
+        build_method(options("muka-evidence"), sup, space_of(sup))
+    with pytest.raises(ValueError, match="weights"):
+        build_method(options("vkd"), sup, space_of(sup), None, torch.ones(7, 3).numpy())
+
+
+def test_mean_takes_teachers_of_one_label_set_in_any_order():
+    sup = make_supervision((["a", "b", "c"], ["c", "a", "b"]))
+    method = build("mean", sup, kd_temperature=2.0)
+    mean = (sup.logits[:, :3] + sup.logits[:, [4, 5, 3]]) / 2
+    torch.testing.assert_close(method.target_probs(ROWS), torch.softmax(mean / 2.0, -1))
+    sup.logits[0] = torch.tensor([0.0, -math.inf, -math.inf, 0.0, -math.inf, 0.0])  # each rules out what the other says
+    torch.testing.assert_close(build("mean", sup).target_probs(ROWS)[0], torch.full((3,), 1 / 3))
+    with pytest.raises(UserError, match="--method mean needs teachers of one label set, but teacher 't0' lacks 'd'"):
+        build("mean", make_supervision((["a", "b"], ["a", "d"])))
+    with pytest.raises(UserError, match="teacher 't0' has two labels of one class"):
+        build("mean", sup, {"t0": {"b": "a"}, "t1": {"b": None}} | {"c": "c"})
+
+
 # ---- weights and the global batch ----
 
 
@@ -262,7 +313,7 @@ def test_normalize_margin_survives_a_batch_of_ties():
 
 
 @given(
-    method=st.sampled_from(sorted(METHODS)),
+    method=st.sampled_from(sorted(COMMON)),
     normalize=st.booleans(),
     cut=st.integers(1, 6),
     seed=st.integers(0, 2**16),
@@ -346,17 +397,21 @@ def test_a_teacher_without_any_mass_on_its_kept_classes_becomes_uniform():
 # ---- students, accuracies, refusals ----
 
 
-def test_a_student_output_with_features_is_accepted_and_half_precision_is_not_lost():
+def test_a_penalty_is_added_and_half_precision_is_not_lost():
     method, student = build("muka-soft"), student_logits()
     rows = ROWS[2:5]
     plain = method.loss(student[rows], rows)
-    assert torch.equal(plain, method.loss(StudentOutput(student[rows], torch.zeros(3, 8)), rows))
+    penalty = torch.tensor([0.5, 0.0, 2.0])
+    tied = build("dfa")
+    torch.testing.assert_close(
+        tied.loss(StudentOutput(student[rows], penalty), rows), tied.loss(student[rows], rows) + penalty
+    )
     half = method.loss(student[rows].bfloat16(), rows)
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, plain, atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COMMON)
 def test_every_method_stays_finite_for_extreme_logits(method):
     sup = make_supervision(scale=1e4)
     built = build(method, sup, labels=["sport", "art", "law", "law", "tax", "food", "art"])

@@ -419,6 +419,40 @@ def test_upper_lines(case, one_unknown):
         close(supervised[4][b], [math.exp(x) - (c == truth[b]) for c, x in enumerate(log_p)])
 
 
+def o_mean(text, orders, T):
+    """q = softmax of the mean over teachers of z_i / T; orders: of each teacher, the class of every column."""
+    mean = [0.0] * text.C
+    for logits, order in zip(text.logits, orders, strict=True):
+        for z, c in zip(logits, order, strict=True):
+            mean[c] += z / len(orders)
+    q = o_softmax([0.0] * text.C if max(mean) == -math.inf else mean, T)
+    loss, grad = o_kl(q, text.student, T)
+    return q, loss * T * T, [g * T * T for g in grad]
+
+
+@slow_inputs
+@given(cases(max_classes=12), st.sampled_from([1.0, 0.5, 4.0]))
+def test_mean(case, temperature):
+    """Every teacher gets the label set of the first, in an order of its own."""
+    C, rng = len(case.labels[0]), np.random.default_rng(case.seed)
+    orders = [[int(c) for c in rng.permutation(C)] for _ in case.labels]
+    names = [case.labels[0][c] for c in orders[0]]
+    place = {name: c for c, name in enumerate(names)}
+    tile = lambda values: np.concatenate([values[..., :C] * (1 + i) for i in range(len(orders))], -1)
+    labels = [[case.labels[0][c] for c in order] for order in orders]
+    case = Case(tile(case.passes), tile(case.logits), labels, {}, case.seed)
+    _, sup = supervision_of(case)
+    found, student, texts = texts_of(case, sup)
+    assert list(found) == names
+    config = RunConfig(method="mean", kd_temperature=temperature)
+    _, _, q, loss, grad = run_method(config, sup, case, student)
+    for b, text in enumerate(texts):
+        expected = o_mean(text, [[place[name] for name in order] for order in labels], temperature)
+        close(q[b], expected[0])
+        close(loss[b], expected[1], 1e-5 * max(1, temperature**2))
+        close(grad[b], expected[2], 1e-5 * max(1, temperature**2))
+
+
 @slow_inputs
 @given(cases(max_classes=20))
 def test_vote(case):
@@ -439,7 +473,7 @@ def test_equal_teachers_go_to_the_lowest_index():
     case = Case(passes, passes[0], [[f"{i}{c}" for c in range(4)] for i in range(3)], {}, 0)
     statistics, sup = supervision_of(case)
     assert (statistics.selected == 0).all() and (statistics.teacher_margin == 0).all()
-    method, *_ = run_method(RunConfig(method="muka-hard"), sup, case, np.zeros((5, 12), np.float32))
+    method, *_ = run_method(RunConfig(method="muka-hard", uncertainty="predictive_entropy"), sup, case, np.zeros((5, 12), np.float32))
     assert (method.selected == 0).all() and (method.margin == 0).all()
 
 
@@ -451,5 +485,5 @@ def test_a_student_may_give_no_probability_where_the_target_has_none():
     q = o_softmax([2.0, -math.inf, 0.5])
     expected = o_kl([q[0], q[2]], [1.0, 0.0], 1.0)[0]
     for method in ("muka-hard", "muka-soft", "vkd", "uhc"):
-        loss = run_method(RunConfig(method=method, margin=False), sup, case, student)[3]
+        loss = run_method(RunConfig(method=method, margin=False, mc=False), sup, case, student)[3]
         assert loss.item() == pytest.approx(expected, abs=1e-6)

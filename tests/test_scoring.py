@@ -11,6 +11,7 @@ from muka_fast import supervision
 from muka_fast.config import METHODS, RunConfig, ScoreConfig
 from muka_fast.data import TextSet, read_texts
 from muka_fast.labels import build_label_space
+from muka_fast.methods import METHODS as METHODS_TABLE
 from muka_fast.methods import build_method
 from muka_fast.store import MATRICES, VECTORS, read_manifest
 from muka_fast.supervision import fill_store, open_store, option_values, score
@@ -42,8 +43,14 @@ def test_real_teachers_are_scored_once_and_every_method_follows_without_them(tmp
     assert torch.equal(again.logits, sup.logits)
     space = build_label_space([(t["name"], t["labels"]) for t in again.teachers])
     labels = [space.names[i % 4] for i in range(20)]
+    pooled = [np.concatenate([chunk for _, chunk in part.features[1].chunks()]) for part in (again, other)]
+    assert pooled[0].shape[0] == 20 and np.abs(pooled[0] - pooled[1]).max() < 2e-3 * np.abs(pooled[0]).max()  # fp16
     for method in METHODS:
-        built = build_method(RunConfig(method=method), again, space, labels)
+        if method == "mean":  # for teachers of one label set
+            continue
+        rule = METHODS_TABLE[method].rule
+        weights = None if rule is None else rule(again.restrict(space), again.features[0], 0)
+        built = build_method(RunConfig(method=method), again, space, labels, weights)
         assert built.loss(torch.randn(20, 4), torch.arange(20)).isfinite().all()
 
 

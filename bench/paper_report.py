@@ -1,0 +1,203 @@
+"""Tables and plots of bench/paper.py from its cells: means and spreads over seeds, paired differences to the best published method."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from settings import BASELINES, UPPER_LINES
+
+Cells = list[dict[str, Any]]
+GROUPS = ("development", "confirmation")
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def mean_spread(values: Sequence[float | None]) -> str:
+    """Mean of shares in percent, with the standard deviation over seeds where there are several; "-" where one is missing."""
+    if not values or None in values:
+        return "-"
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return percent(statistics.mean(values)) + spread
+
+
+def values_of(cells: Cells, setting: str, method: str, key: str) -> dict[int, Any]:
+    """Seed -> figure of the cells of one setting and method."""
+    return {cell["seed"]: cell.get(key) for cell in cells if (cell["setting"], cell["method"]) == (setting, method)}
+
+
+def methods_in(cells: Cells) -> list[str]:
+    return list(dict.fromkeys(cell["method"] for cell in cells))
+
+
+def setting_mean(cells: Cells, setting: str, method: str, key: str) -> float | None:
+    values = list(values_of(cells, setting, method, key).values())
+    return None if not values or None in values else statistics.mean(values)
+
+
+def best_published(cells: Cells, settings: Sequence[str], key: str) -> str | None:
+    """The published method with the best mean over all these settings, among those that have the figure in each."""
+    means = {}
+    for method in BASELINES:
+        values = [setting_mean(cells, setting, method, key) for setting in settings]
+        if values and None not in values:
+            means[method] = statistics.mean(values)
+    return max(means, key=means.get) if means else None
+
+
+def paired(cells: Cells, settings: Sequence[str], method: str, reference: str, key: str) -> list[float]:
+    """Differences of a figure between two methods, one per setting and seed that both have."""
+    differences = []
+    for setting in settings:
+        mine, other = (values_of(cells, setting, name, key) for name in (method, reference))
+        common = [seed for seed in mine if mine[seed] is not None and other.get(seed) is not None]
+        differences += [mine[seed] - other[seed] for seed in common]
+    return differences
+
+
+def with_error(differences: list[float]) -> str:
+    """Mean difference in points, and its standard error over the pairs."""
+    if not differences:
+        return "-"
+    error = ""
+    if len(differences) > 1:
+        error = f" ± {100 * statistics.stdev(differences) / len(differences) ** 0.5:.1f}"
+    return f"{100 * statistics.mean(differences):+.1f}{error}"
+
+
+def worst_regret(cells: Cells, settings: Sequence[str], method: str, key: str) -> str:
+    """The largest loss against the best published method of a setting, mean over seeds, and where it is."""
+    losses = {}
+    for setting in settings:
+        mine = setting_mean(cells, setting, method, key)
+        others = [setting_mean(cells, setting, other, key) for other in BASELINES if other != method]
+        others = [value for value in others if value is not None]
+        if mine is not None and others:
+            losses[setting] = mine - max(others)
+    if not losses:
+        return "-"
+    where = min(losses, key=losses.get)
+    return f"{100 * losses[where]:+.1f} ({where})"
+
+
+def summary(cells: Cells, settings: Sequence[str], key: str) -> list[str]:
+    """One line per method over several settings."""
+    reference = best_published(cells, settings, key)
+    lines = [
+        f"| method | selection | target | student | macro-F1 | against {reference or 'the best published'} | worst setting |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method in methods_in(cells):
+        kept = [name for name in settings if values_of(cells, name, method, "target")]
+        if len(kept) < len(settings):  # a method for some settings only has no mean over all
+            continue
+        cellsof = [[setting_mean(cells, name, method, part) for name in kept] for part in ("selection", "target", "accuracy")]
+        cellsof.append([setting_mean(cells, name, method, "macro_f1") for name in kept])
+        means = [percent(statistics.mean(values)) if values and None not in values else "-" for values in cellsof]
+        difference = with_error(paired(cells, settings, method, reference, key)) if reference else "-"
+        lines.append("| " + " | ".join([method, *means, difference, worst_regret(cells, settings, method, key)]) + " |")
+    return lines
+
+
+def setting_table(cells: Cells, name: str, entry: dict[str, Any]) -> list[str]:
+    """Every method on one setting, with the recall of each teacher."""
+    sizes = entry["seeds"][0]
+    lines = [
+        "",
+        f"## {name}: {entry['what']} ({entry['group']})",
+        "",
+        f"Pool {sizes['pool']} texts, test {sizes['test']}. Teachers: "
+        + "; ".join(
+            f"{teacher['encoder']}, {len(teacher['labels'])} labels of {teacher['set']}, "
+            + mean_spread([found["teachers"][i]["accuracy"] for found in entry["seeds"]])
+            + " % on their texts"
+            for i, teacher in enumerate(sizes["teachers"])
+        )
+        + ".",
+        "",
+        "| method | selection | recall of each teacher | target | student | macro-F1 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method in methods_in([cell for cell in cells if cell["setting"] == name]):
+        get = lambda key, method=method: list(values_of(cells, name, method, key).values())
+        recalls = [recall for recall in get("recall") if recall is not None]
+        columns = [[value for value in column if value is not None] for column in zip(*recalls, strict=True)]
+        recall = " / ".join(percent(statistics.mean(column)) if column else "-" for column in columns) or "-"
+        figures = [mean_spread(get(key)) for key in ("target", "accuracy", "macro_f1")]
+        lines.append("| " + " | ".join([method, mean_spread(get("selection")), recall, *figures]) + " |")
+    return lines
+
+
+def score_key(results: dict[str, Any]) -> str:
+    """What methods are compared by: their students, or where none was trained their targets."""
+    return "target" if results["options"]["selection_only"] else "accuracy"
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """All tables, with what they were measured on."""
+    cells, settings, options = results["cells"], results["settings"], results["options"]
+    lines = [
+        "# Every method on every setting",
+        "",
+        f"All figures in percent; means ± standard deviation over {options['seeds']} seed(s) of teachers, pools and students. "
+        "Selection: the most trusted teacher owns the true label. Target: the composed target is right (both on the pool). Student: "
+        "on held-out texts of all teachers' labels. Differences are paired by setting and seed, ± their standard error. oracle and "
+        "supervised see the pool's labels; dawid-skene learns from labels of its own making.",
+        "",
+        "Options: " + ", ".join(f"{name} {value}" for name, value in options.items() if value is not None) + ".",
+    ]
+    for group in GROUPS:
+        names = [name for name, entry in settings.items() if entry["group"] == group]
+        if names:
+            told = "rules and numbers may be chosen here" if group == "development" else "nothing was chosen here"
+            lines += ["", f"## Mean over the {group} settings ({told}): {', '.join(names)}", ""]
+            lines += summary(cells, names, score_key(results))
+    for name, entry in settings.items():
+        lines += setting_table(cells, name, entry)
+    return "\n".join(lines) + "\n"
+
+
+def plots(results: dict[str, Any], path: Path) -> list[Path]:
+    """Beside the table `path`: difference of each method to the best published one per setting; target against student."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    cells, names, key = results["cells"], list(results["settings"]), score_key(results)
+    reference, written = best_published(cells, names, key), []
+    methods = [method for method in methods_in(cells) if method not in (reference, *UPPER_LINES)]
+    if reference is not None and methods:
+        figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.32 * len(methods)), layout="constrained")
+        for row, method in enumerate(methods):
+            pairs = [(name, paired(cells, [name], method, reference, key)) for name in names]
+            points = [100 * statistics.mean(found) for _, found in pairs if found]
+            axes.plot(points, [row] * len(points), "o", alpha=0.5)
+            if points:
+                axes.plot(statistics.mean(points), row, "k|", markersize=14)
+        axes.axvline(0, color="grey", linewidth=0.8)
+        axes.set_yticks(range(len(methods)), methods)
+        axes.invert_yaxis()
+        axes.set_xlabel(f"points against {reference} ({key}); one dot per setting, bar: mean")
+        written.append(save(figure, path.with_name(path.stem + "_differences.svg")))
+    points = [cell for cell in cells if cell.get("target") is not None and cell.get("accuracy") is not None]
+    if points:
+        figure, axes = pyplot.subplots(figsize=(6, 5), layout="constrained")
+        for method in methods_in(points):
+            mine = [cell for cell in points if cell["method"] == method]
+            axes.plot([100 * c["target"] for c in mine], [100 * c["accuracy"] for c in mine], "o", alpha=0.6, label=method)
+        axes.set_xlabel("target accuracy on the pool")
+        axes.set_ylabel("student accuracy")
+        axes.legend(fontsize="small")
+        written.append(save(figure, path.with_name(path.stem + "_students.svg")))
+    return written
+
+
+def save(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    figure.savefig(path)
+    pyplot.close(figure)
+    return path

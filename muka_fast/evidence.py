@@ -1,0 +1,223 @@
+"""muka-evidence: which teacher owns a text, from the evidence of the whole pool (no label, no further teacher forward).
+
+1. Two scores per teacher, high = mine: relative Mahalanobis distance of its features to the classes it predicts (Ren et al.,
+   2021), and -ln mutual information, or the energy logsumexp(z) (Liu et al., 2020) where there was a single pass.
+2. Both on one scale, assuming nothing about the teachers' shares: A(s) = 4 ((s - q_a) / (q_{1-a} - q_a) - 1/2), q its
+   quantiles over the pool. Evidence e_i [n, N]: their mean.
+3. Start: 2 e, smoothed over the k-nearest-neighbour graph of the neutral features b.
+4. R times: t = argmax w; logistic regression of t on b / |b|, weighted by the top-2 gap of w, whose intercepts learn the
+   shares; w = softmax(ln p(i | b) + lambda e).
+
+n texts · N teachers (i) · m texts of the sample · D, d widths of teacher and neutral features. Quantiles, Gaussians, graph and
+regression come from a sample of at most SAMPLE texts, and all others are scored in a stream: memory is that of the sample, of
+one shard, and of [n, N].
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.special import log_softmax, softmax
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+if TYPE_CHECKING:
+    from muka_fast.features import Features
+    from muka_fast.stored import Supervision
+
+QUANTILE = 0.10  # a
+NEIGHBOURS = 15  # k
+HOPS = 3
+ALPHA = 0.7  # share of the neighbours in a hop
+EVIDENCE_WEIGHT = 1.0  # lambda
+ROUNDS = 5  # R
+C = 1.0  # inverse strength of the L2 penalty
+SHRINK = 0.1  # of covariances, towards the identity
+MI_FLOOR = 1e-6
+LARGEST = 20.0  # of |A|: a score that is the same for most texts has almost no span, and must not outvote the others
+SAMPLE = 20_000
+GRAPH_BLOCK = 1024
+
+
+def evidence_weights(sup: Supervision, neutral: Features, seed: int = 0, sample: int = SAMPLE) -> np.ndarray:
+    """The weight of each teacher for each text, fp32 [n, N]; rows sum to 1.
+
+    sup: with features, restricted to the label space. neutral: [n, d]. seed, sample: which texts, and how many of them at
+    most, everything is fitted on. A function of the texts and teachers as sets: their order changes nothing but rounding.
+    """
+    n, num_teachers = len(sup), len(sup.teachers)
+    if num_teachers == 1:
+        return np.ones((n, 1), np.float32)
+    rows = sample_rows(sup.example_ids.numpy(), seed, sample)
+    evidence = np.empty((n, num_teachers), np.float32)
+    second = second_scores(sup)
+    for i in range(num_teachers):
+        start, stop = sup.offsets[i], sup.offsets[i + 1]
+        features = sup.features[i].rows(rows)
+        gaussians = RelativeMahalanobis.fit(features, sup.logits[rows, start:stop].argmax(-1).numpy())
+        anchors = Anchors.of(gaussians.scores(features)), Anchors.of(second[rows, i])
+        for part, chunk in sup.features[i].chunks():
+            evidence[part, i] = (anchors[0](gaussians.scores(chunk)) + anchors[1](second[part, i])) / 2
+    b = unit(neutral.rows(rows))
+    owner = fit_owner(b, evidence[rows])
+    for part, chunk in neutral.chunks():
+        evidence[part] = softmax(owner.log_probs(unit(chunk)) + EVIDENCE_WEIGHT * evidence[part], axis=1)
+    return evidence
+
+
+def sample_rows(example_ids: np.ndarray, seed: int, limit: int) -> np.ndarray:
+    """At most `limit` rows, ascending: those whose example ids hash lowest, so that the order of the texts does not matter."""
+    if len(example_ids) <= limit:
+        return np.arange(len(example_ids))
+    x = example_ids.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15) & (2**64 - 1))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return np.sort(np.argsort(x ^ (x >> np.uint64(31)), kind="stable")[:limit])
+
+
+# ---- scores of single teachers ----
+
+
+def second_scores(sup: Supervision) -> np.ndarray:
+    """-ln(MI / ln C_i), MI / ln C_i >= 1e-6, where every teacher was sampled, else logsumexp of the logits; fp32 [n, N]."""
+    if all(teacher["mc"] and teacher["mc_samples"] > 1 for teacher in sup.teachers):
+        upper = np.array([math.log(count) or math.inf for count in sup.class_counts], np.float32)
+        return -np.log(np.maximum(sup.mutual_information.numpy() / upper, MI_FLOOR))
+    blocks = itertools.pairwise(sup.offsets)
+    return torch.stack([sup.logits[:, a:b].logsumexp(-1) for a, b in blocks], dim=-1).numpy()
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """A(s): -2 at the lower quantile of a score, 2 at the upper one; 0 where the score tells no two texts apart."""
+
+    low: float
+    span: float
+
+    @classmethod
+    def of(cls, scores: np.ndarray) -> Anchors:
+        low, high = np.quantile(scores.astype(np.float64), [QUANTILE, 1 - QUANTILE])
+        rounding = 1e-5 * float(np.abs(scores).max())
+        # Nothing but rounding: a teacher of one class, or one that predicts one class only.
+        useless = float(np.ptp(scores)) <= rounding
+        return cls(float(low), math.inf if useless else max(float(high - low), rounding, 1e-12))
+
+    def __call__(self, scores: np.ndarray) -> np.ndarray:
+        if math.isinf(self.span):
+            return np.zeros(len(scores))
+        return np.clip(4 * ((scores - self.low) / self.span - 0.5), -LARGEST, LARGEST)
+
+
+@dataclass(frozen=True)
+class RelativeMahalanobis:
+    """RMD(F) = -(min_c maha(F, mu_c, S) - maha(F, mu, S0)), squared distances: how much more a text looks like one of the
+    teacher's classes (mean mu_c, pooled covariance S) than like any text of the pool (mu, S0)."""
+
+    mean: np.ndarray  # mu [D]
+    within: np.ndarray  # [D, D], W W^T = S^-1
+    background: np.ndarray  # [D, D], W W^T = S0^-1
+    class_means: np.ndarray  # (mu_c - mu) W [classes predicted at all, D]
+
+    @classmethod
+    def fit(cls, features: np.ndarray, predicted: np.ndarray) -> RelativeMahalanobis:
+        """features fp32 [m, D]; predicted: the teacher's own class of each text, int [m]."""
+        mean = features.mean(0, dtype=np.float64)
+        centred = features - mean
+        classes, inverse, counts = np.unique(predicted, return_inverse=True, return_counts=True)
+        sums = np.zeros((len(classes), centred.shape[1]))
+        np.add.at(sums, inverse, centred)
+        means = sums / counts[:, None]
+        deviations = centred - means[inverse]
+        within, background = whitening(deviations), whitening(centred)
+        return cls(mean.astype(np.float32), within, background, (means @ within).astype(np.float32))
+
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """RMD of features [.., D]."""
+        centred = features - self.mean
+        inside = centred @ self.within
+        to_class = (self.class_means**2).sum(1) - 2 * inside @ self.class_means.T
+        nearest = (inside**2).sum(1) + to_class.min(1)
+        return ((centred @ self.background) ** 2).sum(1) - nearest
+
+
+def whitening(deviations: np.ndarray) -> np.ndarray:
+    """W [D, D] fp32 with W W^T = (cov + SHRINK mean(diag cov) I)^-1; deviations from their mean, fp64 [m, D]."""
+    covariance = deviations.T @ deviations / len(deviations)
+    ridge = max(SHRINK * covariance.diagonal().mean(), 1e-12)
+    values, vectors = np.linalg.eigh(covariance + ridge * np.eye(len(covariance)))
+    return (vectors / np.sqrt(np.maximum(values, ridge))).astype(np.float32)
+
+
+# ---- the neutral view ----
+
+
+def unit(features: np.ndarray) -> np.ndarray:
+    """b / |b|, fp32."""
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+def neighbours(b: np.ndarray, k: int) -> np.ndarray:
+    """Rows of the k most similar other texts (all of them where there are fewer), int64 [m, k]; b: unit rows [m, d]."""
+    k = min(k, len(b) - 1)
+    found = np.empty((len(b), k), np.int64)
+    for start in range(0, len(b), GRAPH_BLOCK):
+        similarity = torch.from_numpy(b[start : start + GRAPH_BLOCK] @ b.T)
+        own = torch.arange(len(similarity))
+        similarity[own, start + own] = -torch.inf
+        found[start : start + GRAPH_BLOCK] = similarity.topk(k, dim=1, sorted=False).indices.numpy()
+    return found
+
+
+def smooth(values: np.ndarray, graph: np.ndarray) -> np.ndarray:
+    """HOPS times v = alpha (mean over the neighbours of v) + (1 - alpha) v; [m, N]."""
+    for _ in range(HOPS if graph.shape[1] else 0):
+        values = ALPHA * values[graph].mean(1) + (1 - ALPHA) * values
+    return values
+
+
+@dataclass(frozen=True)
+class Owner:
+    """p(i | b) by logistic regression; teachers that own no text of the sample get the share of half a text."""
+
+    model: LogisticRegression | None  # None: a single teacher owns all
+    owners: np.ndarray  # int [<= N], the teachers that own a text
+    num_teachers: int
+    num_texts: int
+
+    def log_probs(self, b: np.ndarray) -> np.ndarray:
+        """ln p(i | b), [.., N]; b: unit rows [.., d]."""
+        out = np.full((len(b), self.num_teachers), -math.log(2 * self.num_texts))
+        out[:, self.owners] = 0.0 if self.model is None else self.model.predict_log_proba(b)
+        return log_softmax(out, axis=1)
+
+
+def fit_owner(b: np.ndarray, evidence: np.ndarray) -> Owner:
+    """Steps 3 and 4 on the sample: b unit rows [m, d], evidence [m, N]."""
+    w = softmax(smooth(2 * evidence, neighbours(b, NEIGHBOURS)), axis=1)
+    b = b.astype(np.float64)
+    for _ in range(ROUNDS):
+        owner = regress(b, w)
+        w = softmax(owner.log_probs(b) + EVIDENCE_WEIGHT * evidence, axis=1)
+    return owner
+
+
+def regress(b: np.ndarray, w: np.ndarray) -> Owner:
+    """One round: the most trusted teacher of each text on its neutral features, clear texts counting most."""
+    target, best = w.argmax(1), np.sort(w, axis=1)
+    gap = best[:, -1] - best[:, -2]
+    weight = gap / gap.mean() if gap.mean() > 0 else np.ones(len(gap))
+    owners = np.unique(target)
+    if len(owners) == 1:
+        return Owner(None, owners, w.shape[1], len(w))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the next round goes on from there
+        # For two classes scikit-learn penalises one vector w = w_1 - w_2, not w_1 and w_2: twice as much.
+        model = LogisticRegression(C=2 * C if len(owners) == 2 else C, max_iter=300)
+        model.fit(b, target, sample_weight=weight)
+    return Owner(model, owners, w.shape[1], len(w))

@@ -1,0 +1,81 @@
+"""Features of all texts, read shard by shard when a method asks for them: memory holds one shard, or the rows asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from muka_fast.errors import UserError
+from muka_fast.store import FEATURES, DamagedShard, ShardRange
+
+ROWS = 8192  # rows of a chunk where they lie in memory
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features [n, D] of n texts, in their order. read: the rows of one range, [stop - start, D] of any float type."""
+
+    ranges: Sequence[ShardRange]
+    read: Callable[[ShardRange], np.ndarray]
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Features:
+        """Features that lie in memory, [n, D]."""
+        ranges = [ShardRange(j, a, min(a + ROWS, len(values))) for j, a in enumerate(range(0, len(values), ROWS))]
+        return cls(ranges, lambda shard: values[shard.start : shard.stop])
+
+    def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """The rows of each shard and its features, fp32."""
+        for shard in self.ranges:
+            yield slice(shard.start, shard.stop), np.asarray(self.read(shard), np.float32)
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """The features of these rows, fp32 [len(rows), D]; each shard that holds one of them is read once."""
+        rows, parts, places = np.asarray(rows), [], []
+        for shard in self.ranges:
+            place = np.flatnonzero((rows >= shard.start) & (rows < shard.stop))
+            if len(place):
+                parts.append(np.asarray(self.read(shard)[rows[place] - shard.start], np.float32))
+                places.append(place)
+        out = np.concatenate(parts)
+        return out[np.argsort(np.concatenate(places), kind="stable")]
+
+
+def teacher_features(
+    folder: Path, ranges: Sequence[ShardRange], name: str, read: Callable[[ShardRange], dict[str, np.ndarray]]
+) -> Features:
+    """The features of one teacher of a store. read: verified tensors of one shard.
+
+    Reading raises UserError for a missing or damaged shard, one of an older version, and a teacher without such features.
+    """
+
+    def features(shard: ShardRange) -> np.ndarray:
+        tensors = read_or_refuse(folder, shard, read)
+        path = shard.path(folder)
+        if FEATURES not in tensors:
+            raise UserError(
+                f"{path}: written by an older version, without the features that this method needs; give --teachers, or run "
+                "`muka-fast score` again with the same options, to complete the store"
+            )
+        if not tensors[FEATURES].shape[1]:
+            raise UserError(f"{path}: the head of teacher {name!r} has no features to read; choose another --method")
+        return tensors[FEATURES]
+
+    return Features(ranges, features)
+
+
+def read_or_refuse(
+    folder: Path, shard: ShardRange, read: Callable[[ShardRange], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """`read(shard)`; raises UserError that names a missing or damaged shard of `folder` and how to get it back."""
+    try:
+        return read(shard)
+    except (FileNotFoundError, DamagedShard) as error:
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged: {error}"
+        raise UserError(
+            f"{shard.path(folder)} {what}; run `muka-fast score` with the same teachers, texts and "
+            "options to compute it again"
+        ) from error

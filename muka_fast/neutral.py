@@ -1,0 +1,150 @@
+"""Neutral features: what the student's own pretrained encoder, which no teacher has touched, says about every text.
+
+Mean over the text's tokens of the last hidden states, [n, d], computed once per encoder, tokenizer and max_length, and kept
+beside the teachers' shards under the same rules (store.py, invariants 2 and 4 to 6).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from muka_fast import checkpoint
+from muka_fast.console import progress
+from muka_fast.data import TextSet, collate, token_budget_batches, tokenize
+from muka_fast.errors import UserError
+from muka_fast.features import Features, read_or_refuse
+from muka_fast.store import (
+    FEATURES,
+    FORMAT,
+    DamagedShard,
+    ShardRange,
+    half,
+    read_manifest,
+    read_tensors,
+    remove_leftovers,
+    shard_ranges,
+    write_shard,
+)
+from muka_fast.student import student_fingerprint
+from muka_fast.supervision import device_of
+from muka_fast.teachers import (
+    LOADING_ERRORS,
+    load_tokenizer,
+    quiet_transformers,
+    settle_padding,
+    token_limit,
+    tokenizer_key,
+)
+
+if TYPE_CHECKING:
+    from muka_fast.config import ScoringOptions
+
+log = logging.getLogger("muka_fast")
+
+
+def neutral_features(store: str | Path, encoder: str | Path, texts: TextSet, options: ScoringOptions) -> Features:
+    """The neutral features of the texts, from the store as far as it holds them; missing and damaged shards are computed.
+
+    store: one that was filled with these texts. encoder: folder or hub name of the student. Raises UserError where the
+    encoder cannot be loaded or gives NaN.
+    """
+    folder = checkpoint.resolve_folder(encoder, "student")
+    tokenizer = load_tokenizer(folder, f"student {encoder}")
+    max_length = min(options.max_length, tokenizer.model_max_length)
+    key = neutral_key(encoder, tokenizer, max_length, texts)
+    place = Path(store) / f"neutral-{key}"
+    ranges = shard_ranges(len(texts), read_manifest(Path(store))["shard_size"])
+    remove_leftovers(place)
+    todo = [shard for shard in ranges if not _is_whole(place, shard, key)]
+    if todo:
+        _compute(place, key, folder, tokenizer, texts, max_length, todo, options)
+    return Features(ranges, lambda shard: read_or_refuse(place, shard, lambda part: _read(place, part, key))[FEATURES])
+
+
+def neutral_key(
+    encoder: str | Path, tokenizer: transformers.PreTrainedTokenizerBase, max_length: int, texts: TextSet
+) -> str:
+    """16 hex digits over all that decides the numbers: encoder, tokenizer, max_length, texts."""
+    parts = [FORMAT, student_fingerprint(encoder), tokenizer_key(tokenizer, max_length), max_length, texts.fingerprint]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _read(place: Path, shard: ShardRange, key: str) -> dict[str, np.ndarray]:
+    tensors = read_tensors(place, shard, key, {"example_ids": ((shard.stop - shard.start,), np.int64)})
+    if FEATURES not in tensors:
+        raise DamagedShard("it holds no features")
+    return tensors
+
+
+def _is_whole(place: Path, shard: ShardRange, key: str) -> bool:
+    try:
+        _read(place, shard, key)
+    except FileNotFoundError:
+        return False
+    except DamagedShard as error:
+        log.warning("%s is damaged (%s): computing it again", shard.path(place), error)
+        return False
+    return True
+
+
+def _compute(
+    place: Path,
+    key: str,
+    folder: Path,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    texts: TextSet,
+    max_length: int,
+    todo: list[ShardRange],
+    options: ScoringOptions,
+) -> None:
+    """One pass of the encoder over the texts of the missing shards, each written as soon as it is whole."""
+    model = load_encoder(folder, tokenizer, device_of(options.device))
+    tokens = tokenize(tokenizer, texts.texts, min(max_length, token_limit(model, tokenizer)))
+    with progress(sum(shard.stop - shard.start for shard in todo), "neutral features") as bar:
+        for shard in todo:
+            ids = texts.example_ids[shard.start : shard.stop].astype(np.int64)
+            features = np.empty((len(ids), 0), np.float32)
+            for batch in token_budget_batches(tokens.lengths[shard.start : shard.stop], options.token_budget):
+                pooled = mean_states(model, **collate(tokens, shard.start + batch, tokenizer.pad_token_id)).numpy()
+                if not np.isfinite(pooled).all():
+                    text = int(ids[batch[~np.isfinite(pooled).all(1)][0]])
+                    raise UserError(f"student {folder}: NaN or infinite for text {text}; check the checkpoint")
+                if not features.shape[1]:
+                    features = np.empty((len(ids), pooled.shape[1]), np.float32)
+                features[batch] = pooled
+                bar.advance(len(batch))
+            write_shard(place, shard, key, {FEATURES: half(features), "example_ids": ids})
+
+
+def load_encoder(
+    folder: Path, tokenizer: transformers.PreTrainedTokenizerBase, device: str
+) -> transformers.PreTrainedModel:
+    """The encoder of a folder without any head, fp32, eval mode, frozen."""
+    what = f"student {folder}"
+    try:
+        with quiet_transformers():
+            model = transformers.AutoModel.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
+            )
+    except LOADING_ERRORS as error:
+        raise UserError(f"{what}: transformers cannot load it: {checkpoint.first_line(error)}") from error
+    settle_padding(model, tokenizer, what)
+    return model.eval().requires_grad_(False).to(device)
+
+
+@torch.inference_mode()
+def mean_states(model: transformers.PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean over each text's tokens of the last hidden states: [B, L] -> [B, d], fp32 on the CPU."""
+    mask = attention_mask.to(model.device)
+    hidden = model(input_ids=input_ids.to(model.device), attention_mask=mask).last_hidden_state.float()
+    weights = mask[..., None].to(hidden)
+    return ((hidden * weights).sum(1) / weights.sum(1)).cpu()

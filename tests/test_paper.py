@@ -1,0 +1,185 @@
+"""bench/paper.py: how texts are dealt, what a cell holds, the tables, and (slow) the whole matrix at toy size."""
+
+import importlib
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """bench("paper") -> the module bench/paper.py."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module
+
+
+@pytest.fixture
+def settings(bench):
+    return bench("settings")
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows), encoding="utf-8")
+
+
+# ---- labels and texts ----
+
+
+def test_label_blocks_are_consecutive_parts_of_the_sorted_labels(settings, tmp_path):
+    write(tmp_path / "a" / "train.jsonl", [(str(i), label) for i, label in enumerate("gfedcba")])
+    write(tmp_path / "b" / "train.jsonl", [("x", "z"), ("y", "a")])
+    blocks = lambda *args, **more: settings.label_blocks(settings.Setting("", args, **more), tmp_path)
+    assert blocks(("a", 3), ("b", 1)) == [("a", list("ab")), ("a", list("cde")), ("a", list("fg")), ("b", list("az"))]
+    assert blocks(("a", 2), overlap=2) == [("a", list("abcdef")), ("a", list("efg"))]
+    assert blocks(("a", 2), same=True) == [("a", list("abcdefg"))] * 2
+
+
+def test_drawn_texts_keep_label_shares(settings):
+    rows = [(f"common {i}", "common") for i in range(900)] + [(f"rare {i}", "rare") for i in range(100)]
+    drawn = settings.draw(rows, 50, 0)
+    assert Counter(label for _, label in drawn) == {"common": 45, "rare": 5}
+    assert drawn == settings.draw(rows, 50, 0) != settings.draw(rows, 50, 1)
+    assert sorted(settings.draw(rows, None, 0)) == sorted(rows)
+
+
+def deal(settings, rows, blocks, **more):
+    setting = settings.Setting("", (("a", len(blocks)),), **more)
+    return settings.deal(setting, [("a", labels) for labels in blocks], {"a": rows}, 0)
+
+
+def test_teachers_get_the_texts_of_their_labels_and_the_pool_is_as_the_setting_says(settings):
+    rows = [(f"{label}{i}", label) for label in "abcd" for i in range(40)]
+    taught, pool = deal(settings, rows, [["a", "b"], ["c", "d"]])
+    assert [{label for _, label in part} for part in taught] == [{"a", "b"}, {"c", "d"}]
+    assert sorted(taught[0] + taught[1]) == sorted(pool) == sorted(rows)
+
+    taught, pool = deal(settings, rows, [["a", "b", "c"], ["c", "d"]], unseen=True)
+    assert not set(taught[0] + taught[1]) & set(pool) and len(pool) == 80
+    assert set(taught[0]) & set(taught[1])  # the common label
+
+    taught, pool = deal(settings, rows, [list("abcd"), list("abcd")], same=True)
+    assert not set(taught[0]) & set(taught[1]) and len(taught[0]) == len(taught[1]) == 80
+
+    taught, pool = deal(settings, rows, [["a", "b"], ["c", "d"]], share=0.2)
+    assert Counter(label in "ab" for _, label in pool) == {True: 20, False: 80}
+    assert len(taught[0]) == 80  # only the pool is skewed
+    assert len(set(pool)) == len(pool) and [label in "ab" for _, label in pool[:20]] != [True] * 20
+
+
+def test_every_setting_is_reported_in_one_group_and_named_methods_exist(settings):
+    groups = {name: setting.group for name, setting in settings.SETTINGS.items()}
+    assert groups["google_snippets_2"] == groups["google_snippets_clinc150"] == "development"
+    assert groups["ag_news_banking77"] == "confirmation" and set(groups.values()) == {"development", "confirmation"}
+    from muka_fast.config import METHODS, RunConfig
+
+    for name, options in settings.METHODS.items():
+        assert RunConfig(**options).method in METHODS, name
+    assert {options["method"] for options in settings.METHODS.values()} == set(METHODS)
+    assert set(settings.BASELINES + settings.UPPER_LINES) <= settings.METHODS.keys()
+    assert settings.methods_of(settings.SETTINGS["trec6_2"], ["vkd", "mean"]) == ["vkd"]
+    assert settings.methods_of(settings.SETTINGS["trec6_same"], ["vkd", "mean"]) == ["vkd", "mean"]
+
+
+# ---- cells ----
+
+
+def test_other_options_get_another_folder(bench, tmp_path):
+    paper = bench("paper")
+    common = ["--data", "d", "--encoders", "e", "--workdir", str(tmp_path)]
+    folder = lambda *more: paper.seed_folder(paper.parse_arguments([*common, *more]), "trec6_2", 0)
+    folders = {folder(*more) for more in ([], ["--limit", "9"], ["--epochs", "1"], ["--student", "x"])}
+    assert len(folders) == 4
+    assert folder("--seeds", "3", "--methods", "vkd", "--settings", "trec6_2", "--selection_only") in folders
+
+
+def test_teacher_recall_counts_any_owner(bench):
+    from muka_fast.labels import build_label_space
+
+    space = build_label_space([("x", ["a", "b"]), ("y", ["b", "c"])])
+    selected = torch.tensor([0, 1, 1, 0, 0])
+    labels = ["a", "a", "b", "c", "nobody's"]
+    # x: a right, a wrong, b right (y has it, too); y: b right, c wrong.
+    assert bench("paper").teacher_recall(selected, labels, space) == pytest.approx([2 / 3, 1 / 2])
+    assert bench("paper").teacher_recall(selected, ["c"] * 5, space) == [None, pytest.approx(2 / 5)]
+    assert bench("paper").teacher_recall(None, labels, space) is None
+
+
+def test_dawid_skene_trusts_the_better_annotators(bench):
+    pytest.importorskip("crowdkit", reason="an extra of the benchmarks")
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(4, (400,), generator=generator)
+    noise = torch.randint(4, (400, 3), generator=generator)
+    right = torch.rand(400, 3, generator=generator) < torch.tensor([0.8, 0.8, 0.4])
+    found = bench("dawid_skene").aggregate(torch.where(right, truth[:, None], noise))
+    assert (torch.from_numpy(found) == truth).float().mean() > 0.85
+
+
+# ---- tables ----
+
+
+def cells(**figures):
+    """Cells of two settings and two seeds: method -> accuracies [[seed 0, seed 1] of one, of two]."""
+    return [
+        {"setting": f"s{s}", "seed": seed, "method": method, "accuracy": value, "target": value, "selection": None}
+        | {"macro_f1": value, "recall": None}
+        for method, table in figures.items()
+        for s, values in enumerate(table)
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_differences_are_paired_with_the_best_published_method(bench):
+    report = bench("paper_report")
+    found = cells(vkd=[[0.5, 0.6], [0.7, 0.7]], uhc=[[0.9, 0.9], [0.1, 0.1]], mine=[[0.6, 0.8], [0.6, 0.5]])
+    assert report.best_published(found, ["s0", "s1"], "accuracy") == "vkd"
+    assert report.best_published(found, ["s0"], "accuracy") == "uhc"
+    assert report.paired(found, ["s0", "s1"], "mine", "vkd", "accuracy") == pytest.approx([0.1, 0.2, -0.1, -0.2])
+    assert report.with_error([0.1, 0.2, -0.1, -0.2]) == "+0.0 ± 9.1"
+    assert report.worst_regret(found, ["s0", "s1"], "mine", "accuracy") == "-20.0 (s0)"
+    assert report.mean_spread([0.4, 0.6]) == "50.0 ± 14.1" and report.mean_spread([0.5]) == "50.0"
+    assert report.mean_spread([None]) == report.mean_spread([]) == "-"
+    without = [cell for cell in found if (cell["method"], cell["setting"], cell["seed"]) != ("vkd", "s1", 1)]
+    assert report.paired(without, ["s0", "s1"], "mine", "vkd", "accuracy") == pytest.approx([0.1, 0.2, -0.1])
+
+
+def test_tables_and_plots_hold_every_method(bench, tmp_path):
+    report = bench("paper_report")
+    found = cells(vkd=[[0.5, 0.6], [0.7, 0.7]], mine=[[0.6, 0.8], [0.6, 0.5]], oracle=[[0.9, 0.9], [0.9, 0.9]])
+    found += [cell for cell in cells(mean=[[0.3, 0.3]])]  # in one setting only
+    teacher = {"set": "a", "encoder": "bert", "labels": ["x", "y"], "texts": 5, "accuracy": 0.9}
+    seeds = [{"teachers": [teacher], "pool": 10, "test": 5}] * 2
+    entry = lambda group: {"what": "what", "group": group, "seeds": seeds}
+    results = {"options": {"seeds": 2, "selection_only": False}, "cells": found}
+    results["settings"] = {"s0": entry("development"), "s1": entry("confirmation")}
+    text = report.markdown(results)
+    assert "| mine | - | 70.0 | 70.0 | 70.0 | +15.0 ± 5.0 | +15.0 (s0) |" in text
+    assert text.count("| mean |") == 2  # the development group and its own table, not the confirmation group
+    assert "90.0 ± 0.0 % on their texts" in text
+    written = report.plots(results, tmp_path / "paper.md")
+    assert [path.name for path in written] == ["paper_differences.svg", "paper_students.svg"]
+    assert all("<svg" in path.read_text() for path in written)
+
+
+@pytest.mark.slow
+def test_the_matrix_runs_offline_and_continues(tmp_path):
+    command = [sys.executable, str(BENCH / "paper.py"), "--quick", "--workdir", str(tmp_path), "--results", str(tmp_path / "r")]
+    command += ["--methods", "muka-hard", "muka-evidence", "muka-evidence, no MC", "mean", "oracle"]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert first.returncode == 0, first.stderr
+    (table,) = (tmp_path / "r").glob("paper_quick_*.md")
+    (stored,) = (tmp_path / "r").glob("paper_quick_*.json")
+    found = json.loads(stored.read_text())["results"]
+    assert len(found["cells"]) == 9 and all(0 <= cell["accuracy"] <= 1 for cell in found["cells"])
+    assert all(cell["selection"] == 1 for cell in found["cells"] if cell["method"] == "oracle")
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cell-*.json")}
+    again = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert again.returncode == 0 and "student of" not in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cell-*.json")} == written and table.is_file()
