@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,9 +17,11 @@ import torch
 from transformers import AutoConfig
 
 from muka_fast import adapters, checkpoint
-from muka_fast.console import progress
+from muka_fast.console import log_file, progress
 from muka_fast.data import TextSet, Tokens, collate, read_texts, token_budget_batches, tokenize
+from muka_fast.engine import init_distributed, resolve_device, shut_down
 from muka_fast.errors import UserError
+from muka_fast.shard_queue import ShardQueue
 from muka_fast.shared import score_together, tie_shared_weights, trunk_tree
 from muka_fast.sites import Site, active_probabilities, num_site_layers, sites_of_config
 from muka_fast.store import (
@@ -74,6 +78,7 @@ def fill_store(
     teacher_paths: Sequence[str],
     texts: TextSet,
     options: ScoringOptions,
+    queue: ShardQueue | None = None,
     need_features: bool = False,
 ) -> Supervision:
     """Score the texts with every teacher that the store does not hold completely yet; returns all, in the order given.
@@ -82,40 +87,60 @@ def fill_store(
     complete under the same options is read, not run. Each distinct tokenizer tokenises the texts once. Teachers run
     one after another, save those that have their lowest layers in common: these run together, the common part once.
     need_features: compute also those shards again that an older version wrote without features.
+    With the queue of a process group every process calls this, and each text is scored by one of them; by default this
+    process does all.
     Raises UserError for bad teachers, a store of other texts, a full disk, or a teacher whose logits are not numbers.
     """
-    store = Path(store)
+    store, queue = Path(store), queue or ShardQueue()
+    with queue:
+        keys = _score_teachers(store, teacher_paths, texts, options, queue, need_features)
+    with queue:
+        return load_supervision(store, order_teachers(store, keys), keys, teacher_names(teacher_paths))
+
+
+def _score_teachers(
+    store: Path,
+    teacher_paths: Sequence[str],
+    texts: TextSet,
+    options: ScoringOptions,
+    queue: ShardQueue,
+    need_features: bool,
+) -> list[str]:
+    """This process's share of the work of `fill_store`; returns the teachers' keys."""
     files = check_teachers(teacher_paths)
     if options.mc:
         check_sites(teacher_names(teacher_paths), files, options)
-    shard_size = merge_manifest(store, texts, options.shard_size)["shard_size"]
+    shard_size = queue.agree("shard_size", lambda: merge_manifest(store, texts, options.shard_size)["shard_size"])
+    if read_manifest(store) is None:
+        raise UserError(f"{store} is not visible here: --store and --output must lie on a file system that all nodes share")
     if shard_size != options.shard_size:
         log.info("%s was begun with --shard_size %d, which stays", store, shard_size)
     names, families = teacher_names(teacher_paths), [family_of(found) for found in files]
     tokens: dict[str, Tokens] = {}
+    run = lambda group: _run(store, group, texts, tokens, options, shard_size, queue)
     keys, group, family = [""] * len(names), [], None
     for i in sorted(range(len(names)), key=lambda i: families.index(families[i])):
         if group and families[i] != family:
-            _run(store, group, texts, tokens, options, shard_size)
+            run(group)
             group = []  # gone before the next one is loaded
         family = families[i]
         device = device_of(options.device)
         teacher = load_teacher(teacher_paths[i], run_seed=options.seed, device=device, name=names[i])
-        job = _prepare(store, teacher, texts, options, shard_size, need_features)
+        job = _prepare(store, teacher, texts, options, shard_size, queue, need_features)
         del teacher
         keys[i] = job.key
         if job.scorer is None:
             continue
         if group and not _related(group[0], job):
-            _run(store, group, texts, tokens, options, shard_size)
+            run(group)
             group = []
         group.append(job)
         del job
         if len(group) > 1:
             tie_shared_weights([member.scorer for member in group])
     if group:
-        _run(store, group, texts, tokens, options, shard_size)
-    return load_supervision(store, order_teachers(store, keys), keys, names)
+        run(group)
+    return keys
 
 
 def check_sites(names: Sequence[str], files: Sequence[TeacherFiles], options: ScoringOptions) -> None:
@@ -167,7 +192,13 @@ def device_of(name: str) -> str:
 
 
 def _prepare(
-    store: Path, teacher: Teacher, texts: TextSet, options: ScoringOptions, shard_size: int, need_features: bool
+    store: Path,
+    teacher: Teacher,
+    texts: TextSet,
+    options: ScoringOptions,
+    shard_size: int,
+    queue: ShardQueue,
+    need_features: bool,
 ) -> Job:
     """What is left to do for a teacher; its scorer is None where the store holds it completely."""
     entry = {
@@ -180,8 +211,13 @@ def _prepare(
     }
     key = teacher_key(entry, texts.fingerprint)
     remove_leftovers(store / key)
-    ranges = shard_ranges(len(texts), shard_size)
-    todo = _missing_shards(store / key, ranges, key, len(teacher.labels), need_features)
+    ranges, num_labels = shard_ranges(len(texts), shard_size), len(teacher.labels)
+
+    def missing() -> list[int]:
+        return [shard.number for shard in _missing_shards(store / key, ranges, key, num_labels, need_features)]
+
+    # Agreed on: others may have written shards by the time that this process looks.
+    todo = [ranges[number] for number in queue.agree(key, missing)]
     if not todo and key in read_manifest(store)["teachers"]:
         log.info("teacher %s: already scored", teacher.name)
         return Job(key, entry, None, todo)
@@ -202,15 +238,17 @@ def _run(
     tokens: dict[str, Tokens],
     options: ScoringOptions,
     shard_size: int,
+    queue: ShardQueue,
 ) -> None:
-    """Compute the missing shards of a group of related teachers (or of one), then name them in the manifest."""
+    """Compute the missing shards of a group of related teachers (or of one); once all are there, name them in the manifest."""
+    work = " ".join(job.key for job in group)
     if group[0].todo:
         teacher = group[0].scorer.teacher
         if teacher.tokenizer_key not in tokens:  # the key covers the teacher's own limit
             max_length = min(options.max_length, teacher.max_length)
             tokens[teacher.tokenizer_key] = tokenize(teacher.tokenizer, texts.texts, max_length)
-        _score_shards(store, group, texts, tokens[teacher.tokenizer_key], options.token_budget)
-    for job in group:
+        _score_shards(store, group, texts, tokens[teacher.tokenizer_key], options.token_budget, queue, work)
+    for job in group if queue.finished(work) == len(group[0].todo) else ():
         merge_manifest(store, texts, shard_size, (job.key, {**job.entry, "sites": job.scorer.sites}))
 
 
@@ -239,8 +277,16 @@ def _missing_shards(
     return missing
 
 
-def _score_shards(store: Path, group: Sequence[Job], texts: TextSet, tokens: Tokens, token_budget: int) -> None:
-    """Score the texts of the missing shards, one shard in memory at a time, each written as soon as it is whole."""
+def _score_shards(
+    store: Path,
+    group: Sequence[Job],
+    texts: TextSet,
+    tokens: Tokens,
+    token_budget: int,
+    queue: ShardQueue,
+    work: str,
+) -> None:
+    """Score the missing shards that this process gets, one shard in memory at a time, each written as soon as it is whole."""
     todo, scorers = group[0].todo, [job.scorer for job in group]
     names = ", ".join(scorer.teacher.name for scorer in scorers)
     pad_id, device = scorers[0].teacher.pad_id, next(scorers[0].teacher.model.parameters()).device
@@ -248,11 +294,13 @@ def _score_shards(store: Path, group: Sequence[Job], texts: TextSet, tokens: Tok
     if num_texts < len(texts):
         log.info("teacher %s: %d of %d texts were scored before", names, len(texts) - num_texts, len(texts))
     tree = trunk_tree(scorers) if len(group) > 1 else None
+    mine = 0
     with progress(num_texts, f"scoring {names}") as bar:
-        for shard in todo:
+        for shard in (todo[number] for number in queue.take(work, len(todo))):
             ids = texts.example_ids[shard.start : shard.stop].astype(np.int64)
             shards = [_empty_shard(ids, len(scorer.teacher.labels)) for scorer in scorers]
             for batch in token_budget_batches(tokens.lengths[shard.start : shard.stop], token_budget):
+                queue.check()
                 inputs = collate(tokens, shard.start + batch, pad_id)
                 inputs = (
                     inputs["input_ids"].to(device),
@@ -267,9 +315,12 @@ def _score_shards(store: Path, group: Sequence[Job], texts: TextSet, tokens: Tok
                     for name in (*MATRICES, *VECTORS):
                         tensors[name][batch] = getattr(result, name).float().cpu().numpy()
                     _check_numbers(scorer.teacher.name, texts.source, tensors, batch)
-                bar.advance(len(batch))
+                mine += len(batch)
+                bar.advance(queue.advance(work, len(batch)) - bar.done)
             for job, tensors in zip(group, shards, strict=True):
                 write_shard(store / job.key, shard, job.key, tensors)
+    if queue.world_size > 1:
+        log.info("process %d scored %d of %d texts with %s", queue.rank, mine, num_texts, names)
 
 
 def _empty_shard(example_ids: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
@@ -293,16 +344,21 @@ def _check_numbers(name: str, source: str, tensors: dict[str, np.ndarray], batch
 
 
 def score(config: ScoreConfig) -> Supervision:
-    """Fill or complete the store `config.output` with `config.teachers` over `config.texts`."""
-    texts = read_texts(
-        config.texts, text_column=config.text_column, label_column=config.label_column, limit=config.limit
-    )
-    return fill_store(config.output, config.teachers, texts, config, need_features=True)
+    """Fill or complete the store `config.output` with `config.teachers` over `config.texts`; under torchrun with all processes."""
+    rank, world_size = init_distributed(resolve_device(config.device), config.verbose) if "RANK" in os.environ else (0, 1)
+    with log_file(Path(config.output) / "logs", rank, world_size) if world_size > 1 else nullcontext():
+        texts = read_texts(
+            config.texts, text_column=config.text_column, label_column=config.label_column, limit=config.limit
+        )
+        return fill_store(config.output, config.teachers, texts, config, ShardQueue(group=world_size > 1), need_features=True)
 
 
 def main(config: ScoreConfig) -> int:
     """`muka-fast score`: score, then say how certain each teacher was and how often it was the most certain one."""
-    sup = score(config)
+    try:
+        sup = score(config)
+    finally:
+        shut_down()
     selected = sup.normalized_entropy.argmin(-1)
     for i, teacher in enumerate(sup.teachers):
         log.info(
