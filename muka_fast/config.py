@@ -105,9 +105,25 @@ class ScoringOptions(TextOptions, DeviceOptions):
     mc_dropout_p: float | None = option(
         None, "dropout probability at the sites of the scope (default: the teacher's own)", "Uncertainty", gt=0, le=0.9
     )
+    mc_stop: float | None = option(
+        None,
+        "end the passes of a text early once the choice of its teacher, by predictive entropy, is decided with this probability of "
+        "error; pays with --mc_scope all, loads the teachers together where they fit, else once per wave; adding a teacher later "
+        "scores all again (default: exact, no early end)",
+        "Uncertainty",
+        allowed="exact, or a number > 0 and <= 0.5",
+        gt=0,
+        le=0.5,
+    )
     shard_size: int = option(
         4096, "texts per shard of the store: what a killed run repeats at most", "Run", ge=1, le=2**20
     )
+
+
+    @field_validator("mc_stop", mode="before")
+    @classmethod
+    def _exact_is_none(cls, value: Any) -> Any:
+        return None if value == "exact" else value
 
 
 class RunConfig(ScoringOptions):
@@ -163,6 +179,11 @@ class RunConfig(ScoringOptions):
             reason = "--mc_samples 1" if self.mc else "--no-mc"
             way_out = "take more passes or predictive_entropy"
             raise ValueError(f"--uncertainty {self.uncertainty} is 0 for all texts with {reason}: {way_out}")
+        if self.mc_stop is not None and self.uncertainty != "predictive_entropy" and self.method.startswith("muka"):
+            raise ValueError(
+                f"--mc_stop {self.mc_stop:g} decides by predictive_entropy, not by --uncertainty {self.uncertainty}: "
+                "use --mc_stop exact"
+            )
         return self
 
 

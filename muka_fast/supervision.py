@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,9 +16,11 @@ import torch
 from transformers import AutoConfig
 
 from muka_fast import adapters, checkpoint
+from muka_fast.adaptive import Crew, run_waves, sampling_summary, token_batches
 from muka_fast.console import progress
 from muka_fast.data import TextSet, Tokens, collate, read_texts, token_budget_batches, tokenize
 from muka_fast.errors import UserError
+from muka_fast.memory import replica_budget_bytes, teacher_budget_bytes
 from muka_fast.shared import score_together, tie_shared_weights, trunk_tree
 from muka_fast.sites import Site, active_probabilities, num_site_layers, sites_of_config
 from muka_fast.store import (
@@ -26,6 +29,8 @@ from muka_fast.store import (
     VECTORS,
     DamagedShard,
     ShardRange,
+    company_of,
+    is_adaptive,
     merge_manifest,
     order_teachers,
     read_manifest,
@@ -45,7 +50,7 @@ from muka_fast.teachers import (
     quiet_transformers,
     teacher_names,
 )
-from muka_fast.trunk import StochasticTeacher
+from muka_fast.trunk import StochasticTeacher, TeacherScores
 
 if TYPE_CHECKING:
     from muka_fast.config import ScoreConfig, ScoringOptions
@@ -72,6 +77,7 @@ def fill_store(store: str | Path, teacher_paths: Sequence[str], texts: TextSet, 
     Killed runs continue at the next missing shard; damaged shards are named and computed again; a teacher that is
     complete under the same options is read, not run. Each distinct tokenizer tokenises the texts once. Teachers run
     one after another, save those that have their lowest layers in common: these run together, the common part once.
+    Under --mc_stop they take turns, since all of them decide together when a text has had enough passes.
     Raises UserError for bad teachers, a store of other texts, a full disk, or a teacher whose logits are not numbers.
     """
     store = Path(store)
@@ -81,6 +87,8 @@ def fill_store(store: str | Path, teacher_paths: Sequence[str], texts: TextSet, 
     shard_size = merge_manifest(store, texts, options.shard_size)["shard_size"]
     if shard_size != options.shard_size:
         log.info("%s was begun with --shard_size %d, which stays", store, shard_size)
+    if options.mc and options.mc_stop is not None:
+        return _fill_adaptively(store, teacher_paths, files, texts, options, shard_size)
     names, families = teacher_names(teacher_paths), [family_of(found) for found in files]
     tokens: dict[str, Tokens] = {}
     keys, group, family = [""] * len(names), [], None
@@ -108,6 +116,84 @@ def fill_store(store: str | Path, teacher_paths: Sequence[str], texts: TextSet, 
     return load_supervision(store, order_teachers(store, keys), keys, names)
 
 
+def _fill_adaptively(
+    store: Path,
+    paths: Sequence[str],
+    files: Sequence[TeacherFiles],
+    texts: TextSet,
+    options: ScoringOptions,
+    shard_size: int,
+) -> Supervision:
+    """`fill_store` under --mc_stop: shard by shard, wave by wave, teacher by teacher."""
+    names, device = teacher_names(paths), torch.device(device_of(options.device))
+    keep = sum(weight_bytes(found) for found in files) <= teacher_budget_bytes(device)
+    if not keep:
+        log.info("the %d teachers do not fit into memory together: each is loaded once per wave", len(paths))
+    crew = Crew(
+        lambda i: _scorer(load_teacher(paths[i], run_seed=options.seed, device=device, name=names[i]), options), keep
+    )
+    entries, ranges = [], shard_ranges(len(texts), shard_size)
+    for i in range(len(paths)):
+        scorer = crew[i]
+        entries.append({**_entry(scorer.teacher, options), "sites": scorer.sites})
+        del scorer  # gone before the next one is loaded
+    company = company_of(entries, texts.fingerprint)
+    jobs = []
+    for entry in entries:
+        entry["company"] = company
+        key = teacher_key(entry, texts.fingerprint)
+        remove_leftovers(store / key)
+        jobs.append(Job(key, entry, None, _missing_shards(store / key, ranges, key, entry)))
+    todo = [shard for shard in ranges if any(shard in job.todo for job in jobs)]
+    if todo:
+        _score_adaptively(store, crew, jobs, todo, texts, options)
+    for job in jobs:
+        merge_manifest(store, texts, shard_size, (job.key, job.entry))
+    keys = [job.key for job in jobs]
+    sup = load_supervision(store, order_teachers(store, keys), keys, names)
+    told = sampling_summary(sup.num_samples, options.mc_samples)
+    log.info(
+        "--mc_stop %g: %.1f of %d passes a text, %.0f %% saved",
+        options.mc_stop, told["mean_samples"], options.mc_samples, 100 * told["samples_saved"],
+    )  # fmt: skip
+    return sup
+
+
+def _score_adaptively(
+    store: Path, crew: Crew, jobs: Sequence[Job], todo: Sequence[ShardRange], texts: TextSet, options: ScoringOptions
+) -> None:
+    """Score the texts of the shards that some teacher lacks; the passes of as many texts as fit are kept until these are decided."""
+    tokens: dict[str, Tokens] = {}
+    mine = []
+    for i in range(len(jobs)):
+        teacher = crew[i].teacher
+        if teacher.tokenizer_key not in tokens:  # the key covers the teacher's own limit
+            max_length = min(options.max_length, teacher.max_length)
+            tokens[teacher.tokenizer_key] = tokenize(teacher.tokenizer, texts.texts, max_length)
+        mine.append((tokens[teacher.tokenizer_key], teacher.pad_id))
+        del teacher
+    device = torch.device(device_of(options.device))
+    names = [job.entry["name"] for job in jobs]
+    text_bytes = 4 * options.mc_samples * sum(len(job.entry["labels"]) for job in jobs)
+    at_once = max(1, replica_budget_bytes(torch.device("cpu")) // text_bytes)
+    with progress(sum(shard.stop - shard.start for shard in todo), f"scoring {', '.join(names)}") as bar:
+        for shard in todo:
+            ids = texts.example_ids[shard.start : shard.stop].astype(np.int64)
+            shards = [_empty_shard(ids, len(job.entry["labels"])) for job in jobs]
+            num_samples = np.empty(len(ids), np.int64)
+            for first in range(0, len(ids), at_once):
+                part = np.arange(first, min(first + at_once, len(ids)))
+                batches = [token_batches(*found, shard.start + part, options.token_budget, device) for found in mine]
+                results, counts = run_waves(crew, batches, torch.from_numpy(ids[part]), options.mc_samples, options.mc_stop)
+                num_samples[part] = counts.numpy()
+                for name, tensors, result in zip(names, shards, results, strict=True):
+                    _keep(name, texts.source, tensors, part, result)
+                bar.advance(len(part))
+            for job, tensors in zip(jobs, shards, strict=True):
+                if shard in job.todo:
+                    write_shard(store / job.key, shard, job.key, tensors | {"num_samples": num_samples})
+
+
 def check_sites(names: Sequence[str], files: Sequence[TeacherFiles], options: ScoringOptions) -> None:
     """Refuse a teacher in which --mc_scope leaves nothing random, before the scores of those before it take hours."""
     for name, found in zip(names, files, strict=True):
@@ -128,6 +214,13 @@ def _sites(folder: Path, _state: tuple) -> list[Site] | None:
             return sites_of_config(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     except LOADING_ERRORS:
         return None  # an adapter's broken base: told with all details when its turn comes
+
+
+def weight_bytes(files: TeacherFiles) -> int:
+    """Bytes of a teacher's weights in memory (float32), an adapter's counted as its base's."""
+    what = f"teacher {files.folder}"
+    folder = adapters.base_folder(files.folder, what) if adapters.is_adapter(files.folder) else files.folder
+    return 4 * sum(math.prod(entry.shape) for entry in checkpoint.read_tensors(folder, what).values())
 
 
 def family_of(files: TeacherFiles) -> str:
@@ -158,7 +251,19 @@ def device_of(name: str) -> str:
 
 def _prepare(store: Path, teacher: Teacher, texts: TextSet, options: ScoringOptions, shard_size: int) -> Job:
     """What is left to do for a teacher; its scorer is None where the store holds it completely."""
-    entry = {
+    entry = _entry(teacher, options)
+    key = teacher_key(entry, texts.fingerprint)
+    remove_leftovers(store / key)
+    todo = _missing_shards(store / key, shard_ranges(len(texts), shard_size), key, entry)
+    if not todo and key in read_manifest(store)["teachers"]:
+        log.info("teacher %s: already scored", teacher.name)
+        return Job(key, entry, None, todo)
+    return Job(key, entry, _scorer(teacher, options), todo)
+
+
+def _entry(teacher: Teacher, options: ScoringOptions) -> dict[str, Any]:
+    """What the manifest says of a teacher, without what is known of its scorer only."""
+    return {
         "name": teacher.name,
         "fingerprint": teacher.fingerprint,
         "tokenizer_key": teacher.tokenizer_key,
@@ -166,20 +271,11 @@ def _prepare(store: Path, teacher: Teacher, texts: TextSet, options: ScoringOpti
         "seed": teacher.seed,
         **option_values(options),
     }
-    key = teacher_key(entry, texts.fingerprint)
-    remove_leftovers(store / key)
-    todo = _missing_shards(store / key, shard_ranges(len(texts), shard_size), key, len(teacher.labels))
-    if not todo and key in read_manifest(store)["teachers"]:
-        log.info("teacher %s: already scored", teacher.name)
-        return Job(key, entry, None, todo)
-    scorer = StochasticTeacher(
-        teacher,
-        mc_scope=options.mc_scope,
-        mc_dropout_p=options.mc_dropout_p,
-        mc_samples=options.mc_samples,
-        mc=options.mc,
-    )
-    return Job(key, entry, scorer, todo)
+
+
+def _scorer(teacher: Teacher, options: ScoringOptions) -> StochasticTeacher:
+    names = ("mc_scope", "mc_dropout_p", "mc_samples", "mc")
+    return StochasticTeacher(teacher, **{name: getattr(options, name) for name in names})
 
 
 def _run(
@@ -206,12 +302,12 @@ def option_values(options: ScoringOptions) -> dict[str, Any]:
     return {name: options.seed if name == "run_seed" else getattr(options, name) for name in OPTION_KEYS}
 
 
-def _missing_shards(folder: Path, ranges: Iterable[ShardRange], key: str, num_classes: int) -> list[ShardRange]:
+def _missing_shards(folder: Path, ranges: Iterable[ShardRange], key: str, entry: dict[str, Any]) -> list[ShardRange]:
     """The shards that are not there or damaged (those are named)."""
     missing = []
     for shard in ranges:
         try:
-            read_shard(folder, shard, key, num_classes)
+            read_shard(folder, shard, key, len(entry["labels"]), is_adaptive(entry))
         except FileNotFoundError:
             missing.append(shard)
         except DamagedShard as error:
@@ -242,9 +338,7 @@ def _score_shards(store: Path, group: Sequence[Job], texts: TextSet, tokens: Tok
                 )
                 results = score_together(scorers, *inputs, tree) if tree is not None else [scorers[0].score(*inputs)]
                 for scorer, tensors, result in zip(scorers, shards, results, strict=True):
-                    for name in (*MATRICES, *VECTORS):
-                        tensors[name][batch] = getattr(result, name).float().cpu().numpy()
-                    _check_numbers(scorer.teacher.name, texts.source, tensors, batch)
+                    _keep(scorer.teacher.name, texts.source, tensors, batch, result)
                 bar.advance(len(batch))
             for job, tensors in zip(group, shards, strict=True):
                 write_shard(store / job.key, shard, job.key, tensors)
@@ -257,8 +351,10 @@ def _empty_shard(example_ids: np.ndarray, num_classes: int) -> dict[str, np.ndar
     return tensors | {"example_ids": example_ids}
 
 
-def _check_numbers(name: str, source: str, tensors: dict[str, np.ndarray], batch: np.ndarray) -> None:
-    """NaN must never turn into certainty: refuse it here, whatever produced it."""
+def _keep(name: str, source: str, tensors: dict[str, np.ndarray], batch: np.ndarray, scores: TeacherScores) -> None:
+    """Put the scores of a batch into its shard. NaN must never turn into certainty: refused here, whatever produced it."""
+    for part in (*MATRICES, *VECTORS):
+        tensors[part][batch] = getattr(scores, part).float().cpu().numpy()
     good = ~(np.isnan(tensors["logits"][batch]) | np.isposinf(tensors["logits"][batch])).any(-1)
     for part in (*MATRICES[1:], *VECTORS):
         good &= np.isfinite(tensors[part][batch]).reshape(len(batch), -1).all(-1)

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from muka_fast import checkpoint, export, runinfo
+from muka_fast.adaptive import sampling_summary
 from muka_fast.config import EvalConfig, RunConfig, load_config
 from muka_fast.console import setup_logging
 from muka_fast.data import TextSet, read_texts, tokenize
@@ -101,6 +102,8 @@ def run(config: RunConfig) -> RunResult:
 
     record["metrics"] = supervision_metrics(method, labels, space)
     record["supervision"] = runinfo.supervision_summary(method, sup, space, texts)
+    if sup.num_samples is not None:
+        record["sampling"] = sampling_summary(sup.num_samples, sup.teachers[0]["mc_samples"])
     with clock("export"):
         state = engine.state_dict()
         on_first_process(lambda: export.save_student(model, tokenizer, output, space.names, card(config, record), state) and None)
