@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # The CPU build of torch: 0.2 GB instead of several GB of CUDA libraries. Asked only where there is no GPU.
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-SOURCES := setup.py pyproject.toml constraints.txt MANIFEST.in $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := setup.py pyproject.toml constraints.txt MANIFEST.in $(shell find csrc -name '*.cpp' -o -name '*.h')
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: demo test test-slow lint bench install clean

@@ -43,7 +43,7 @@ run() { # name, limit in seconds, command...
 }
 
 if [ $dry = 1 ]; then
-  run build 300 env MUKA_FAST_CUDA=0 "$python" setup.py -q build_ext --inplace
+  run build 300 "$python" setup.py -q build_ext --inplace
   run correct 120 "$python" -m pytest -q -m "gpu or not gpu" tests/test_gpu.py
   run ceilings 60 "$python" bench/ceilings.py --device cpu --toy --json "$out/ceilings.json"
   run ops 120 "$python" bench/throughput.py --device cpu --toy --json "$out/throughput.json"

@@ -21,6 +21,7 @@ import numpy as np
 import yaml
 
 from muka_fast import checkpoint, export, runinfo
+from muka_fast.adaptive import sampling_summary
 from muka_fast.aligned import student_part
 from muka_fast.config import EvalConfig, RunConfig, load_config
 from muka_fast.console import log_file, setup_logging
@@ -114,6 +115,8 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
 
     record["metrics"] = supervision_metrics(method, labels, space)
     record["supervision"] = runinfo.supervision_summary(method, sup, space, texts)
+    if sup.num_samples is not None:
+        record["sampling"] = sampling_summary(sup.num_samples, sup.teachers[0]["mc_samples"])
     with clock("export"):
         state = engine.state_dict()
         state = state if trained is model else student_part(state)
