@@ -13,7 +13,6 @@ first: in every scope the deterministic targets must equal the plain model's.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from environment import keep
 from merging import write_texts
 from published import deterministic_logits, normalized_entropy, padded_batches, soft_targets, train_step
 from synthetic import SIZES, make_encoder, make_teacher, make_texts
+from timing import largest_resident_bytes
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -293,7 +293,7 @@ def peak_bytes(paths: list[str], row: Row, samples: int) -> int:
 def print_peak(args: argparse.Namespace, texts: TextSet) -> None:
     args.samples = args.peak_of["samples"]
     score_with(args, args.peak_of["teachers"], texts, Row(args.peak_of["scope"], args.peak_of["mc_stop"]))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    print(largest_resident_bytes())
 
 
 def rows_of(args: argparse.Namespace, paths: list[str], scoring: dict, students: tuple[dict, dict] | None) -> list[dict]:

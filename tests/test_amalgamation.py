@@ -67,3 +67,15 @@ def test_published_batches_to_the_longest_text_give_the_same_logits(bench, make_
     both = [published.padded_batches(tokenizer, texts[:5], 64, 5, padding)[0] for padding in ("max_length", "longest")]
     assert both[0]["input_ids"].shape[1] == 64 > both[1]["input_ids"].shape[1]
     torch.testing.assert_close(*(published.deterministic_logits(model, batch) for batch in both), atol=1e-5, rtol=0)
+
+
+def test_the_peak_of_a_process_is_its_own(bench):
+    """A small process that a large one starts."""
+    import subprocess
+
+    ballast = bytearray(400 << 20)
+    ballast[:: 1 << 12] = b"x" * len(ballast[:: 1 << 12])
+    code = f"import sys; sys.path[:0] = {sys.path!r}; import timing; print(timing.largest_resident_bytes())"
+    small = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 50 << 20 < int(small.stdout) < bench.largest_resident_bytes() - (200 << 20)
+    del ballast
