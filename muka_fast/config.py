@@ -182,7 +182,7 @@ class RunConfig(ScoringOptions):
         if self.mc_stop is not None and self.uncertainty != "predictive_entropy" and self.method.startswith("muka"):
             raise ValueError(
                 f"--mc_stop {self.mc_stop:g} decides by predictive_entropy, not by --uncertainty {self.uncertainty}: "
-                "use --mc_stop exact"
+                "use --uncertainty predictive_entropy, or --mc_stop exact"
             )
         return self
 
