@@ -116,6 +116,23 @@ def test_a_run_leaves_a_student_that_plain_transformers_loads(go, world):
     assert "teachers" in (result.output / "README.md").read_text()
 
 
+def test_a_run_tells_what_an_early_end_of_the_passes_saved(go, tmp_path):
+    fast = {"epochs": 1, "uncertainty": "predictive_entropy"}
+    result = go("early", mc_stop=0.3, mc_samples=12, **fast)
+    record = json.loads((result.output / "run.json").read_text())
+    assert record["config"]["mc_stop"] == record["identity"]["mc_stop"] == 0.3
+    sampling = record["sampling"]
+    assert sampling["mc_samples"] == 12 and 0 < sampling["samples_saved"] < 1 and sum(sampling["texts_by_samples"].values()) == 75
+    assert yaml.safe_load((result.output / "run.yaml").read_text())["mc_stop"] == 0.3
+    again = go("again", mc_stop=0.3, mc_samples=12, **fast, teachers=[])  # from the store alone
+    assert json.loads((again.output / "run.json").read_text())["sampling"] == sampling
+    assert largest_difference(weights(result), weights(again)) == 0
+    exact = go("exact", mc_samples=12, **fast)
+    assert "sampling" not in json.loads((exact.output / "run.json").read_text())
+    with pytest.raises(UserError, match=r"mc_stop 0\.3 -> 0\.2"):
+        go("early", mc_stop=0.2, mc_samples=12, **fast, resume=True)
+
+
 def test_run_yaml_repeats_the_run_bit_for_bit(go, tmp_path):
     first = go("first", ds={"gradient_clipping": 0.3})
     options = yaml.safe_load((first.output / "run.yaml").read_text())
