@@ -117,7 +117,8 @@ def test_nonsense_among_ten_thousand_classes(bad, isa, assert_as_exact_as):
 @pytest.mark.parametrize("samples", [1, 2, 3, 16])
 @pytest.mark.parametrize("classes", [2, 5, 40])
 def test_variance_is_never_negative(samples, classes, isa):
-    logits = torch.randn(1, 400, classes).expand(samples, -1, -1) * 3  # the true variance is 0
+    texts = 30 if BACKEND == "triton" else 400
+    logits = torch.randn(1, texts, classes).expand(samples, -1, -1) * 3  # the true variance is 0
     assert (mc_statistics(logits, [0, classes]).var_probs >= 0).all()
 
 
