@@ -10,6 +10,7 @@ bytes / measured copy bandwidth and products / measured matrix-product rate. Res
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from timing import interleaved, ratio, seconds_per_call, spread
 from muka_fast.ops import mc_statistics, table
 
 ROOT = Path(__file__).resolve().parent.parent
+BASE_ROUNDS = 3  # of --base
 COLUMNS = ["op", "shape", "implementation", "ms", "p20", "p80", "x eager", "x loop", "x compile", "GB/s", "of limit", "work"]
 
 
@@ -116,13 +118,16 @@ def markdown(rows: list[dict], header: str) -> str:
 def call_overhead(device: str) -> str:
     """One call of the smallest op through torch.library, beside the implementation and the bare kernel."""
     logits, offsets = torch.randn(16, 32, 4, device=device), [0, 2, 4]
-    runs = {"through torch.library": lambda: mc_statistics.RAW(logits, offsets)}
+    runs = {
+        "the public function and views of its eight fields": lambda: tuple(mc_statistics.mc_statistics(logits, offsets)),
+        "the public function": lambda: mc_statistics.mc_statistics(logits, offsets),
+        "through torch.library": lambda: mc_statistics.RAW(logits, offsets),
+    }
     if device == "cpu" and table._C is not None:
-        outputs = mc_statistics.empty_outputs(logits, 2)
-        pointers = [t.data_ptr() for t in outputs]
+        out = mc_statistics.empty_output(logits, 2)
         runs["direct call"] = lambda: mc_statistics.mc_statistics_cpu(logits, offsets)
-        runs["allocation of the eight outputs alone"] = lambda: mc_statistics.empty_outputs(logits, 2)
-        runs["bare kernel"] = lambda: table._C.mc_statistics(logits.data_ptr(), 0, 16, 32, 128, 4, offsets, *pointers, 1)
+        runs["allocation alone"] = lambda: mc_statistics.empty_output(logits, 2)
+        runs["bare kernel"] = lambda: table._C.mc_statistics(logits.data_ptr(), 0, 16, 32, 128, 4, offsets, out.data_ptr(), 1)
     elif device == "cuda":
         runs["direct call"] = lambda: mc_statistics.mc_statistics_triton(logits, offsets)
     # Host time on either device: the launch is what a small call costs.
@@ -144,33 +149,42 @@ def measure_rates(device: str, toy: bool, dtype: torch.dtype) -> dict[str, float
     }
 
 
-def other_commit(reference: str, args: argparse.Namespace) -> list[dict]:
-    """The rows of `ours` with the package of another commit, built in a worktree that is removed again."""
+def timed_elsewhere(tree: Path, args: argparse.Namespace, file: Path) -> dict[tuple[str, str], float]:
+    """Milliseconds of `ours` by op and shape, measured by the script of that tree with its own package in a process of its own."""
+    command = [sys.executable, tree / "bench" / "throughput.py", "--compare", "ours", "--json", file, "--op", args.op]
+    command += ["--device", args.device, "--dtype", args.dtype, "--threads", args.threads, "--seconds", args.seconds / BASE_ROUNDS]
+    file.unlink(missing_ok=True)
+    env = os.environ | {"PYTHONPATH": str(tree)}
+    done = subprocess.run([str(word) for word in (*command, *(["--toy"] if args.toy else []))], cwd=tree, env=env, capture_output=True)
+    if not file.exists():
+        sys.exit(f"bench/throughput.py of {tree} ended with {done.returncode}: {done.stderr.decode()[-1000:]}")
+    return {(row["op"], row["shape"]): row["median_ms"] for row in json.loads(file.read_text()) if row["impl"] == "ours"}
+
+
+def against_base(args: argparse.Namespace) -> str:
+    """One line per op and shape: how many times as fast as another commit, which is built in a worktree that is removed again.
+
+    Both trees are timed alone, in turn: a process that also runs eager PyTorch has colder caches, and a busy machine changes.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "tree"
-        subprocess.run(["git", "-C", ROOT, "worktree", "add", "--detach", tree, reference], check=True, capture_output=True)
+        tree, file = Path(folder) / "tree", Path(folder) / "rows.json"
+        steps = [["git", "-C", ROOT, "worktree", "add", "--detach", tree, args.base]]
+        steps += [[sys.executable, "setup.py", "-q", "build_ext", "--inplace"]]
         try:
-            subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, check=True, capture_output=True)
-            file = Path(folder) / "rows.json"
-            command = [sys.executable, Path(__file__), "--compare", "ours", "--json", file, "--op", args.op]
-            command += ["--device", args.device, "--dtype", args.dtype, "--threads", str(args.threads)]
-            command += ["--seconds", str(args.seconds)] + (["--toy"] if args.toy else [])
-            env = os.environ | {"PYTHONPATH": str(tree)}
-            subprocess.run(list(map(str, command)), cwd=tree, env=env, check=True, stdout=subprocess.DEVNULL)
-            return json.loads(file.read_text())
+            for step in steps:
+                done = subprocess.run(step, cwd=tree if tree.exists() else ROOT, capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(f"--base {args.base}: {' '.join(map(str, step))} failed: {done.stderr[-1000:]}")
+            rounds = [(timed_elsewhere(tree, args, file), timed_elsewhere(ROOT, args, file)) for _ in range(BASE_ROUNDS)]
         finally:
             subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", tree], check=False, capture_output=True)
-
-
-def against_base(rows: list[dict], base: list[dict], reference: str) -> str:
-    """One line per op and shape: how many times as fast as the other commit (separate processes: trust no few percent)."""
-    before = {(row["op"], row["shape"], row["impl"]): row["median_ms"] for row in base}
-    lines = [f"\nAgainst {reference}:\n"]
-    for row in rows:
-        old = before.get((row["op"], row["shape"], row["impl"]))
-        if old and row["median_ms"] and row["impl"] == "ours":
-            ms = row["median_ms"]
-            lines.append(f"- {row['op']} {row['shape']}: {old / ms:.2f} times as fast ({old:.4g} -> {ms:.4g} ms)")
+    lines = [f"\nAgainst {args.base}, {BASE_ROUNDS} processes each in turn:\n"]
+    for op, shape in rounds[0][1]:
+        pairs = [(before.get((op, shape)), now.get((op, shape))) for before, now in rounds]
+        if all(old and new for old, new in pairs):
+            old, new = (statistics.median(values) for values in zip(*pairs, strict=True))
+            each = ", ".join(f"{before / now:.2f}" for before, now in pairs)
+            lines.append(f"- {op} {shape}: {old / new:.2f} times as fast ({old:.4g} -> {new:.4g} ms; by round {each})")
     return "\n".join(lines) + "\n"
 
 
@@ -197,7 +211,6 @@ def main() -> int:
     args = parse_arguments()
     begin, cores = time.perf_counter(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.manual_seed(0)
-    base = other_commit(args.base, args) if args.base else []
     torch.set_num_threads(args.threads)
     rates = measure_rates(args.device, args.toy, getattr(torch, args.dtype))
     header = (
@@ -213,7 +226,7 @@ def main() -> int:
             print(markdown(new, "").strip() if not rows else "\n".join(markdown(new, "").strip().splitlines()[2:]), flush=True)
             rows += new
     report = markdown(rows, header) + "\n" + call_overhead(args.device) + "\n"
-    report += against_base(rows, base, args.base) if base else ""
+    report += against_base(args) if args.base else ""
     print(f"\n{header}\n" + report.split("\n\n", 3)[-1] + environment_lines(environment()) + f"\n{time.perf_counter() - begin:.0f} s")
     if args.plot:
         plot(rows, args.plot)

@@ -15,7 +15,7 @@ void bind_distill_loss(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Torch-free kernels of muka_fast; called through muka_fast.ops";
-    m.attr("ABI") = 1;
+    m.attr("ABI") = 2;
     muka_fast::bind_dropout_add_layer_norm(m);
     muka_fast::bind_one_query_attention(m);
     muka_fast::bind_mc_head(m);

@@ -58,7 +58,7 @@ def test_mc_statistics(samples, texts, counts, dtype):
     offsets = offsets_of(counts)
     got, exact = mc_statistics(logits, offsets), mc_statistics_ref(logits.double(), offsets)
     eager = mc_statistics_ref(logits, offsets)
-    for ours, theirs, truth in zip(got[:6], eager[:6], exact[:6], strict=True):
+    for ours, theirs, truth in zip([*got][:6], eager[:6], exact[:6], strict=True):
         no_worse_than_pytorch(ours, theirs, truth, 1e-6 * max(1.0, float(truth.max()) if truth.numel() else 1.0))
     clear = exact[7] > 1e-5
     assert torch.equal(got.selected[clear], exact[6][clear])

@@ -60,7 +60,7 @@ struct Scratch {
     float* energy;      // [D]
     float* statistics;  // as mc_statistics asks
     float* margin;      // [block], not used further
-    int64_t* selected;  // [block], not used further
+    float* selected;    // [block], not used further
     int32_t* lists;     // [block, K, D]
     Mask* masks;        // [block, K]
 };
@@ -117,8 +117,7 @@ void mc_head(uintptr_t features, uintptr_t weight, uintptr_t bias, uintptr_t exa
     const int64_t block = fitting < 1 ? 1 : fitting < kBlock ? fitting : kBlock;
     parallel_for(num_texts, threads, kGrain / (num_samples * width + 1) + 1, [&](int64_t begin, int64_t end) {
         auto sample_logits = buffer<float>(num_samples * block * padded), base = buffer<float>(kTile), energy = buffer<float>(width);
-        auto work = buffer<float>(statistics_scratch(classes)), margin = buffer<float>(block);
-        auto selected = buffer<int64_t>(block);
+        auto work = buffer<float>(statistics_scratch(classes)), margin = buffer<float>(block), selected = buffer<float>(block);
         auto keep = buffer<uint64_t>((width + 63) / 64);
         auto lists = buffer<int32_t>(block * num_samples * width + kOverrun);
         auto masks = buffer<Mask>(block * num_samples);

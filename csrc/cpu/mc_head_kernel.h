@@ -134,7 +134,7 @@ static void run_head(const Head& h, const Scratch& s, int64_t begin, int64_t end
         }
         const Problem problem{h.num_samples, 1, block * h.padded, h.padded, offsets, &h.log_classes, h.mean_probs + first * h.classes,
                               h.var_probs + first * h.classes, h.predictive_entropy + first, h.expected_entropy + first,
-                              h.mutual_information + first, h.normalized_entropy + first, s.selected, s.margin};
+                              h.mutual_information + first, h.normalized_entropy + first, s.selected, s.margin, h.classes, 1, 1};
         statistics(problem, s.logits, 0, texts, s.statistics);
     }
 }

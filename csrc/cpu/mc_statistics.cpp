@@ -23,11 +23,10 @@ constexpr int64_t kGrain = 400000;  // exponentials per thread, about half a mil
 #include "cpu/each_isa.h"
 #undef KERNEL_FILE
 
-// Pointers as integers; dtype 0 float32, 1 float16, 2 bfloat16. The caller has checked shapes, strides and offsets.
+// Pointers as integers; dtype 0 float32, 1 float16, 2 bfloat16. per_text [B, 2 S + 4 N + 2], contiguous: mean, variance, the four
+// entropies, selected teacher and teacher margin of a text side by side. The caller has checked shapes, strides and offsets.
 void mc_statistics(uintptr_t logits, int dtype, int64_t num_samples, int64_t num_texts, int64_t sample_stride, int64_t text_stride,
-                   const std::vector<int64_t>& offsets, uintptr_t mean_probs, uintptr_t var_probs, uintptr_t predictive_entropy,
-                   uintptr_t expected_entropy, uintptr_t mutual_information, uintptr_t normalized_entropy, uintptr_t selected,
-                   uintptr_t teacher_margin, int threads) {
+                   const std::vector<int64_t>& offsets, uintptr_t per_text, int threads) {
     const int64_t teachers = static_cast<int64_t>(offsets.size()) - 1, width = offsets.back();
     std::vector<float> log_classes(teachers);
     int64_t widest = 0;
@@ -36,21 +35,26 @@ void mc_statistics(uintptr_t logits, int dtype, int64_t num_samples, int64_t num
         log_classes[i] = static_cast<float>(std::log(static_cast<double>(classes)));
         widest = classes > widest ? classes : widest;
     }
-    auto floats = [](uintptr_t p) { return reinterpret_cast<float*>(p); };
+    float* const probs = reinterpret_cast<float*>(per_text);
+    float* const entropies = probs + 2 * width;
+    const int64_t row = 2 * width + 4 * teachers + 2;
     const Problem problem{num_samples,
                           teachers,
                           sample_stride,
                           text_stride,
                           offsets.data(),
                           log_classes.data(),
-                          floats(mean_probs),
-                          floats(var_probs),
-                          floats(predictive_entropy),
-                          floats(expected_entropy),
-                          floats(mutual_information),
-                          floats(normalized_entropy),
-                          reinterpret_cast<int64_t*>(selected),
-                          floats(teacher_margin)};
+                          probs,
+                          probs + width,
+                          entropies,
+                          entropies + teachers,
+                          entropies + 2 * teachers,
+                          entropies + 3 * teachers,
+                          entropies + 4 * teachers,
+                          entropies + 4 * teachers + 1,
+                          row,
+                          row,
+                          row};
     const int level = isa_level();
     const int64_t scratch_floats = statistics_scratch(widest);
     const int64_t grain = kGrain / (num_samples * width) + 1;

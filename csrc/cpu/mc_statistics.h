@@ -12,10 +12,10 @@ struct Problem {
     int64_t sample_stride, text_stride;  // in elements; the classes of one text are consecutive
     const int64_t* offsets;              // [N + 1]
     const float* log_classes;            // [N] ln C_i
-    float *mean_probs, *var_probs;       // [B, S]
-    float *predictive_entropy, *expected_entropy, *mutual_information, *normalized_entropy;  // [B, N]
-    int64_t* selected;                   // [B]
-    float* teacher_margin;               // [B]
+    float *mean_probs, *var_probs;       // [B, S], rows probs_stride apart
+    float *predictive_entropy, *expected_entropy, *mutual_information, *normalized_entropy;  // [B, N], rows entropy_stride apart
+    float *selected, *teacher_margin;    // [B], selection_stride apart; the selected teacher's number as a float, exact below 2^24
+    int64_t probs_stride, entropy_stride, selection_stride;
 };
 
 // How many sums of up to `classes` exponentials may be multiplied before the product leaves float32's range.
@@ -26,7 +26,7 @@ inline int64_t products_per_log(int64_t classes) {
 
 // NaN fails every comparison below and is kept: a teacher that computed nonsense must not look certain.
 inline void write_entropies(const Problem& p, int64_t text, int64_t teacher, float predictive, float expected) {
-    const int64_t at = text * p.num_teachers + teacher;
+    const int64_t at = text * p.entropy_stride + teacher;
     const float h = predictive < 0 ? 0.0f : predictive, e = expected < 0 ? 0.0f : expected, upper = p.log_classes[teacher];
     p.predictive_entropy[at] = h;
     p.expected_entropy[at] = e;
@@ -36,7 +36,7 @@ inline void write_entropies(const Problem& p, int64_t text, int64_t teacher, flo
 
 // Lowest normalised entropy, ties to the lowest index, NaN never; the margin of a text with a NaN teacher is NaN.
 inline void select_teacher(const Problem& p, int64_t text) {
-    const float* entropy = p.normalized_entropy + text * p.num_teachers;
+    const float* entropy = p.normalized_entropy + text * p.entropy_stride;
     float best = -HUGE_VALF, second = -HUGE_VALF;
     int64_t selected = 0;
     bool nan = false;
@@ -51,8 +51,8 @@ inline void select_teacher(const Problem& p, int64_t text) {
             second = score;
         }
     }
-    p.selected[text] = selected;
-    p.teacher_margin[text] = nan ? NAN : p.num_teachers == 1 ? 1.0f : best - second;
+    p.selected[text * p.selection_stride] = static_cast<float>(selected);
+    p.teacher_margin[text * p.selection_stride] = nan ? NAN : p.num_teachers == 1 ? 1.0f : best - second;
 }
 
 // Floats of working memory that one thread needs, where the widest teacher has `widest` classes.

@@ -28,11 +28,14 @@ INLINE float stage_row(const T* x, int64_t classes, VecInt fresh, float* row) {
     return reduce_max(best);
 }
 
+// A sum of squares, fused and reassociated, may round to a little below 0. NaN stays NaN.
+INLINE Vec nonnegative(Vec x) { return x < splat(0.0f) ? splat(0.0f) : x; }
+
 // Writes the vectors of a row staged as above; the last one first, as its repeated lanes hold nothing.
 INLINE void unstage_row(const float* row, int64_t classes, Vec scale, float* out) {
     const int64_t whole = classes / LANES * LANES;
-    if (whole < classes) store(out + classes - LANES, load(row + whole) * scale);
-    for (int64_t c = 0; c < whole; c += LANES) store(out + c, load(row + c) * scale);
+    if (whole < classes) store(out + classes - LANES, nonnegative(load(row + whole) * scale));
+    for (int64_t c = 0; c < whole; c += LANES) store(out + c, nonnegative(load(row + c) * scale));
 }
 
 // One teacher, one text. scratch: 3 * padded(classes) floats.
@@ -137,19 +140,19 @@ INLINE void narrow_texts(const T* const* rows, int64_t sample_stride, int64_t sa
 template <class T>
 INLINE void narrow_block(const Problem& problem, const T* logits, int64_t first, int64_t texts, int64_t teacher, float* scratch) {
     const int64_t start = problem.offsets[teacher], classes = problem.offsets[teacher + 1] - start;
-    const int64_t width = problem.offsets[problem.num_teachers];
     const T* rows[LANES];
     for (int64_t lane = 0; lane < LANES; ++lane)
         rows[lane] = logits + (first + (lane < texts ? lane : texts - 1)) * problem.text_stride + start;
     float predictive[LANES], expected[LANES];
     narrow_texts(rows, problem.sample_stride, problem.num_samples, classes, scratch, predictive, expected);
-    const float *mean = scratch + classes * LANES, *m2 = scratch + 2 * classes * LANES;
-    const float share = 1.0f / (float)problem.num_samples;
+    float *mean = scratch + classes * LANES, *m2 = scratch + 2 * classes * LANES;
+    const Vec share = splat(1.0f / (float)problem.num_samples);
+    for (int64_t c = 0; c < classes; ++c) store(m2 + c * LANES, nonnegative(load(m2 + c * LANES) * share));
     for (int64_t lane = 0; lane < texts; ++lane) {
-        const int64_t at = (first + lane) * width + start;
+        const int64_t at = (first + lane) * problem.probs_stride + start;
         for (int64_t c = 0; c < classes; ++c) {
             problem.mean_probs[at + c] = mean[c * LANES + lane];
-            problem.var_probs[at + c] = m2[c * LANES + lane] * share;
+            problem.var_probs[at + c] = m2[c * LANES + lane];
         }
         write_entropies(problem, first + lane, teacher, predictive[lane], expected[lane]);
     }
@@ -159,14 +162,14 @@ INLINE void narrow_block(const Problem& problem, const T* logits, int64_t first,
 template <class T>
 static void statistics(const Problem& problem, const T* logits, int64_t begin, int64_t end, float* scratch) {
     const int64_t* offsets = problem.offsets;
-    const int64_t teachers = problem.num_teachers, width = offsets[teachers];
+    const int64_t teachers = problem.num_teachers;
     for (int64_t first = begin; first < end; first += LANES) {
         const int64_t texts = end - first < LANES ? end - first : LANES;
         for (int64_t i = 0; i < teachers; ++i)
             if (offsets[i + 1] - offsets[i] < 2 * LANES) narrow_block(problem, logits, first, texts, i, scratch);
         for (int64_t text = first; text < first + texts; ++text) {
             for (int64_t i = 0; i < teachers; ++i) {
-                const int64_t start = offsets[i], classes = offsets[i + 1] - start, at = text * width + start;
+                const int64_t start = offsets[i], classes = offsets[i + 1] - start, at = text * problem.probs_stride + start;
                 if (classes < 2 * LANES) continue;
                 float predictive, expected;
                 wide_text(logits + text * problem.text_stride + start, problem.sample_stride, problem.num_samples, classes, scratch,

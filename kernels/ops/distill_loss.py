@@ -282,32 +282,30 @@ RAW = table.register(
 )
 
 
-class _DistillLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            loss, grad = RAW(*inputs)
-        ctx.dtype = inputs[0].dtype
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(grad)
-        ctx.save_for_backward(grad)
-        return loss, grad
+class _Differentiable(torch.autograd.Function):
+    """The loss with the gradient that the kernel has computed beside it. Three tensors are cheaper to carry than nine arguments."""
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor | None, _) -> tuple:
-        if grad_loss is None:
-            return (None,) * 9
+    def forward(ctx, student_logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
+        ctx.dtype = student_logits.dtype
+        ctx.save_for_backward(grad)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = ctx.saved_tensors
         # From a mean or a sum every text's factor is the same, stored once: a product with a scalar takes half the time.
-        same = len(grad_loss) > 0 and grad_loss.stride(0) == 0
-        return (grad * (grad_loss[0] if same else grad_loss[:, None])).to(ctx.dtype), *(None,) * 8
+        same = grad_loss.stride(0) == 0 and grad_loss.shape[0] > 0
+        product = grad * (grad_loss[0] if same else grad_loss[:, None])
+        return product if product.dtype == ctx.dtype else product.to(ctx.dtype), None, None
 
 
-def distill_loss_autograd(*inputs) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and inputs[0].requires_grad:
-        return _DistillLoss.apply(*inputs)
+def distill_loss_autograd(student_logits: Tensor, *others) -> tuple[Tensor, Tensor]:
     with torch._C._AutoDispatchBelowAutograd():
-        return RAW(*inputs)
+        loss, grad = RAW(student_logits, *others)
+    if torch.is_grad_enabled() and student_logits.requires_grad:
+        loss = _Differentiable.apply(student_logits, loss, grad)
+    return loss, grad
 
 
 # Not torch.library.register_autograd: its generic wrapper costs as much per step as the kernel at 256 x 308 (80 us).
@@ -353,4 +351,6 @@ def distill_loss(
     check(student_logits, teacher_probs, scores, offsets, teacher_to_union)
     if not (tau > 0 and temperature > 0):
         raise ValueError(f"tau {tau} and temperature {temperature} must be positive")
-    return RAW(student_logits, teacher_probs, scores, offsets, teacher_to_union, soft, tau, temperature, margin)[0]
+    # Called here as the dispatcher would call it, which saves its way through C++ and back; a compiler must see the op itself.
+    op = RAW if torch.compiler.is_compiling() else distill_loss_autograd
+    return op(student_logits, teacher_probs, scores, offsets, teacher_to_union, soft, tau, temperature, margin)[0]

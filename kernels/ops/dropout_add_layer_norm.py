@@ -165,10 +165,15 @@ def dropout_add_layer_norm(
 
     x: [R, rows, D]. residual: [rows, D] (the same for all replicas) or [R, rows, D]. weight, bias: [D]. eps > 0.
     p, seed, site, example_ids, offsets, first_sample: as in `repeat_dropout`. plain_first: replica 0 is the deterministic pass.
-    Raises ValueError for shapes, p, seed or ids outside their ranges.
+    Raises ValueError for shapes, eps, p, seed, site, samples or ids outside their ranges.
     """
     if x.dim() != 3 or residual.shape not in (x.shape, x.shape[1:]):
         raise ValueError(f"x {list(x.shape)} must be [R, rows, D] and residual {list(residual.shape)} the same or [rows, D]")
+    if weight.shape != x.shape[2:] or bias.shape != x.shape[2:]:
+        raise ValueError(f"weight {list(weight.shape)} and bias {list(bias.shape)} must have shape [{x.shape[2]}]")
+    if not eps > 0:
+        raise ValueError(f"eps {eps} must be positive")
+    philox.check_counters(site, first_sample, max(0, x.shape[0] - int(plain_first)))
     ids = philox.check_rows("example_ids", example_ids, x.shape[1], x.device)
     offsets = philox.check_rows("offsets", offsets, x.shape[1], x.device)
     philox.mask_parameters(p)

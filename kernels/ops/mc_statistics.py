@@ -5,16 +5,18 @@
     H = -sum_c mean ln mean,  E = 1/K sum_k (ln sum_c e[k, c] - sum_c e d / sum_c e),  d = z - max z, e = exp(d);  0 ln 0 = 0
     I = max(H - E, 0),  u = H / ln C_i (0 for one class),  selected = argmin u,  margin = gap of the two best 1 - u
 
-Bytes: every logit once in; means and variances [B, S] and six numbers per teacher and text out. Operations: one exponential per
-logit, two logarithms per class or sample. Nothing of size K is in memory but the input. No gradient: scores are data.
+Bytes: every logit once in; a row of 2 S + 4 N + 2 numbers per text out. Operations: one exponential per logit, two logarithms per
+class or sample. Nothing of size K is in memory but the input. No gradient: scores are data. On a GPU the row of a teacher of more
+than 8192 classes does not fit the registers: its logits are read three times, mostly from the cache, with two exponentials each,
+and two numbers per text and sample are kept in between.
 Letters: K samples (k) · B texts (b) · S = sum of the teachers' class counts (c) · N teachers (i).
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from operator import lt
 
 import torch
 from torch import Tensor
@@ -24,13 +26,13 @@ from muka_fast.ops.aot import Specialisation
 from muka_fast.ops.philox import triton
 from muka_fast.ops.reference import mc_statistics_ref
 
-SCHEMA = "(Tensor logits, int[] offsets) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+SCHEMA = "(Tensor logits, int[] offsets) -> Tensor"
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in csrc/cpu/mc_statistics.cpp
 
 
 def bytes_moved(num_samples: int, texts: int, teachers: int, width: int, itemsize: int = 4) -> int:
     """Bytes the op must read and write; itemsize: of a logit. width: S."""
-    return texts * (itemsize * num_samples * width + 4 * (2 * width + 4 * teachers + 1) + 8)
+    return texts * (itemsize * num_samples * width + 4 * (2 * width + 4 * teachers + 2))
 
 
 def operations(num_samples: int, texts: int, teachers: int, width: int) -> int:
@@ -38,68 +40,88 @@ def operations(num_samples: int, texts: int, teachers: int, width: int) -> int:
     return texts * (num_samples * width + num_samples * teachers + width)
 
 
-class McStatistics(NamedTuple):
-    """Uncertainty of N teachers about B texts; entropies in nats, float32 (float64 for float64 logits)."""
+def _column(place: int, meaning: str) -> property:
+    return property(lambda self: self._columns()[place], doc=meaning)
 
-    mean_probs: Tensor  # [B, S]
-    var_probs: Tensor  # [B, S], in [0, 1/4]
-    predictive_entropy: Tensor  # [B, N], in [0, ln C_i]
-    expected_entropy: Tensor  # [B, N], in [0, ln C_i]
-    mutual_information: Tensor  # [B, N], in [0, ln C_i]
-    normalized_entropy: Tensor  # [B, N], in [0, 1]
-    selected: Tensor  # int64 [B], the most certain teacher
-    teacher_margin: Tensor  # [B], in [0, 1]
+
+class McStatistics:
+    """Uncertainty of N teachers about B texts; entropies in nats, float32 (float64 for float64 logits).
+
+    per_text [B, 2 S + 4 N + 2] holds all of it, a text's numbers side by side. The fields are views of its columns, made when the
+    first is read: they take half as long as the smallest problem. Iterating gives the eight fields in this order.
+    """
+
+    def __init__(self, per_text: Tensor, num_classes: int, num_teachers: int):
+        self.per_text, self.num_classes, self.num_teachers = per_text, num_classes, num_teachers
+        self._made: tuple[Tensor, ...] | None = None
+
+    def _columns(self) -> tuple[Tensor, ...]:
+        if self._made is None:  # not a cached_property: torch.compile cannot trace its lock
+            C, N = self.num_classes, self.num_teachers
+            *matrices, selection = self.per_text.split_with_sizes((C, C, N, N, N, N, 2), 1)
+            selected, margin = selection.unbind(1)
+            self._made = (*matrices, selected.long(), margin)
+        return self._made
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._columns())
+
+    mean_probs = _column(0, "[B, S], every teacher's block a distribution.")
+    var_probs = _column(1, "[B, S], population variance, in [0, 1/4].")
+    predictive_entropy = _column(2, "[B, N], in [0, ln C_i].")
+    expected_entropy = _column(3, "[B, N], in [0, ln C_i].")
+    mutual_information = _column(4, "[B, N], in [0, ln C_i].")
+    normalized_entropy = _column(5, "[B, N], in [0, 1].")
+    selected = _column(6, "int64 [B], the most certain teacher.")
+    teacher_margin = _column(7, "[B], in [0, 1].")
+    FIELDS = (
+        "mean_probs", "var_probs", "predictive_entropy", "expected_entropy", "mutual_information", "normalized_entropy", "selected",
+        "teacher_margin",
+    )  # fmt: skip
 
 
 def check(logits: Tensor, offsets: Sequence[int]) -> None:
     """Raises ValueError unless logits are [K >= 1, B, S] floats and the offsets cut S into teachers of at least one class."""
-    if logits.dim() != 3 or logits.shape[0] == 0 or not logits.is_floating_point():
-        raise ValueError(f"logits must be floats of shape [samples, texts, classes], not {logits.dtype} {list(logits.shape)}")
-    width = logits.shape[2]
-    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != width or any(b <= a for a, b in pairwise(offsets)):
+    shape = logits.shape
+    if len(shape) != 3 or shape[0] == 0 or not logits.is_floating_point():
+        raise ValueError(f"logits must be floats of shape [samples, texts, classes], not {logits.dtype} {list(shape)}")
+    width = shape[2]
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != width or not all(map(lt, offsets, offsets[1:])):
         raise ValueError(f"offsets {list(offsets)} do not cut {width} logits into teachers: they must rise from 0 to {width}")
 
 
-def empty_outputs(logits: Tensor, teachers: int) -> tuple[Tensor, ...]:
-    """The eight outputs; no views of one buffer, because results of an op must not share memory."""
-    _, texts, width = logits.shape
-    device, dtype, empty = logits.device, torch.float64 if logits.dtype == torch.float64 else torch.float32, torch.empty
-    return (
-        empty(texts, width, dtype=dtype, device=device),
-        empty(texts, width, dtype=dtype, device=device),
-        empty(texts, teachers, dtype=dtype, device=device),
-        empty(texts, teachers, dtype=dtype, device=device),
-        empty(texts, teachers, dtype=dtype, device=device),
-        empty(texts, teachers, dtype=dtype, device=device),
-        empty(texts, dtype=torch.int64, device=device),
-        empty(texts, dtype=dtype, device=device),
-    )
+def empty_output(logits: Tensor, teachers: int) -> Tensor:
+    """per_text of McStatistics. One tensor: eight took three times as long to allocate as the smallest problem to compute."""
+    texts, width = logits.shape[1], 2 * logits.shape[2] + 4 * teachers + 2
+    if logits.dtype in (torch.float32, torch.float64):
+        return logits.new_empty(texts, width)  # naming the dtype would cost more than asking for it
+    return logits.new_empty(texts, width, dtype=torch.float32)
 
 
-def mc_statistics_reference(logits: Tensor, offsets: list[int]) -> tuple[Tensor, ...]:
+def mc_statistics_reference(logits: Tensor, offsets: list[int]) -> Tensor:
     check(logits, offsets)
-    return mc_statistics_ref(logits, offsets)
+    *per_class_and_teacher, selected, margin = mc_statistics_ref(logits, offsets)
+    return torch.cat([*per_class_and_teacher, selected[:, None].to(margin), margin[:, None]], 1)
 
 
-def mc_statistics_cpu(logits: Tensor, offsets: list[int]) -> tuple[Tensor, ...]:
-    check(logits, offsets)
+def mc_statistics_cpu(logits: Tensor, offsets: list[int]) -> Tensor:
     code = DTYPE_CODES.get(logits.dtype)
     if code is None:  # float64: for gradients and tests, where speed is nothing
-        return mc_statistics_ref(logits, offsets)
+        return mc_statistics_reference(logits, offsets)
+    check(logits, offsets)
     samples, texts, _ = logits.shape
     sample_stride, text_stride, class_stride = logits.stride()
     if class_stride != 1:
         logits = logits.contiguous()
         sample_stride, text_stride, _ = logits.stride()
-    out = empty_outputs(logits, len(offsets) - 1)
-    pointers = [tensor.data_ptr() for tensor in out]
+    out = empty_output(logits, len(offsets) - 1)
     threads = torch.get_num_threads()
-    table._C.mc_statistics(logits.data_ptr(), code, samples, texts, sample_stride, text_stride, offsets, *pointers, threads)
+    table._C.mc_statistics(logits.data_ptr(), code, samples, texts, sample_stride, text_stride, offsets, out.data_ptr(), threads)
     return out
 
 
-def mc_statistics_fake(logits: Tensor, offsets: list[int]) -> tuple[Tensor, ...]:
-    return empty_outputs(logits, len(offsets) - 1)
+def mc_statistics_fake(logits: Tensor, offsets: list[int]) -> Tensor:
+    return empty_output(logits, len(offsets) - 1)
 
 
 mc_statistics_triton: Callable | None = None
@@ -152,8 +174,57 @@ if triton is not None:
                 b_mean += b_delta * share
                 b_m2 += tl.sum(b_off * b_off, 0) + b_delta * b_delta * (i_k * share)
         tl.store(p_mean + o_c, b_mean, mask=m_c)
-        tl.store(p_var + o_c, b_m2 * (1.0 / K), mask=m_c)
+        tl.store(p_var + o_c, tl.where(b_m2 < 0, 0.0, b_m2 * (1.0 / K)), mask=m_c)  # fused, a sum of squares may fall below 0
         b_predictive = -tl.sum(tl.where(b_mean == 0, 0.0, b_mean * tl.log(b_mean)), 0)
+        return b_predictive, b_expected / K
+
+    @triton.jit
+    def chunked_statistics(
+        p_z,  # [K, C] of one text and teacher, rows z_stride apart
+        p_mean, p_var,  # [C]
+        p_scale,  # [2, K]: maximum and 1 / sum of the exponentials of each sample
+        K, C, z_stride,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """As teacher_statistics for a row that the registers do not hold: first the softmax of every sample, chunk by chunk, then mean
+        and variance of every chunk over the samples."""
+        p_row = p_z
+        b_expected = 0.0
+        for i_k in range(0, K):
+            b_top = float("-inf")
+            for i_c in range(0, C, BLOCK):
+                o_c = i_c + tl.arange(0, BLOCK)
+                b_top = tl.maximum(b_top, tl.max(tl.load(p_row + o_c, mask=o_c < C, other=float("-inf")).to(tl.float32), 0))
+            b_sum, b_dot = 0.0, 0.0
+            for i_c in range(0, C, BLOCK):
+                o_c = i_c + tl.arange(0, BLOCK)
+                b_z = tl.load(p_row + o_c, mask=o_c < C, other=float("-inf")).to(tl.float32)
+                b_d = b_z - b_top  # NaN for a NaN logit and for a row of -inf, and so is all that follows
+                b_e = tl.where(o_c < C, tl.exp(b_d), 0.0)
+                b_sum += tl.sum(b_e, 0)
+                b_dot += tl.sum(tl.where(b_e == 0, 0.0, b_e * b_d), 0)
+            b_expected += tl.log(b_sum) - b_dot / b_sum
+            tl.store(p_scale + i_k, b_top)
+            tl.store(p_scale + K + i_k, 1.0 / b_sum)
+            p_row += z_stride
+        tl.debug_barrier()
+        b_predictive = 0.0
+        for i_c in range(0, C, BLOCK):
+            o_c = i_c + tl.arange(0, BLOCK)
+            m_c = o_c < C
+            b_mean, b_m2 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+            p_row = p_z
+            for i_k in range(0, K):
+                b_z = tl.load(p_row + o_c, mask=m_c, other=float("-inf")).to(tl.float32)
+                b_p = tl.exp(b_z - tl.load(p_scale + i_k)) * tl.load(p_scale + K + i_k)
+                b_delta = b_p - b_mean
+                b_mean += b_delta * (1.0 / (i_k + 1))
+                b_m2 += b_delta * (b_p - b_mean)
+                p_row += z_stride
+            tl.store(p_mean + o_c, b_mean, mask=m_c)
+            tl.store(p_var + o_c, tl.where(b_m2 < 0, 0.0, b_m2 * (1.0 / K)), mask=m_c)
+            b_predictive -= tl.sum(tl.where(m_c & (b_mean != 0), b_mean * tl.log(b_mean), 0.0), 0)
+        tl.debug_barrier()  # the next teacher writes p_scale anew
         return b_predictive, b_expected / K
 
     @triton.jit
@@ -161,24 +232,26 @@ if triton is not None:
         p_z,  # [K, B, S], strides z_sample, z_text, 1
         p_offsets,  # int32 [N + 1]
         p_log_classes,  # [N] ln C_i
-        p_mean, p_var,  # [B, S]
-        p_predictive, p_expected, p_mutual, p_normalized,  # [B, N]
-        p_selected,  # int64 [B]
-        p_margin,  # [B]
+        p_out,  # [B, 2 S + 4 N + 2], the columns of McStatistics
+        p_scale,  # [B, 2, K], written and read where CHUNKED
         K, N, S, z_sample, z_text,
-        SMALL_SAMPLES: tl.constexpr, SMALL: tl.constexpr, LARGE_SAMPLES: tl.constexpr, LARGE: tl.constexpr,
+        SMALL_SAMPLES: tl.constexpr, SMALL: tl.constexpr, LARGE_SAMPLES: tl.constexpr, LARGE: tl.constexpr, CHUNKED: tl.constexpr,
     ):  # fmt: skip
         """One text per program, so that the selection needs no second launch. Teachers of up to SMALL classes take a small block;
         LARGE is 0 where there are no others."""
         i_b = tl.program_id(0).to(tl.int64)
         p_z += i_b * z_text
-        p_mean += i_b * S
-        p_var += i_b * S
+        p_scale += i_b * 2 * K
+        p_mean = p_out + i_b * (2 * S + 4 * N + 2)
+        p_var = p_mean + S
+        p_entropy = p_var + S
         for i_n in range(0, N):
             start = tl.load(p_offsets + i_n)
             C = tl.load(p_offsets + i_n + 1) - start
             if LARGE == 0 or C <= SMALL:
                 b_h, b_x = teacher_statistics(p_z + start, p_mean + start, p_var + start, K, C, z_sample, SMALL_SAMPLES, SMALL)
+            elif CHUNKED:
+                b_h, b_x = chunked_statistics(p_z + start, p_mean + start, p_var + start, p_scale, K, C, z_sample, max(LARGE, 1))
             else:
                 b_h, b_x = teacher_statistics(
                     p_z + start, p_mean + start, p_var + start, K, C, z_sample, LARGE_SAMPLES, max(LARGE, 1)
@@ -188,39 +261,43 @@ if triton is not None:
             b_x = tl.where(b_x < 0, 0.0, b_x)
             b_upper = tl.load(p_log_classes + i_n)
             b_u = tl.where(b_upper > 0, b_h / tl.where(b_upper > 0, b_upper, 1.0), b_h * 0.0)
-            o_n = i_b * N + i_n
-            tl.store(p_predictive + o_n, b_h)
-            tl.store(p_expected + o_n, b_x)
-            tl.store(p_mutual + o_n, tl.where(b_h - b_x < 0, 0.0, b_h - b_x))
-            tl.store(p_normalized + o_n, b_u)
+            tl.store(p_entropy + i_n, b_h)
+            tl.store(p_entropy + N + i_n, b_x)
+            tl.store(p_entropy + 2 * N + i_n, tl.where(b_h - b_x < 0, 0.0, b_h - b_x))
+            tl.store(p_entropy + 3 * N + i_n, b_u)
         # The selection reads back what it needs: carried through the loop above, it would spill beside a row of 8192 classes.
         tl.debug_barrier()
-        b_best, b_second, b_nan = float("-inf"), float("-inf"), 0.0
-        b_selected = tl.zeros([], tl.int64)
+        b_best, b_second, b_nan, b_selected = float("-inf"), float("-inf"), 0.0, 0.0
         for i_n in range(0, N):
-            b_score = 1.0 - tl.load(p_normalized + i_b * N + i_n)
+            b_score = 1.0 - tl.load(p_entropy + 3 * N + i_n)
             b_nan += b_score * 0.0
             better = b_score > b_best
             b_second = tl.where(better, b_best, tl.where(b_score > b_second, b_score, b_second))
             b_best = tl.where(better, b_score, b_best)
-            b_selected = tl.where(better, i_n, b_selected)
-        tl.store(p_selected + i_b, b_selected)
-        tl.store(p_margin + i_b, tl.where(b_nan == 0, tl.where(N == 1, 1.0, b_best - b_second), float("nan")))
+            b_selected = tl.where(better, i_n * 1.0, b_selected)
+        tl.store(p_entropy + 4 * N, b_selected)
+        tl.store(p_entropy + 4 * N + 1, tl.where(b_nan == 0, tl.where(N == 1, 1.0, b_best - b_second), float("nan")))
 
     # Classes of one block -> samples at a time and warps: enough loads in flight, no spills. Few sizes, all compiled by the tests.
     TILES = {16: (16, 1), 64: (16, 4), 256: (16, 4), 512: (4, 4), 1024: (4, 8), 2048: (2, 8), 4096: (1, 8)}
     TILES |= {8192: (1, 16)}  # a row of 16384 and its two sums spill on sm_90 and sm_100
+    CHUNK, CHUNK_WARPS = 2048, 16  # classes at a time of teachers beyond the last tile
     SMALL_BLOCKS = (16, 512)  # of the second block, for teachers that would leave most of a block of 2048 to 8192 classes idle
 
     def configuration(counts: list[int], num_samples: int) -> tuple[dict[str, int], int]:
         """Constexprs and number of warps for these class counts."""
+        if max(counts) > max(TILES):
+            small = SMALL_BLOCKS[-1]
+            samples = TILES[small][0] if num_samples > 1 else 1
+            return {"SMALL_SAMPLES": samples, "SMALL": small, "LARGE_SAMPLES": 1, "LARGE": CHUNK, "CHUNKED": True}, CHUNK_WARPS
         block = next(size for size in TILES if size >= max(counts))
         samples, warps = TILES[block] if num_samples > 1 else (1, TILES[block][1])
         idle = max((count for count in counts if 2 * count <= block), default=0)
         small = next((size for size in SMALL_BLOCKS if size >= idle), None)
-        if not idle or not 2048 <= block <= 8192 or small is None or num_samples == 1:
-            return {"SMALL_SAMPLES": samples, "SMALL": block, "LARGE_SAMPLES": 1, "LARGE": 0}, warps
-        return {"SMALL_SAMPLES": TILES[small][0], "SMALL": small, "LARGE_SAMPLES": samples, "LARGE": block}, warps
+        sizes = {"SMALL_SAMPLES": samples, "SMALL": block, "LARGE_SAMPLES": 1, "LARGE": 0}
+        if idle and block >= 2048 and small is not None and num_samples > 1:
+            sizes = {"SMALL_SAMPLES": TILES[small][0], "SMALL": small, "LARGE_SAMPLES": samples, "LARGE": block}
+        return {**sizes, "CHUNKED": False}, warps
 
     @lru_cache(maxsize=64)
     def on_device(offsets: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -228,34 +305,32 @@ if triton is not None:
         bounds = torch.tensor(offsets, dtype=torch.int32)
         return bounds.to(device), bounds.diff().double().log().float().to(device)
 
-    def mc_statistics_triton(logits: Tensor, offsets: list[int]) -> tuple[Tensor, ...]:
-        check(logits, offsets)
+    def mc_statistics_triton(logits: Tensor, offsets: list[int]) -> Tensor:
         if logits.dtype not in DTYPE_CODES:
-            return mc_statistics_ref(logits, offsets)
+            return mc_statistics_reference(logits, offsets)
+        check(logits, offsets)
         counts = [stop - start for start, stop in pairwise(offsets)]
-        if max(counts) > max(TILES):
-            return mc_statistics_ref(logits, offsets)
         logits = logits if logits.stride(2) == 1 else logits.contiguous()
         samples, texts, width = logits.shape
-        out = empty_outputs(logits, len(counts))
+        out = empty_output(logits, len(counts))
         if texts == 0:
             return out
         constexprs, warps = configuration(counts, samples)
+        scale = torch.empty((texts, 2, samples if constexprs["CHUNKED"] else 0), dtype=torch.float32, device=logits.device)
         bounds, log_classes = on_device(tuple(offsets), logits.device)
         # Triton launches on the current device, which need not be that of the logits.
         with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
             mc_statistics_kernel[(texts,)](
-                logits, bounds, log_classes, *out, samples, len(counts), width, logits.stride(0), logits.stride(1),
+                logits, bounds, log_classes, out, scale, samples, len(counts), width, logits.stride(0), logits.stride(1),
                 **constexprs, num_warps=warps,
             )  # fmt: skip
         return out
 
-    _FLOATS = ["p_log_classes", "p_mean", "p_var", "p_predictive", "p_expected", "p_mutual", "p_normalized", "p_margin"]
-    _TYPES = {"p_offsets": "*i32", "p_selected": "*i64", "K": "i32", "N": "i32", "S": "i32", "z_sample": "i64", "z_text": "i64"}
-    _TYPES |= dict.fromkeys(_FLOATS, "*fp32")
-    _CASES = [([block], samples, "fp32") for samples in (16, 1) for block in TILES]
-    _CASES += [([small, block], 16, "fp32") for small in SMALL_BLOCKS for block in TILES if 2048 <= block <= 8192]
-    _CASES += [([block], 16, dtype) for dtype in ("fp16", "bf16") for block in (16, 256, 8192)]
+    _TYPES = dict.fromkeys(("p_log_classes", "p_out", "p_scale"), "*fp32") | {"p_offsets": "*i32"}
+    _TYPES |= {"K": "i32", "N": "i32", "S": "i32", "z_sample": "i64", "z_text": "i64"}
+    _CASES = [([block], samples, "fp32") for samples in (16, 1) for block in (*TILES, 10_000)]
+    _CASES += [([small, block], 16, "fp32") for small in SMALL_BLOCKS for block in TILES if block >= 2048]
+    _CASES += [([block], 16, dtype) for dtype in ("fp16", "bf16") for block in (16, 256, 8192, 10_000)]
     SPECIALISATIONS = [
         Specialisation(
             f"mc_statistics {dtype} C={counts} K={samples}",
@@ -263,7 +338,7 @@ if triton is not None:
             {"p_z": f"*{dtype}", **_TYPES},
             configuration(counts, samples)[0],
             num_warps=configuration(counts, samples)[1],
-            fast=dtype == "fp32" and samples == 16 and counts in ([16], [256], [16, 8192]),
+            fast=dtype == "fp32" and samples == 16 and counts in ([16], [256], [16, 8192], [10_000]),
         )
         for counts, samples, dtype in _CASES
     ]
@@ -287,4 +362,4 @@ def mc_statistics(logits: Tensor, offsets: Sequence[int]) -> McStatistics:
     teacher's entropies and the text's margin NaN, and such a teacher is never selected.
     Raises ValueError where logits or offsets do not have this form.
     """
-    return McStatistics(*RAW(logits, offsets))
+    return McStatistics(RAW(logits, offsets), offsets[-1], len(offsets) - 1)

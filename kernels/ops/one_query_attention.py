@@ -195,6 +195,32 @@ _op = table.register(
 )
 
 
+def check(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, num_heads: int, position_bias: Tensor | None) -> None:
+    """Raises ValueError where shapes do not fit or a text is empty or too long: the kernels read what they are told is there."""
+    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+    if query.dim() != 2 or key.dim() != 2 or key.shape != value.shape:
+        raise ValueError(f"{shapes}: must be [texts, H * d] and twice [tokens, G * d]")
+    texts, width = query.shape
+    head_dim = width // num_heads if num_heads > 0 else 0
+    if not head_dim or width % num_heads or not key.shape[1] or key.shape[1] % head_dim or width % key.shape[1]:
+        raise ValueError(f"{shapes} do not share {num_heads} heads")
+    looked_at = texts > 0 and not starts.is_cuda  # on a GPU its values are not looked at: that would wait for the device
+    rising = starts.shape == (texts + 1,)
+    if rising and looked_at:
+        lengths = starts.diff()
+        rising = bool(starts[0] == 0 and starts[-1] == key.shape[0] and lengths.min() >= 1)
+    if not rising:
+        raise ValueError(f"starts must rise strictly from 0 to {key.shape[0]} in {texts} steps")
+    longest = int(lengths.max()) if looked_at else 0
+    if num_heads > 128 or longest > ATTENTION_STRIDE:
+        raise ValueError(f"the masks of attention reach 128 heads and {ATTENTION_STRIDE} tokens")
+    if position_bias is not None:
+        if position_bias.dim() != 2 or position_bias.shape[0] != num_heads:
+            raise ValueError(f"position_bias must be [{num_heads}, >= longest text], not {list(position_bias.shape)}")
+        if position_bias.shape[1] < longest:
+            raise ValueError(f"position_bias {list(position_bias.shape)} is shorter than the longest text ({longest})")
+
+
 def one_query_attention(
     query: Tensor,
     key: Tensor,
@@ -216,23 +242,22 @@ def one_query_attention(
 
     query [B, H * d]; key, value [T, G * d] packed, H a multiple of G; starts int64 [B + 1]: text b owns tokens starts[b] to
     starts[b + 1], at least one and at most 16384; position_bias [H, >= longest text] or None; query_positions int64 [B].
-    Raises ValueError where shapes do not fit, a text is empty or too long, or there are more than 128 heads.
+    site, first_sample and its successors: uint32. query_positions: below 16384.
+    Raises ValueError where shapes do not fit, a text is empty or too long, there are more than 128 heads, or a number is outside its
+    range; values of tensors on a GPU are not looked at.
     """
-    texts, width = query.shape
-    lengths = starts.diff()  # on a GPU its values are not looked at: that would wait for the device
-    if key.shape != value.shape or width % num_heads or key.shape[1] % (width // num_heads) or width % key.shape[1]:
-        raise ValueError(f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)} do not share {num_heads} heads")
-    looked_at = texts > 0 and not starts.is_cuda
-    if starts.shape != (texts + 1,) or (looked_at and (starts[0] != 0 or starts[-1] != key.shape[0] or lengths.min() < 1)):
-        raise ValueError(f"starts must rise strictly from 0 to {key.shape[0]} in {texts} steps")
-    if num_heads > 128 or (looked_at and lengths.max() > ATTENTION_STRIDE):
-        raise ValueError(f"the masks of attention reach 128 heads and {ATTENTION_STRIDE} tokens")
-    if position_bias is not None and looked_at and position_bias.shape[1] < lengths.max():
-        raise ValueError(f"position_bias {list(position_bias.shape)} is shorter than the longest text ({int(lengths.max())})")
+    check(query, key, value, starts, num_heads, position_bias)
+    if num_samples < 0 or num_samples + int(plain_first) < 1:
+        raise ValueError(f"num_samples {num_samples} gives no replica: at least 1, or 0 with plain_first")
+    philox.check_counters(site, first_sample, num_samples)
+    texts = query.shape[0]
+    starts = philox.check_rows("starts", starts, texts + 1, query.device)
     ids = philox.check_rows("example_ids", example_ids, texts, query.device)
     positions = philox.check_rows("query_positions", query_positions, texts, query.device)
+    if texts and not positions.is_cuda and not 0 <= int(positions.min()) <= int(positions.max()) < ATTENTION_STRIDE:
+        raise ValueError(f"query_positions must be in [0, {ATTENTION_STRIDE})")
     philox.mask_parameters(p)
     return _op(
-        query, key, value, starts.to(torch.int64).contiguous(), num_heads, scaling, num_samples, p, philox.signed_seed(seed), site,
+        query, key, value, starts, num_heads, scaling, num_samples, p, philox.signed_seed(seed), site,
         ids, positions, position_bias, first_sample, plain_first,
     )  # fmt: skip

@@ -48,6 +48,12 @@ def check_rows(name: str, value: Tensor, rows: int, device: torch.device) -> Ten
     return value.to(device=device, dtype=torch.int64).contiguous()
 
 
+def check_counters(site: int, first_sample: int, num_samples: int) -> None:
+    """ValueError where the site or one of the samples first_sample ... first_sample + num_samples - 1 is no uint32."""
+    if not 0 <= site < 1 << 32 or not 0 <= first_sample <= (1 << 32) - num_samples:
+        raise ValueError(f"site {site} and {num_samples} samples from {first_sample} must be in [0, 2^32)")
+
+
 def philox_calls(first_element: int, width: int) -> int:
     """Philox calls that cover `width` elements from `first_element`: eight lanes each, shared by no two rows."""
     return (first_element + width + LANES - 1) // LANES - first_element // LANES if width else 0

@@ -191,8 +191,7 @@ def repeat_dropout(
         raise ValueError(f"x must be [rows, D] or [{num_samples}, rows, D], not {list(x.shape)}")
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, not {num_samples}")
-    if not 0 <= site < 1 << 32 or not 0 <= first_sample <= (1 << 32) - num_samples:
-        raise ValueError(f"site {site} and samples from {first_sample} must be in [0, 2^32)")
+    philox.check_counters(site, first_sample, num_samples)
     philox.mask_parameters(p)
     ids = philox.check_rows("example_ids", example_ids, x.shape[-2], x.device)
     offsets = philox.check_rows("offsets", offsets, x.shape[-2], x.device)

@@ -14,7 +14,7 @@ try:
 except ImportError:  # a checkout that was never built; `muka-fast doctor` says so
     _C = None
 
-ABI = 1  # of the compiled extension; raised with every change of a C++ signature
+ABI = 2  # of the compiled extension; raised with every change of a C++ signature
 if _C is not None and _C.ABI != ABI:
     raise ImportError(f"muka_fast._C has ABI {_C.ABI}, this Python code needs {ABI}: run `pip install -e .` again")
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,10 +27,12 @@ def offsets_of(classes):
 
 def compare(logits, offsets, check):
     ours = mc_statistics(logits, offsets)
-    eager = McStatistics(*reference.mc_statistics_ref(logits.float(), offsets))
-    exact = McStatistics(*reference.mc_statistics_ref(logits.double(), offsets))
+    eager, exact = (
+        SimpleNamespace(**dict(zip(McStatistics.FIELDS, reference.mc_statistics_ref(logits.to(dtype), offsets), strict=True)))
+        for dtype in (torch.float32, torch.float64)
+    )
     largest_entropy = math.log(max(stop - start for start, stop in itertools.pairwise(offsets))) + 1
-    for name in McStatistics._fields:
+    for name in McStatistics.FIELDS:
         if name != "selected":
             # Mutual information is the difference of two entropies, and inherits the rounding of their magnitude.
             check(getattr(ours, name), getattr(eager, name), getattr(exact, name), scale=largest_entropy, name=name)
@@ -55,7 +58,10 @@ def test_matches_the_definition(samples, texts, classes, scale, dtype, seed, isa
 
 @pytest.mark.parametrize(
     ("samples", "texts", "classes"),
-    [(1, 1, [1]), (1, 1, [2]), (3, 63, [1, 63]), (2, 2, [1271, 1]), (16, 1, [31, 32, 33]), (2, 3, [10_000, 2]), (70, 2, [3, 40])],
+    [
+        (1, 1, [1]), (1, 1, [2]), (3, 63, [1, 63]), (2, 2, [1271, 1]), (16, 1, [31, 32, 33]), (2, 3, [10_000, 2]),
+        (3, 2, [700, 8193, 512]), (70, 2, [3, 40]),
+    ],
 )
 def test_odd_shapes(samples, texts, classes, isa, assert_as_exact_as):
     compare(torch.randn(samples, texts, sum(classes)) * 4, offsets_of(classes), assert_as_exact_as)
@@ -95,6 +101,38 @@ def test_nonsense_never_becomes_certainty(classes, bad, isa, assert_as_exact_as)
         assert ours.expected_entropy[1, 1].isnan() and ours.mutual_information[1, 1].isnan()
         assert ours.selected[1] != 1
         assert not ours.teacher_margin[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("bad", [math.nan, INF])
+def test_nonsense_among_ten_thousand_classes(bad, isa, assert_as_exact_as):
+    logits = torch.randn(2, 3, 10_003) * 4
+    logits[1, 0, 9_500], logits[0, 1, :10_000] = bad, -INF
+    logits[:, 2, :10_000] = -INF
+    logits[:, 2, 9_999] = 1e4  # certain
+    ours = compare(logits, [0, 10_000, 10_003], assert_as_exact_as)
+    assert ours.normalized_entropy.isnan().tolist() == [[True, False], [True, False], [False, False]]
+    assert ours.selected.tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 16])
+@pytest.mark.parametrize("classes", [2, 5, 40])
+def test_variance_is_never_negative(samples, classes, isa):
+    texts = 30 if BACKEND == "triton" else 400
+    logits = torch.randn(1, texts, classes).expand(samples, -1, -1) * 3  # the true variance is 0
+    assert (mc_statistics(logits, [0, classes]).var_probs >= 0).all()
+
+
+def test_fields_are_columns_that_do_not_overlap():
+    result = mc_statistics(torch.randn(3, 4, 7), [0, 2, 7])
+    kept = [field.clone() for field in result]
+    assert [tuple(t.shape) for t in kept] == [(4, 7), (4, 7), (4, 2), (4, 2), (4, 2), (4, 2), (4,), (4,)]
+    assert result.selected.dtype == torch.int64 and result.per_text.shape == (4, 24)
+    for place, name in enumerate(McStatistics.FIELDS):
+        if name == "selected":
+            continue
+        getattr(result, name).fill_(-1.0)
+        kept[place].fill_(-1.0)
+        assert all(torch.equal(now, then) for now, then in zip(result, kept, strict=True)), name
 
 
 def test_one_class_is_certain_and_margin_of_one_teacher_is_one(isa):
@@ -168,7 +206,7 @@ def test_compiles_without_a_graph_break():
 
 
 def test_triton_in_its_interpreter(interpreter):
-    interpreter(__file__, "odd_shapes or no_texts or ties or (nonsense and 33)")
+    interpreter(__file__, "odd_shapes or no_texts or ties or (nonsense and 33) or (ten_thousand and nan) or (never_negative and 5-3)")
 
 
 @pytest.mark.slow

@@ -75,6 +75,15 @@ def test_mask_table_through_the_op(stream, bits, isa):
     assert sum(1 << i for i in y.nonzero()[:, 0].tolist()) == bits
 
 
+def test_a_lane_equal_to_the_threshold_is_kept_through_the_op(isa, numpy_philox):
+    word = int(numpy_philox((2, 5, 3, 7), 9)[1])  # of elements 18 (low half) and 19
+    ids, offsets = as_tensor([7]), as_tensor([16])
+    for element, lane in ((18, word & 0xFFFF), (19, word >> 16)):
+        for threshold, kept in ((lane, True), (lane + 1, False)):
+            y = repeat_dropout(torch.ones(1, 8), 1, threshold / 65536, 9, 3, ids, offsets, 5)
+            assert bool(y[0, 0, element - 16]) == kept
+
+
 def test_keep_bits_of_the_extension(isa, numpy_keep):
     """What mc_head draws from: whole words from element 0."""
     out = np.zeros(20, np.uint64)
@@ -125,3 +134,8 @@ def test_share_of_kept_lanes(numpy_keep, seed, example):
 def test_philox_calls():
     rows = ((0, 0), (0, 8), (0, 9), (7, 1), (7, 2), (5, 0))
     assert [philox.philox_calls(first, width) for first, width in rows] == [0, 1, 2, 1, 2, 0]
+
+
+def test_triton_draws_the_masks_of_the_table(interpreter):
+    """Its hypothesis test over counters is in test_repeat_dropout.py."""
+    interpreter(__file__, "through_the_op")

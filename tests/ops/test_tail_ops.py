@@ -123,9 +123,31 @@ def test_attention_is_the_row_of_the_whole_layer():
     [
         ({"starts": torch.tensor([0, 0, 5])}, "rise strictly"),
         ({"starts": torch.tensor([0, 5])}, "rise strictly"),
+        ({"starts": torch.tensor([0, 2, 6])}, "rise strictly"),
+        ({"starts": torch.tensor([0.0, 2.0, 5.0])}, "starts must hold integers"),
         ({"num_heads": 3}, "do not share"),
+        ({"num_heads": 0}, "do not share"),
+        ({"num_heads": -2}, "do not share"),
+        ({"query": torch.randn(8)}, "must be"),
+        ({"query": torch.randn(2, 1, 8)}, "must be"),
+        ({"key": torch.randn(5, 2, 4), "value": torch.randn(5, 2, 4)}, "must be"),
+        ({"value": torch.randn(4, 8)}, "must be"),
+        ({"key": torch.randn(5, 0), "value": torch.randn(5, 0)}, "do not share"),
         ({"position_bias": torch.zeros(2, 2)}, "shorter than the longest"),
+        ({"position_bias": torch.zeros(1, 9)}, "position_bias must be"),
+        ({"position_bias": torch.zeros(9)}, "position_bias must be"),
         ({"example_ids": torch.zeros(3, dtype=torch.int64)}, "example_ids"),
+        ({"example_ids": torch.zeros(1, dtype=torch.int64)}, "example_ids"),
+        ({"query_positions": torch.zeros(1, dtype=torch.int64)}, "query_positions"),
+        ({"query_positions": torch.tensor([0, 16384])}, "query_positions"),
+        ({"query_positions": torch.tensor([-1, 0])}, "query_positions"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"num_samples": -1, "plain_first": True}, "num_samples"),
+        ({"site": 2**32}, "site"),
+        ({"site": -1}, "site"),
+        ({"first_sample": 2**32 - 1}, "samples"),
+        ({"first_sample": -1}, "samples"),
+        ({"seed": 2**64}, "seed"),
         ({"p": 1.0}, "drops everything"),
     ],
 )
@@ -139,10 +161,42 @@ def test_attention_refuses_what_does_not_fit(change, message):
         one_query_attention(**arguments)
 
 
-def test_layer_norm_refuses_a_residual_that_does_not_fit():
-    x, _, weight, bias, ids, offsets = layer_norm_case(2, 3, 8, True, 0)
-    with pytest.raises(ValueError, match="residual"):
-        dropout_add_layer_norm(x, torch.zeros(4, 8), weight, bias, 1e-5, 0.1, 1, 0, ids, offsets)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 8)}, "must be"),
+        ({"residual": torch.zeros(4, 8)}, "residual"),
+        ({"residual": torch.zeros(1, 3, 8)}, "residual"),
+        ({"weight": torch.ones(7)}, "weight"),
+        ({"weight": torch.ones(1)}, "weight"),
+        ({"bias": torch.ones(9)}, "bias"),
+        ({"bias": torch.ones(1, 8)}, "bias"),
+        ({"eps": 0.0}, "eps"),
+        ({"eps": float("nan")}, "eps"),
+        ({"example_ids": torch.zeros(2, dtype=torch.int64)}, "example_ids"),
+        ({"example_ids": torch.zeros(3)}, "example_ids"),
+        ({"offsets": torch.zeros(4, dtype=torch.int64)}, "offsets"),
+        ({"site": 2**32}, "site"),
+        ({"site": -1}, "site"),
+        ({"first_sample": 2**32 - 1}, "samples"),
+        ({"first_sample": -1}, "samples"),
+        ({"seed": -1}, "seed"),
+        ({"p": 1.0}, "drops everything"),
+    ],
+)
+def test_layer_norm_refuses_what_does_not_fit(change, message):
+    x, residual, weight, bias, ids, offsets = layer_norm_case(2, 3, 8, True, 0)
+    good = {"x": x, "residual": residual, "weight": weight, "bias": bias, "eps": 1e-5, "p": 0.1, "seed": 1, "site": 0}
+    good |= {"example_ids": ids, "offsets": offsets}
+    dropout_add_layer_norm(**good)
+    with pytest.raises(ValueError, match=message):
+        dropout_add_layer_norm(**good | change)
+
+
+def test_the_last_sample_of_all_is_allowed():
+    x, residual, weight, bias, ids, offsets = layer_norm_case(2, 3, 8, True, 0)
+    common = (x, residual, weight, bias, 1e-5, 0.1, 1, 2**32 - 1, ids, offsets, 2**32 - 1, True)
+    torch.testing.assert_close(dropout_add_layer_norm(*common), dropout_add_layer_norm_ref(*common))
 
 
 @pytest.mark.parametrize("plain", [False, True])
