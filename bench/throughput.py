@@ -23,7 +23,7 @@ from environment import environment, environment_lines, keep
 from registry import CASES, Case, Problem
 from timing import interleaved, ratio, seconds_per_call, spread
 
-from muka_fast.ops import mc_statistics, table
+from muka_fast.ops import distill_loss, mc_statistics, table
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE_ROUNDS = 3  # of --base
@@ -138,6 +138,25 @@ def call_overhead(device: str) -> str:
     return f"One call of mc_statistics at K16 B32 N2 C2: {figures}."
 
 
+def loss_limit(device: str) -> str:
+    """What a training step at B256 N4 C77 spends outside of the kernel: PyTorch's autograd around a gradient that is there already."""
+    problem = next(case for case in CASES if case.op == "distill_loss" and case.compiled)
+    built = problem.build(problem.shape, torch.float32, device)
+    student = torch.randn(256, 308, device=device, requires_grad=True)
+    loss, grad = torch.rand(256, device=device), torch.rand(256, 308, device=device)
+
+    def step() -> None:
+        student.grad = None
+        distill_loss.WithGradient.apply(student, loss, grad, True).mean().backward()
+
+    seconds = interleaved({"ours": built.ours, "eager": built.eager["eager"], "autograd": step}, device, 2.0)
+    ours, eager, autograd = (1e6 * spread(seconds[name]).median for name in ("ours", "eager", "autograd"))
+    return (
+        f"One step of distill_loss at B256 N4 C77: {ours:.0f} us, eager {eager:.0f} us; {autograd:.0f} us of ours remain without any "
+        "kernel (Function, mean, backward, one product)."
+    )
+
+
 def measure_rates(device: str, toy: bool, dtype: torch.dtype) -> dict[str, float]:
     """The limits, in this run and with this number of threads; the rate of torch.exp in cache for scale."""
     values, out = torch.randn(1 << 12, device=device), torch.empty(1 << 12, device=device)
@@ -225,7 +244,8 @@ def main() -> int:
             new = run_case(case, args, rates, cores)
             print(markdown(new, "").strip() if not rows else "\n".join(markdown(new, "").strip().splitlines()[2:]), flush=True)
             rows += new
-    report = markdown(rows, header) + "\n" + call_overhead(args.device) + "\n"
+    overheads = [call_overhead(args.device)] + ([] if args.toy else [loss_limit(args.device)])
+    report = markdown(rows, header) + "\n" + "\n\n".join(overheads) + "\n"
     report += against_base(args) if args.base else ""
     print(f"\n{header}\n" + report.split("\n\n", 3)[-1] + environment_lines(environment()) + f"\n{time.perf_counter() - begin:.0f} s")
     if args.plot:

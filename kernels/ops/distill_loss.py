@@ -282,29 +282,36 @@ RAW = table.register(
 )
 
 
-class _Differentiable(torch.autograd.Function):
+class WithGradient(torch.autograd.Function):
     """The loss with the gradient that the kernel has computed beside it. Three tensors are cheaper to carry than nine arguments."""
 
     @staticmethod
-    def forward(ctx, student_logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
-        ctx.dtype = student_logits.dtype
+    def forward(ctx, student_logits: Tensor, loss: Tensor, grad: Tensor, ours: bool) -> Tensor:
+        """ours: nobody else holds `grad`."""
+        ctx.dtype, ctx.ours = student_logits.dtype, ours
         ctx.save_for_backward(grad)
         return loss.view_as(loss)
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
         # From a mean or a sum every text's factor is the same, stored once: a product with a scalar takes half the time.
         same = grad_loss.stride(0) == 0 and grad_loss.shape[0] > 0
-        product = grad * (grad_loss[0] if same else grad_loss[:, None])
-        return product if product.dtype == ctx.dtype else product.to(ctx.dtype), None, None
+        factor = grad_loss[0] if same else grad_loss[:, None]
+        # In place where no further backward can ask for it: no second [B, C], and autograd keeps this one as the leaf's gradient.
+        product = grad.mul_(factor) if ctx.ours and not graph_is_kept() else grad * factor
+        return product if product.dtype == ctx.dtype else product.to(ctx.dtype), None, None, None
 
 
-def distill_loss_autograd(student_logits: Tensor, *others) -> tuple[Tensor, Tensor]:
+# Whether the running backward was called with retain_graph. Private to PyTorch, so not taken for granted.
+graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def distill_loss_autograd(student_logits: Tensor, *others, ours: bool = False) -> tuple[Tensor, Tensor]:
     with torch._C._AutoDispatchBelowAutograd():
         loss, grad = RAW(student_logits, *others)
     if torch.is_grad_enabled() and student_logits.requires_grad:
-        loss = _Differentiable.apply(student_logits, loss, grad)
+        loss = WithGradient.apply(student_logits, loss, grad, ours)
     return loss, grad
 
 
@@ -352,5 +359,5 @@ def distill_loss(
     if not (tau > 0 and temperature > 0):
         raise ValueError(f"tau {tau} and temperature {temperature} must be positive")
     # Called here as the dispatcher would call it, which saves its way through C++ and back; a compiler must see the op itself.
-    op = RAW if torch.compiler.is_compiling() else distill_loss_autograd
-    return op(student_logits, teacher_probs, scores, offsets, teacher_to_union, soft, tau, temperature, margin)[0]
+    arguments = (student_logits, teacher_probs, scores, offsets, teacher_to_union, soft, tau, temperature, margin)
+    return RAW(*arguments)[0] if torch.compiler.is_compiling() else distill_loss_autograd(*arguments, ours=True)[0]
