@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # The CPU build of torch: 0.2 GB instead of several GB of CUDA libraries. Asked only where there is no GPU.
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-SOURCES := setup.py pyproject.toml constraints.txt MANIFEST.in $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := setup.py pyproject.toml constraints.txt MANIFEST.in $(shell find csrc -name '*.cpp' -o -name '*.h')
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: demo test test-slow lint bench install clean
@@ -47,7 +47,8 @@ $(STAMP): $(SOURCES) | $(BIN)/python
 	  cp constraints.txt $(VENV)/constraints.txt; \
 	  $(BIN)/python -c 'import torch' >/dev/null 2>&1 || { \
 	    index=$$($(BIN)/python -c "import urllib.request as u; u.urlopen('$(TORCH_CPU_INDEX)/', timeout=5)" >/dev/null 2>&1 \
-	      && echo "--index-url $(TORCH_CPU_INDEX)" || true); \
+	      && echo "--index-url $(TORCH_CPU_INDEX)" \
+	      || echo "$(TORCH_CPU_INDEX) does not answer: $(TORCH) comes from the default index" >&2); \
 	    $(PIP) install $$index $(TORCH); }; \
 	fi
 	$(PIP) install -c $(VENV)/constraints.txt setuptools pybind11 deepspeed

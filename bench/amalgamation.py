@@ -1,23 +1,25 @@
 """What a user gains end to end: muka_fast against the published procedure, same teachers, texts, student and steps, in one run.
 
-    python bench/amalgamation.py --encoder DIR --train F --eval F [--texts 400] [--scopes last:1 head all] [--json F]
+    python bench/amalgamation.py --encoder DIR --train F --eval F [--texts 320] [--scopes last:1 head all] [--seeds 3] [--json F]
     python bench/amalgamation.py --synthetic toy|small|base        random weights and installed docstrings: times only
+    python bench/amalgamation.py --encoder DIR ... --scaling       shared layers; peak memory against teachers and passes
 
 Teachers are fine-tuned first (kept in --workdir); the pool is a random part of --train. Scoring times are medians of interleaved
-repetitions; the published procedure's cost per text is constant (every text is padded), so it may be measured on fewer texts
-(--published_texts) and scaled, which the result says. Correctness first: in every scope the deterministic targets must equal the
-plain model's.
+repetitions. The published procedure pads every text to one length, so its cost per text and per step is constant: it is timed on
+--published_texts texts and --published_steps steps and scaled, which the result says. Its students are trained for real, by its
+own code over all texts and steps, on batches padded to their longest text: the same procedure, not its time. Correctness
+first: in every scope the deterministic targets must equal the plain model's.
 """
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from environment import keep
 from published import deterministic_logits, normalized_entropy, padded_batches, soft_targets, train_step
 from settings import draw, read_rows, write_rows
 from synthetic import SIZES, make_encoder, make_teacher, make_texts
+from timing import largest_resident_bytes
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -40,6 +43,22 @@ from muka_fast.teachers import Teacher, load_teacher
 TOLERANCE = 1e-4  # of the deterministic logits, relative to the largest
 
 
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: a scope, with or without an early end of the passes."""
+
+    scope: str
+    mc_stop: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.scope if self.mc_stop is None else f"{self.scope}, mc_stop {self.mc_stop:g}"
+
+    @property
+    def options(self) -> dict:
+        return {"mc_scope": self.scope, "mc_stop": self.mc_stop, "uncertainty": "predictive_entropy"}  # as published
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", help="folder of the pretrained encoder of teachers and student")
@@ -47,12 +66,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eval", help="labelled texts for the student's accuracy")
     parser.add_argument("--synthetic", choices=SIZES, help="random teachers of this size over docstrings instead")
     parser.add_argument("--num_teachers", type=int, default=2)
-    parser.add_argument("--texts", type=int, default=400, help="texts of the pool")
-    parser.add_argument("--eval_texts", type=int, default=600)
-    parser.add_argument("--published_texts", type=int, help="texts on which the published procedure is timed (default: all)")
+    parser.add_argument("--texts", type=int, default=320, help="texts of the pool")
+    parser.add_argument("--eval_texts", type=int, default=400)
+    parser.add_argument("--published_texts", type=int, default=32, help="texts on which the published scoring is timed")
+    parser.add_argument("--published_steps", type=int, default=6, help="steps on which the published training is timed")
     parser.add_argument("--scopes", nargs="+", default=["last:1", "head", "all"])
+    parser.add_argument("--mc_stop", type=float, default=0.05, help="level of the row `all` with adaptive K; 0 leaves it out")
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=1, help="students per row; 0 leaves the training out")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
@@ -61,8 +82,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--freeze_layers", type=int, default=4, help="leading layers that the teachers share")
     parser.add_argument("--workdir", default="runs/bench_amalgamation")
     parser.add_argument("--json", help="write the rows to this file instead of bench/results")
-    parser.add_argument("--peak_of", help=argparse.SUPPRESS)  # a process of its own that scores once and prints its peak memory
+    parser.add_argument("--scaling", action="store_true", help="cost of shared layers, memory against teachers and passes")
+    # JSON of teachers, scope, mc_stop and samples: a process of its own scores once so and prints its peak memory
+    parser.add_argument("--peak_of", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.rows = [Row(scope) for scope in args.scopes]
+    args.rows += [Row("all", args.mc_stop)] if args.mc_stop and "all" in args.scopes else []
     if not args.synthetic and not (args.encoder and args.train and args.eval):
         parser.error("--encoder, --train and --eval, or --synthetic")
     return args
@@ -115,18 +140,27 @@ def plain_pass(teachers: list[Teacher], texts: TextSet, max_length: int) -> list
     return out
 
 
-def published_scores(args: argparse.Namespace, paths: list[str], texts: list[str]) -> Tensor:
+def published_scores(args: argparse.Namespace, paths: list[str], texts: list[str], padding: str = "max_length") -> Tensor:
     """K sequential forwards in training mode per teacher, padded: teacher scores [n, N]."""
     columns = []
     for path in paths:
         model, tokenizer = AutoModelForSequenceClassification.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-        batches = padded_batches(tokenizer, texts, args.max_length, args.batch_size)
+        batches = padded_batches(tokenizer, texts, args.max_length, args.batch_size, padding)
         columns.append(1 - torch.cat([normalized_entropy(model, batch, args.samples) for batch in batches]))
     return torch.stack(columns, -1)
 
 
-def published_student(args: argparse.Namespace, paths: list[str], texts: list[str], scores: Tensor, space: LabelSpace, seed: int):
-    """Train the student as published: padded batches, every teacher run again in every step."""
+def published_student(
+    args: argparse.Namespace,
+    paths: list[str],
+    texts: list[str],
+    scores: Tensor,
+    space: LabelSpace,
+    seed: int,
+    padding: str = "longest",
+    max_steps: int | None = None,
+) -> tuple:
+    """Train the student as published, every teacher run again in every step: student, tokenizer, seconds of a step (median)."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(args.encoder)
     student = AutoModelForSequenceClassification.from_pretrained(args.encoder, num_labels=space.num_classes)
@@ -140,14 +174,17 @@ def published_student(args: argparse.Namespace, paths: list[str], texts: list[st
     )
     top = scores.topk(2, -1).values if scores.shape[1] > 1 else None
     margin = torch.ones(len(scores)) if top is None else top[:, 0] - top[:, 1]
-    for _ in range(args.epochs):
-        for rows in torch.randperm(len(texts)).split(args.batch_size):
-            batch = padded_batches(tokenizer, [texts[i] for i in rows], args.max_length, len(rows))[0]
-            logits = [deterministic_logits(teacher, batch) for teacher in teachers]
-            q = soft_targets(logits, scores[rows], to_union, space.num_classes, tau=0.2)
-            train_step(student, optimizer, batch, q, margin[rows] + 1e-6)
-            schedule.step()
-    return student.eval(), tokenizer
+    order = [rows for _ in range(args.epochs) for rows in torch.randperm(len(texts)).split(args.batch_size)]
+    seconds = []
+    for rows in order[:max_steps]:
+        start = time.perf_counter()
+        batch = padded_batches(tokenizer, [texts[i] for i in rows], args.max_length, len(rows), padding)[0]
+        logits = [deterministic_logits(teacher, batch) for teacher in teachers]
+        q = soft_targets(logits, scores[rows], to_union, space.num_classes, tau=0.2)
+        train_step(student, optimizer, batch, q, margin[rows] + 1e-6)
+        schedule.step()
+        seconds.append(time.perf_counter() - start)
+    return student.eval(), tokenizer, statistics.median(seconds)
 
 
 def accuracy(student, tokenizer, evaluation: TextSet, space: LabelSpace, max_length: int) -> float:
@@ -157,12 +194,14 @@ def accuracy(student, tokenizer, evaluation: TextSet, space: LabelSpace, max_len
     return metrics(logits, labels, space.names)["accuracy"]
 
 
-def score_with(args: argparse.Namespace, paths: list[str], texts: TextSet, scope: str, seed: int = 0) -> Supervision:
+def score_with(
+    args: argparse.Namespace, paths: list[str], texts: TextSet, row: Row, seed: int = 0, store: Path | None = None
+) -> Supervision:
     """The product's own path, into a store that did not exist."""
     with tempfile.TemporaryDirectory() as folder:
-        options = {"teachers": paths, "texts": texts.source, "output": folder, "mc_scope": scope, "mc_samples": args.samples}
+        options = {"teachers": paths, "texts": texts.source, "output": folder, "mc_samples": args.samples, **row.options}
         config = load_config(ScoreConfig, None, options | {"seed": seed, "max_length": args.max_length})
-        return fill_store(Path(folder) / "store", paths, texts, config)
+        return fill_store(store or Path(folder) / "store", paths, texts, config)
 
 
 def clock(run: Callable[[], object]) -> float:
@@ -179,111 +218,131 @@ def agreement(a: Tensor, b: Tensor) -> float:
     return (a == b).float().mean().item()
 
 
-def measure_scoring(args: argparse.Namespace, paths: list[str], texts: TextSet) -> dict:
-    """Interleaved medians of plain pass and scopes, the published procedure once, and the selections of each scope."""
+def measure_scoring(args: argparse.Namespace, paths: list[str], texts: TextSet, stores: Path) -> dict:
+    """Interleaved medians of plain pass and rows, the published procedure on a part, and the selections of each row.
+
+    Repetition r has run seed r; the scores of the first are kept in `stores` for the students.
+    """
     teachers = [load_teacher(path, run_seed=0) for path in paths]
     plain = torch.cat(plain_pass(teachers, texts, args.max_length), -1)
-    supervision = {scope: score_with(args, paths, texts, scope) for scope in args.scopes}
-    for scope, found in supervision.items():
-        error = (found.logits - plain).abs().max() / plain.abs().max()
-        if not error < TOLERANCE:
-            raise SystemExit(f"{scope}: deterministic logits differ from the plain model's by {error:.1e}: no times are shown")
-    times = {name: [] for name in ["plain", *args.scopes]}
-    for _ in range(args.repetitions):
+    times: dict[str, list[float]] = {name: [] for name in ["plain", *(row.name for row in args.rows)]}
+    found: dict[tuple[str, int], Supervision] = {}
+    for repetition in range(args.repetitions):
         times["plain"].append(clock(lambda: plain_pass(teachers, texts, args.max_length)))
-        for scope in args.scopes:
-            times[scope].append(clock(lambda scope=scope: score_with(args, paths, texts, scope)))
+        for row in args.rows:
+            store = stores / row.name if repetition == 0 else None
+            start = time.perf_counter()
+            scored = score_with(args, paths, texts, row, repetition, store)
+            times[row.name].append(time.perf_counter() - start)
+            error = (scored.logits - plain).abs().max() / plain.abs().max()
+            if not error < TOLERANCE:
+                raise SystemExit(f"{row.name}: deterministic logits differ from the plain model's by {error:.1e}: no times are shown")
+            if repetition < 2:
+                found[row.name, repetition] = scored
+    full = [found.get(("all", seed)) or score_with(args, paths, texts, Row("all"), seed) for seed in range(2)]
     sample = texts.texts[: args.published_texts]
-    scores = None
-
-    def published() -> None:
-        nonlocal scores
-        scores = published_scores(args, paths, sample)
-
-    published_s = clock(published) * len(texts.texts) / len(sample)
-    reference = supervision["all"] if "all" in supervision else score_with(args, paths, texts, "all")
-    again = score_with(args, paths, texts, "all", seed=1)
-    chosen = selections(reference)
+    published_s = clock(lambda: published_scores(args, paths, sample)) * len(texts.texts) / len(sample)
+    chosen = selections(full[0])
+    sampled = {row.name: found[row.name, 0].num_samples for row in args.rows}
     return {
+        "texts": len(texts.texts),
         "times": {name: statistics.median(values) for name, values in times.items()},
         "published_s": published_s,
-        "published_scores": scores,
-        "agreement": {scope: agreement(selections(found), chosen) for scope, found in supervision.items()},
-        "agreement_all_vs_all": agreement(selections(again), chosen),
+        "agreement": {row.name: agreement(selections(found[row.name, 0]), chosen) for row in args.rows},
+        "mean_samples": {name: args.samples if n is None else n.double().mean().item() for name, n in sampled.items()},
+        "agreement_all_vs_all": agreement(selections(full[1]), chosen),
     }
 
 
 def measure_students(
-    args: argparse.Namespace, paths: list[str], texts: TextSet, evaluation: TextSet, space: LabelSpace, scoring: dict
+    args: argparse.Namespace, paths: list[str], texts: TextSet, evaluation: TextSet, space: LabelSpace, stores: Path
 ) -> tuple[dict, dict]:
-    """Accuracy and seconds of training per scope, and of the published procedure, over the seeds."""
-    accuracies = {name: [] for name in [*args.scopes, "published"]}
-    seconds = {name: [] for name in accuracies}
+    """Accuracies over the seeds and median seconds of a training, per row (from its scores) and of the published procedure."""
+    accuracies: dict[str, list[float]] = {name: [] for name in [*(row.name for row in args.rows), "published"]}
+    seconds: dict[str, list[float]] = {row.name: [] for row in args.rows}
+    scores = published_scores(args, paths, texts.texts, padding="longest")
+    measure = lambda student, tokenizer: accuracy(student, tokenizer, evaluation, space, args.max_length)
     for seed in range(args.seeds):
-        for scope in args.scopes:
+        for row in args.rows:
             with tempfile.TemporaryDirectory() as folder:
                 start = time.perf_counter()
                 result = muka_fast.amalgamate(
-                    teachers=paths, student=args.encoder, texts=args.train, limit=args.texts, output=f"{folder}/run", seed=seed,
-                    mc_scope=scope, mc_samples=args.samples, epochs=args.epochs, learning_rate=args.learning_rate,
-                    batch_size=args.batch_size, max_length=args.max_length, uncertainty="predictive_entropy",
+                    store=stores / row.name, student=args.encoder, texts=args.train, limit=args.texts, output=f"{folder}/run",
+                    seed=seed, mc_samples=args.samples, epochs=args.epochs,
+                    learning_rate=args.learning_rate, batch_size=args.batch_size, max_length=args.max_length, **row.options,
                 )  # fmt: skip
-                seconds[scope].append(time.perf_counter() - start)
+                seconds[row.name].append(time.perf_counter() - start)
                 student = AutoModelForSequenceClassification.from_pretrained(result.output).eval()
-                tokenizer = AutoTokenizer.from_pretrained(result.output)
-                accuracies[scope].append(accuracy(student, tokenizer, evaluation, space, args.max_length))
-        if len(scoring["published_scores"]) == len(texts.texts):
-            start = time.perf_counter()
-            student, tokenizer = published_student(args, paths, texts.texts, scoring["published_scores"], space, seed)
-            seconds["published"].append(time.perf_counter() - start + scoring["published_s"])
-            accuracies["published"].append(accuracy(student, tokenizer, evaluation, space, args.max_length))
-    return accuracies, seconds
+                accuracies[row.name].append(measure(student, AutoTokenizer.from_pretrained(result.output)))
+        student, tokenizer, _ = published_student(args, paths, texts.texts, scores, space, seed)
+        accuracies["published"].append(measure(student, tokenizer))
+    step_s = published_student(args, paths, texts.texts, scores, space, 0, "max_length", args.published_steps)[2]
+    spent = {name: statistics.median(values) for name, values in seconds.items()}
+    return accuracies, spent | {"published": step_s * args.epochs * -(-len(texts.texts) // args.batch_size)}
 
 
-def peak_bytes(scope: str) -> int:
-    """Largest resident set of a process of its own that scores the pool once (interpreter, torch and one teacher included)."""
-    done = subprocess.run([sys.executable, *sys.argv, "--peak_of", scope], capture_output=True, text=True, check=True)
+def peak_bytes(paths: list[str], row: Row, samples: int) -> int:
+    """Largest resident set of a process of its own that scores the pool once (interpreter, torch and the teachers included)."""
+    spec = json.dumps({"teachers": paths, "scope": row.scope, "mc_stop": row.mc_stop, "samples": samples})
+    done = subprocess.run([sys.executable, *sys.argv, "--peak_of", spec], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"measuring the memory of {row.name} failed:\n{done.stderr[-2000:]}")
     return int(done.stdout.split()[-1])
 
 
-def print_peak(args: argparse.Namespace, paths: list[str], texts: TextSet) -> None:
-    score_with(args, paths, texts, args.peak_of)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+def print_peak(args: argparse.Namespace, texts: TextSet) -> None:
+    args.samples = args.peak_of["samples"]
+    score_with(args, args.peak_of["teachers"], texts, Row(args.peak_of["scope"], args.peak_of["mc_stop"]))
+    print(largest_resident_bytes())
 
 
-def rows_of(args: argparse.Namespace, scoring: dict, students: tuple[dict, dict] | None) -> list[dict]:
+def rows_of(args: argparse.Namespace, paths: list[str], scoring: dict, students: tuple[dict, dict] | None) -> list[dict]:
     rows = []
-    for scope in args.scopes:
-        seconds, plain = scoring["times"][scope], scoring["times"]["plain"]
-        row = {
-            "scope": scope,
+    for row in args.rows:
+        seconds, plain = scoring["times"][row.name], scoring["times"]["plain"]
+        figures = {
+            "scope": row.name,
             "scoring_s": seconds,
+            "texts_per_s": scoring["texts"] / seconds,
             "plain_forward_s": plain,
             "published_s": scoring["published_s"],
             "cost_in_plain_forwards": seconds / plain,
             "speedup_vs_published": scoring["published_s"] / seconds,
-            "agreement_with_all": scoring["agreement"][scope],
+            "mean_samples": scoring["mean_samples"][row.name],
+            "agreement_with_all": scoring["agreement"][row.name],
             "agreement_all_vs_all": scoring["agreement_all_vs_all"],
             "end_to_end_speedup": None,
             "student_accuracy": None,
-            "peak_bytes": peak_bytes(scope),
+            "peak_bytes": peak_bytes(paths, row, args.samples),
         }
         if students is not None:
             accuracies, spent = students
-            row["student_accuracy"] = statistics.mean(accuracies[scope])
-            if spent["published"]:
-                row["end_to_end_speedup"] = statistics.median(spent["published"]) / statistics.median(spent[scope])
-                row["student_accuracy_published"] = statistics.mean(accuracies["published"])
-        rows.append(row)
+            published = scoring["published_s"] + spent["published"]
+            figures |= {
+                "end_to_end_speedup": published / (seconds + spent[row.name]),
+                "student_accuracy": statistics.mean(accuracies[row.name]),
+                "student_accuracies": accuracies[row.name],
+                "student_accuracy_published": statistics.mean(accuracies["published"]),
+                "student_accuracies_published": accuracies["published"],
+                "training_s": spent[row.name],
+                "published_training_s": spent["published"],
+            }
+        rows.append(figures)
     return rows
 
 
 def table(rows: list[dict]) -> str:
     shown = {
-        "scope": "{}", "scoring_s": "{:.2f}", "plain_forward_s": "{:.2f}", "published_s": "{:.1f}", "cost_in_plain_forwards": "{:.2f}",
-        "speedup_vs_published": "{:.1f}", "agreement_with_all": "{:.1%}", "agreement_all_vs_all": "{:.1%}",
-        "peak_bytes": "{:,}", "end_to_end_speedup": "{:.1f}", "student_accuracy": "{:.1%}", "student_accuracy_published": "{:.1%}",
+        "scope": "{}", "scoring_s": "{:.2f}", "texts_per_s": "{:.1f}", "plain_forward_s": "{:.2f}", "published_s": "{:.1f}",
+        "cost_in_plain_forwards": "{:.2f}", "speedup_vs_published": "{:.1f}", "mean_samples": "{:.2f}", "agreement_with_all": "{:.1%}",
+        "agreement_all_vs_all": "{:.1%}", "peak_bytes": "{:,}", "end_to_end_speedup": "{:.1f}", "student_accuracy": "{:.1%}",
+        "student_accuracy_published": "{:.1%}",
     }  # fmt: skip
+    return markdown_table(rows, shown)
+
+
+def markdown_table(rows: list[dict], shown: dict[str, str]) -> str:
+    """shown: column -> format of its cells; a dash where a row has no value."""
     lines = ["| " + " | ".join(name.replace("_", " ") for name in shown) + " |", "|---" * len(shown) + "|"]
     for row in rows:
         cells = [form.format(row[name]) if row.get(name) is not None else "–" for name, form in shown.items()]
@@ -291,27 +350,46 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def note(args: argparse.Namespace, texts: TextSet, paths: list[str], students: tuple[dict, dict] | None) -> str:
+    """What the table's figures are of."""
+    count = len(texts.texts)
+    told = f"{count} texts, {len(paths)} teachers, K = {args.samples}, {args.repetitions} interleaved repetitions."
+    if args.published_texts < count:
+        told += f" Published scoring timed on {args.published_texts} texts and scaled."
+    if students is None:
+        return told
+    spread = "; ".join(f"{name} {', '.join(f'{value:.1%}' for value in values)}" for name, values in students[0].items())
+    return told + (
+        f" Published training timed on {args.published_steps} steps and scaled; its students are trained over all steps, on batches "
+        "padded to their longest text. End to end is scoring plus the median training from its scores. "
+        f"Student accuracy by seed: {spread}."
+    )
+
+
 def main() -> None:
     args = parse_arguments()
     paths = prepare(args)
     texts = read_texts(args.train, limit=args.texts)
     if args.peak_of:
-        print_peak(args, paths, texts)
+        print_peak(args, texts)
         return
-    evaluation = read_texts(args.eval, need_labels=True)
-    space = build_label_space([(Path(p).name, load_teacher(p, run_seed=0).labels) for p in paths], None)
-    scoring = measure_scoring(args, paths, texts)
-    students = measure_students(args, paths, texts, evaluation, space, scoring) if args.seeds else None
-    rows = rows_of(args, scoring, students)
-    note = f"{len(texts.texts)} texts, {len(paths)} teachers, K = {args.samples}, {args.repetitions} interleaved repetitions"
-    if args.published_texts and args.published_texts < len(texts.texts):
-        note += f"; published procedure timed on {args.published_texts} texts and scaled"
-    markdown = f"# muka_fast against the published procedure\n\n{note}.\n\n{table(rows)}"
+    if args.scaling:
+        from scaling import measure_scaling
+
+        stem, (rows, markdown) = "scaling", measure_scaling(args, texts)
+    else:
+        evaluation = read_texts(args.eval, need_labels=True)
+        space = build_label_space([(Path(p).name, load_teacher(p, run_seed=0).labels) for p in paths], None)
+        with tempfile.TemporaryDirectory() as stores:
+            scoring = measure_scoring(args, paths, texts, Path(stores))
+            students = measure_students(args, paths, texts, evaluation, space, Path(stores)) if args.seeds else None
+        stem, rows = "amalgamation", rows_of(args, paths, scoring, students)
+        markdown = f"# muka_fast against the published procedure\n\n{note(args, texts, paths, students)}\n\n{table(rows)}"
     print(markdown)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     else:
-        print("kept in", keep("amalgamation", rows, markdown))
+        print("kept in", keep(stem, rows, markdown))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-stages=build,correct,ceilings,ops,amalgamation,matrix
+stages=build,correct,ceilings,ops,predicted,amalgamation,matrix
 dry=0 out=bench/results wheels= data= encoders=
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -46,11 +46,12 @@ run() { # name, limit in seconds, command...
 }
 
 if [ $dry = 1 ]; then
-  run build 300 env MUKA_FAST_CUDA=0 "$python" setup.py -q build_ext --inplace
+  run build 300 "$python" setup.py -q build_ext --inplace
   run correct 120 "$python" -m pytest -q -m "gpu or not gpu" tests/test_gpu.py
   run ceilings 60 "$python" bench/ceilings.py --device cpu --toy --json "$out/ceilings.json"
   run ops 120 "$python" bench/throughput.py --device cpu --toy --json "$out/throughput.json"
-  run amalgamation 300 "$python" bench/amalgamation.py --synthetic toy --texts 40 --published_texts 8 --max_length 32 \
+  run predicted 30 "$python" bench/predict.py --out "$out"
+  run amalgamation 600 "$python" bench/amalgamation.py --synthetic toy --texts 40 --published_texts 8 --max_length 32 \
     --samples 4 --repetitions 1 --workdir "$out/work" --json "$out/amalgamation.json"
   run matrix 300 "$python" bench/paper.py --quick --device cpu --workdir "$out/matrix" --results "$out" "$@"
 else
@@ -58,6 +59,7 @@ else
   run correct 180 "$python" -m pytest -q -m gpu tests
   run ceilings 30 "$python" bench/ceilings.py
   run ops 120 "$python" bench/throughput.py --device "$device"
+  run predicted 30 "$python" bench/predict.py --measured "$out"/throughput_h200_*.json --out "$out"
   run amalgamation 180 "$python" bench/amalgamation.py --synthetic base --workdir "$out/work"
   if [ -n "$data" ] && [ -n "$encoders" ]; then
     run matrix 86400 "$python" bench/paper.py --data "$data" --encoders "$encoders" --workdir "$out/matrix" --results "$out" "$@"

@@ -11,12 +11,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def padded_batches(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, batch_size: int) -> list[dict[str, Tensor]]:
-    """Batches in the order of `texts`, every text padded to `max_length`: input_ids and attention_mask [B, max_length]."""
+def padded_batches(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, batch_size: int, padding: str = "max_length"
+) -> list[dict[str, Tensor]]:
+    """Batches in the order of `texts`, every text padded to `max_length`: input_ids and attention_mask [B, max_length].
+
+    padding "longest" pads to the longest text of the batch instead: the same logits (masks apart), cheaper, not as published.
+    """
     batches = []
     for start in range(0, len(texts), batch_size):
         encoded = tokenizer(
-            texts[start : start + batch_size], padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
+            texts[start : start + batch_size], padding=padding, truncation=True, max_length=max_length, return_tensors="pt"
         )
         batches.append({key: encoded[key] for key in ("input_ids", "attention_mask")})
     return batches

@@ -1,8 +1,15 @@
-"""Timing that survives a busy machine: implementations are called in turn, and ratios are medians over rounds, not of totals."""
+"""Timing that survives a busy machine: implementations are called in turn, and ratios are medians over rounds, not of totals.
 
+And the peak memory of a process.
+"""
+
+import re
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -62,3 +69,11 @@ def ratio(slow: list[float], fast: list[float]) -> float:
     if len(slow) != len(fast):
         return statistics.median(slow) / statistics.median(fast)
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def largest_resident_bytes() -> int:
+    """Peak of this process. Linux counts a parent's memory into ru_maxrss of what it starts, hence the file."""
+    try:
+        return int(re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) << 10
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

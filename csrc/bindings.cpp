@@ -22,9 +22,4 @@ PYBIND11_MODULE(_C, m) {
     muka_fast::bind_repeat_dropout(m);
     muka_fast::bind_mc_statistics(m);
     muka_fast::bind_distill_loss(m);
-#ifdef MUKA_FAST_CUDA
-    m.attr("CUDA") = true;
-#else
-    m.attr("CUDA") = false;
-#endif
 }

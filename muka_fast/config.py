@@ -105,9 +105,40 @@ class ScoringOptions(TextOptions, DeviceOptions):
     mc_dropout_p: float | None = option(
         None, "dropout probability at the sites of the scope (default: the teacher's own)", "Uncertainty", gt=0, le=0.9
     )
+    mc_stop: float | None = option(
+        None,
+        "end the passes of a text early once the choice of its teacher by --uncertainty is decided with this probability of "
+        "error; pays with --mc_scope all, loads the teachers together where they fit, else once per wave; adding a teacher later "
+        "scores all again (default: exact, no early end)",
+        "Uncertainty",
+        allowed="exact, or a number > 0 and <= 0.5",
+        gt=0,
+        le=0.5,
+    )
+    uncertainty: Literal[UNCERTAINTIES] | None = option(
+        None,
+        "measure behind the teacher scores (default: mutual_information, after a single pass predictive_entropy)",
+        "Uncertainty",
+    )
     shard_size: int = option(
         4096, "texts per shard of the store: what a killed run repeats at most", "Run", ge=1, le=2**20
     )
+
+    @field_validator("mc_stop", mode="before")
+    @classmethod
+    def _exact_is_none(cls, value: Any) -> Any:
+        return None if value == "exact" else value
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether there is nothing to compare: measures of disagreement are zero for every text."""
+        return not self.mc or self.mc_samples == 1
+
+    @model_validator(mode="after")
+    def _default_measure(self) -> Self:
+        if self.uncertainty is None:  # not by assignment, which would validate again
+            self.__dict__["uncertainty"] = "predictive_entropy" if self.one_pass else "mutual_information"
+        return self
 
 
 class RunConfig(ScoringOptions):
@@ -131,11 +162,6 @@ class RunConfig(ScoringOptions):
     )
     margin: bool = option(True, "weight each text by the gap of its two best teacher scores", "Distillation")
     normalize_margin: bool = option(False, "divide the margin weights by their batch mean", "Distillation")
-    uncertainty: Literal[UNCERTAINTIES] | None = option(
-        None,
-        "measure behind the teacher scores (default: mutual_information, after a single pass predictive_entropy)",
-        "Uncertainty",
-    )
     score_temperature: float = option(
         0.2, "temperature tau of the softmax over teacher scores", "Distillation", gt=0, le=1000
     )
@@ -161,10 +187,7 @@ class RunConfig(ScoringOptions):
     def _consistent(self) -> Self:
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")
-        one_pass = not self.mc or self.mc_samples == 1
-        if self.uncertainty is None:  # not by assignment, which would validate again
-            self.__dict__["uncertainty"] = "predictive_entropy" if one_pass else "mutual_information"
-        if one_pass and self.uncertainty in ("mutual_information", "variance") and self.method.startswith("muka"):
+        if self.one_pass and self.uncertainty in ("mutual_information", "variance") and self.method.startswith("muka"):
             reason = "--mc_samples 1" if self.mc else "--no-mc"
             way_out = "take more passes or predictive_entropy"
             raise ValueError(f"--uncertainty {self.uncertainty} is 0 for all texts with {reason}: {way_out}")

@@ -1,12 +1,18 @@
 """The one place for log lines and progress: bars on a terminal, a plain line every tenth of the way elsewhere."""
 
+import contextlib
 import logging
 import os
+import platform
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, Self
+
+from muka_fast import __version__
+from muka_fast.errors import UserError
 
 log = logging.getLogger("muka_fast")
 
@@ -47,7 +53,7 @@ def console() -> Any:
 
 
 def setup_logging(verbose: bool = False, rank: int = 0) -> None:
-    """Send the log of muka_fast to stderr and quiet other libraries; processes with rank != 0 tell errors only.
+    """Send the log of muka_fast to stderr and quiet other libraries; processes with rank != 0 show errors only.
 
     Call it once, before transformers, datasets or deepspeed are imported, so that their own settings follow.
     """
@@ -60,9 +66,10 @@ def setup_logging(verbose: bool = False, rank: int = 0) -> None:
     else:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_PlainFormatter("%(message)s"))
+    handler.setLevel(logging.ERROR if rank else logging.NOTSET)
     log.handlers[:] = [handler]
     log.propagate = False
-    log.setLevel(logging.ERROR if rank else logging.DEBUG if verbose else logging.INFO)
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
     if verbose:
         return
     # Read by the libraries when they are imported; a user's own setting stays.
@@ -79,6 +86,34 @@ def setup_logging(verbose: bool = False, rank: int = 0) -> None:
     if "transformers" in sys.modules:
         sys.modules["transformers"].utils.logging.disable_progress_bar()
         sys.modules["transformers"].utils.logging.set_verbosity_error()
+
+
+@contextlib.contextmanager
+def log_file(folder: Path, rank: int, world_size: int) -> Iterator[None]:
+    """Also append what this process logs, with the time, to `folder`/rank<N>.log, and what ends the block if an error does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"rank{rank}.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.handleError = lambda record: None  # a full disk is told by whoever writes results
+    tell = lambda level, message, error=None: handler.handle(
+        log.makeRecord(log.name, level, "", 0, message, (), error and (type(error), error, error.__traceback__))
+    )
+    log.addHandler(handler)
+    tell(logging.INFO, f"process {rank} of {world_size} on {platform.node()}, pid {os.getpid()}, muka_fast {__version__}")
+    try:
+        yield
+    except SystemExit as end:
+        tell(logging.INFO, f"ended by another process, exit code {end.code}")
+        raise
+    except UserError as error:
+        tell(logging.ERROR, str(error))
+        raise
+    except BaseException as error:
+        tell(logging.ERROR, f"ended by {type(error).__name__}", error)
+        raise
+    finally:
+        log.removeHandler(handler)
+        handler.close()
 
 
 class Progress:

@@ -43,7 +43,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """What is shown of a teacher. sites: (scope, number of sites, their probabilities), for each of SCOPES."""
+    """What is shown of a teacher. sites: (scope, number of sites, their probabilities), for each of SCOPES. prefixes: content
+    hashes of its leading layers (muka_fast/shared.py)."""
 
     name: str
     architecture: str
@@ -53,6 +54,7 @@ class TeacherFacts:
     fingerprint: str
     tokenizer_key: str
     sites: list[tuple[str, int, list[float]]]
+    prefixes: tuple[str, ...]
 
 
 def main(config: DoctorConfig) -> int:
@@ -168,8 +170,7 @@ def extension_findings() -> Iterator[Finding]:
         reason = "not built" if isinstance(error, ModuleNotFoundError) else f"cannot be loaded: {one_line(error)}"
         yield Finding("C++ kernels", f"{reason}; the slower PyTorch forms are used", "note", way)
         return
-    cuda = "with CUDA" if extension.CUDA else "without CUDA"
-    yield Finding("C++ kernels", f"{extension.__file__} (ABI {extension.ABI}, {cuda})")
+    yield Finding("C++ kernels", f"{extension.__file__} (ABI {extension.ABI})")
 
 
 def folder_findings() -> Iterator[Finding]:
@@ -239,6 +240,8 @@ def examine_teachers(paths: Sequence[str]) -> tuple[list[TeacherFacts], list[Fin
             space = build_label_space([(fact.name, fact.labels) for fact in facts])
             shared = f", {len(space.overlaps)} of them shared" if space.overlaps else ""
             findings.append(Finding("label space", f"{space.num_classes} classes{shared}"))
+            if len(facts) > 1:
+                findings.append(trunk_rows(facts)[1])
         except UserError as error:
             findings.append(Finding("teachers", str(error), "broken"))
     return facts, findings
@@ -246,8 +249,10 @@ def examine_teachers(paths: Sequence[str]) -> tuple[list[TeacherFacts], list[Fin
 
 def teacher_facts(path: str, name: str) -> TeacherFacts:
     """Load one teacher and keep what is shown of it. Raises UserError for every fault."""
+    from muka_fast.shared import prefixes
     from muka_fast.sites import active_sites, list_sites
     from muka_fast.teachers import load_teacher
+    from muka_fast.trunk import StochasticTeacher
 
     teacher = load_teacher(path, run_seed=0, name=name)
     found = list_sites(teacher.model)
@@ -267,7 +272,39 @@ def teacher_facts(path: str, name: str) -> TeacherFacts:
         fingerprint=teacher.fingerprint,
         tokenizer_key=teacher.tokenizer_key,
         sites=sites,
+        prefixes=prefixes(StochasticTeacher(teacher, mc=False)),
     )
+
+
+def trunk_rows(facts: Sequence[TeacherFacts]) -> tuple[list[tuple[str, str]], Finding]:
+    """(layers, teachers) of every part of the tree of common trunks under --mc_scope last:1, children indented; and what it saves.
+
+    A forward is that of a whole teacher; layers with masks and the head are each teacher's own and not in the tree.
+    """
+    from muka_fast.shared import TrunkNode, grow_trunks
+
+    depths = [len(fact.prefixes) - 1 for fact in facts]
+    layers = [max(0, depth - 1) for depth in depths]  # below the last layer nothing is random
+    rows, saved, skipped = [], 0.0, 0
+
+    def visit(node: TrunkNode, level: int) -> None:
+        nonlocal saved, skipped
+        if node.stop > node.start:
+            first, names = node.start + 1, ", ".join(facts[i].name for i in node.teachers)
+            span = f"layer {first}" if node.stop == first else f"layers {first} to {node.stop}"
+            rows.append(("  " * level + ("embeddings, " if node.start == 0 else "") + span, names))
+            skipped += (node.stop - node.start) * (len(node.teachers) - 1)
+            saved += (node.stop - node.start) * sum(1 / depths[i] for i in node.teachers[1:])
+        for child in node.children:
+            visit(child, level + 1)
+
+    for node in grow_trunks(layers, [fact.prefixes for fact in facts]):
+        visit(node, 0)
+    if not skipped:
+        way_out = "muka-fast teach --freeze_layers N gives teachers of one encoder common layers"
+        return rows, Finding("common layers", "none: every teacher runs all of its layers", "ok", way_out)
+    value = f"{skipped} of {sum(depths)} layers are run for another teacher anyway: saves {saved:.2f} of {len(facts)} forwards a text"
+    return rows, Finding("common layers", value)
 
 
 # ---- tables ----
@@ -336,3 +373,6 @@ def show_teachers(console: Console, facts: Sequence[TeacherFacts]) -> None:
         for fact in facts
     ]
     console.print(fill(table, cells))
+    if len(facts) > 1:
+        table = new_table("Layers below --mc_scope last:1, each line run once", "layers", "teachers")
+        console.print(fill(table, trunk_rows(facts)[0]))

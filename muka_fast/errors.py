@@ -2,4 +2,7 @@
 
 
 class UserError(Exception):
-    """What is wrong and the way out, in one line that names the file, option or teacher."""
+    """What is wrong and the way out, in one line that names the file, option or teacher; several lines of a parser become one."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(line.strip() for line in message.splitlines()))

@@ -88,7 +88,8 @@ def check_output(
     try:
         if output.exists() and not output.is_dir():
             raise UserError(f"--output {given}: this is a file; name a folder")
-        found = sorted(entry.name for entry in output.iterdir()) if output.exists() else []
+        # Logs alone are no run: a refused one leaves them.
+        found = sorted({entry.name for entry in output.iterdir()} - {"logs"}) if output.exists() else []
     except OSError as error:
         raise UserError(f"--output {given}: {error.strerror or error}; name a folder that can be written") from error
     if found and not any((output / marker).exists() for marker in RUN_MARKERS):

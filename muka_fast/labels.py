@@ -4,6 +4,7 @@ import difflib
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,6 +84,8 @@ def build_label_space(teachers: Sequence[tuple[str, Sequence[str]]], label_map: 
     for name, labels in teachers:
         if not labels:
             raise UserError(f"teacher '{name}' has no labels: its config.json needs id2label")
+        if repeated := [label for label, count in Counter(labels).items() if count > 1]:
+            log.warning("teacher %s names several of its classes %r: they become one", name, repeated[0])
     shared, own = _split_map(teachers, label_map or {})
 
     union: dict[str, int] = {}

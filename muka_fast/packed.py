@@ -1,6 +1,5 @@
-"""Texts of a batch side by side without padding, in groups of equal length, and the masks of their K replicas."""
+"""Texts of a batch side by side without padding, sorted by length, and the masks of their K replicas."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,10 +7,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from muka_fast.errors import UserError
 from muka_fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from muka_fast.ops.one_query_attention import one_query_attention
-from muka_fast.ops.reference import ATTENTION_STRIDE
+from muka_fast.ops.packed_attention import packed_attention
 from muka_fast.ops.repeat_dropout import repeat_dropout
 
 
@@ -19,34 +17,30 @@ from muka_fast.ops.repeat_dropout import repeat_dropout
 class Packed:
     """B texts sorted by length: T = sum of their lengths rows, no padding.
 
-    order int64 [B]: text of each place. lengths, of the places. groups: (first place, first row, texts, length) of every run
-    of equal lengths; inside one, attention needs no mask. reads_last: the head reads the last token of a text, else the first.
+    order int64 [B]: text of each place. lengths int64 [B], of the places; longest: the last of them.
+    reads_last: the head reads the last token of a text, else the first.
     """
 
     order: Tensor
-    lengths: Tensor  # int64 [B]
-    groups: tuple[tuple[int, int, int, int], ...]
+    lengths: Tensor
+    longest: int
     reads_last: bool = False
 
     @classmethod
     def of(cls, attention_mask: Tensor, reads_last: bool = False) -> "Packed":
         """attention_mask [B, L] of texts padded on the right."""
         lengths, order = attention_mask.sum(1).sort(stable=True)
-        whole = cls(order, lengths, (), reads_last)
-        return next(part for _, _, part in whole.parts(len(order)))
+        return cls(order, lengths, int(lengths[-1]), reads_last)
 
     def parts(self, max_texts: int) -> Iterator[tuple[slice, slice, "Packed"]]:
         """The batch in parts of at most `max_texts` texts: places, rows, and the part by itself."""
-        ends = self.starts.tolist()
-        lengths = self.lengths.tolist()
+        if max_texts >= len(self.lengths):
+            yield slice(None), slice(None), self
+            return
+        ends, lengths = self.starts.tolist(), self.lengths.tolist()
         for start in range(0, len(lengths), max_texts):
             stop = min(start + max_texts, len(lengths))
-            groups, place = [], 0
-            for length, run in itertools.groupby(lengths[start:stop]):
-                count = len(list(run))
-                groups.append((place, ends[start + place] - ends[start], count, length))
-                place += count
-            part = Packed(self.order[start:stop], self.lengths[start:stop], tuple(groups), self.reads_last)
+            part = Packed(self.order[start:stop], self.lengths[start:stop], lengths[stop - 1], self.reads_last)
             yield slice(start, stop), slice(ends[start], ends[stop]), part
 
     def pack(self, values: Tensor, attention_mask: Tensor) -> Tensor:
@@ -76,10 +70,6 @@ class Packed:
     def starts(self) -> Tensor:
         """int64 [B + 1]: row of each text's first token, and T."""
         return torch.cat([self.first_rows, self.lengths.sum()[None]])
-
-    @property
-    def longest(self) -> int:
-        return self.groups[-1][3]
 
     @cached_property
     def place_of_row(self) -> Tensor:
@@ -131,20 +121,6 @@ class Replicas:
         masked = repeat_dropout(source, self.count, p, self.seed, site, ids, offsets, self.first_sample)
         return self._with_plain(x, masked, shared)
 
-    def attention(self, probs: Tensor, site: int, place: int, first_query: int) -> Tensor:
-        """Masked probabilities [(R,) n, H, Lq, L] of the texts from `place` on -> [R, n, H, Lq, L]."""
-        n, heads, queries, length = probs.shape[-4:]
-        if heads > 128 or length > ATTENTION_STRIDE:
-            raise UserError(f"attention masks reach 128 heads and {ATTENTION_STRIDE} tokens, not {heads} and {length}")
-        element = torch.arange(heads, device=probs.device)[:, None] * ATTENTION_STRIDE + first_query
-        element = (element + torch.arange(queries, device=probs.device)).flatten() * ATTENTION_STRIDE
-        ids = self.example_ids[place : place + n].repeat_interleave(len(element))
-        shared = probs.dim() == 4
-        source = (probs if shared else probs[int(self.plain) :]).reshape(*([] if shared else [self.count]), -1, length)
-        p, offsets = self.p(site), element.repeat(n)
-        masked = repeat_dropout(source, self.count, p, self.seed, site, ids, offsets, self.first_sample)
-        return self._with_plain(probs, masked.view(self.count, n, heads, queries, length), shared)
-
     def _with_plain(self, x: Tensor, masked: Tensor, shared: bool = True) -> Tensor:
         return torch.cat([x[None] if shared else x[:1], masked]) if self.plain else masked
 
@@ -159,7 +135,7 @@ class Replicas:
         )
 
 
-def group_attention(
+def text_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -176,55 +152,23 @@ def group_attention(
     bias(first query, queries, length): added to the scores, [H | 1, queries, length] or None.
     Returns the shape of query, with R replicas in front if a mask or an input has them.
     """
-    if one_row and query.dim() == key.dim() == 2:
-        longest = replicas.packed.longest
-        added = bias(longest - 1 if replicas.packed.reads_last else 0, 1, longest)
-        # The bias of the first token's query is the same for every text, up to its length; that of the last token is not.
-        if added is None or not replicas.packed.reads_last:
-            return one_token_attention(query, key, value, head_dim, scaling, added, replicas, site)
-    repeats = query.shape[-1] // key.shape[-1]
-
-    def heads(x: Tensor, first: int, texts: int, rows: int) -> Tensor:  # [(R,) n, H, rows, d]
-        x = x.narrow(-2, first, texts * rows).unflatten(-1, (-1, head_dim))
-        return x.unflatten(-3, (texts, rows)).transpose(-3, -2)
-
-    out = []
-    for place, row, n, length in replicas.packed.groups:
-        queries, start = (1, place) if one_row else (length, row)
-        first_query = length - 1 if one_row and replicas.packed.reads_last else 0
-        q, k, v = heads(query, start, n, queries), heads(key, row, n, length), heads(value, row, n, length)
-        if repeats > 1:
-            k, v = k.repeat_interleave(repeats, -3), v.repeat_interleave(repeats, -3)
-        added = bias(first_query, queries, length)
-        if replicas.p(site) == 0:
-            flat = [x.flatten(0, -4) for x in (q, k, v)]
-            mixed = nn.functional.scaled_dot_product_attention(*flat, attn_mask=added, scale=scaling).reshape(q.shape)
-        else:
-            scores = torch.matmul(q * scaling, k.transpose(-1, -2))
-            probs = torch.softmax(scores if added is None else scores + added, -1)
-            mixed = torch.matmul(replicas.attention(probs, site, place, first_query), v)
-        out.append(mixed.transpose(-3, -2).flatten(-2).flatten(-3, -2))
-    return out[0] if len(out) == 1 else torch.cat(out, -2)
-
-
-def one_token_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    head_dim: int,
-    scaling: float,
-    bias: Tensor | None,
-    replicas: Replicas,
-    site: int,
-) -> Tensor:
-    """`group_attention` of the read tokens over states that all replicas share, in one op: [B, H * d] -> [(R,) B, H * d].
-
-    bias: [H | 1, 1, longest text] or None, added to the scores.
-    """
     packed, p, num_heads = replicas.packed, replicas.p(site), query.shape[-1] // head_dim
-    out = one_query_attention(
-        query, key, value, packed.starts, num_heads, scaling, replicas.count if p else 0, p, replicas.seed, site,
-        replicas.example_ids, packed.read_positions, None if bias is None else bias[:, 0].expand(num_heads, -1),
-        replicas.first_sample, replicas.plain or p == 0,
+    longest, positions, masks = packed.longest, packed.read_positions, (replicas.seed, site, replicas.example_ids)
+    if one_row and query.dim() == key.dim() == 2:
+        added = bias(longest - 1 if packed.reads_last else 0, 1, longest)
+        # The bias of the first token's query is the same for every text, up to its length; that of the last token is not.
+        if added is None or not packed.reads_last:
+            added = None if added is None else added[:, 0].expand(num_heads, -1)
+            out = one_query_attention(
+                query, key, value, packed.starts, num_heads, scaling, replicas.count if p else 0, p, *masks, positions, added,
+                replicas.first_sample, replicas.plain or p == 0,
+            )  # fmt: skip
+            return out if p else out[0]
+    if one_row:
+        query_starts = torch.arange(len(positions) + 1, device=positions.device)
+    else:
+        query_starts, positions = packed.starts, torch.zeros_like(positions)
+    return packed_attention(
+        query, key, value, query_starts, positions, packed.starts, longest, num_heads, scaling, replicas.count, p, *masks,
+        bias(0, longest, longest), replicas.first_sample, replicas.plain,
     )  # fmt: skip
-    return out if p else out[0]

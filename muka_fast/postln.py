@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from muka_fast.intercept import layer_modules
 from muka_fast.layered import Bias, LayeredEncoder
-from muka_fast.packed import Packed, Replicas, group_attention
+from muka_fast.packed import Packed, Replicas, text_attention
 from muka_fast.sites import Site
 
 
@@ -111,7 +111,7 @@ class PostLayerNormEncoder(LayeredEncoder):
     def layer(self, index: int, x: Tensor, replicas: Replicas, context: Bias, one_row: bool) -> Tensor:
         layer = self.layers[index]
         rows = x.index_select(-2, replicas.packed.read_rows) if one_row else x
-        attention = group_attention(
+        attention = text_attention(
             layer.query(rows), layer.key(x), layer.value(x), self.head_dim, self.head_dim**-0.5, context, replicas,
             layer.attention_site, one_row,
         )  # fmt: skip

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from muka_fast.intercept import layer_modules
 from muka_fast.layered import Bias, LayeredEncoder
-from muka_fast.packed import Packed, Replicas, group_attention
+from muka_fast.packed import Packed, Replicas, text_attention
 from muka_fast.sites import Site
 
 
@@ -153,7 +153,7 @@ class PreLayerNormModel(LayeredEncoder):
         query, key, value = layer.project(asking, normed)
         query = _rotate(query, cos[positions], sin[positions])
         key = _rotate(key, cos[packed.position_of_row], sin[packed.position_of_row])
-        attention = group_attention(
+        attention = text_attention(
             query, key, value, self.head_dim, self.head_dim**-0.5, bias, replicas, layer.attention_site, one_row
         )
         y = rows + replicas.dropout(layer.output(attention), layer.output_site, one_row)

@@ -31,7 +31,7 @@ log = logging.getLogger("muka_fast")
 # Options that decide the student's numbers; all others (layout, logging, paths) may change between a kill and --resume.
 IDENTITY_OPTIONS = (
     "method", "margin", "normalize_margin", "uncertainty", "score_temperature", "kd_temperature", "target", "mc",
-    "mc_samples", "mc_scope", "mc_dropout_p", "epochs", "learning_rate", "batch_size", "warmup_ratio",
+    "mc_samples", "mc_scope", "mc_dropout_p", "mc_stop", "epochs", "learning_rate", "batch_size", "warmup_ratio",
     "weight_decay", "max_grad_norm", "max_length", "seed",
 )
 # What a complete run read; compared by name, so that its --resume stays instant.

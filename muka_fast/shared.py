@@ -93,23 +93,26 @@ class TrunkNode:
 
 def trunk_tree(teachers: Sequence[StochasticTeacher]) -> tuple[TrunkNode, ...]:
     """The forest of common trunks: teachers that share at least one layer below their first active site hang together."""
-    return _grow(teachers, range(len(teachers)), 0)
+    return grow_trunks([teacher.layer for teacher in teachers], [prefixes(teacher) for teacher in teachers])
 
 
-def _grow(teachers: Sequence[StochasticTeacher], indices: Sequence[int], start: int) -> tuple[TrunkNode, ...]:
-    """Nodes for teachers that have the same trunk up to layer `start` and reach beyond it (or start at 0)."""
+def grow_trunks(
+    layers: Sequence[int], hashes: Sequence[Sequence[str]], indices: Sequence[int] | None = None, start: int = 0
+) -> tuple[TrunkNode, ...]:
+    """`trunk_tree` of teachers of which only `layers`, the layer where each one's trunk ends, and `hashes`, its `prefixes`, are
+    known. indices: teachers that have the same trunk up to layer `start` and reach beyond it (or start at 0); None: all."""
     groups: dict[object, list[int]] = {}
-    for i in indices:
-        alone = teachers[i].layer <= start
-        groups.setdefault(i if alone else prefixes(teachers[i])[start + 1], []).append(i)
+    for i in range(len(layers)) if indices is None else indices:
+        alone = layers[i] <= start
+        groups.setdefault(i if alone else hashes[i][start + 1], []).append(i)
     nodes = []
     for group in groups.values():
-        stop = min(teachers[i].layer for i in group)
-        while stop > start and len({prefixes(teachers[i])[stop] for i in group}) > 1:
+        stop = min(layers[i] for i in group)
+        while stop > start and len({hashes[i][stop] for i in group}) > 1:
             stop -= 1
-        finished = tuple(i for i in group if teachers[i].layer <= stop)
-        rest = [i for i in group if teachers[i].layer > stop]
-        nodes.append(TrunkNode(start, stop, tuple(group), finished, _grow(teachers, rest, stop) if rest else ()))
+        finished = tuple(i for i in group if layers[i] <= stop)
+        rest = [i for i in group if layers[i] > stop]
+        nodes.append(TrunkNode(start, stop, tuple(group), finished, grow_trunks(layers, hashes, rest, stop) if rest else ()))
     return tuple(nodes)
 
 

@@ -4,6 +4,7 @@
     STORE/.lock                                  held while the manifest is merged
     STORE/<teacher key>/shard-00000.safetensors  one row range of one teacher
     STORE/neutral-<key>/shard-00000.safetensors  one row range of an encoder's neutral features (neutral.py)
+    STORE/logs/rank0.log                         what each of several processes said, where `muka-fast score` ran in them
 
 Invariants, each with a test:
 1.  A store belongs to one text set (fingerprint over example ids and texts) and one shard_size; both are fixed by its
@@ -12,11 +13,13 @@ Invariants, each with a test:
     nothing else.
 3.  The teacher key is a hash of everything that determines a teacher's numbers: its fingerprint (configuration and
     every weight), its tokenizer, the texts, max_length and, where passes are stochastic, run seed, mc_samples,
-    mc_scope and mc_dropout_p. Batch sizes, devices and file paths are not in it.
+    mc_scope and mc_dropout_p; under --mc_stop also its level and the company: the teachers that decide together how many
+    passes a text gets. Batch sizes, devices, file paths and the order of the teachers are not in it.
 4.  Tensors of a shard, C = classes of the teacher: logits, mean_probs, var_probs fp32 [rows, C], predictive_entropy,
-    expected_entropy fp32 [rows] in nats, example_ids int64 [rows], features fp16 [rows, D], what the output layer reads.
-    All are finite, save logits of -inf. Shards of older versions lack the features; they are read all the same, and
-    written again with them where a method asks for features and the teachers are at hand.
+    expected_entropy fp32 [rows] in nats, example_ids int64 [rows], features fp16 [rows, D], what the output layer reads;
+    under --mc_stop also num_samples int64 [rows], the passes behind the statistics. All are finite, save logits of -inf.
+    Shards of older versions lack the features; they are read all the same, and written again with them where a method asks
+    for features and the teachers are at hand.
 5.  A shard's metadata name format, teacher key and row range and hold a SHA-256 of its tensors: a shard is whole or
     it is recognised as damaged. Equal content gives equal files. A damaged shard is named and computed again, never read.
 6.  Files appear by os.replace under a name unique to the writer, so a reader sees no half file and two writers of one
@@ -62,7 +65,7 @@ FEATURES = "features"
 # teachers, and 0.1 and 0.3 % in the others. Values beyond its range are cut to it.
 FEATURE_TYPE = np.float16
 # What tells two option sets of one teacher apart; order as shown in messages.
-OPTION_KEYS = ("max_length", "mc", "mc_samples", "mc_scope", "mc_dropout_p", "run_seed")
+OPTION_KEYS = ("max_length", "mc", "mc_samples", "mc_scope", "mc_dropout_p", "mc_stop", "run_seed")
 
 
 # ---- keys ----
@@ -73,7 +76,19 @@ def teacher_key(entry: dict[str, Any], texts_fingerprint: str) -> str:
     stochastic = ("run_seed", "mc_samples", "mc_scope", "mc_dropout_p") if entry["mc"] else ()
     parts = {name: entry[name] for name in ("fingerprint", "tokenizer_key", "max_length", "mc", *stochastic)}
     parts |= {"format": FORMAT, "texts": texts_fingerprint}
+    if is_adaptive(entry):
+        parts |= {"mc_stop": entry["mc_stop"], "company": entry.get("company")}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_adaptive(entry: dict[str, Any]) -> bool:
+    """Whether --mc_stop decided per text how many passes these scores are of. Entries of earlier versions have no mc_stop."""
+    return bool(entry["mc"]) and entry.get("mc_stop") is not None
+
+
+def company_of(entries: Sequence[dict[str, Any]], texts_fingerprint: str) -> list[str]:
+    """What stands for the teachers of one adaptive run, in any order: the keys that they would have without --mc_stop, sorted."""
+    return sorted(teacher_key(entry | {"mc_stop": None}, texts_fingerprint) for entry in entries)
 
 
 # ---- writing files ----
@@ -159,12 +174,15 @@ def half(values: np.ndarray) -> np.ndarray:
     return np.clip(values, -limit, limit).astype(FEATURE_TYPE)
 
 
-def read_shard(folder: Path, shard: ShardRange, key: str, num_classes: int) -> dict[str, np.ndarray]:
-    """Read and verify one shard. Raises FileNotFoundError where there is none, DamagedShard where it breaks invariant
-    2, 4 or 5."""
+def read_shard(
+    folder: Path, shard: ShardRange, key: str, num_classes: int, adaptive: bool = False
+) -> dict[str, np.ndarray]:
+    """Read and verify one shard; adaptive: of a run under --mc_stop. Raises FileNotFoundError where there is none,
+    DamagedShard where it breaks invariant 2, 4 or 5."""
     rows = shard.stop - shard.start
     shapes = {name: ((rows, num_classes), np.float32) for name in MATRICES}
     shapes |= {name: ((rows,), np.float32) for name in VECTORS} | {"example_ids": ((rows,), np.int64)}
+    shapes |= {"num_samples": ((rows,), np.int64)} if adaptive else {}
     return read_tensors(folder, shard, key, shapes)
 
 
@@ -231,7 +249,7 @@ def _manifest_problem(manifest: dict[str, Any]) -> str | None:
     if not isinstance(teachers, dict):
         return "'teachers' is not a table"
     for key, entry in teachers.items():
-        fields = (*OPTION_KEYS, "name", "fingerprint", "tokenizer_key", "labels")
+        fields = {*OPTION_KEYS, "name", "fingerprint", "tokenizer_key", "labels"} - {"mc_stop"}
         if not isinstance(entry, dict) or any(name not in entry for name in fields):
             return f"teacher {key!r} is incomplete"
         labels = entry["labels"]
@@ -243,6 +261,9 @@ def _manifest_problem(manifest: dict[str, Any]) -> str | None:
             or not _is_count(entry["mc_samples"])
         ):
             return f"teacher {key!r} has values of the wrong type"
+        company = entry.get("company") if is_adaptive(entry) else []
+        if not isinstance(company, list) or not all(isinstance(member, str) for member in company):
+            return f"teacher {key!r} has no list of the teachers scored with it"
         if teacher_key(entry, texts["fingerprint"]) != key:
             return f"teacher {key!r} does not match its own fingerprints and options"
     return None
@@ -319,4 +340,4 @@ def check_texts(store: Path, manifest: dict[str, Any], texts: TextSet) -> None:
 def differing_options(entry: dict[str, Any], options: dict[str, Any]) -> list[str]:
     """Names of the options that differ, where they matter: a deterministic pass has no samples, scope, p or seed."""
     names = OPTION_KEYS if options.get("mc", entry["mc"]) and entry["mc"] else ("max_length", "mc")
-    return [name for name in names if name in options and entry[name] != options[name]]
+    return [name for name in names if name in options and entry.get(name) != options[name]]

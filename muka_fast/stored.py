@@ -26,6 +26,7 @@ from muka_fast.store import (
     ShardRange,
     check_texts,
     differing_options,
+    is_adaptive,
     read_manifest,
     read_shard,
     shard_ranges,
@@ -44,8 +45,9 @@ class Supervision:
     logits, mean_probs, var_probs fp32 [n, S]; predictive_entropy, expected_entropy fp32 [n, N] in nats; example_ids
     int64 [n]; teachers: manifest entries (name, labels, fingerprint, mc, ...); offsets: teacher i owns columns
     offsets[i]:offsets[i + 1]. total_variance [n, N]: var_probs summed over all classes of the teacher. Entropies and
-    total_variance are those of the full label set, also after `restrict`. features: per teacher what its output layer
-    reads, [n, D_i], on disk until a method asks for it; None where the supervision comes from no store.
+    total_variance are those of the full label set, also after `restrict`. num_samples int64 [n]: passes that each text got
+    under --mc_stop, of every teacher; None: mc_samples for all. features: per teacher what its output layer reads,
+    [n, D_i], on disk until a method asks for it; None where the supervision comes from no store.
     """
 
     logits: Tensor
@@ -58,6 +60,7 @@ class Supervision:
     offsets: list[int]
     total_variance: Tensor = None
     features: Sequence[Features] | None = field(default=None, repr=False)
+    num_samples: Tensor | None = None
     label_space: LabelSpace | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -131,9 +134,10 @@ def load_supervision(
     matrices = {name: torch.empty(n, offsets[-1]) for name in MATRICES}
     vectors = {name: torch.empty(n, len(keys)) for name in VECTORS}
     ids = torch.empty(n, dtype=torch.int64)
-    features = []
+    adaptive, features = check_company(store, entries), []
+    num_samples = torch.empty(n, dtype=torch.int64) if adaptive else None
     for i, key in enumerate(keys):
-        read = shard_reader(store / key, key, counts[i])
+        read = shard_reader(store / key, key, counts[i], adaptive)
         features.append(teacher_features(store / key, ranges, entries[i]["name"], read))
         for shard in ranges:
             tensors = read_or_refuse(store / key, shard, read)
@@ -149,14 +153,32 @@ def load_supervision(
                 raise UserError(
                     f"{shard.path(store / key)}: its example ids differ from those of the other teachers of the store"
                 )
-    return Supervision(
-        **matrices, **vectors, example_ids=ids, teachers=entries, offsets=offsets, features=features
-    )
+            if adaptive:
+                num_samples[rows] = torch.from_numpy(tensors["num_samples"])
+    tensors = {**matrices, **vectors, "example_ids": ids, "num_samples": num_samples}
+    return Supervision(**tensors, teachers=entries, offsets=offsets, features=features)
 
 
-def shard_reader(folder: Path, key: str, num_classes: int) -> Callable[[ShardRange], dict[str, np.ndarray]]:
+def shard_reader(
+    folder: Path, key: str, num_classes: int, adaptive: bool
+) -> Callable[[ShardRange], dict[str, np.ndarray]]:
     """`read_shard` of one teacher."""
-    return lambda shard: read_shard(folder, shard, key, num_classes)
+    return lambda shard: read_shard(folder, shard, key, num_classes, adaptive)
+
+
+def check_company(store: Path, entries: Sequence[dict[str, Any]]) -> bool:
+    """Whether these teachers were scored under --mc_stop. Raises UserError where they were not all scored together: then
+    they made different numbers of passes of a text, and the stated error is not that of a choice between them."""
+    companies = {tuple(entry["company"]) if is_adaptive(entry) else () for entry in entries}
+    if companies == {()}:
+        return False
+    if len(companies) > 1 or len(next(iter(companies))) != len(entries):
+        names = ", ".join(entry["name"] for entry in entries)
+        raise UserError(
+            f"--store {store}: its teachers ({names}) were not scored together under --mc_stop; name --teachers to score them so, "
+            "or give --mc_stop exact"
+        )
+    return True
 
 
 def open_store(store: str | Path, texts: TextSet | None = None, options: dict[str, Any] | None = None) -> Supervision:
@@ -184,7 +206,7 @@ def open_store(store: str | Path, texts: TextSet | None = None, options: dict[st
             candidates.setdefault(entry["fingerprint"], []).append(key)
     if not candidates:
         key, names = min(differences.items(), key=lambda pair: len(pair[1]))
-        shown = ", ".join(f"{name} {entries[key][name]!r} (asked: {options[name]!r})" for name in names)
+        shown = ", ".join(f"{name} {entries[key].get(name)!r} (asked: {options[name]!r})" for name in names)
         raise UserError(
             f"--store {store} holds no teacher scored with these options: {entries[key]['name']!r} has {shown}; "
             "give --teachers to score them again, or the options of the store"
@@ -198,7 +220,9 @@ def _only(store: Path, keys: list[str], entries: dict[str, Any], differences: di
     if len(keys) > 1 and len(same_seed) == 1:
         keys = same_seed
     if len(keys) > 1:
-        differing = [name for name in OPTION_KEYS if len({json.dumps(entries[key][name]) for key in keys}) > 1]
+        differing = [name for name in OPTION_KEYS if len({json.dumps(entries[key].get(name)) for key in keys}) > 1]
+        if len({json.dumps(entries[key].get("company")) for key in keys}) > 1:
+            differing.append("teachers scored with it")
         raise UserError(
             f"--store {store} holds teacher {entries[keys[0]]['name']!r} under several options "
             f"({', '.join(differing) or 'tokenizer'}): name --teachers, or give the options that differ"

@@ -26,19 +26,20 @@ log = logging.getLogger("muka_fast")
 
 
 def load_student(
-    source: str | Path, labels: Sequence[str], seed: int, ds_config: dict[str, Any]
+    source: str | Path, labels: Sequence[str], seed: int, ds_config: dict[str, Any], role: str = "student"
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """The student in fp32 and its tokenizer, padding on the right.
 
-    source: folder (an encoder without head will do) or hub name; labels: the C class names. Weights that the folder lacks, and the
-    output layer in any case, are drawn from N(0, initializer_range) by a generator that depends on `seed` and the tensor's name
-    alone: the same whatever the architecture's own way, the ZeRO stage or the number of processes.
+    source: folder (an encoder without head will do) or hub name; labels: the C class names; role: what errors call it.
+    Weights that the folder lacks, and the output layer in any case, are drawn from N(0, initializer_range) by a generator that
+    depends on `seed` and the tensor's name alone: the same whatever the architecture's own way, the ZeRO stage or the number of
+    processes.
 
     Raises:
         UserError: no such folder, weights as pickle only, damaged or not a text model, an encoder whose weights are elsewhere.
     """
-    what = f"student {source}"
-    folder = checkpoint.resolve_folder(source, "student")
+    what = f"{role} {source}"
+    folder = checkpoint.resolve_folder(source, role)
     checkpoint.weight_files(folder, what)
     tokenizer = load_tokenizer(folder, what)
     names = dict(enumerate(labels))

@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from transformers import AutoConfig
 
 from muka_fast import adapters, checkpoint
-from muka_fast.console import progress
-from muka_fast.data import TextSet, Tokens, collate, read_texts, token_budget_batches, tokenize
+from muka_fast.adaptive import Crew, sampling_summary
+from muka_fast.console import log_file
+from muka_fast.data import TextSet, read_texts
+from muka_fast.engine import init_distributed, resolve_device, shut_down
 from muka_fast.errors import UserError
-from muka_fast.shared import score_together, tie_shared_weights, trunk_tree
+from muka_fast.memory import teacher_budget_bytes
+from muka_fast.scoring import Job, Scoring
+from muka_fast.shard_queue import ShardQueue
+from muka_fast.shared import tie_shared_weights, trunk_tree
 from muka_fast.sites import Site, active_probabilities, num_site_layers, sites_of_config
-from muka_fast.store import (
-    FEATURE_TYPE,
-    FEATURES,
-    MATRICES,
-    OPTION_KEYS,
-    VECTORS,
-    DamagedShard,
-    ShardRange,
-    half,
-    merge_manifest,
-    order_teachers,
-    read_manifest,
-    read_shard,
-    remove_leftovers,
-    shard_ranges,
-    teacher_key,
-    write_shard,
-)
+from muka_fast.store import OPTION_KEYS, company_of, merge_manifest, order_teachers, read_manifest, teacher_key
 from muka_fast.stored import Supervision, load_supervision, open_store
 from muka_fast.teachers import (
     LOADING_ERRORS,
@@ -59,21 +48,12 @@ log = logging.getLogger("muka_fast")
 FAMILY_BYTES = 1 << 20  # of the largest tensor; whether layers are equal is found out from all of them
 
 
-@dataclass(frozen=True)
-class Job:
-    """One teacher with shards to compute."""
-
-    key: str
-    entry: dict[str, Any]
-    scorer: StochasticTeacher | None
-    todo: list[ShardRange]
-
-
 def fill_store(
     store: str | Path,
     teacher_paths: Sequence[str],
     texts: TextSet,
     options: ScoringOptions,
+    queue: ShardQueue | None = None,
     need_features: bool = False,
 ) -> Supervision:
     """Score the texts with every teacher that the store does not hold completely yet; returns all, in the order given.
@@ -81,41 +61,88 @@ def fill_store(
     Killed runs continue at the next missing shard; damaged shards are named and computed again; a teacher that is
     complete under the same options is read, not run. Each distinct tokenizer tokenises the texts once. Teachers run
     one after another, save those that have their lowest layers in common: these run together, the common part once.
+    Under --mc_stop they take turns, since all of them decide together when a text has had enough passes.
     need_features: compute also those shards again that an older version wrote without features.
+    With the queue of a process group every process calls this, and each text is scored by one of them; by default this
+    process does all.
     Raises UserError for bad teachers, a store of other texts, a full disk, or a teacher whose logits are not numbers.
     """
-    store = Path(store)
-    files = check_teachers(teacher_paths)
-    if options.mc:
-        check_sites(teacher_names(teacher_paths), files, options)
-    shard_size = merge_manifest(store, texts, options.shard_size)["shard_size"]
-    if shard_size != options.shard_size:
-        log.info("%s was begun with --shard_size %d, which stays", store, shard_size)
-    names, families = teacher_names(teacher_paths), [family_of(found) for found in files]
-    tokens: dict[str, Tokens] = {}
+    store, queue, names = Path(store), queue or ShardQueue(), teacher_names(teacher_paths)
+    with queue:
+        files = check_teachers(teacher_paths)
+        if options.mc:
+            check_sites(names, files, options)
+        shard_size = queue.agree("shard_size", lambda: merge_manifest(store, texts, options.shard_size)["shard_size"])
+        if read_manifest(store) is None:
+            raise UserError(f"{store} is not visible here: --store and --output must lie on a file system that all nodes share")
+        if shard_size != options.shard_size:
+            log.info("%s was begun with --shard_size %d, which stays", store, shard_size)
+        run = Scoring(store, texts, shard_size, options.max_length, options.token_budget, queue, need_features)
+        score_all = _score_adaptively if options.mc and options.mc_stop is not None else _score_in_turn
+        keys = score_all(run, teacher_paths, names, files, options)
+    with queue:
+        sup = load_supervision(store, order_teachers(store, keys), keys, names)
+    if sup.num_samples is not None:
+        told = sampling_summary(sup.num_samples, options.mc_samples)
+        log.info(
+            "--mc_stop %g: %.1f of %d passes a text, %.0f %% saved",
+            options.mc_stop, told["mean_samples"], options.mc_samples, 100 * told["samples_saved"],
+        )  # fmt: skip
+    return sup
+
+
+def _score_in_turn(
+    run: Scoring, paths: Sequence[str], names: Sequence[str], files: Sequence[TeacherFiles], options: ScoringOptions
+) -> list[str]:
+    """This process's share of the work, teacher by teacher, those of a family together; returns the teachers' keys."""
+    families = [family_of(found) for found in files]
     keys, group, family = [""] * len(names), [], None
     for i in sorted(range(len(names)), key=lambda i: families.index(families[i])):
         if group and families[i] != family:
-            _run(store, group, texts, tokens, options, shard_size)
+            run.score_together(group)
             group = []  # gone before the next one is loaded
         family = families[i]
-        device = device_of(options.device)
-        teacher = load_teacher(teacher_paths[i], run_seed=options.seed, device=device, name=names[i])
-        job = _prepare(store, teacher, texts, options, shard_size, need_features)
+        teacher = load_teacher(paths[i], run_seed=options.seed, device=device_of(options.device), name=names[i])
+        job = _prepare(run, teacher, options)
         del teacher
         keys[i] = job.key
         if job.scorer is None:
             continue
         if group and not _related(group[0], job):
-            _run(store, group, texts, tokens, options, shard_size)
+            run.score_together(group)
             group = []
         group.append(job)
         del job
         if len(group) > 1:
             tie_shared_weights([member.scorer for member in group])
     if group:
-        _run(store, group, texts, tokens, options, shard_size)
-    return load_supervision(store, order_teachers(store, keys), keys, names)
+        run.score_together(group)
+    return keys
+
+
+def _score_adaptively(
+    run: Scoring, paths: Sequence[str], names: Sequence[str], files: Sequence[TeacherFiles], options: ScoringOptions
+) -> list[str]:
+    """`_score_in_turn` under --mc_stop: shard by shard, wave by wave, teacher by teacher."""
+    device = torch.device(device_of(options.device))
+    keep = sum(weight_bytes(found) for found in files) <= teacher_budget_bytes(device)
+    if not keep:
+        log.info("the %d teachers do not fit into memory together: each is loaded once per wave", len(paths))
+    crew = Crew(
+        lambda i: _scorer(load_teacher(paths[i], run_seed=options.seed, device=device, name=names[i]), options), keep
+    )
+    entries = []
+    for i in range(len(paths)):
+        scorer = crew[i]
+        entries.append({**_entry(scorer.teacher, options), "sites": scorer.sites})
+        del scorer  # gone before the next one is loaded
+    company, jobs = company_of(entries, run.texts.fingerprint), []
+    for entry in entries:
+        entry["company"] = company
+        key = teacher_key(entry, run.texts.fingerprint)
+        jobs.append(Job(key, entry, None, run.missing_shards(key, entry)))
+    run.score_in_waves(crew, jobs, options, device)
+    return [job.key for job in jobs]
 
 
 def check_sites(names: Sequence[str], files: Sequence[TeacherFiles], options: ScoringOptions) -> None:
@@ -152,6 +179,13 @@ def family_of(files: TeacherFiles) -> str:
     return digest.hexdigest()
 
 
+def weight_bytes(files: TeacherFiles) -> int:
+    """Bytes of a teacher's weights in memory (float32), an adapter's counted as its base's."""
+    what = f"teacher {files.folder}"
+    folder = adapters.base_folder(files.folder, what) if adapters.is_adapter(files.folder) else files.folder
+    return 4 * sum(math.prod(entry.shape) for entry in checkpoint.read_tensors(folder, what).values())
+
+
 def _related(first: Job, other: Job) -> bool:
     """Whether two teachers gain from running together: a common trunk, and the same texts to do."""
     return first.todo == other.todo and trunk_tree([first.scorer, other.scorer])[0].teachers == (0, 1)
@@ -166,11 +200,21 @@ def device_of(name: str) -> str:
     return name
 
 
-def _prepare(
-    store: Path, teacher: Teacher, texts: TextSet, options: ScoringOptions, shard_size: int, need_features: bool
-) -> Job:
+def _prepare(run: Scoring, teacher: Teacher, options: ScoringOptions) -> Job:
     """What is left to do for a teacher; its scorer is None where the store holds it completely."""
-    entry = {
+    entry = _entry(teacher, options)
+    key = teacher_key(entry, run.texts.fingerprint)
+    todo = run.missing_shards(key, entry)
+    if not todo and key in read_manifest(run.store)["teachers"]:
+        log.info("teacher %s: already scored", teacher.name)
+        return Job(key, entry, None, todo)
+    scorer = _scorer(teacher, options)
+    return Job(key, entry | {"sites": scorer.sites}, scorer, todo)
+
+
+def _entry(teacher: Teacher, options: ScoringOptions) -> dict[str, Any]:
+    """What the manifest says of a teacher, its sites excepted."""
+    return {
         "name": teacher.name,
         "fingerprint": teacher.fingerprint,
         "tokenizer_key": teacher.tokenizer_key,
@@ -178,131 +222,37 @@ def _prepare(
         "seed": teacher.seed,
         **option_values(options),
     }
-    key = teacher_key(entry, texts.fingerprint)
-    remove_leftovers(store / key)
-    ranges = shard_ranges(len(texts), shard_size)
-    todo = _missing_shards(store / key, ranges, key, len(teacher.labels), need_features)
-    if not todo and key in read_manifest(store)["teachers"]:
-        log.info("teacher %s: already scored", teacher.name)
-        return Job(key, entry, None, todo)
-    scorer = StochasticTeacher(
-        teacher,
-        mc_scope=options.mc_scope,
-        mc_dropout_p=options.mc_dropout_p,
-        mc_samples=options.mc_samples,
-        mc=options.mc,
-    )
-    return Job(key, entry, scorer, todo)
 
 
-def _run(
-    store: Path,
-    group: Sequence[Job],
-    texts: TextSet,
-    tokens: dict[str, Tokens],
-    options: ScoringOptions,
-    shard_size: int,
-) -> None:
-    """Compute the missing shards of a group of related teachers (or of one), then name them in the manifest."""
-    if group[0].todo:
-        teacher = group[0].scorer.teacher
-        if teacher.tokenizer_key not in tokens:  # the key covers the teacher's own limit
-            max_length = min(options.max_length, teacher.max_length)
-            tokens[teacher.tokenizer_key] = tokenize(teacher.tokenizer, texts.texts, max_length)
-        _score_shards(store, group, texts, tokens[teacher.tokenizer_key], options.token_budget)
-    for job in group:
-        merge_manifest(store, texts, shard_size, (job.key, {**job.entry, "sites": job.scorer.sites}))
+def _scorer(teacher: Teacher, options: ScoringOptions) -> StochasticTeacher:
+    names = ("mc_scope", "mc_dropout_p", "mc_samples", "mc")
+    return StochasticTeacher(teacher, **{name: getattr(options, name) for name in names})
 
 
 def option_values(options: ScoringOptions) -> dict[str, Any]:
     """The options that determine a teacher's numbers, under the names of OPTION_KEYS."""
-    return {name: options.seed if name == "run_seed" else getattr(options, name) for name in OPTION_KEYS}
-
-
-def _missing_shards(
-    folder: Path, ranges: Iterable[ShardRange], key: str, num_classes: int, need_features: bool
-) -> list[ShardRange]:
-    """The shards that are not there, or damaged (those are named), or without the features that are needed."""
-    missing, bare = [], 0
-    for shard in ranges:
-        try:
-            if FEATURES not in read_shard(folder, shard, key, num_classes) and need_features:
-                missing.append(shard)
-                bare += 1
-        except FileNotFoundError:
-            missing.append(shard)
-        except DamagedShard as error:
-            log.warning("%s is damaged (%s): computing it again", shard.path(folder), error)
-            missing.append(shard)
-    if bare:
-        log.info("%s: %d shards of an older version hold no features: computing them again", folder, bare)
-    return missing
-
-
-def _score_shards(store: Path, group: Sequence[Job], texts: TextSet, tokens: Tokens, token_budget: int) -> None:
-    """Score the texts of the missing shards, one shard in memory at a time, each written as soon as it is whole."""
-    todo, scorers = group[0].todo, [job.scorer for job in group]
-    names = ", ".join(scorer.teacher.name for scorer in scorers)
-    pad_id, device = scorers[0].teacher.pad_id, next(scorers[0].teacher.model.parameters()).device
-    num_texts = sum(shard.stop - shard.start for shard in todo)
-    if num_texts < len(texts):
-        log.info("teacher %s: %d of %d texts were scored before", names, len(texts) - num_texts, len(texts))
-    tree = trunk_tree(scorers) if len(group) > 1 else None
-    with progress(num_texts, f"scoring {names}") as bar:
-        for shard in todo:
-            ids = texts.example_ids[shard.start : shard.stop].astype(np.int64)
-            shards = [_empty_shard(ids, len(scorer.teacher.labels)) for scorer in scorers]
-            for batch in token_budget_batches(tokens.lengths[shard.start : shard.stop], token_budget):
-                inputs = collate(tokens, shard.start + batch, pad_id)
-                inputs = (
-                    inputs["input_ids"].to(device),
-                    inputs["attention_mask"].to(device),
-                    torch.from_numpy(ids[batch]),
-                )
-                results = score_together(scorers, *inputs, tree) if tree is not None else [scorers[0].score(*inputs)]
-                for scorer, tensors, result in zip(scorers, shards, results, strict=True):
-                    if FEATURES not in tensors:
-                        tensors[FEATURES] = np.empty((len(ids), result.features.shape[1]), FEATURE_TYPE)
-                    tensors[FEATURES][batch] = half(result.features.float().cpu().numpy())
-                    for name in (*MATRICES, *VECTORS):
-                        tensors[name][batch] = getattr(result, name).float().cpu().numpy()
-                    _check_numbers(scorer.teacher.name, texts.source, tensors, batch)
-                bar.advance(len(batch))
-            for job, tensors in zip(group, shards, strict=True):
-                write_shard(store / job.key, shard, job.key, tensors)
-
-
-def _empty_shard(example_ids: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
-    count = len(example_ids)
-    tensors = {name: np.empty((count, num_classes), np.float32) for name in MATRICES}
-    tensors |= {name: np.empty(count, np.float32) for name in VECTORS}
-    return tensors | {"example_ids": example_ids}
-
-
-def _check_numbers(name: str, source: str, tensors: dict[str, np.ndarray], batch: np.ndarray) -> None:
-    """NaN must never turn into certainty: refuse it here, whatever produced it."""
-    good = ~(np.isnan(tensors["logits"][batch]) | np.isposinf(tensors["logits"][batch])).any(-1)
-    for part in (*MATRICES[1:], *VECTORS, FEATURES):
-        good &= np.isfinite(tensors[part][batch]).reshape(len(batch), -1).all(-1)
-    if not good.all():
-        example = int(tensors["example_ids"][batch[~good][0]])
-        raise UserError(
-            f"teacher {name!r}: its output for text {example} of {source!r} (row, counted from 0) is NaN or infinite; "
-            "check the checkpoint, or score it on another --device"
-        )
+    values = {name: options.seed if name == "run_seed" else getattr(options, name) for name in OPTION_KEYS}
+    if options.mc_stop is not None:  # which passes a text gets depends on the measure too
+        values["mc_stop"] = f"{options.mc_stop:g} of {options.uncertainty}"
+    return values
 
 
 def score(config: ScoreConfig) -> Supervision:
-    """Fill or complete the store `config.output` with `config.teachers` over `config.texts`."""
-    texts = read_texts(
-        config.texts, text_column=config.text_column, label_column=config.label_column, limit=config.limit
-    )
-    return fill_store(config.output, config.teachers, texts, config, need_features=True)
+    """Fill or complete the store `config.output` with `config.teachers` over `config.texts`; under torchrun with all processes."""
+    rank, world_size = init_distributed(resolve_device(config.device), config.verbose) if "RANK" in os.environ else (0, 1)
+    with log_file(Path(config.output) / "logs", rank, world_size) if world_size > 1 else nullcontext():
+        texts = read_texts(
+            config.texts, text_column=config.text_column, label_column=config.label_column, limit=config.limit
+        )
+        return fill_store(config.output, config.teachers, texts, config, ShardQueue(group=world_size > 1), need_features=True)
 
 
 def main(config: ScoreConfig) -> int:
     """`muka-fast score`: score, then say how certain each teacher was and how often it was the most certain one."""
-    sup = score(config)
+    try:
+        sup = score(config)
+    finally:
+        shut_down()
     selected = sup.normalized_entropy.argmin(-1)
     for i, teacher in enumerate(sup.teachers):
         log.info(

@@ -271,7 +271,7 @@ def teach(config: TeachConfig) -> dict[str, Any]:
     columns = {"text_column": config.text_column, "label_column": config.label_column, "need_labels": True}
     train, labels = rows_with_labels(read_texts(config.train, limit=config.limit, **columns), config.labels)
     held_out = rows_to_measure(read_texts(config.eval, split="test", **columns), labels) if config.eval else None
-    model, tokenizer = load_student(config.encoder, labels, config.seed, {"zero_optimization": {"stage": 0}})
+    model, tokenizer = load_student(config.encoder, labels, config.seed, {"zero_optimization": {"stage": 0}}, "encoder")
     freeze(model, config.freeze_layers)
     model.to(device_of("auto"))
     names = ("epochs", "learning_rate", "batch_size", "max_length", "seed")

@@ -21,9 +21,10 @@ import numpy as np
 import yaml
 
 from muka_fast import checkpoint, export, runinfo
+from muka_fast.adaptive import sampling_summary
 from muka_fast.aligned import student_part
 from muka_fast.config import EvalConfig, RunConfig, load_config
-from muka_fast.console import setup_logging
+from muka_fast.console import log_file, setup_logging
 from muka_fast.data import TextSet, read_texts, tokenize
 from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine, init_distributed, on_first_process, resolve_device, shut_down
@@ -33,10 +34,10 @@ from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label
 from muka_fast.loop import Plan, train
 from muka_fast.methods import METHODS, Method, build_method, selection_accuracy, target_accuracy
 from muka_fast.neutral import neutral_features
+from muka_fast.shard_queue import ShardQueue
 from muka_fast.snapshots import write_json
-from muka_fast.store import read_manifest, teacher_key
 from muka_fast.student import load_student, student_fingerprint
-from muka_fast.supervision import Supervision, check_sites, fill_store, load_supervision, open_store, option_values
+from muka_fast.supervision import Supervision, check_sites, fill_store, open_store, option_values
 from muka_fast.teachers import check_teachers, teacher_names, token_limit
 
 log = logging.getLogger("muka_fast")
@@ -69,7 +70,7 @@ def run(config: RunConfig) -> RunResult:
     clock = runinfo.Clock()
     check_options(config)
     device = resolve_device(config.device)
-    _, world_size = init_distributed(device, config.verbose)
+    rank, world_size = init_distributed(device, config.verbose)
     ds_config, config = prepare_ds_config(config.ds_config, config, world_size, device)
     check_layout(config, ds_config)
     on_first_process(lambda: export.check_output(*output_options(config)) and None)
@@ -82,6 +83,12 @@ def run(config: RunConfig) -> RunResult:
         texts = read_data(config)
         on_first_process(lambda: check_inputs(config, texts))
     output = on_first_process(lambda: open_output(config))
+    with log_file(output / "logs", rank, world_size):
+        return merge(config, ds_config, texts, output, clock)
+
+
+def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: Path, clock: runinfo.Clock) -> RunResult:
+    """The walk from the texts on, the output folder taken and the options settled."""
     with clock("score teachers"):
         sup = supervise(config, texts, output)
     label_map = read_label_map(config.label_map) if config.label_map else None
@@ -97,7 +104,7 @@ def run(config: RunConfig) -> RunResult:
         model, tokenizer = load_student(config.student, space.names, config.seed, ds_config)
         tokens = tokenize(tokenizer, texts.texts, min(config.max_length, token_limit(model, tokenizer)))
     plan = Plan(tokens.lengths, config)
-    record = begin_record(config, ds_config, texts, sup, space, labels, world_size)
+    record = begin_record(config, ds_config, texts, sup, space, labels)
     on_first_process(lambda: begin_run(output, config, record))
     trained = method.wrap(model)
     engine = Engine.create(trained, config, ds_config, plan.total_steps)
@@ -108,6 +115,8 @@ def run(config: RunConfig) -> RunResult:
 
     record["metrics"] = supervision_metrics(method, labels, space)
     record["supervision"] = runinfo.supervision_summary(method, sup, space, texts)
+    if sup.num_samples is not None:
+        record["sampling"] = sampling_summary(sup.num_samples, sup.teachers[0]["mc_samples"])
     with clock("export"):
         state = engine.state_dict()
         state = state if trained is model else student_part(state)
@@ -214,25 +223,11 @@ def read_data(config: RunConfig) -> TextSet:
 
 
 def supervise(config: RunConfig, texts: TextSet, output: Path) -> Supervision:
-    """The statistics of all teachers over all texts; process 0 computes what the store lacks, the others read it."""
+    """The statistics of all teachers over all texts; every process scores a share of what the store lacks."""
     store = store_folder(config, output)
     if not config.teachers:
         return open_store(store, texts, option_values(config))
-    scored: list[Supervision] = []
-
-    def fill() -> list[tuple[str, str]]:
-        scored.append(fill_store(store, config.teachers, texts, config, METHODS[config.method].needs_features))
-        return [(teacher_key(teacher, texts.fingerprint), teacher["name"]) for teacher in scored[0].teachers]
-
-    found = on_first_process(fill)
-    if scored:
-        return scored[0]
-    keys, names = zip(*found, strict=True)
-    manifest = read_manifest(store)
-    if manifest is None:
-        option = "--store" if config.store is not None else "--output"
-        raise UserError(f"{option} {store} is not visible here: it must lie on a file system that all nodes share")
-    return load_supervision(store, manifest, keys, names)
+    return fill_store(store, config.teachers, texts, config, ShardQueue(group=True), METHODS[config.method].needs_features)
 
 
 def store_folder(config: RunConfig, output: Path) -> Path:
@@ -258,7 +253,6 @@ def begin_record(
     sup: Supervision,
     space: LabelSpace,
     labels: list[str] | None,
-    world_size: int,
 ) -> dict[str, Any]:
     """run.json as far as it is known before training."""
     teachers = [
@@ -277,7 +271,7 @@ def begin_record(
         "data": {"source": texts.source, "texts": len(texts), "blank": texts.num_blank, "fingerprint": texts.fingerprint},
         "identity": runinfo.identity(config, texts, sup, space, student, ds_config, needed),
         "layout": {
-            "processes": world_size,
+            "processes": init_distributed()[1],
             "micro_batch": ds_config["train_micro_batch_size_per_gpu"],
             "accumulation": ds_config["gradient_accumulation_steps"],
             "zero_stage": ds_config["zero_optimization"]["stage"],

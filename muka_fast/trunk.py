@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from muka_fast.errors import UserError
 from muka_fast.layered import LayeredEncoder
+from muka_fast.memory import replica_budget_bytes
 from muka_fast.ops.mc_head import mc_head
 from muka_fast.ops.mc_statistics import mc_statistics
 from muka_fast.ops.reference import dropout_threshold
@@ -23,7 +23,6 @@ from muka_fast.teachers import Teacher
 
 log = logging.getLogger("muka_fast")
 FAST_FORMS = (PostLayerNormEncoder, PreLayerNormModel)
-CPU_BUDGET_BYTES = 512 << 20  # more replicas at once than this are no faster on a CPU
 
 
 @dataclass(frozen=True)
@@ -146,15 +145,26 @@ class StochasticTeacher:
         if self.mc and self.fused_head is not None:
             hidden, *inputs = self._read_row(trunk, input_ids, attention_mask)
             return self._fused_scores(hidden, *inputs, example_ids)
-        chunk = self._samples_at_once(*input_ids.shape) if self.mc else 0
-        with head_input(self.output_layer) as seen:  # the plain replica comes first
-            logits = [self.sample_logits(trunk, input_ids, attention_mask, example_ids, 0, chunk, plain=True)]
-        for first in range(chunk, self.mc_samples if self.mc else 0, chunk or 1):
-            count = min(chunk, self.mc_samples - first)
-            logits.append(self.sample_logits(trunk, input_ids, attention_mask, example_ids, first, count))
-        logits = torch.cat(logits)
-        features = pool(seen[0], attention_mask, self.reads) if seen else logits.new_empty(len(input_ids), 0)
-        return _scores(logits[0], logits[1:] if self.mc else logits, features)
+        count = self.mc_samples if self.mc else 0
+        logits, features = self.passes(trunk, input_ids, attention_mask, example_ids, 0, count, plain=True)
+        return scores_of_passes(logits[0], logits[1:] if self.mc else logits, features)
+
+    def passes(
+        self, trunk: Trunk, ids: Tensor, mask: Tensor, example_ids: Tensor, first: int, count: int, plain: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """`sample_logits` [R, B, C] on this teacher's trunk, as many passes at once as the memory budget holds; with `plain` also
+        what the output layer reads in the deterministic pass [B, D] (D = 0 where the head ends otherwise)."""
+        mask = self._without_end_padding(ids, mask)
+        chunk = min(count, self._samples_at_once(*ids.shape)) if count else 0
+        with head_input(self.output_layer if plain else None) as seen:  # the plain replica comes first
+            logits = [self.sample_logits(trunk, ids, mask, example_ids, first, chunk, plain)]
+        for start in range(first + chunk, first + count, chunk or 1):
+            size = min(chunk, first + count - start)
+            logits.append(self.sample_logits(trunk, ids, mask, example_ids, start, size))
+        features = None
+        if plain:
+            features = pool(seen[0], mask, self.reads) if seen else logits[0].new_empty(len(ids), 0)
+        return torch.cat(logits), features
 
     @torch.inference_mode()
     def sample_logits(
@@ -246,7 +256,7 @@ class StochasticTeacher:
         return rows * (10 * width + 3 * inner + 3 * config.num_attention_heads * num_tokens) * self.model.dtype.itemsize
 
     def _budget(self) -> int:
-        return self.memory_budget_bytes or free_memory_bytes(self.model.device)
+        return self.memory_budget_bytes or replica_budget_bytes(self.model.device)
 
     # Set-up: run once, at construction.
 
@@ -375,24 +385,11 @@ class StochasticTeacher:
         return None
 
 
-def _scores(logits: Tensor, samples: Tensor, features: Tensor) -> TeacherScores:
+def scores_of_passes(logits: Tensor, samples: Tensor, features: Tensor) -> TeacherScores:
     """Statistics of stochastic logits [K, B, C] beside the deterministic ones [B, C]."""
     statistics = mc_statistics(samples, [0, logits.shape[1]])
     entropies = statistics.predictive_entropy[:, 0], statistics.expected_entropy[:, 0]
     return TeacherScores(logits, statistics.mean_probs, statistics.var_probs, *entropies, features)
-
-
-def free_memory_bytes(device: torch.device) -> int:
-    """What replicas may take by default: half of the free GPU memory; on a CPU a quarter, at most CPU_BUDGET_BYTES."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (torch.cuda.mem_get_info(device)[0] + cached) // 2
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return CPU_BUDGET_BYTES
-    available = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 4 * CPU_BUDGET_BYTES)
-    return min(available // 4, CPU_BUDGET_BYTES)
 
 
 def _threshold(p: float) -> int:

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import logging
+import re
 import subprocess
 import sys
 import time
@@ -234,6 +235,24 @@ class TestConsole:
         assert list(self.console.progress([1, 2, 3], "short")) == [1, 2, 3]
         assert list(self.console.progress(iter("ab"), "unknown length")) == ["a", "b"]
         assert capsys.readouterr().err == ""
+
+    def test_the_log_file_of_a_process_holds_what_its_console_keeps_quiet(self, tmp_path, capsys):
+        self.console.setup_logging(rank=1)
+        log, folder = self.console.log, tmp_path / "run" / "logs"
+        with self.console.log_file(folder, 1, 2):
+            log.info("scored %d texts", 7)
+            log.debug("detail")
+        log.info("after")
+        with pytest.raises(UserError), self.console.log_file(folder, 1, 2):
+            raise UserError("the disk is full")
+        with pytest.raises(ZeroDivisionError), self.console.log_file(folder, 1, 2):
+            1 / 0  # noqa: B018
+        lines = (folder / "rank1.log").read_text().splitlines()
+        assert re.fullmatch(r"[-\d]+ [:,\d]+ INFO process 1 of 2 on .*, pid \d+, muka_fast .*", lines[0])
+        assert lines[1].endswith("INFO scored 7 texts") and lines[3].endswith("ERROR the disk is full")
+        assert "ended by ZeroDivisionError" in lines[5] and lines[-1] == "ZeroDivisionError: division by zero"
+        assert "detail" not in str(lines) and "after" not in str(lines)
+        assert capsys.readouterr() == ("", "")
 
     def test_an_error_leaves_the_bar(self, monkeypatch):
         from rich.console import Console

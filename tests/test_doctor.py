@@ -134,6 +134,62 @@ def test_facts_of_a_teacher(make_teacher, make_model):
     assert facts.num_parameters == sum(parameter.numel() for parameter in make_model("bert", layers=3).parameters())
 
 
+@pytest.fixture
+def relatives(make_teacher, make_model, make_tokenizer):
+    """relatives({name: layers in common with the encoder}) -> folders of teachers of four layers."""
+
+    def make(**common):
+        encoder, tokenizer = make_model("bert", layers=4, seed=0), make_tokenizer("bert")
+        folders = []
+        for number, (name, count) in enumerate(common.items()):
+            folder = make_teacher("bert", [f"{name}{i}" for i in range(2)], name=name, layers=4, seed=number + 1)
+            model = make_model("bert", [f"{name}{i}" for i in range(2)], layers=4, seed=number + 1, tokenizer=tokenizer)
+            model.bert.embeddings.load_state_dict(encoder.bert.embeddings.state_dict())
+            for mine, theirs in zip(model.bert.encoder.layer[:count], encoder.bert.encoder.layer, strict=False):
+                mine.load_state_dict(theirs.state_dict())
+            model.save_pretrained(folder)
+            folders.append(folder)
+        return folders
+
+    return make
+
+
+def test_the_tree_of_common_layers_and_what_it_saves(relatives, capsys):
+    folders = relatives(news=3, bank=3, shop=2, alone=0)
+    facts = [doctor.teacher_facts(folder, folder.name) for folder in folders]
+    rows, finding = doctor.trunk_rows(facts)
+    assert rows == [
+        ("embeddings, layers 1 to 2", "news, bank, shop"),
+        ("  layer 3", "news, bank"),
+        ("  layer 3", "shop"),
+        ("embeddings, layers 1 to 3", "alone"),
+    ]
+    # Layers 1 and 2 run once instead of three times, layer 3 once instead of twice: 5 of 16 layers, of forwards of 4 layers.
+    assert "5 of 16 layers" in finding.value and "saves 1.25 of 4 forwards" in finding.value
+    code, text = run(capsys, *folders)
+    assert code == 0 and "embeddings, layers 1 to 2" in text and "saves 1.25 of 4 forwards" in " ".join(text.split())
+
+
+def test_what_the_tree_saves_is_what_scoring_together_leaves_out(relatives):
+    from muka_fast.shared import trunk_tree
+    from muka_fast.teachers import load_teacher
+    from muka_fast.trunk import StochasticTeacher
+
+    folders = relatives(news=4, bank=3, shop=1)
+    facts = [doctor.teacher_facts(folder, folder.name) for folder in folders]
+    scorers = [StochasticTeacher(load_teacher(folder, run_seed=0), mc_scope="last:1") for folder in folders]
+    run_layers = sum(node.layers_run for node in trunk_tree(scorers))
+    skipped = sum(scorer.layer for scorer in scorers) - run_layers
+    assert f"{skipped} of 12 layers" in doctor.trunk_rows(facts)[1].value and skipped == 4
+
+
+def test_teachers_with_nothing_in_common(relatives, capsys):
+    folders = relatives(news=0, bank=0)
+    assert "none" in doctor.trunk_rows([doctor.teacher_facts(folder, folder.name) for folder in folders])[1].value
+    code, text = run(capsys, *folders)
+    assert code == 0 and "--freeze_layers" in text
+
+
 def test_teachers_without_dropout_come_with_the_way_out(make_teacher, capsys):
     code, text = run(capsys, make_teacher("bert", dropout=0.0, name="dry"))
     assert code == 0

@@ -392,3 +392,11 @@ def test_strange_names_cannot_break_out_of_the_card(names, other):
 )
 def test_markdown_text(value, shown):
     assert export.markdown_text(value) == shown
+
+
+def test_logs_alone_are_no_run(tmp_path):
+    """A run that was refused after it had begun its logs leaves them; the corrected command just works."""
+    logs = tmp_path / "out" / "logs" / "rank0.log"
+    logs.parent.mkdir(parents=True)
+    logs.write_text("a line\n")
+    assert export.output_guard(tmp_path / "out") == tmp_path / "out" and logs.exists()

@@ -1,4 +1,9 @@
-"""On a CUDA device (bench/gpu.sh): every op against float64, masks bit-equal to the CPU's, a teacher's scores equal on both."""
+"""On a CUDA device (bench/gpu.sh): ops against float64, masks and scores against the CPU's, graphs, waiting, memory, sanitizer."""
+
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +13,14 @@ from muka_fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from muka_fast.ops.mc_head import mc_head
 from muka_fast.ops.mc_statistics import mc_statistics
 from muka_fast.ops.one_query_attention import one_query_attention
-from muka_fast.ops.reference import distill_loss_ref, keep_mask_ref, mc_head_ref, mc_statistics_ref
+from muka_fast.ops.packed_attention import packed_attention
+from muka_fast.ops.reference import (
+    distill_loss_ref,
+    keep_mask_ref,
+    mc_head_ref,
+    mc_statistics_ref,
+    packed_attention_ref,
+)
 from muka_fast.ops.repeat_dropout import repeat_dropout
 from muka_fast.teachers import load_teacher
 from muka_fast.trunk import StochasticTeacher
@@ -124,3 +136,100 @@ def test_scores_of_a_teacher_are_the_cpus(scope, make_teacher):
         scores[device] = StochasticTeacher(teacher, mc_scope=scope, mc_samples=8).score(ids, mask, torch.tensor([3, 2**32 - 1]))
     for name, value in vars(scores["cpu"]).items():
         torch.testing.assert_close(getattr(scores["cuda"], name).cpu(), value, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("one_row", [False, True])
+def test_packed_attention(one_row, dtype):
+    lengths, heads, head_dim, samples = [1, 7, 64, 64, 300], 4, 64, 3
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    queries = len(lengths) if one_row else int(starts[-1])
+    query_starts = torch.arange(len(lengths) + 1) if one_row else starts
+    positions = torch.tensor([n - 1 if one_row else 0 for n in lengths])
+    query = torch.randn(samples, queries, heads * head_dim)
+    key, value = (torch.randn(samples, int(starts[-1]), heads * head_dim) for _ in range(2))
+    states = [t.to(dtype) for t in (query, key, value)]
+    places, masks = (query_starts, positions, starts), (samples, 0.1, 5, 3, torch.arange(len(lengths)))
+    on_gpu = [t.cuda() for t in (*states, *places)]
+    got = packed_attention(*on_gpu, max(lengths), heads, 0.125, *masks[:-1], masks[-1].cuda()).cpu()
+    exact = packed_attention_ref(*(t.double() for t in states), *places, heads, 0.125, *masks)
+    eager = packed_attention_ref(*states, *places, heads, 0.125, *masks)
+    # The weights enter the second product in 16 bits, as in every fused attention: one more rounding than eager float32 makes.
+    no_worse_than_pytorch(got, eager, exact, 2e-5 if dtype == torch.float32 else torch.finfo(dtype).eps * float(exact.abs().max()))
+
+
+def test_a_replayed_graph_draws_the_masks_of_its_texts():
+    """Example ids are data: what a CUDA graph has captured is the formula, not the masks."""
+    x, ids = torch.ones(8, 256, device="cuda"), torch.arange(8, device="cuda")
+    offsets = torch.zeros_like(ids)
+    weight, bias = torch.randn(16, 256, device="cuda"), torch.randn(16, device="cuda")
+
+    def run():
+        return repeat_dropout(x, 4, 0.1, 7, 0, ids, offsets), mc_head(x, weight, bias, 4, 0.1, 7, 0, ids).mean_probs
+
+    run()  # compiles outside of the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    seen = []
+    for first in (100, 2**32 - 4):
+        ids.copy_(torch.arange(first, first + 8))
+        graph.replay()
+        for replayed, fresh in zip(captured, run(), strict=True):
+            assert torch.equal(replayed, fresh)
+        seen.append(captured[0].clone())
+    assert not torch.equal(*seen)
+
+
+def test_no_op_waits_for_the_device():
+    logits = torch.randn(16, 32, 6, device="cuda")
+    x, residual, weight = torch.randn(4, 8, 64, device="cuda"), torch.randn(8, 64, device="cuda"), torch.ones(64, device="cuda")
+    ids, starts = torch.arange(8, device="cuda"), torch.arange(9, device="cuda")
+    student = torch.randn(32, 6, device="cuda", requires_grad=True)
+    union = torch.arange(6, device="cuda")
+
+    def step():
+        scores = 1 - mc_statistics(logits, [0, 2, 6]).normalized_entropy
+        distill_loss(student, logits[0], scores, [0, 2, 6], union, soft=True, tau=0.2, temperature=1.0, margin=True).sum().backward()
+        mc_head(residual, weight[None].expand(3, -1), None, 4, 0.1, 5, 2, ids)
+        dropped = repeat_dropout(residual, 4, 0.1, 5, 2, ids, ids)
+        dropout_add_layer_norm(dropped, residual, weight, weight, 1e-5, 0.1, 5, 2, ids, ids)
+        one_query_attention(residual, residual, residual, starts, 2, 0.2, 4, 0.1, 5, 2, ids, ids)
+        packed_attention(x, x, x, starts, ids, starts, 1, 2, 0.2, 4, 0.1, 5, 2, ids)
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed on this machine")
+    chosen = "contract or tail_ops or 256-768-77-dtype0 or counts2-63 or counts6-dtype0 or packed_attention"
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+    command += [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "-k", chosen, __file__]
+    # PyTorch's allocator hides overruns inside its own blocks.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.parametrize("scope", ["last:1", "all"])
+def test_memory_of_scoring_is_bounded_in_the_samples(scope, make_teacher):
+    """Beyond what the budget admits at once, more samples take no more memory."""
+    peaks = []
+    for samples in (8, 64):
+        teacher = load_teacher(make_teacher("bert"), run_seed=0, device="cuda")
+        scorer = StochasticTeacher(teacher, mc_scope=scope, mc_samples=samples, memory_budget_bytes=1 << 20)
+        ids = torch.randint(5, 50, (64, 24), device="cuda")
+        arguments = (ids, torch.ones_like(ids), torch.arange(64))
+        scorer.score(*arguments)
+        torch.cuda.reset_peak_memory_stats()
+        scorer.score(*arguments)
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] < peaks[0] + (1 << 20)

@@ -84,6 +84,12 @@ def test_label_space_equals_the_oracle(problem):
     assert space.overlaps == tuple(name for name in space.names if len(owners[name]) > 1)
 
 
+def test_a_name_that_a_teacher_repeats_is_one_class_and_told(caplog):
+    space = build_label_space([("pets", ["cat", "dog", "cat"])])
+    assert space.names == ("cat", "dog") and space.teacher_to_union.tolist() == [0, 1, 0]
+    assert "teacher pets names several of its classes 'cat'" in caplog.text
+
+
 @given(st.lists(LABEL_SETS, min_size=1, max_size=6))
 def test_default_names_are_never_merged(label_sets):
     teachers = [(f"t{i}", labels) for i, labels in enumerate(label_sets)]

@@ -18,11 +18,11 @@ if not (ROOT / "setup.py").is_file():
 
 
 def build(kind, source, out):
-    """Run the build backend as pip does, without isolation and without CUDA; returns the archive."""
+    """Run the build backend as pip does, without isolation; returns the archive."""
     out.mkdir(parents=True, exist_ok=True)
     code = f"import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
     result = subprocess.run(
-        [sys.executable, "-c", code, str(out)], cwd=source, env=os.environ | {"MUKA_FAST_CUDA": "0"}, capture_output=True, text=True
+        [sys.executable, "-c", code, str(out)], cwd=source, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     (archive,) = out.iterdir()
@@ -67,7 +67,7 @@ def test_kernels_is_not_a_package():
 def test_source_archive_is_complete(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    for folder, pattern in (("csrc", "*.h"), ("csrc", "*.cpp"), ("csrc", "*.cu"), ("kernels", "*.py"), ("muka_fast", "*.py")):
+    for folder, pattern in (("csrc", "*.h"), ("csrc", "*.cpp"), ("kernels", "*.py"), ("muka_fast", "*.py")):
         missing = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob(pattern)} - names
         assert not missing, missing
     assert {"pyproject.toml", "setup.py", "csrc/philox.h", "csrc/parallel.h"} <= names
@@ -85,7 +85,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert {f"muka_fast/{path.relative_to(ROOT / 'muka_fast').as_posix()}" for path in templates} <= set(names)
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"muka_fast"}, top
-    assert not [name for name in names if name.endswith((".cpp", ".h", ".cu"))]
+    assert not [name for name in names if name.endswith((".cpp", ".h"))]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Packing: every token once, in groups of one length, and parts that are packings of their own."""
+"""Packing: every token once, texts sorted by length, and parts that are packings of their own."""
 
 import torch
 from hypothesis import given
@@ -23,18 +23,8 @@ def test_packed(lengths, reads_last, max_texts):
     assert packed.lengths.tolist() == sorted(lengths)
     read = tokens[packed.read_rows]
     assert packed.unsort(read, 0).tolist() == [[i, n - 1 if reads_last else 0] for i, n in enumerate(lengths)]
-    for part_of in (packed, *(part for _, _, part in packed.parts(max_texts))):
-        check_groups(part_of)
     places, rows, parts = zip(*packed.parts(max_texts), strict=True)
     assert torch.equal(torch.cat([packed.order[p] for p in places]), packed.order)
     assert torch.equal(torch.cat([tokens[r] for r in rows]), tokens)
-    assert all(len(part.order) <= max_texts and part.reads_last == reads_last for part in parts)
-
-
-def check_groups(packed):
-    place = row = 0
-    for first_place, first_row, texts, length in packed.groups:
-        assert (first_place, first_row) == (place, row)
-        assert packed.lengths[place : place + texts].tolist() == [length] * texts
-        place, row = place + texts, row + texts * length
-    assert (place, row) == (len(packed.order), int(packed.lengths.sum()))
+    for part in parts:
+        assert len(part.order) <= max_texts and part.reads_last == reads_last and part.longest == part.lengths[-1]

@@ -95,6 +95,16 @@ def test_figures_charts_and_tables_are_there(record):
     assert "label_map" not in page  # options that are not set do not fill the table
 
 
+def test_what_an_early_end_of_the_passes_saved(record):
+    assert "Passes ended early" not in report.render(record, metrics(3), "my run")
+    record["config"]["mc_stop"] = 0.02
+    record["sampling"] = {"mc_samples": 16, "mean_samples": 5.25, "samples_saved": 0.671875}
+    record["sampling"]["texts_by_samples"] = {"4": 1100, "16": 100}
+    page = " ".join(report.render(record, metrics(3), "my run").split())
+    assert "Passes ended early (mc_stop 0.02): 5.25 of 16 a text and teacher, 67.2 % saved." in page
+    assert "Texts by passes: 4: 1,100, 16: 100." in page
+
+
 def test_a_run_that_is_under_way_has_a_page(record):
     for key in ("metrics", "supervision", "seconds"):
         del record[key]

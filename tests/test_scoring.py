@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import torch
 
-from muka_fast import supervision
+from muka_fast import scoring, supervision
 from muka_fast.config import METHODS, RunConfig, ScoreConfig
 from muka_fast.data import TextSet, read_texts
 from muka_fast.labels import build_label_space
@@ -62,9 +62,9 @@ def test_teachers_with_common_layers_run_together_and_others_do_not(tmp_path, ma
     ]
     options = RunConfig(mc_samples=3, shard_size=4, token_budget=64, device="cpu")
     pool = TextSet(texts[:9], None, np.arange(9), "pool", "fp", 0)
-    groups, real = [], supervision.score_together
+    groups, real = [], scoring.score_together
     monkeypatch.setattr(
-        supervision,
+        scoring,
         "score_together",
         lambda teachers, *rest: groups.append([t.name for t in teachers]) or real(teachers, *rest),
     )

@@ -39,6 +39,10 @@ def test_the_teacher_key_depends_on_what_decides_the_numbers_and_on_nothing_else
     keys += [teacher_key(base | {name: value}, "x") for name, value in changes.items()]
     assert len(set(keys)) == len(keys)
     assert teacher_key(base | {"name": "m", "sites": []}, "x") == keys[0]
+    assert teacher_key(base | {"mc_stop": None}, "x") == keys[0] == "dcd59029e6b3b2a0"  # stores of every version
+    early = [base | {"mc_stop": level, "company": company} for level in (0.02, 0.05) for company in (["a"], ["a", "b"])]
+    assert len({teacher_key(entry, "x") for entry in early} | set(keys)) == len(keys) + 4
+    assert len({teacher_key(entry | {"mc": False}, "x") for entry in early}) == 1
     once = base | {"mc": False}
     assert teacher_key(once | {"mc_samples": 8, "run_seed": 5, "mc_scope": "all"}, "x") == teacher_key(once, "x")
 

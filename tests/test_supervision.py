@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from muka_fast import scoring, supervision
 from muka_fast import store as store_module
-from muka_fast import supervision
 from muka_fast.config import RunConfig
 from muka_fast.data import TextSet, Tokens
 from muka_fast.errors import UserError
@@ -96,7 +96,7 @@ def stage(monkeypatch):
     monkeypatch.setattr(supervision, "check_sites", lambda names, files, options: None)
     monkeypatch.setattr(supervision, "family_of", lambda path: path)
     monkeypatch.setattr(supervision, "load_teacher", stage.load_teacher)
-    monkeypatch.setattr(supervision, "tokenize", stage.tokenize)
+    monkeypatch.setattr(scoring, "tokenize", stage.tokenize)
     monkeypatch.setattr(supervision, "StochasticTeacher", stage.make_scorer)
     return stage
 

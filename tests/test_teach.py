@@ -105,6 +105,11 @@ def test_bad_labels_are_refused_before_any_work(options, labels, expected, tmp_p
     assert not (tmp_path / "teacher").exists()
 
 
+def test_a_missing_encoder_is_called_what_the_option_calls_it(options, tmp_path):
+    with pytest.raises(UserError, match=r"^encoder .*/none: no such folder"):
+        teach.teach(TeachConfig(**options | {"encoder": str(tmp_path / "none")}))
+
+
 def test_existing_output_is_refused_replaced_only_when_told_and_kept_when_writing_fails(options, tmp_path, monkeypatch):
     output = tmp_path / "teacher"
     teach.teach(TeachConfig(**options | {"epochs": 1}))

@@ -116,6 +116,23 @@ def test_a_run_leaves_a_student_that_plain_transformers_loads(go, world):
     assert "teachers" in (result.output / "README.md").read_text()
 
 
+def test_a_run_tells_what_an_early_end_of_the_passes_saved(go, tmp_path):
+    fast = {"epochs": 1, "uncertainty": "predictive_entropy"}
+    result = go("early", mc_stop=0.3, mc_samples=12, **fast)
+    record = json.loads((result.output / "run.json").read_text())
+    assert record["config"]["mc_stop"] == record["identity"]["mc_stop"] == 0.3
+    sampling = record["sampling"]
+    assert sampling["mc_samples"] == 12 and 0 < sampling["samples_saved"] < 1 and sum(sampling["texts_by_samples"].values()) == 75
+    assert yaml.safe_load((result.output / "run.yaml").read_text())["mc_stop"] == 0.3
+    again = go("again", mc_stop=0.3, mc_samples=12, **fast, teachers=[])  # from the store alone
+    assert json.loads((again.output / "run.json").read_text())["sampling"] == sampling
+    assert largest_difference(weights(result), weights(again)) == 0
+    exact = go("exact", mc_samples=12, **fast)
+    assert "sampling" not in json.loads((exact.output / "run.json").read_text())
+    with pytest.raises(UserError, match=r"mc_stop 0\.3 -> 0\.2"):
+        go("early", mc_stop=0.2, mc_samples=12, **fast, resume=True)
+
+
 def test_run_yaml_repeats_the_run_bit_for_bit(go, tmp_path):
     first = go("first", ds={"gradient_clipping": 0.3})
     options = yaml.safe_load((first.output / "run.yaml").read_text())
@@ -153,17 +170,19 @@ def free_port() -> int:
                 return port
 
 
-def run_processes(options: dict, count: int, extra: tuple[str, ...] = ()) -> list[subprocess.Popen]:
-    """Start muka_fast/train.py as a launcher does, one process per rank."""
-    words = {key: value if isinstance(value, list) else [value] for key, value in options.items()}
+def run_processes(
+    options: dict, count: int, extra: tuple[str, ...] = (), program: tuple[str, ...] = (str(ROOT / "muka_fast" / "train.py"),)
+) -> list[subprocess.Popen]:
+    """Start muka_fast/train.py, or another program, as a launcher does: one process per rank."""
+    words = {key: value if isinstance(value, list) else [value] for key, value in options.items() if value is not None}
     flags = [word for key, values in words.items() for word in (f"--{key}", *map(str, values))]
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "muka_fast" / "train.py"), *flags, *extra]
+    command = [sys.executable, *program, *flags, *extra]
     processes = []
     for rank in range(count):
         environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         pipes = {"stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen([*command, f"--local_rank={rank}"], env=environment, **pipes))
+        processes.append(subprocess.Popen(command, env=environment, **pipes))
     return processes
 
 
@@ -180,7 +199,8 @@ def test_two_processes_change_nothing(go, world, tmp_path, method):
     options = {"student": str(world / "plain_student"), "epochs": 1, "method": method}
     alone = go("alone", ds=SMOOTH_ADAM, **options)
     ds = {**SMOOTH_ADAM, "zero_optimization": {"stage": 2}}
-    codes, told = finish(run_processes(arguments(world, tmp_path, "pair", ds, options), 2))
+    # The deepspeed launcher adds the rank.
+    codes, told = finish(run_processes(arguments(world, tmp_path, "pair", ds, options), 2, ("--local_rank=0",)))
     assert codes == [0, 0], told
     pair = train.RunResult(tmp_path / "pair")
     assert losses(pair) == pytest.approx(losses(alone), rel=1e-6, abs=1e-8)
@@ -229,6 +249,28 @@ def test_resume_in_another_layout(go, stop_at, monkeypatch, world):
     resumed = go("cut", ds={**SMOOTH_ADAM, "train_micro_batch_size_per_gpu": 4}, resume=True, **options)
     assert losses(resumed) == pytest.approx(losses(whole), rel=1e-6, abs=1e-8)
     assert largest_difference(weights(resumed), weights(whole)) < 1e-6
+
+
+@pytest.mark.slow
+def test_resume_with_another_number_of_processes(go, stop_at, monkeypatch, world, tmp_path):
+    """One process, then two, then one again; losses as of one alone to 1e-5 relative, weights to 1e-5: sums in another order."""
+    options = {"student": str(world / "plain_student"), "epochs": 60}
+    whole = go("whole", ds=SMOOTH_ADAM, **options)
+    stop_at(20)
+    assert go("cut", ds=SMOOTH_ADAM, **options).stopped
+    monkeypatch.undo()
+    ds = {**SMOOTH_ADAM, "zero_optimization": {"stage": 2}}
+    pair = run_processes(arguments(world, tmp_path, "cut", ds, options), 2, ("--resume",))
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    wait_for(lambda: len(metrics.read_text().splitlines()) > 40, pair)
+    pair[1].terminate()
+    codes, told = finish(pair)
+    assert codes == [train.STOPPED] * 2, told
+    steps = len(losses(train.RunResult(tmp_path / "cut")))
+    assert 40 < steps < 300 and f"stopped by SIGTERM after step {steps} of 300" in told
+    resumed = go("cut", ds=SMOOTH_ADAM, resume=True, **options)
+    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5, abs=1e-8)
+    assert largest_difference(weights(resumed), weights(whole)) < 1e-5
 
 
 def test_the_last_two_checkpoints_stay_and_a_damaged_one_is_passed_over(go, stop_at, monkeypatch, caplog):
@@ -299,12 +341,101 @@ def test_resume_refuses_other_true_labels(go, stop_at, monkeypatch, world, tmp_p
         go("cut", texts=str(texts), method="supervised", resume=True)
 
 
-def test_an_output_that_this_node_does_not_see_is_named(world, tmp_path, monkeypatch):
-    """A process of another node is told that process 0 filled the store, and finds none."""
+def test_an_output_that_this_node_does_not_see_is_named(world, tmp_path):
+    """A process of another node is told that one of them has begun the store, and finds none."""
+    from muka_fast.shard_queue import ShardQueue
+
+    class Elsewhere(ShardQueue):
+        def agree(self, name, propose):
+            return 4096
+
     config = RunConfig(**arguments(world, tmp_path, "run", None, {"store": None}))
-    monkeypatch.setattr(train, "on_first_process", lambda work: [("key", "news")])
-    with pytest.raises(UserError, match=r"--output .*supervision.*file system that all nodes share"):
-        train.supervise(config, train.read_data(config), tmp_path / "run")
+    with pytest.raises(UserError, match=r"run.*supervision is not visible here.*file system that all nodes share"):
+        train.fill_store(tmp_path / "run" / "supervision", config.teachers, train.read_data(config), config, Elsewhere())
+
+
+# ---- scoring by several processes ----
+
+# Slow enough that a process which starts late still finds shards.
+SLOW_SCORING = {"shard_size": 4, "mc_scope": "all", "mc_samples": 256, "token_budget": 64, "epochs": 1}
+
+
+def store_files(store: Path) -> dict[str, bytes]:
+    """Every file of a store by its path in it."""
+    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
+
+
+def test_two_processes_fill_the_store_that_one_fills(go, world, tmp_path):
+    """Bit for bit, manifest included; each text is scored once, and both processes did some."""
+    alone = go("alone", store=None, **SLOW_SCORING)
+    options = arguments(world, tmp_path, "pair", None, {"store": None, **SLOW_SCORING})
+    codes, told = finish(run_processes(options, 2))
+    assert codes == [0, 0], told
+    assert store_files(tmp_path / "pair" / "supervision") == store_files(alone.output / "supervision")
+    shares = re.findall(r"process (\d) scored (\d+) of 75 texts with (\w+)", logs(tmp_path / "pair"))
+    assert {(rank, teacher) for rank, _, teacher in shares} == {(rank, teacher) for rank in "01" for teacher in LABELS}
+    for teacher in LABELS:
+        assert sum(int(count) for _, count, name in shares if name == teacher) == 75
+    assert {rank for rank, count, _ in shares if int(count)} == {"0", "1"}
+    assert "process 0 scored" in told and "process 1 scored" not in told  # on the console only process 0 speaks
+
+
+def logs(output: Path) -> str:
+    return "".join(path.read_text() for path in sorted((output / "logs").glob("*.log")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_killed_while_scoring_ends_the_job_and_resume_finishes(world, tmp_path, victim):
+    options = arguments(world, tmp_path, "run", None, {"store": None, **SLOW_SCORING})
+    processes = run_processes(options, 2)
+    store = tmp_path / "run" / "supervision"
+    wait_for(lambda: len(list(store.glob("*/shard-*"))) >= 4, processes)
+    processes[victim].kill()
+    assert processes[1 - victim].wait(timeout=20) == 1
+    _, told = finish(processes)
+    assert "is gone while scoring: stopping" in told
+    before = {path: path.stat().st_mtime_ns for path in store.glob("*/shard-*")}
+    assert 4 <= len(before) < 38
+    codes, told = finish(run_processes(options, 2, ("--resume",)))
+    assert codes == [0, 0], told
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # nothing was scored again
+    assert len(list(store.glob("*/shard-*"))) == 38 and (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_score_under_a_launcher_fills_the_store_that_one_process_fills(world, tmp_path):
+    options = {"teachers": [str(world / name) for name in LABELS], "texts": str(world / "texts.jsonl"), **SLOW_SCORING}
+    del options["epochs"]
+    program = ("-m", "muka_fast.cli", "score")
+    for name, count in (("alone", 1), ("pair", 2)):
+        codes, told = finish(run_processes(options | {"output": tmp_path / name}, count, program=program))
+        assert codes == [0] * count, told
+        assert told.count("mean normalised entropy") == len(LABELS)  # process 0 tells the figures
+    files = store_files(tmp_path / "pair")
+    shares = [files.pop(f"logs/rank{rank}.log").decode() for rank in range(2)]
+    assert all(re.search(r"scored [1-9]\d* of 75 texts", share) for share in shares)
+    assert files == store_files(tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_bad_input_met_by_one_process_ends_all_with_one_message(world, tmp_path, make_model, texts):
+    """NaN in a teacher's logits for one text: whoever scores it tells, the other leaves its work."""
+    broken = tmp_path / "broken"
+    tokenizer = word_tokenizer(texts)
+    model = make_model("bert", LABELS["news"], tokenizer=tokenizer)
+    with torch.no_grad():  # finite, but not what a norm makes of it
+        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("Mongolia")] = 3e38
+    model.save_pretrained(broken)
+    tokenizer.save_pretrained(broken)
+    pool = tmp_path / "pool.txt"
+    rows = [line.strip() for line in texts if "Mongolia" not in line] * 2
+    rows.insert(len(rows) // 2, "What is the capital of Mongolia?")
+    pool.write_text("".join(f"{row}\n" for row in rows))
+    options = {"teachers": [str(broken)], "texts": str(pool), "store": None, **SLOW_SCORING}
+    codes, told = finish(run_processes(arguments(world, tmp_path, "run", None, options), 2))
+    assert codes == [2, 2], told
+    assert told.count("muka-fast: error:") == 1 and "teacher broken: NaN logits for text 46" in told
 
 
 # ---- faults ----

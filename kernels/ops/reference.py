@@ -263,3 +263,53 @@ def one_query_attention_ref(
         masked = replica_dropout_ref(probs, plain_first, p, seed, site, example_ids[b].expand(num_heads), offsets, first_sample)
         output[:, b] = torch.einsum("rhl,lhd->rhd", masked, v).reshape(replicas, -1).to(query.dtype)
     return output
+
+
+def packed_attention_ref(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_starts: Tensor,
+    first_positions: Tensor,
+    starts: Tensor,
+    num_heads: int,
+    scaling: float,
+    num_samples: int,
+    p: float,
+    seed: int,
+    site: int,
+    example_ids: Tensor,
+    position_bias: Tensor | None = None,
+    first_sample: int = 0,
+    plain_first: bool = False,
+) -> Tensor:
+    """Attention inside every text, its probabilities masked, for replicas that share their states or have their own.
+
+    query [(R,) Q, H * d]; key, value [(R,) T, G * d]: text b owns rows starts[b]:starts[b + 1] and queries
+    query_starts[b]:query_starts[b + 1], the first at position first_positions[b]; position_bias [H | 1, positions, positions] or None
+    is added to the scaled scores. Mask element = (head * 16384 + query position) * 16384 + key position.
+    Returns [R, Q, H * d], R = num_samples, + 1 with plain_first (replica 0 unmasked); [Q, H * d] where the replicas are equal.
+    """
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    head_dim = query.shape[-1] // num_heads
+    group = query.shape[-1] // key.shape[-1]  # query heads per key head
+    shared = p == 0 and query.dim() == key.dim() == 2
+    replicas = 1 if shared else num_samples + int(plain_first)
+    q, k, v = (t.to(dtype).unflatten(-1, (-1, head_dim)) for t in (query, key, value))
+    q, k, v = (t.expand(replicas, *t.shape[-3:]) for t in (q, k.repeat_interleave(group, -2), v.repeat_interleave(group, -2)))
+    output = q.new_empty(replicas, *query.shape[-2:])
+    heads = torch.arange(num_heads, device=query.device)[:, None]
+    for b, position in enumerate(first_positions.tolist()):
+        rows, columns = slice(*query_starts[b : b + 2].tolist()), slice(*starts[b : b + 2].tolist())
+        scores = torch.einsum("rihd,rlhd->rhil", q[:, rows], k[:, columns]) * scaling
+        positions = torch.arange(position, position + scores.shape[2], device=query.device)
+        if position_bias is not None:
+            scores = scores + position_bias[:, positions, : scores.shape[3]].to(dtype)
+        probs = torch.softmax(scores, -1)
+        if p > 0:
+            offsets = ((heads * ATTENTION_STRIDE + positions) * ATTENTION_STRIDE).flatten()
+            ids = example_ids[b].expand(len(offsets))
+            probs = replica_dropout_ref(probs.flatten(1, 2), plain_first, p, seed, site, ids, offsets, first_sample).view_as(probs)
+        output[:, rows] = torch.einsum("rhil,rlhd->rihd", probs, v[:, columns]).flatten(2)
+    output = output.to(query.dtype)
+    return output[0] if shared else output

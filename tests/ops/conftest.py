@@ -36,6 +36,12 @@ def poisoned_memory(monkeypatch):
         monkeypatch.setattr(owner, name, poisoned)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """As in the conftest above, which the interpreter's process does not load."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=[0, 1, 2], ids=["baseline", "v3", "v4"])
 def isa(request):
     """Every instruction set that this machine can run."""

@@ -59,7 +59,8 @@ def usage(item, arch):
 def test_every_triton_op_is_listed():
     names = {item.name.split()[0] for item in specialisations()}
     assert names == {
-        "repeat_dropout", "mc_head", "mc_statistics", "distill_loss", "dropout_add_layer_norm", "one_query_attention"
+        "repeat_dropout", "mc_head", "mc_statistics", "distill_loss", "dropout_add_layer_norm", "one_query_attention",
+        "packed_attention",
     }  # fmt: skip
 
 

@@ -35,7 +35,9 @@ def check(features, weight, bias, samples, p, ids, assert_as_exact_as):
     for name, o, e, x in zip(McHeadStatistics._fields, ours, plain, exact, strict=True):
         assert o.dtype == torch.float32 and o.is_contiguous()
         floor = 4e-7 if name == "logits" else 4e-7 * max(1.0, size)
-        assert_as_exact_as(o, e, x, floor=floor, name=name)
+        # Mutual information is a small difference of two entropies: it has their rounding.
+        scale = math.log(max(3, exact[0].shape[-1])) if name == "mutual_information" else 1.0
+        assert_as_exact_as(o, e, x, floor=floor, scale=scale, name=name)
     return ours
 
 

@@ -1,0 +1,102 @@
+"""What every kernel should take on a GPU, written down before it runs there; with --measured, the figures of a run beside it.
+
+    python bench/predict.py [--machine h200] [--dtype bfloat16] [--measured bench/results/throughput_h200_202611.json]
+
+The floor of an op is the slowest of: bytes / copy bandwidth, products / matrix rate, random lanes / integer rate, exponentials / rate
+of the special-function units. The prediction: floor / SHARE + one launch for each kernel. Nothing here is a measurement, and the
+file says so; where a run differs by more than a quarter the cause belongs into its results.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from environment import RESULTS
+from registry import CASES, Case
+
+SHARE = 0.85  # of the floor's rate that a kernel with enough work is expected to reach
+LAUNCH_S = 2.5e-6  # device time of a launch that does nothing, back to back in one stream
+
+
+class Machine(NamedTuple):
+    """Rates per second. copy and matrix_16bit were measured on the card; the others are units x clock, from the data sheet."""
+
+    copy_bytes: float
+    matrix_16bit: float
+    matrix_float32: float  # exact products on the ordinary units: 2 x 128 per SM and cycle
+    instructions: float  # 128 lanes per SM and cycle
+    exponentials: float  # 16 per SM and cycle
+
+
+SMS, CLOCK = 132, 1.83e9  # H200 SXM; the clock under load lies below the boost of 1.98 GHz
+MACHINES = {"h200": Machine(4.3e12, 790e12, SMS * 256 * CLOCK, SMS * 128 * CLOCK, SMS * 16 * CLOCK)}
+# Instructions per random lane: ten rounds of two wide products (two issue slots each) and two xors, the key's two additions, an
+# eighth of that each, plus unpacking, comparing and selecting.
+LANE_INSTRUCTIONS = 10 * (2 * 2 + 2 + 2) / 8 + 3
+KERNELS = {"distill_loss": 2}  # forward, and the scaling of the kept gradient in backward; all others are one launch
+REASONS = {
+    "mc_statistics": "reads K logits a class and writes two; small shapes are one launch",
+    "mc_head": "K masks of every feature: the random lanes in 16 bits, the exact products in float32",
+    "repeat_dropout": "writes K rows for one read; close to the lanes' rate in 16 bits",
+    "distill_loss": "probabilities in, gradient out; backward reads and writes the gradient once more",
+    "packed_attention": "the random lanes of the probabilities; products are a third of them at d = 64",
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--machine", choices=sorted(MACHINES), default="h200")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    parser.add_argument("--measured", type=Path, help="JSON of bench/throughput.py on that machine")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    return parser.parse_args()
+
+
+def floors(case: Case, machine: Machine, dtype: torch.dtype) -> dict[str, float]:
+    """Seconds that each resource needs for one op at one shape."""
+    problem = case.build(case.shape, dtype, "meta")  # sizes without memory
+    matrix = machine.matrix_float32 if dtype == torch.float32 else machine.matrix_16bit
+    what, count = problem.counted
+    rate = machine.instructions / LANE_INSTRUCTIONS if what == "random lanes" else machine.exponentials
+    return {"bytes": problem.bytes_moved / machine.copy_bytes, "products": problem.flops / matrix, what: count / rate}
+
+
+def measured_ms(path: Path | None) -> dict[tuple[str, str], float]:
+    """(op, shape) -> median milliseconds of our implementation."""
+    if path is None:
+        return {}
+    rows = json.loads(path.read_text())["results"]["rows"]
+    return {(row["op"], row["shape"]): row["median_ms"] for row in rows if row["impl"] == "ours" and row["median_ms"]}
+
+
+def main() -> None:
+    args = parse_arguments()
+    machine, measured = MACHINES[args.machine], measured_ms(args.measured)
+    lines = [
+        f"# Predicted for {args.machine}, {args.dtype}{', with measured times' if measured else ': nothing here was measured'}",
+        "",
+        f"`python bench/predict.py --machine {args.machine} --dtype {args.dtype}`; model and rates at the head of that file.",
+        "",
+        "| op | shape | bound by | floor us | predicted us | measured us | measured / predicted |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in CASES:
+        if "cuda" not in case.devices:
+            continue
+        seconds = floors(case, machine, getattr(torch, args.dtype))
+        bound = max(seconds, key=seconds.get)
+        predicted = 1e6 * (seconds[bound] / SHARE + KERNELS.get(case.op, 1) * LAUNCH_S)
+        got = measured.get((case.op, case.label))
+        cells = [case.op, case.label, bound, f"{1e6 * seconds[bound]:.2f}", f"{predicted:.1f}"]
+        cells += ["", ""] if got is None else [f"{1e3 * got:.1f}", f"{1e3 * got / predicted:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(f"- {op}: {reason}" for op, reason in REASONS.items())]
+    print("\n".join(lines))
+    path = args.out / f"predicted_{args.machine}_{args.dtype}.md"
+    path.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Filling the shards of a store: which are missing, the batches of texts, teachers that run together, and waves of passes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from muka_fast.adaptive import Crew, run_waves, token_batches
+from muka_fast.console import progress
+from muka_fast.data import TextSet, Tokens, collate, token_budget_batches, tokenize
+from muka_fast.errors import UserError
+from muka_fast.memory import replica_budget_bytes
+from muka_fast.shard_queue import ShardQueue
+from muka_fast.shared import score_together, trunk_tree
+from muka_fast.store import (
+    FEATURE_TYPE,
+    FEATURES,
+    MATRICES,
+    VECTORS,
+    DamagedShard,
+    ShardRange,
+    half,
+    is_adaptive,
+    merge_manifest,
+    read_shard,
+    remove_leftovers,
+    shard_ranges,
+    write_shard,
+)
+from muka_fast.teachers import Teacher
+from muka_fast.trunk import StochasticTeacher, TeacherScores
+
+if TYPE_CHECKING:
+    from muka_fast.config import ScoringOptions
+
+log = logging.getLogger("muka_fast")
+Tensors = dict[str, np.ndarray]  # of one shard, by name
+
+
+@dataclass(frozen=True)
+class Job:
+    """One teacher with shards to compute. scorer: None where a `Crew` loads it."""
+
+    key: str
+    entry: dict[str, Any]
+    scorer: StochasticTeacher | None
+    todo: list[ShardRange]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What all teachers of one scoring run have in common; tokens: each distinct tokenizer's, kept."""
+
+    store: Path
+    texts: TextSet
+    shard_size: int
+    max_length: int
+    token_budget: int
+    queue: ShardQueue
+    need_features: bool
+    tokens: dict[str, Tokens] = field(default_factory=dict)
+
+    def tokens_of(self, teacher: Teacher) -> Tokens:
+        if teacher.tokenizer_key not in self.tokens:  # the key covers the teacher's own limit
+            max_length = min(self.max_length, teacher.max_length)
+            self.tokens[teacher.tokenizer_key] = tokenize(teacher.tokenizer, self.texts.texts, max_length)
+        return self.tokens[teacher.tokenizer_key]
+
+    def missing_shards(self, key: str, entry: dict[str, Any]) -> list[ShardRange]:
+        """The shards of a teacher that are not there, or damaged (those are named), or lack features that are needed."""
+        folder, ranges = self.store / key, shard_ranges(len(self.texts), self.shard_size)
+        remove_leftovers(folder)
+
+        def look() -> list[int]:
+            missing, bare = [], 0
+            for shard in ranges:
+                try:
+                    tensors = read_shard(folder, shard, key, len(entry["labels"]), is_adaptive(entry))
+                    if FEATURES in tensors or not self.need_features:
+                        continue
+                    bare += 1
+                except FileNotFoundError:
+                    pass  # missing, as its number says
+                except DamagedShard as error:
+                    log.warning("%s is damaged (%s): computing it again", shard.path(folder), error)
+                missing.append(shard.number)
+            if bare:
+                log.info("%s: %d shards of an older version hold no features: computing them again", folder, bare)
+            return missing
+
+        # Agreed on: others may have written shards by the time that this process looks.
+        return [ranges[number] for number in self.queue.agree(key, look)]
+
+    def score_together(self, group: Sequence[Job]) -> None:
+        """Compute the missing shards of related teachers (or of one)."""
+        scorers, todo, work = [job.scorer for job in group], group[0].todo, " ".join(job.key for job in group)
+        tree = trunk_tree(scorers) if len(group) > 1 else None
+        if todo:
+            tokens = self.tokens_of(scorers[0].teacher)
+            pad_id, device = scorers[0].teacher.pad_id, next(scorers[0].teacher.model.parameters()).device
+
+        def score(shard: ShardRange, ids: np.ndarray, shards: Sequence[Tensors]) -> Iterator[int]:
+            for batch in token_budget_batches(tokens.lengths[shard.start : shard.stop], self.token_budget):
+                inputs = collate(tokens, shard.start + batch, pad_id)
+                inputs = inputs["input_ids"].to(device), inputs["attention_mask"].to(device), torch.from_numpy(ids[batch])
+                results = score_together(scorers, *inputs, tree) if tree is not None else [scorers[0].score(*inputs)]
+                for job, tensors, result in zip(group, shards, results, strict=True):
+                    self._keep(job, tensors, batch, result)
+                yield len(batch)
+
+        self._compute(group, todo, work, score)
+
+    def score_in_waves(self, crew: Crew, jobs: Sequence[Job], options: ScoringOptions, device: torch.device) -> None:
+        """`score_together` for all teachers under --mc_stop: the passes of as many texts as fit are kept until these are decided."""
+        numbers = sorted({shard.number for job in jobs for shard in job.todo})
+        todo = [shard_ranges(len(self.texts), self.shard_size)[number] for number in numbers]
+        mine = []
+        for i in range(len(jobs) if todo else 0):
+            teacher = crew[i].teacher
+            mine.append((self.tokens_of(teacher), teacher.pad_id))
+            del teacher  # gone before the next one is loaded
+        rule = options.mc_samples, options.mc_stop, options.uncertainty
+        text_bytes = 4 * options.mc_samples * sum(len(job.entry["labels"]) for job in jobs)
+        at_once = max(1, replica_budget_bytes(torch.device("cpu")) // text_bytes)
+
+        def score(shard: ShardRange, ids: np.ndarray, shards: Sequence[Tensors]) -> Iterator[int]:
+            for first in range(0, len(ids), at_once):
+                part = np.arange(first, min(first + at_once, len(ids)))
+                batches = [token_batches(*found, shard.start + part, self.token_budget, device) for found in mine]
+                results, counts = run_waves(crew, batches, torch.from_numpy(ids[part]), *rule)
+                for job, tensors, result in zip(jobs, shards, results, strict=True):
+                    self._keep(job, tensors, part, result)
+                    tensors.setdefault("num_samples", np.empty(len(ids), np.int64))[part] = counts.numpy()
+                yield len(part)
+
+        self._compute(jobs, todo, " ".join(job.key for job in jobs), score)
+
+    def _compute(
+        self,
+        jobs: Sequence[Job],
+        todo: Sequence[ShardRange],
+        work: str,
+        score: Callable[[ShardRange, np.ndarray, Sequence[Tensors]], Iterator[int]],
+    ) -> None:
+        """Every shard that this process gets, one in memory at a time, written as soon as it is whole; once all are, the manifest.
+
+        score(shard, example ids, the shard's tensors of each job): fills them, and yields how many texts it did.
+        """
+        names, num_texts, mine = ", ".join(job.entry["name"] for job in jobs), sum(s.stop - s.start for s in todo), 0
+        if 0 < num_texts < len(self.texts):
+            log.info("teacher %s: %d of %d texts were scored before", names, len(self.texts) - num_texts, len(self.texts))
+        if todo:
+            with progress(num_texts, f"scoring {names}") as bar:
+                for shard in (todo[number] for number in self.queue.take(work, len(todo))):
+                    ids = self.texts.example_ids[shard.start : shard.stop].astype(np.int64)
+                    shards = [_empty_shard(ids, len(job.entry["labels"])) for job in jobs]
+                    for count in score(shard, ids, shards):
+                        mine += count
+                        bar.advance(self.queue.advance(work, count) - bar.done)
+                        self.queue.check()
+                    for job, tensors in zip(jobs, shards, strict=True):
+                        if shard in job.todo:
+                            write_shard(self.store / job.key, shard, job.key, tensors)
+            if self.queue.world_size > 1:
+                log.info("process %d scored %d of %d texts with %s", self.queue.rank, mine, num_texts, names)
+        if self.queue.finished(work) == len(todo):
+            for job in jobs:
+                merge_manifest(self.store, self.texts, self.shard_size, (job.key, job.entry))
+
+    def _keep(self, job: Job, tensors: Tensors, rows: np.ndarray, scores: TeacherScores) -> None:
+        """Put the scores of a batch into its shard. NaN must never turn into certainty: refused here, whatever produced it."""
+        if FEATURES not in tensors:
+            tensors[FEATURES] = np.empty((len(tensors["example_ids"]), scores.features.shape[1]), FEATURE_TYPE)
+        tensors[FEATURES][rows] = half(scores.features.float().cpu().numpy())
+        for part in (*MATRICES, *VECTORS):
+            tensors[part][rows] = getattr(scores, part).float().cpu().numpy()
+        good = ~(np.isnan(tensors["logits"][rows]) | np.isposinf(tensors["logits"][rows])).any(-1)
+        for part in (*MATRICES[1:], *VECTORS, FEATURES):
+            good &= np.isfinite(tensors[part][rows]).reshape(len(rows), -1).all(-1)
+        if not good.all():
+            example = int(tensors["example_ids"][rows[~good][0]])
+            raise UserError(
+                f"teacher {job.entry['name']!r}: its output for text {example} of {self.texts.source!r} (row, counted from 0) is NaN "
+                "or infinite; check the checkpoint, or score it on another --device"
+            )
+
+
+def _empty_shard(example_ids: np.ndarray, num_classes: int) -> Tensors:
+    count = len(example_ids)
+    tensors = {name: np.empty((count, num_classes), np.float32) for name in MATRICES}
+    tensors |= {name: np.empty(count, np.float32) for name in VECTORS}
+    return tensors | {"example_ids": example_ids}

@@ -1,0 +1,137 @@
+"""Hands the shards of a scoring run to the processes of a group, each shard to one; a fault or a death in one of them ends all.
+
+Which shard is whose is counted in torch.distributed's own key-value store. That store lives and dies with the job: a resumed run
+finds no claim of the killed one, only the files that it finished. Each process takes the next shard when it is done with one, so a
+slow process takes fewer. Two jobs on one store do not know of each other and may score a shard twice, which does no harm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import distributed
+
+from muka_fast.errors import UserError
+
+T = TypeVar("T")
+log = logging.getLogger("muka_fast")
+PATIENCE = timedelta(days=7)  # a process may score for hours after the others are done; one that dies is noticed at once
+
+
+class _Stopped(Exception):
+    """Another process of the group met bad input, which it tells."""
+
+
+class ShardQueue:
+    """The scoring of one store by this process alone or, with `group`, by all processes of torch.distributed's group.
+
+    Use it as a context: all processes enter it; on leaving, each waits for all others. A UserError in one of them is raised there,
+    while the others end with SystemExit(2) at their next `check`. A process that is gone ends the others with SystemExit(1).
+    It may be entered again; what was agreed on before is then forgotten.
+    """
+
+    def __init__(self, group: bool = False) -> None:
+        self.rank, self.world_size = 0, 1
+        if group and distributed.is_initialized():
+            self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
+        self._lost = False
+
+    def __enter__(self) -> Self:
+        if self.world_size == 1:
+            self._store = distributed.HashStore()
+            return self
+        store = distributed.distributed_c10d._get_default_store()
+        entries = store.add(f"muka_fast/scoring/{self.rank}", 1)  # the same in every process, and a fresh name each time
+        self._store = distributed.PrefixStore(f"muka_fast/scoring/{entries}", store)
+        # Of its own, and gloo whatever the device: NCCL does not notice a peer that is gone.
+        self._group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        self._work = distributed.irecv(torch.zeros(1), src=(self.rank - 1) % self.world_size, group=self._group)
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> bool:
+        if self.world_size == 1:
+            return False
+        if error is not None and not isinstance(error, (UserError, _Stopped)):
+            return False  # this process ends, and its connections with it: the others notice
+        with self._reachable():
+            if isinstance(error, UserError):
+                self._store.set("failed", str(self.rank))
+            told: list[str | None] = [None] * self.world_size
+            distributed.all_gather_object(told, str(error) if isinstance(error, UserError) else None, group=self._group)
+            distributed.send(torch.ones(1), dst=(self.rank + 1) % self.world_size, group=self._group)
+        self._watcher.join()
+        failed = [rank for rank, message in enumerate(told) if message is not None]
+        if failed and failed[0] != self.rank:
+            raise SystemExit(2) from error
+        return False
+
+    def check(self) -> None:
+        """Leave where another process has failed or is gone. Cheap: called for every batch."""
+        if self.world_size == 1:
+            return
+        if self._lost:
+            self._end(self._previous_is_gone())
+        with self._reachable():
+            if self._store.check(["failed"]):
+                raise _Stopped
+
+    def agree(self, name: str, propose: Callable[[], T]) -> T:
+        """What the first process to ask for `name` proposes, in every process alike. Of JSON's types."""
+        with self._reachable():
+            if self._store.check([name]):
+                return json.loads(self._store.get(name))
+        proposal = json.dumps(propose())
+        with self._reachable():
+            return json.loads(self._store.compare_set(name, "", proposal))
+
+    def take(self, name: str, count: int) -> Iterator[int]:
+        """The numbers 0 to count - 1, each in one process only. A number counts as finished when the next one is asked for."""
+        while True:
+            self.check()
+            number = self._add(f"{name} taken", 1) - 1
+            if number >= count:
+                return
+            yield number
+            self._add(f"{name} finished", 1)
+
+    def finished(self, name: str) -> int:
+        """How many numbers of `name` all processes together have finished."""
+        return self._add(f"{name} finished", 0)
+
+    def advance(self, name: str, amount: int) -> int:
+        """Add to the texts that are done; returns those of all processes."""
+        return self._add(f"{name} texts", amount)
+
+    def _add(self, name: str, amount: int) -> int:
+        with self._reachable():
+            return self._store.add(name, amount)
+
+    def _watch(self) -> None:
+        """The process before this one sends a byte when all is done; a connection that closes before shows its end."""
+        try:
+            self._work.wait()
+        except RuntimeError:
+            self._lost = True
+
+    def _previous_is_gone(self) -> str:
+        return f"process {(self.rank - 1) % self.world_size} of {self.world_size} is gone"
+
+    @contextlib.contextmanager
+    def _reachable(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # of gloo and of the store alike
+            self._end(self._previous_is_gone() if self._lost else f"another process is gone ({str(error).splitlines()[0]})")
+
+    def _end(self, what: str) -> None:
+        log.error("%s while scoring: stopping; its log has the reason, finished shards are kept", what)
+        raise SystemExit(1)

@@ -1,0 +1,312 @@
+"""--mc_stop: the stated error, the same masks as without it, and scores that no layout of the run can change."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from muka_fast import scoring, supervision
+from muka_fast.adaptive import Crew, decided, run_waves, sampling_summary, token_batches, uncertainty_per_pass, waves
+from muka_fast.config import RunConfig, ScoreConfig
+from muka_fast.data import TextSet, tokenize
+from muka_fast.errors import UserError
+from muka_fast.ops.reference import mc_statistics_ref
+from muka_fast.selection import UNCERTAINTY
+from muka_fast.store import MATRICES, VECTORS, read_manifest
+from muka_fast.stored import Supervision
+from muka_fast.supervision import fill_store, open_store, option_values
+
+K = 16
+LEVEL = 0.3  # random teachers disagree little: at a strict level no text of the tests would stop early
+
+
+def selected_after(uncertainty):
+    return uncertainty.mean(1).argmin(0)
+
+
+def stop(uncertainty, error):
+    """Selections when every text stops at the first look that decides it, and its passes. uncertainty [N, K, n]."""
+    num_texts = uncertainty.shape[-1]
+    selected, num_samples = selected_after(uncertainty), torch.full((num_texts,), K)
+    for _, k in reversed(waves(K)):
+        done = decided(uncertainty[:, :k], K, error)
+        num_samples[done] = k
+        selected[done] = selected_after(uncertainty[:, :k])[done]
+    return selected, num_samples
+
+
+# ---- the test ----
+
+
+def test_waves_cover_every_pass_once():
+    for samples in (1, 3, 4, 5, 16, 17):
+        assert [k for first, last in waves(samples) for k in range(first, last)] == list(range(samples))
+
+
+@pytest.mark.parametrize("measure", UNCERTAINTY)
+def test_the_mean_of_the_passes_is_the_measure(measure):
+    logits = 3 * torch.randn(5, 7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mean, var, predictive, expected = mc_statistics_ref(logits, [0, 4])[:4]
+    sup = Supervision(mean.log(), mean, var, predictive, expected, torch.arange(7), [{"labels": list("abcd")}], [0, 4])
+    torch.testing.assert_close(uncertainty_per_pass(logits, measure).mean(0), UNCERTAINTY[measure](sup)[:, 0])
+    certain = torch.tensor([[[1e4, -1e4]], [[1e4, -1e4]]])
+    assert uncertainty_per_pass(certain, measure).tolist() == [[0.0], [0.0]]
+    assert uncertainty_per_pass(torch.randn(3, 2, 1), measure).abs().max() == 0
+
+
+@pytest.mark.parametrize("measure", UNCERTAINTY)
+def test_the_spread_of_the_passes_is_the_error_of_the_measure(measure):
+    """Over many draws of 64 passes, the measure of their mean varies as the spread of one draw says."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.tensor([2.0, 0.5, 0.0])[None, None] + 0.5 * torch.randn(64, 4000, 3, generator=generator)
+    passes = uncertainty_per_pass(logits, measure)
+    said = (passes.std(0) / 8).mean()
+    assert abs(passes.mean(0).std() / said - 1) < 0.05
+
+
+@pytest.mark.parametrize("error", [0.02, 0.05, 0.2])
+@pytest.mark.parametrize("num_teachers", [2, 3, 5])
+def test_wrong_stops_stay_below_the_stated_error(num_teachers, error):
+    """Normal noise; true gaps from none, the worst case, to plain ones; correlated and unequal noise of the teachers."""
+    n, generator = 10_000, torch.Generator().manual_seed(2)
+    for gap in (0.0, 0.1, 0.3, 1.0):
+        for spread in (1.0, 4.0):
+            noise = torch.randn(num_teachers, K, n, dtype=torch.float64, generator=generator)
+            noise[0] *= spread
+            noise += torch.randn(K, n, dtype=torch.float64, generator=generator)
+            noise[0] -= gap
+            selected, num_samples = stop(noise, error)
+            wrong = (selected != selected_after(noise)).double().mean().item()
+            assert wrong <= error + 3 * (error * (1 - error) / n) ** 0.5
+            if num_teachers == 2 and gap == 0 and spread == 1:
+                assert wrong > error / 8, "a test that never errs is not at its level"
+            if gap == 1 and spread == 1:
+                assert num_samples.double().mean() < K
+
+
+@pytest.mark.parametrize("error", [0.05, 0.2])
+@pytest.mark.parametrize("measure", ["predictive_entropy", "mutual_information"])
+def test_wrong_stops_of_logits_stay_below_the_stated_error(measure, error):
+    """Passes are noisy logits: entropies are bent and skewed, as dropout makes them."""
+    n, generator = 4000, torch.Generator().manual_seed(3)
+    for scale, noise, gap in ((1.0, 0.5, 0.0), (3.0, 1.0, 0.0), (3.0, 1.0, 0.5)):
+        teachers = []
+        for i in range(2):
+            centre = (scale + gap * i) * torch.randn(n, 4, generator=generator)
+            teachers.append(uncertainty_per_pass(centre + noise * torch.randn(K, n, 4, generator=generator), measure))
+        uncertainty = torch.stack(teachers)
+        selected, num_samples = stop(uncertainty, error)
+        assert (selected != selected_after(uncertainty)).double().mean() <= error
+        assert num_samples.min() >= 4 and num_samples.double().mean() < K
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.integers(1, K), st.integers(0, 2**31), st.sampled_from([0.001, 0.05, 0.5]))
+def test_neither_the_order_of_the_teachers_nor_the_other_texts_matter(num_teachers, k, seed, error):
+    generator = torch.Generator().manual_seed(seed)
+    uncertainty = torch.rand(num_teachers, k, 9, dtype=torch.float64, generator=generator)
+    uncertainty += 2 * torch.rand(num_teachers, 1, 9, dtype=torch.float64, generator=generator)
+    found = decided(uncertainty, K, error)
+    order = torch.randperm(num_teachers, generator=generator)
+    assert torch.equal(decided(uncertainty[order], K, error), found)
+    assert torch.equal(torch.cat([decided(uncertainty[..., b : b + 1], K, error) for b in range(9)]), found)
+    assert (decided(uncertainty, K, 0.5) | ~found).all()  # a looser level decides no fewer
+
+
+def test_ties_and_nan_are_never_decided_and_one_teacher_always_is():
+    tie = torch.rand(1, 4, 3, dtype=torch.float64).expand(2, 4, 3)
+    assert not decided(tie, K, 0.5).any()
+    broken = torch.rand(2, 4, 3, dtype=torch.float64)
+    broken[1] += 100
+    assert decided(broken, K, 0.02).all()
+    broken[0, 2, 1] = float("nan")
+    assert decided(broken, K, 0.02).tolist() == [True, False, True]
+    assert decided(tie[:1], K, 0.02).all()
+    assert decided(tie, 4, 0.02).all()  # that was the last pass
+    assert not decided(broken[:, :1], K, 0.5).any()  # one pass has no spread
+
+
+# ---- the scoring run ----
+
+
+@pytest.fixture
+def folders(make_teacher):
+    return [
+        make_teacher("bert", ["a", "b"], name="one", seed=1),
+        make_teacher("roberta", ["c", "d", "e"], name="two", seed=2),
+        make_teacher("bert", ["f", "g"], name="three", seed=3),
+    ]
+
+
+@pytest.fixture
+def pool(texts):
+    return TextSet(texts[:24], None, np.arange(24) * 3 + 1, "pool", "fp", 0)
+
+
+def options(**more):
+    defaults = {"mc_samples": 12, "mc_scope": "all", "mc_dropout_p": 0.3, "mc_stop": LEVEL, "device": "cpu"}
+    return RunConfig(**(defaults | {"shard_size": 10, "token_budget": 128} | more))
+
+
+def same(a, b, order=(0, 1, 2)):
+    """Equal supervision, b's teachers being those of a in `order`."""
+    assert torch.equal(a.num_samples, b.num_samples)
+    for name in (*MATRICES, *VECTORS):
+        left, right = getattr(a, name), getattr(b, name)
+        offsets = a.offsets if name in MATRICES else [0, 1, 2, 3]
+        left = torch.cat([left[:, offsets[i] : offsets[i + 1]] for i in order], -1)
+        torch.testing.assert_close(left, right, atol=1e-5, rtol=0)
+
+
+def test_scores_are_those_of_the_first_passes_of_an_exact_run(tmp_path, folders, pool, caplog):
+    with caplog.at_level(logging.INFO, "muka_fast"):
+        sup = fill_store(tmp_path / "s", folders, pool, options())
+    counts = sup.num_samples.unique().tolist()
+    assert set(counts) <= {4, 8, 12} and len(counts) > 1, "the test needs texts that stop early and others that do not"
+    assert f"--mc_stop {LEVEL:g}: " in caplog.text and "of 12 passes a text" in caplog.text
+    for count in counts:
+        exact = fill_store(tmp_path / f"exact{count}", folders, pool, options(mc_stop=None, mc_samples=count))
+        assert exact.num_samples is None
+        rows = sup.num_samples == count
+        for name in (*MATRICES, *VECTORS):
+            torch.testing.assert_close(getattr(sup, name)[rows], getattr(exact, name)[rows], atol=1e-5, rtol=0)
+    summary = sampling_summary(sup.num_samples, 12)
+    assert summary["mean_samples"] == pytest.approx(sup.num_samples.double().mean().item())
+    assert sum(summary["texts_by_samples"].values()) == len(pool)
+    assert summary["samples_saved"] == pytest.approx(1 - summary["mean_samples"] / 12)
+
+
+def test_no_layout_of_the_run_changes_the_scores(tmp_path, folders, pool, monkeypatch):
+    base = fill_store(tmp_path / "base", folders, pool, options())
+    same(base, fill_store(tmp_path / "batches", folders, pool, options(token_budget=32, shard_size=7)))
+    order = [2, 0, 1]
+    same(base, fill_store(tmp_path / "order", [folders[i] for i in order], pool, options()), order)
+    assert read_manifest(tmp_path / "order")["teachers"].keys() == read_manifest(tmp_path / "base")["teachers"].keys()
+
+    loads, load = [], supervision.load_teacher
+    monkeypatch.setattr(supervision, "load_teacher", lambda path, **more: loads.append(path) or load(path, **more))
+    monkeypatch.setattr(supervision, "teacher_budget_bytes", lambda device: 0)  # one teacher in memory at a time
+    monkeypatch.setattr(scoring, "replica_budget_bytes", lambda device: 5 * 4 * 12 * 7)  # five texts at a time
+    same(base, fill_store(tmp_path / "alone", folders, pool, options()))
+    assert len(loads) > 3
+
+
+def test_a_killed_run_continues_and_a_damaged_shard_is_computed_again(tmp_path, folders, pool, monkeypatch):
+    base = fill_store(tmp_path / "base", folders, pool, options())
+    real, calls = scoring.run_waves, []
+
+    def die(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(scoring, "run_waves", die)
+    with pytest.raises(KeyboardInterrupt):
+        fill_store(tmp_path / "s", folders, pool, options())
+    assert read_manifest(tmp_path / "s")["teachers"] == {}
+    same(base, fill_store(tmp_path / "s", folders, pool, options()))
+    assert len(calls) == 2 + 2  # three shards, the first of which was kept
+    files = {path.relative_to(tmp_path / "s"): path.read_bytes() for path in (tmp_path / "s").glob("*/*.safetensors")}
+    victim = sorted(files)[4]
+    (tmp_path / "s" / victim).write_bytes(b"no")
+    same(base, fill_store(tmp_path / "s", folders, pool, options()))
+    assert len(calls) == 5
+    assert {path: (tmp_path / "s" / path).read_bytes() for path in files} == files
+    fill_store(tmp_path / "s", folders, pool, options())
+    assert len(calls) == 5  # all there
+
+
+def test_an_early_stop_is_kept_apart_from_exact_scores_and_from_other_companies(tmp_path, folders, pool):
+    exact = fill_store(tmp_path, folders[:2], pool, options(mc_stop=None))
+    fill_store(tmp_path, folders[:2], pool, options())
+    entries = read_manifest(tmp_path)["teachers"]
+    assert len(entries) == 4 and sum(entry["mc_stop"] is None for entry in entries.values()) == 2
+    again = open_store(tmp_path, pool, option_values(options(mc_stop=None)))
+    assert again.num_samples is None and torch.equal(again.mean_probs, exact.mean_probs)
+    assert open_store(tmp_path, pool, option_values(options())).num_samples is not None
+    with pytest.raises(UserError, match=r"under several options .*mc_stop"):
+        open_store(tmp_path, pool)
+    with pytest.raises(UserError, match=r"mc_stop .* \(asked: '0.01 of mutual_information'\)"):
+        open_store(tmp_path, pool, option_values(options(mc_stop=0.01)))
+    fill_store(tmp_path, folders, pool, options())
+    with pytest.raises(UserError, match=r"under several options .*teachers scored with it"):
+        open_store(tmp_path, pool, option_values(options()))
+
+
+def test_teachers_that_were_not_scored_together_are_not_compared(tmp_path, folders, pool):
+    fill_store(tmp_path, folders[:1], pool, options())
+    fill_store(tmp_path, folders[1:], pool, options())
+    with pytest.raises(UserError, match=r"one, two, three.*not scored together under --mc_stop"):
+        open_store(tmp_path, pool, option_values(options()))
+
+
+def test_stores_of_earlier_versions_are_exact(tmp_path, folders, pool):
+    fill_store(tmp_path, folders[:2], pool, options(mc_stop=None))
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for entry in manifest["teachers"].values():
+        del entry["mc_stop"]
+    path.write_text(json.dumps(manifest))
+    assert open_store(tmp_path, pool, option_values(options(mc_stop=None))).num_samples is None
+    with pytest.raises(UserError, match=r"mc_stop None \(asked: '0.3 of mutual_information'\)"):
+        open_store(tmp_path, pool, option_values(options()))
+
+
+def test_a_manifest_without_its_company_is_refused(tmp_path, folders, pool):
+    fill_store(tmp_path, folders[:2], pool, options())
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text().replace('"company"', '"friends"'))
+    with pytest.raises(UserError, match="no list of the teachers scored with it"):
+        read_manifest(tmp_path)
+
+
+def test_nan_is_refused_with_teacher_and_text(tmp_path, folders, pool, monkeypatch):
+    real = scoring.run_waves
+
+    def poisoned(*args):
+        results, num_samples = real(*args)
+        results[1].mean_probs[2, 0] = float("nan")
+        return results, num_samples
+
+    monkeypatch.setattr(scoring, "run_waves", poisoned)
+    with pytest.raises(UserError, match=r"'two'.*text 7 of 'pool'"):
+        fill_store(tmp_path, folders, pool, options())
+
+
+@pytest.mark.parametrize("scope", ["last:1", "head", "all"])
+def test_all_passes_give_the_scores_of_a_teacher_alone(scope, folders, pool):
+    """At a level that decides nothing, for scopes with a trunk and with a fused head too."""
+    config = options(mc_scope=scope, mc_stop=None)
+    scorers = [supervision._scorer(supervision.load_teacher(path, run_seed=0), config) for path in folders[:2]]
+    tokens = [tokenize(scorer.teacher.tokenizer, pool.texts, 64) for scorer in scorers]
+    ids, rows = torch.from_numpy(pool.example_ids), np.arange(len(pool))
+    sources = [
+        token_batches(found, scorer.teacher.pad_id, rows, 256, torch.device("cpu"))
+        for found, scorer in zip(tokens, scorers, strict=True)
+    ]
+    results, num_samples = run_waves(Crew(scorers.__getitem__, keep=True), sources, ids, 12, 1e-9, "mutual_information")
+    assert (num_samples == 12).all()
+    for scorer, source, result in zip(scorers, sources, results, strict=True):
+        for places, *inputs in source(torch.arange(len(pool))):
+            alone = scorer.score(*inputs, ids[places])
+            for name, value in vars(alone).items():
+                torch.testing.assert_close(getattr(result, name)[places], value, atol=1e-5, rtol=0)
+
+
+# ---- options ----
+
+
+def test_the_option():
+    base = {"teachers": ["a"], "texts": "t.jsonl", "output": "s"}
+    assert ScoreConfig(**base).mc_stop is None and ScoreConfig(**base, mc_stop="exact").mc_stop is None
+    assert ScoreConfig(**base, mc_stop="0.02").mc_stop == 0.02
+    for wrong in ("0", "0.6", "never", "nan"):
+        with pytest.raises(ValueError, match="mc_stop"):
+            ScoreConfig(**base, mc_stop=wrong)
+    assert option_values(ScoreConfig(**base, mc_stop=0.02))["mc_stop"] == "0.02 of mutual_information"
+    assert option_values(ScoreConfig(**base, mc_stop=0.02, uncertainty="variance"))["mc_stop"] == "0.02 of variance"

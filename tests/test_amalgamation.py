@@ -1,0 +1,81 @@
+"""bench/amalgamation.py without a measurement: its rows, the keys of its figures, its tables."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+KEYS = {
+    "scope", "scoring_s", "plain_forward_s", "published_s", "cost_in_plain_forwards", "speedup_vs_published", "agreement_with_all",
+    "agreement_all_vs_all", "end_to_end_speedup", "student_accuracy", "peak_bytes",
+}  # fmt: skip
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("amalgamation")
+
+
+def arguments(bench, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["amalgamation.py", "--synthetic", "toy", *words])
+    return bench.parse_arguments()
+
+
+def test_rows(bench, monkeypatch):
+    names = lambda *words: [row.name for row in arguments(bench, monkeypatch, *words).rows]
+    assert names() == ["last:1", "head", "all", "all, mc_stop 0.05"]
+    assert names("--scopes", "last:1") == ["last:1"]
+    assert names("--scopes", "all", "--mc_stop", "0") == ["all"]
+
+
+def test_figures_of_a_row(bench, monkeypatch):
+    args = arguments(bench, monkeypatch, "--scopes", "all", "--samples", "16")
+    monkeypatch.setattr(bench, "peak_bytes", lambda paths, row, samples: 1000)
+    names = [row.name for row in args.rows]
+    scoring = {
+        "texts": 100,
+        "times": {"plain": 2.0, names[0]: 20.0, names[1]: 8.0},
+        "published_s": 120.0,
+        "agreement": {names[0]: 1.0, names[1]: 0.99},
+        "mean_samples": {names[0]: 16, names[1]: 5.0},
+        "agreement_all_vs_all": 0.96,
+    }
+    accuracies = {names[0]: [0.7, 0.72], names[1]: [0.71, 0.7], "published": [0.7, 0.7]}
+    spent = {names[0]: 10.0, names[1]: 12.0, "published": 80.0}
+    full, early = bench.rows_of(args, ["a", "b"], scoring, (accuracies, spent))
+    assert full.keys() >= KEYS and early.keys() >= KEYS
+    assert (early["speedup_vs_published"], early["cost_in_plain_forwards"], early["texts_per_s"]) == (15.0, 4.0, 12.5)
+    assert early["end_to_end_speedup"] == 200 / 20 and full["student_accuracy"] == pytest.approx(0.71)
+    without = bench.rows_of(args, ["a", "b"], scoring, None)[0]
+    assert without.keys() >= KEYS and without["student_accuracy"] is None
+    page = bench.table([full, without])
+    assert "| all | 20.00 | 5.0 |" in page and page.count("–") == 3
+    texts = SimpleNamespace(texts=["x"] * 100)
+    told = bench.note(args, texts, ["a", "b"], (accuracies, spent))
+    assert "timed on 32 texts and scaled" in told and "timed on 6 steps and scaled" in told and "70.0%, 72.0%" in told
+
+
+def test_published_batches_to_the_longest_text_give_the_same_logits(bench, make_model, make_tokenizer, texts):
+    import torch
+
+    published = importlib.import_module("published")
+    model, tokenizer = make_model("bert"), make_tokenizer("bert")
+    both = [published.padded_batches(tokenizer, texts[:5], 64, 5, padding)[0] for padding in ("max_length", "longest")]
+    assert both[0]["input_ids"].shape[1] == 64 > both[1]["input_ids"].shape[1]
+    torch.testing.assert_close(*(published.deterministic_logits(model, batch) for batch in both), atol=1e-5, rtol=0)
+
+
+def test_the_peak_of_a_process_is_its_own(bench):
+    """A small process that a large one starts."""
+    import subprocess
+
+    ballast = bytearray(400 << 20)
+    ballast[:: 1 << 12] = b"x" * len(ballast[:: 1 << 12])
+    code = f"import sys; sys.path[:0] = {sys.path!r}; import timing; print(timing.largest_resident_bytes())"
+    small = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 50 << 20 < int(small.stdout) < bench.largest_resident_bytes() - (200 << 20)
+    del ballast
