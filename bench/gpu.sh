@@ -1,22 +1,25 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: build, tests marked gpu, ceilings, microbenchmarks, end to end.
+# Everything that needs a GPU, in one command: build, tests marked gpu, ceilings, microbenchmarks, end to end, the experiment matrix.
 #
-#   bench/gpu.sh [--stage build,correct,...] [--dry-run] [--out DIR] [--wheels DIR]
+#   bench/gpu.sh [--stage build,correct,...] [--dry-run] [--out DIR] [--wheels DIR] [--data DIR --encoders DIR] [-- paper.py's options]
 #
 # Every stage has a time limit, writes its own files at once and never stops the others; the last lines printed are a table.
 # --dry-run: every stage at toy size on the CPU, so that CI tests this script. --wheels: a folder of wheels to install first
-# (deepspeed, datasets, ... where the machine has no network).
+# (deepspeed, datasets, ... where the machine has no network). --data, --encoders: the matrix (bench/paper.py) runs where both are given.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-stages=build,correct,ceilings,ops,predicted,amalgamation
-dry=0 out=bench/results wheels=
+stages=build,correct,ceilings,ops,predicted,amalgamation,matrix
+dry=0 out=bench/results wheels= data= encoders=
 while [ $# -gt 0 ]; do
   case "$1" in
     --stage) stages=$2; shift 2 ;;
     --dry-run) dry=1; shift ;;
     --out) out=$2; shift 2 ;;
     --wheels) wheels=$2; shift 2 ;;
+    --data) data=$2; shift 2 ;;
+    --encoders) encoders=$2; shift 2 ;;
+    --) shift; break ;;
     *) echo "gpu.sh: unknown option $1 (see the head of this file)" >&2; exit 2 ;;
   esac
 done
@@ -50,6 +53,7 @@ if [ $dry = 1 ]; then
   run predicted 30 "$python" bench/predict.py --out "$out"
   run amalgamation 600 "$python" bench/amalgamation.py --synthetic toy --texts 40 --published_texts 8 --max_length 32 \
     --samples 4 --repetitions 1 --workdir "$out/work" --json "$out/amalgamation.json"
+  run matrix 300 "$python" bench/paper.py --quick --device cpu --workdir "$out/matrix" --results "$out" "$@"
 else
   run build 150 "$python" setup.py -q build_ext --inplace
   run correct 180 "$python" -m pytest -q -m gpu tests
@@ -57,6 +61,9 @@ else
   run ops 120 "$python" bench/throughput.py --device "$device"
   run predicted 30 "$python" bench/predict.py --measured "$out"/throughput_h200_*.json --out "$out"
   run amalgamation 180 "$python" bench/amalgamation.py --synthetic base --workdir "$out/work"
+  if [ -n "$data" ] && [ -n "$encoders" ]; then
+    run matrix 86400 "$python" bench/paper.py --data "$data" --encoders "$encoders" --workdir "$out/matrix" --results "$out" "$@"
+  fi
 fi
 echo "--- bench/gpu.sh on $device"
 printf '%s' "$table"

@@ -145,7 +145,7 @@ class RunConfig(ScoringOptions):
     """Options of `muka-fast train` and muka_fast.amalgamate.
 
     The defaults are the published recipe (arXiv 2112.07327), except mc_scope (last:1 costs a sixteenth of all) and
-    uncertainty: mutual information of the same passes picks the right teacher more often than their predictive entropy.
+    uncertainty (mutual information of the same passes; entropy counts as well what is hard for the text's own teacher).
     """
 
     teachers: list[str] = option([], "teacher folders or hub names", FILES)

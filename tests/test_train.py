@@ -191,8 +191,12 @@ def finish(processes: list[subprocess.Popen]) -> tuple[list[int], str]:
     return [process.returncode for process in processes], "".join(told)
 
 
-def test_two_processes_change_nothing(go, world, tmp_path):
-    options = {"student": str(world / "plain_student"), "epochs": 1}
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("muka-evidence", "dfa")]
+
+
+@pytest.mark.parametrize("method", ["muka-soft", *SLOW])
+def test_two_processes_change_nothing(go, world, tmp_path, method):
+    options = {"student": str(world / "plain_student"), "epochs": 1, "method": method}
     alone = go("alone", ds=SMOOTH_ADAM, **options)
     ds = {**SMOOTH_ADAM, "zero_optimization": {"stage": 2}}
     # The deepspeed launcher adds the rank.

@@ -1,0 +1,99 @@
+"""Neutral features: means over tokens, whatever the batch; cached under what decides them; whole or computed again."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from muka_fast import neutral
+from muka_fast.config import RunConfig
+from muka_fast.data import read_texts
+from muka_fast.errors import UserError
+from muka_fast.neutral import neutral_features
+from muka_fast.store import merge_manifest
+
+
+@pytest.fixture
+def pool(tmp_path, texts):
+    path = tmp_path / "pool.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["", *texts[:11]]))
+    return read_texts(path)
+
+
+@pytest.fixture
+def encoder(tmp_path, make_model, make_tokenizer):
+    """encoder(family, seed) -> folder of an encoder without a head."""
+
+    def make(family="bert", seed=0):
+        folder = tmp_path / f"{family}-{seed}"
+        make_model(family, seed=seed).base_model.save_pretrained(folder)
+        make_tokenizer(family).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def options(**more):
+    return RunConfig(**{"max_length": 32, "token_budget": 64, "device": "cpu", "shard_size": 4} | more)
+
+
+def compute(store, encoder, pool, **more):
+    merge_manifest(store, pool, 4)
+    return neutral_features(store, encoder, pool, options(**more))
+
+
+def values(features):
+    return np.concatenate([chunk for _, chunk in features.chunks()])
+
+
+def test_features_are_the_mean_of_the_last_hidden_states(family, tmp_path, encoder, pool):
+    folder = encoder(family)
+    found = values(compute(tmp_path / "s", folder, pool))
+    model, tokenizer = transformers.AutoModel.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for row, text in enumerate(pool.texts):
+        with torch.no_grad():
+            ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=32)["input_ids"]
+            expected = model(input_ids=ids).last_hidden_state[0].mean(0).numpy()
+        np.testing.assert_allclose(found[row], expected, atol=2e-3, rtol=2e-3)  # fp16
+
+
+def test_they_are_computed_once_and_again_where_a_shard_is_damaged(tmp_path, encoder, pool, monkeypatch):
+    store, folder = tmp_path / "s", encoder()
+    first = values(compute(store, folder, pool))
+    (place,) = store.glob("neutral-*")
+    shards = sorted(place.iterdir())
+    assert [path.name for path in shards] == [f"shard-0000{i}.safetensors" for i in range(3)]
+    content = shards[1].read_bytes()
+    shards[1].write_bytes(content[:-3])
+    stamps = [path.stat().st_mtime_ns for path in (shards[0], shards[2])]
+    assert np.abs(values(compute(store, folder, pool, token_budget=4096)) - first).max() < 2e-3
+    assert [path.stat().st_mtime_ns for path in (shards[0], shards[2])] == stamps
+    monkeypatch.setattr(neutral, "load_encoder", lambda *args: pytest.fail("everything is there"))
+    assert np.abs(values(compute(store, folder, pool)) - first).max() < 2e-3
+    shards[2].unlink()
+    with pytest.raises(pytest.fail.Exception):
+        compute(store, folder, pool)
+
+
+def test_another_encoder_tokenizer_or_length_has_features_of_its_own(tmp_path, encoder, pool, texts):
+    store = tmp_path / "s"
+    for folder, more in ((encoder(), {}), (encoder(seed=1), {}), (encoder("mpnet"), {}), (encoder(), {"max_length": 8})):
+        compute(store, folder, pool, **more)
+    assert len(list(store.glob("neutral-*"))) == 4
+    compute(store, encoder(), pool, token_budget=4096, seed=5)
+    assert len(list(store.glob("neutral-*"))) == 4
+
+
+def test_a_broken_encoder_is_named(tmp_path, encoder, pool, make_model, make_tokenizer):
+    with pytest.raises(UserError, match=r"student .*nowhere"):
+        compute(tmp_path / "s", tmp_path / "nowhere", pool)
+    folder = tmp_path / "broken"
+    model = make_model("bert").base_model
+    model.encoder.layer[0].output.dense.bias.data[0] = float("nan")
+    model.save_pretrained(folder)
+    make_tokenizer("bert").save_pretrained(folder)
+    with pytest.raises(UserError, match=r"student .*broken: NaN or infinite for text \d+"):
+        compute(tmp_path / "s", folder, pool)
+    assert not list((tmp_path / "s").glob("neutral-*/*.safetensors"))
