@@ -219,6 +219,38 @@ class DemoConfig(Config):
     overwrite: bool = option(False, "replace the demo in the output folder", "Run")
 
 
+class PlanConfig(ScoringOptions):
+    """Options of `muka-fast plan`: those of scoring, so that its command line can be planned as it is, and the training's layout."""
+
+    teachers: list[str] = option(..., "teacher folders or hub names; only their configurations are read", FILES)
+    student: str = option(..., "encoder of the student: folder or hub name; only its configuration is read", FILES)
+    texts: str | None = option(None, "the texts to train on, to count them and their tokens", FILES)
+    num_texts: int | None = option(None, "number of texts, instead of --texts", "Data", ge=1)
+    tokens_per_text: int | None = option(
+        None, "mean number of tokens of a text (default: counted in --texts, else --max_length)", "Data", ge=1, le=16384
+    )
+    epochs: int = option(3, "passes over the texts", "Training", ge=1, le=10_000)
+    micro_batch: int = option(4, "texts per forward and backward of one process", "Training", ge=1, le=2**20)
+    precision: Literal["bf16", "fp16", "fp32"] = option("bf16", "of the student's weights in training", "Training")
+    gpus: int = option(1, "processes, one for each GPU", "Run", ge=1, le=2**20)
+    gpu: Literal["a10", "a100", "h100", "h200", "l4", "l40s"] | None = option(
+        None, "plan the hours by this GPU's data sheet, at 40 % of its peak", "Run"
+    )
+    flops: float | None = option(
+        None, "plan the hours by this many FLOP/s that one GPU sustains (default: measured here)", "Run", gt=0
+    )
+    # `json` is a method name of pydantic's models, hence the alias.
+    json_output: bool = option(False, "print the plan as JSON", "Run", alias="json")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.texts is None) == (self.num_texts is None):
+            raise ValueError("give either --texts or --num_texts")
+        if self.gpu is not None and self.flops is not None:
+            raise ValueError("--gpu and --flops exclude each other")
+        return self
+
+
 class ReportConfig(Config):
     """Options of `muka-fast report`."""
 

@@ -269,7 +269,7 @@ def _score_shards(
     with progress(num_texts, f"scoring {names}") as bar:
         for shard in (todo[number] for number in queue.take(work, len(todo))):
             ids = texts.example_ids[shard.start : shard.stop].astype(np.int64)
-            shards = [_empty_shard(ids, len(scorer.teacher.labels)) for scorer in scorers]
+            shards = [empty_shard(ids, len(scorer.teacher.labels)) for scorer in scorers]
             for batch in token_budget_batches(tokens.lengths[shard.start : shard.stop], token_budget):
                 queue.check()
                 inputs = collate(tokens, shard.start + batch, pad_id)
@@ -291,7 +291,8 @@ def _score_shards(
         log.info("process %d scored %d of %d texts with %s", queue.rank, mine, num_texts, names)
 
 
-def _empty_shard(example_ids: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
+def empty_shard(example_ids: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
+    """Room for the results of one shard, by name."""
     count = len(example_ids)
     tensors = {name: np.empty((count, num_classes), np.float32) for name in MATRICES}
     tensors |= {name: np.empty(count, np.float32) for name in VECTORS}
