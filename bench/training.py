@@ -182,7 +182,7 @@ def work_score(args: argparse.Namespace) -> dict:
     from muka_fast.supervision import score
 
     teachers = [str(args.workdir / f"teacher{i}") for i in range(2)]
-    options = {"teachers": teachers, "texts": args.workdir / "pool.jsonl", "output": args.output, "shard_size": 64}
+    options = {"teachers": teachers, "texts": args.workdir / "pool.jsonl", "output": args.output}
     config = load_config(ScoreConfig, None, options | {"max_length": args.max_length})
     start = time.perf_counter()
     score(config)

@@ -105,8 +105,12 @@ class ScoringOptions(TextOptions, DeviceOptions):
     mc_dropout_p: float | None = option(
         None, "dropout probability at the sites of the scope (default: the teacher's own)", "Uncertainty", gt=0, le=0.9
     )
-    shard_size: int = option(
-        4096, "texts per shard of the store: what a killed run repeats at most", "Run", ge=1, le=2**20
+    shard_size: int | None = option(
+        None,
+        "texts per shard of the store: what a killed run repeats and a process takes at a time (default: a 16th, 256 to 4096)",
+        "Run",
+        ge=1,
+        le=2**20,
     )
 
 

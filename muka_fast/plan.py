@@ -17,7 +17,7 @@ from muka_fast.data import read_texts, tokenize
 from muka_fast.errors import UserError
 from muka_fast.footprint import STAGES, Footprint, footprint, measured_flops, stage_memory
 from muka_fast.labels import build_label_space
-from muka_fast.store import shard_ranges
+from muka_fast.store import default_shard_size, shard_ranges
 from muka_fast.supervision import device_of, empty_shard
 from muka_fast.teachers import LOADING_ERRORS, quiet_transformers, teacher_names
 
@@ -138,6 +138,7 @@ def plan(options: PlanConfig) -> dict[str, Any]:
     cost = footprint(config, options.micro_batch, options.max_length, options.precision, f"student {options.student}")
     step = footprint(config, 1, length, options.precision, f"student {options.student}")
     reached = rate(options, config, length, True, "the student")
+    counts, shard_size = [teacher["classes"] for teacher in teachers], options.shard_size or default_shard_size(num_texts)
     flops = 3 * options.epochs * num_texts * step.forward_flops  # the backward costs two forwards
     return {
         "texts": num_texts,
@@ -153,7 +154,7 @@ def plan(options: PlanConfig) -> dict[str, Any]:
         },
         "memory": memory(cost, options),
         "disk": {
-            "store": store_bytes([teacher["classes"] for teacher in teachers], num_texts, options.shard_size),
+            "store": store_bytes(counts, num_texts, shard_size),
             "checkpoints": CHECKPOINTS * 12 * cost.num_parameters,
             "student": 4 * cost.num_parameters,
         },

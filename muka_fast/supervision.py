@@ -30,6 +30,7 @@ from muka_fast.store import (
     VECTORS,
     DamagedShard,
     ShardRange,
+    default_shard_size,
     merge_manifest,
     order_teachers,
     read_manifest,
@@ -96,10 +97,11 @@ def _score_teachers(
     files = check_teachers(teacher_paths)
     if options.mc:
         check_sites(teacher_names(teacher_paths), files, options)
-    shard_size = queue.agree("shard_size", lambda: merge_manifest(store, texts, options.shard_size)["shard_size"])
+    wished = options.shard_size or default_shard_size(len(texts))
+    shard_size = queue.agree("shard_size", lambda: merge_manifest(store, texts, wished)["shard_size"])
     if read_manifest(store) is None:
         raise UserError(f"{store} is not visible here: --store and --output must lie on a file system that all nodes share")
-    if shard_size != options.shard_size:
+    if shard_size != wished:
         log.info("%s was begun with --shard_size %d, which stays", store, shard_size)
     names, families = teacher_names(teacher_paths), [family_of(found) for found in files]
     tokens: dict[str, Tokens] = {}
