@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from muka_fast.errors import UserError
@@ -36,11 +36,15 @@ class Config(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _plain_paths(cls, value: Any) -> Any:
-        """Path objects are welcome wherever a path is a string."""
-        if isinstance(value, (list, tuple)):
-            return [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value]
-        return os.fspath(value) if isinstance(value, os.PathLike) else value
+    def _plain_paths(cls, value: Any, info: ValidationInfo) -> Any:
+        """Path objects are welcome wherever a path is a string; `~` is the home folder in files and models."""
+        is_file = cls.model_fields[info.field_name].json_schema_extra["group"] == FILES
+
+        def plain(item: Any) -> Any:
+            item = os.fspath(item) if isinstance(item, os.PathLike) else item
+            return os.path.expanduser(item) if is_file and isinstance(item, str) else item
+
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else plain(value)
 
     @field_validator("teachers", mode="before", check_fields=False)
     @classmethod
