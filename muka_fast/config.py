@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from muka_fast.errors import UserError
@@ -36,11 +36,15 @@ class Config(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _plain_paths(cls, value: Any) -> Any:
-        """Path objects are welcome wherever a path is a string."""
-        if isinstance(value, (list, tuple)):
-            return [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value]
-        return os.fspath(value) if isinstance(value, os.PathLike) else value
+    def _plain_paths(cls, value: Any, info: ValidationInfo) -> Any:
+        """Path objects are welcome wherever a path is a string; `~` is the home folder in files and models."""
+        is_file = cls.model_fields[info.field_name].json_schema_extra["group"] == FILES
+
+        def plain(item: Any) -> Any:
+            item = os.fspath(item) if isinstance(item, os.PathLike) else item
+            return os.path.expanduser(item) if is_file and isinstance(item, str) else item
+
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else plain(value)
 
     @field_validator("teachers", mode="before", check_fields=False)
     @classmethod
@@ -120,8 +124,12 @@ class ScoringOptions(TextOptions, DeviceOptions):
         "measure behind the teacher scores (default: mutual_information, after a single pass predictive_entropy)",
         "Uncertainty",
     )
-    shard_size: int = option(
-        4096, "texts per shard of the store: what a killed run repeats at most", "Run", ge=1, le=2**20
+    shard_size: int | None = option(
+        None,
+        "texts per shard of the store: what a killed run repeats and a process takes at a time (default: a 16th, 256 to 4096)",
+        "Run",
+        ge=1,
+        le=2**20,
     )
 
     @field_validator("mc_stop", mode="before")
@@ -245,6 +253,38 @@ class DemoConfig(Config):
     seed: int = option(0, "seed of every random number of the run", "Run", ge=0, lt=2**32)
     limit: int | None = option(None, "use only N texts", "Run", ge=1)
     overwrite: bool = option(False, "replace the demo in the output folder", "Run")
+
+
+class PlanConfig(ScoringOptions):
+    """Options of `muka-fast plan`: those of scoring, so that its command line can be planned as it is, and the training's layout."""
+
+    teachers: list[str] = option(..., "teacher folders or hub names; only their configurations are read", FILES)
+    student: str = option(..., "encoder of the student: folder or hub name; only its configuration is read", FILES)
+    texts: str | None = option(None, "the texts to train on, to count them and their tokens", FILES)
+    num_texts: int | None = option(None, "number of texts, instead of --texts", "Data", ge=1)
+    tokens_per_text: int | None = option(
+        None, "mean number of tokens of a text (default: counted in --texts, else --max_length)", "Data", ge=1, le=16384
+    )
+    epochs: int = option(3, "passes over the texts", "Training", ge=1, le=10_000)
+    micro_batch: int = option(4, "texts per forward and backward of one process", "Training", ge=1, le=2**20)
+    precision: Literal["bf16", "fp16", "fp32"] = option("bf16", "of the student's weights in training", "Training")
+    gpus: int = option(1, "processes, one for each GPU", "Run", ge=1, le=2**20)
+    gpu: Literal["a10", "a100", "h100", "h200", "l4", "l40s"] | None = option(
+        None, "plan the hours by this GPU's data sheet, at 40 % of its peak", "Run"
+    )
+    flops: float | None = option(
+        None, "plan the hours by this many FLOP/s that one GPU sustains (default: measured here)", "Run", gt=0
+    )
+    # `json` is a method name of pydantic's models, hence the alias.
+    json_output: bool = option(False, "print the plan as JSON", "Run", alias="json")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.texts is None) == (self.num_texts is None):
+            raise ValueError("give either --texts or --num_texts")
+        if self.gpu is not None and self.flops is not None:
+            raise ValueError("--gpu and --flops exclude each other")
+        return self
 
 
 class ReportConfig(Config):

@@ -159,7 +159,7 @@ class Scoring:
             with progress(num_texts, f"scoring {names}") as bar:
                 for shard in (todo[number] for number in self.queue.take(work, len(todo))):
                     ids = self.texts.example_ids[shard.start : shard.stop].astype(np.int64)
-                    shards = [_empty_shard(ids, len(job.entry["labels"])) for job in jobs]
+                    shards = [empty_shard(ids, len(job.entry["labels"])) for job in jobs]
                     for count in score(shard, ids, shards):
                         mine += count
                         bar.advance(self.queue.advance(work, count) - bar.done)
@@ -191,7 +191,8 @@ class Scoring:
             )
 
 
-def _empty_shard(example_ids: np.ndarray, num_classes: int) -> Tensors:
+def empty_shard(example_ids: np.ndarray, num_classes: int) -> Tensors:
+    """Room for the scores of one shard; features come with the first batch, which tells their width."""
     count = len(example_ids)
     tensors = {name: np.empty((count, num_classes), np.float32) for name in MATRICES}
     tensors |= {name: np.empty(count, np.float32) for name in VECTORS}

@@ -134,4 +134,6 @@ class ShardQueue:
 
     def _end(self, what: str) -> None:
         log.error("%s while scoring: stopping; its log has the reason, finished shards are kept", what)
+        # The process before this one ends next, if it has not yet; until then a thread waits, under which Python must not end.
+        self._watcher.join(timeout=10)
         raise SystemExit(1)

@@ -169,7 +169,7 @@ def active_probabilities(
     return p_of_site
 
 
-class _AnyValue(TorchDispatchMode):
+class AnyValue(TorchDispatchMode):
     """Answers 1 where a model asks for the value of a tensor that has none ("is this mask all ones?")."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -184,7 +184,7 @@ def sites_of_config(config: PreTrainedConfig) -> list[Site] | None:
     try:
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False).eval()
-        with _AnyValue():
+        with AnyValue():
             return list_sites(model)
     except UserError:
         raise

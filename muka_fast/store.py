@@ -152,6 +152,14 @@ class ShardRange:
         return folder / f"shard-{self.number:05d}.safetensors"
 
 
+def default_shard_size(count: int) -> int:
+    """Texts per shard where nobody says: enough shards for several processes, and no more files than that needs.
+
+    A function of the texts alone, as a batch never crosses shards: so the numbers do not depend on the processes.
+    """
+    return min(4096, max(256, -(-count // 16)))
+
+
 def shard_ranges(count: int, shard_size: int) -> list[ShardRange]:
     """The row ranges of `count` texts in shards of `shard_size` (the last one may be smaller)."""
     return [ShardRange(j, a, min(a + shard_size, count)) for j, a in enumerate(range(0, count, shard_size))]

@@ -26,7 +26,15 @@ from muka_fast.scoring import Job, Scoring
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.shared import tie_shared_weights, trunk_tree
 from muka_fast.sites import Site, active_probabilities, num_site_layers, sites_of_config
-from muka_fast.store import OPTION_KEYS, company_of, merge_manifest, order_teachers, read_manifest, teacher_key
+from muka_fast.store import (
+    OPTION_KEYS,
+    company_of,
+    default_shard_size,
+    merge_manifest,
+    order_teachers,
+    read_manifest,
+    teacher_key,
+)
 from muka_fast.stored import Supervision, load_supervision, open_store
 from muka_fast.teachers import (
     LOADING_ERRORS,
@@ -72,10 +80,11 @@ def fill_store(
         files = check_teachers(teacher_paths)
         if options.mc:
             check_sites(names, files, options)
-        shard_size = queue.agree("shard_size", lambda: merge_manifest(store, texts, options.shard_size)["shard_size"])
+        wished = options.shard_size or default_shard_size(len(texts))
+        shard_size = queue.agree("shard_size", lambda: merge_manifest(store, texts, wished)["shard_size"])
         if read_manifest(store) is None:
             raise UserError(f"{store} is not visible here: --store and --output must lie on a file system that all nodes share")
-        if shard_size != options.shard_size:
+        if shard_size != wished:
             log.info("%s was begun with --shard_size %d, which stays", store, shard_size)
         run = Scoring(store, texts, shard_size, options.max_length, options.token_budget, queue, need_features)
         score_all = _score_adaptively if options.mc and options.mc_stop is not None else _score_in_turn

@@ -37,6 +37,7 @@ REQUIRED = {
     "eval": ["--model", "m", "--data", "d"],
     "report": ["runs/x"],
     "doctor": [],
+    "plan": ["--teachers", "a", "--student", "s", "--num_texts", "9"],
 }
 
 

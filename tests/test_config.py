@@ -208,3 +208,13 @@ def test_light_modules_import_neither_torch_nor_transformers():
     code += "print([m for m in ('torch', 'transformers', 'datasets', 'deepspeed', 'rich') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_tilde_is_the_home_folder_in_paths_and_nowhere_else(monkeypatch, tmp_path):
+    """A shell leaves it alone in --output=~/run and in YAML."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = {"teachers": ["~/news", "hub/bank"], "output": "~/run", "text_column": "~/column"}
+    found = load_config(RunConfig, None, options)
+    assert found.teachers == [f"{tmp_path}/news", "hub/bank"] and found.output == f"{tmp_path}/run"
+    assert found.text_column == "~/column"
+    assert load_config(RunConfig, None, {"teachers": "~/news"}).teachers == [f"{tmp_path}/news"]

@@ -45,6 +45,8 @@ def parse(words):
     if program == "muka-fast":
         assert rest[0] in cli.COMMANDS, rest[0]
         return cli.parse(cli.COMMANDS[rest[0]], drop_config(rest[1:]), f"muka-fast {rest[0]}")
+    if program in LAUNCHERS and "muka_fast.cli" in rest:
+        return parse(["muka-fast", *rest[rest.index("muka_fast.cli") + 1 :]])
     if program in LAUNCHERS:
         config = cli.parse_train_args(drop_config(rest[rest.index("muka_fast/train.py") + 1 :]))
         assert (ROOT / config.ds_config).is_file(), config.ds_config

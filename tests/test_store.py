@@ -129,3 +129,12 @@ def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path):
         (tmp_path / name).touch()
     store_module.remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == names[1:]
+
+
+@given(count=st.integers(1, 10**7))
+def test_default_shards_feed_several_processes_without_many_files(count):
+    size = store_module.default_shard_size(count)
+    assert 256 <= size <= 4096
+    shards = len(store_module.shard_ranges(count, size))
+    assert shards >= 15 or size == 256
+    assert shards <= 16 or size == 4096

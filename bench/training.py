@@ -1,0 +1,282 @@
+"""Training and scoring as jobs: our loop against the Hugging Face Trainer, scoring in 1 and 2 processes, memory by ZeRO stage, resume.
+
+    python bench/training.py --encoder DIR --train train.jsonl --eval test.jsonl [--texts 1000] [--parts trainer scoring memory resume]
+
+trainer: same student (seed, head), texts, batch, optimizer, schedule and fp32; both learn the true labels; the Trainer with its random
+batches and, for its best, with its own grouping by length. Rounds are interleaved, times are medians. Everything runs in processes of
+its own, on all cores together; teachers are the encoder with random heads, as speed does not depend on what they know.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from environment import RESULTS, keep
+from merging import write_texts
+from synthetic import make_teacher
+
+from muka_fast.config import EvalConfig, ScoreConfig, load_config
+from muka_fast.data import read_texts
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("trainer", "scoring", "memory", "resume")
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", required=True, type=Path, help="encoder folder of student and teachers")
+    parser.add_argument("--train", required=True, type=Path, help="labelled texts")
+    parser.add_argument("--eval", required=True, type=Path, help="labelled texts")
+    parser.add_argument("--texts", type=int, default=1000, help="training texts, drawn at random")
+    parser.add_argument("--eval_texts", type=int, default=500)
+    parser.add_argument("--scored_texts", type=int, default=2000)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=2e-4)
+    parser.add_argument("--max_length", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=2, help="interleaved repetitions")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--workdir", type=Path, default=Path("runs/bench_training"), help="is replaced")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the Markdown and JSON result")
+    parser.add_argument("--work", choices=("trainer", "grouped", "score"), help=argparse.SUPPRESS)  # a process of its own
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+# ---- processes ----
+
+
+def launch(command: list[str], processes: int = 1) -> list[subprocess.Popen]:
+    """Start one command per rank, with the cores shared out."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = os.environ | {"OMP_NUM_THREADS": str(max(1, CORES // processes))}
+    common["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    if processes > 1:
+        common |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    runs = []
+    for rank in range(processes):
+        mine = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        runs.append(subprocess.Popen([sys.executable, *command], env=common | mine, stdout=subprocess.PIPE, text=True))
+    return runs
+
+
+def finish(runs: list[subprocess.Popen], expected: int = 0) -> tuple[str, list[int]]:
+    """What process 0 printed, and the largest resident set of each process in bytes. Raises where one failed."""
+    told = [run.stdout.read() for run in runs]
+    peaks = []
+    for run in runs:
+        _, status, usage = os.wait4(run.pid, 0)
+        run.returncode = os.waitstatus_to_exitcode(status)
+        peaks.append(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    codes = [run.returncode for run in runs]
+    if codes != [expected] * len(runs):
+        raise RuntimeError(f"{' '.join(runs[0].args)}: exit codes {codes}")
+    return told[0], peaks
+
+
+def own_work(args: argparse.Namespace, work: str, output: Path, processes: int = 1) -> dict:
+    """Run this file's `--work` in processes of its own; its result."""
+    options = ["--encoder", "--train", "--eval", "--batch_size", "--learning_rate", "--max_length", "--workdir"]
+    values = [word for name in options for word in (name, str(getattr(args, name[2:])))]
+    return json.loads(finish(launch([__file__, *values, "--work", work, "--output", str(output)], processes))[0].splitlines()[-1])
+
+
+def training(args: argparse.Namespace, output: Path, **more: object) -> list[str]:
+    """The command of a run of ours on the prepared texts and store."""
+    options = {"store": args.workdir / "store", "student": args.encoder, "texts": args.workdir / "train.jsonl", "output": output}
+    options |= {"batch_size": args.batch_size, "learning_rate": args.learning_rate, "max_length": args.max_length, "epochs": 1}
+    flags = [word for name, value in (options | more).items() for word in (f"--{name}", str(value))]
+    return [str(ROOT / "muka_fast" / "train.py"), *flags]
+
+
+def prepare(args: argparse.Namespace) -> list[str]:
+    """Texts, two teachers and their store over the training texts; the teachers' folders."""
+    shutil.rmtree(args.workdir, ignore_errors=True)
+    args.workdir.mkdir(parents=True)
+    sets = (("train", args.train, args.texts), ("test", args.eval, args.eval_texts), ("pool", args.train, args.scored_texts))
+    for name, source, limit in sets:
+        write_texts(args.workdir / f"{name}.jsonl", [source], limit, set())
+    labels = sorted(set(read_texts(args.workdir / "train.jsonl", need_labels=True).labels))
+    half = (len(labels) + 1) // 2
+    parts = (labels[:half], labels[half:])
+    return [make_teacher(args.workdir / f"teacher{i}", str(args.encoder), part, i, 1) for i, part in enumerate(parts)]
+
+
+# ---- the parts ----
+
+
+def trainer_part(args: argparse.Namespace, teachers: list[str]) -> dict:
+    """Texts per second of the training itself (one epoch, its checkpoint included) and accuracy of each."""
+    found: dict[str, dict[str, list[float]]] = {name: {"texts_per_s": [], "accuracy": []} for name in ("ours", "trainer", "grouped")}
+    for turn in range(args.rounds):
+        output = args.workdir / f"ours{turn}"
+        finish(launch(training(args, output, method="supervised", eval=args.workdir / "test.jsonl")))
+        record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+        figures = {"ours": (args.texts / record["seconds"]["train"], record["metrics"]["student"]["accuracy"])}
+        for name in ("trainer", "grouped"):
+            result = own_work(args, name, args.workdir / f"{name}{turn}")
+            figures[name] = (args.texts / result["seconds"], result["accuracy"])
+        for name, (speed, accuracy) in figures.items():
+            found[name]["texts_per_s"].append(speed)
+            found[name]["accuracy"].append(accuracy)
+    rows = {name: {key: statistics.median(values) for key, values in lists.items()} for name, lists in found.items()}
+    speed = {name: row["texts_per_s"] for name, row in rows.items()}
+    return {"rows": rows, "speedup": speed["ours"] / speed["trainer"], "speedup_grouped": speed["ours"] / speed["grouped"]}
+
+
+def work_trainer(args: argparse.Namespace) -> dict:
+    """One epoch of transformers.Trainer from the student that our run starts from."""
+    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+    from muka_fast.evaluate import evaluate
+    from muka_fast.student import load_student
+
+    found = read_texts(args.workdir / "train.jsonl", need_labels=True)
+    names = sorted(set(found.labels))
+    model, tokenizer = load_student(args.encoder, names, 0, {"zero_optimization": {"stage": 0}})
+    encoded = tokenizer(found.texts, truncation=True, max_length=args.max_length)
+    rows = [
+        {"input_ids": ids, "attention_mask": mask, "labels": names.index(label), "length": len(ids)}
+        for ids, mask, label in zip(encoded["input_ids"], encoded["attention_mask"], found.labels, strict=True)
+    ]
+    collator = DataCollatorWithPadding(tokenizer)
+    without_length = lambda batch: collator([{key: value for key, value in row.items() if key != "length"} for row in batch])
+    options = TrainingArguments(
+        str(args.output), num_train_epochs=1, per_device_train_batch_size=args.batch_size, learning_rate=args.learning_rate,
+        weight_decay=0.01, max_grad_norm=1.0, warmup_steps=round(0.1 * -(-len(rows) // args.batch_size)), lr_scheduler_type="linear",
+        save_strategy="epoch", report_to="none", use_cpu=True, disable_tqdm=True, seed=0, logging_strategy="no",
+        train_sampling_strategy="group_by_length" if args.work == "grouped" else "random", remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = Trainer(model, options, data_collator=without_length, train_dataset=rows)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    trainer.save_model(str(args.output))
+    tokenizer.save_pretrained(args.output)
+    options = {"model": args.output, "data": args.workdir / "test.jsonl", "max_length": args.max_length, "device": "cpu"}
+    return {"seconds": seconds, "accuracy": evaluate(load_config(EvalConfig, None, options))["accuracy"]}
+
+
+def scoring_part(args: argparse.Namespace, teachers: list[str]) -> dict:
+    """Seconds to fill a store in one process with a thread per core, and in one process per core."""
+    times: dict[str, list[float]] = {"one process": [], "processes": []}
+    for turn in range(args.rounds):
+        for name, processes in (("one process", 1), ("processes", CORES)):
+            times[name].append(own_work(args, "score", args.workdir / f"scored-{processes}-{turn}", processes)["seconds"])
+    one, many = (statistics.median(values) for values in times.values())
+    return {"processes": CORES, "texts": args.scored_texts, "one_s": one, "many_s": many, "speedup": one / many}
+
+
+def work_score(args: argparse.Namespace) -> dict:
+    """Fill a store as `muka-fast score` does, loading of the teachers included."""
+    from muka_fast.supervision import score
+
+    teachers = [str(args.workdir / f"teacher{i}") for i in range(2)]
+    options = {"teachers": teachers, "texts": args.workdir / "pool.jsonl", "output": args.output}
+    config = load_config(ScoreConfig, None, options | {"max_length": args.max_length})
+    start = time.perf_counter()
+    score(config)
+    return {"seconds": time.perf_counter() - start}
+
+
+def memory_part(args: argparse.Namespace, teachers: list[str]) -> dict:
+    """Largest resident set of each of two processes that train under each ZeRO stage, libraries and export included."""
+    rows = {}
+    for stage in range(4):
+        ds = args.workdir / f"zero{stage}.json"
+        ds.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        # A few steps do: the peak does not grow with their number.
+        command = training(args, args.workdir / f"zero{stage}", ds_config=ds, method="vkd", limit=4 * args.batch_size)
+        command[command.index("--store") + 1] = str(args.workdir / "small_store")
+        command += ["--teachers", *teachers]
+        rows[str(stage)] = finish(launch(command, 2))[1]
+    return {"processes": 2, "peak_bytes": rows}
+
+
+def resume_part(args: argparse.Namespace, teachers: list[str]) -> dict:
+    """Seconds from the command to the first new step: of a fresh run, and of one that was stopped and continues."""
+    output = args.workdir / "stopped"
+    command = training(args, output, method="vkd", log_every=1)
+    seconds = {"fresh": first_step(command, output, 0)}
+    seconds["resumed"] = first_step([*command, "--resume"], output, len((output / "metrics.jsonl").read_text().splitlines()))
+    return seconds
+
+
+def first_step(command: list[str], output: Path, before: int) -> float:
+    """Start a run, stop it by SIGTERM once it has done a step more; seconds until that step."""
+    metrics, start = output / "metrics.jsonl", time.perf_counter()
+    runs = launch(command)
+    while not metrics.exists() or len(metrics.read_text().splitlines()) <= before:
+        if runs[0].poll() is not None:
+            raise RuntimeError(f"{' '.join(command)}: ended before its first step")
+        time.sleep(0.02)
+    seconds = time.perf_counter() - start
+    runs[0].send_signal(signal.SIGTERM)
+    finish(runs, expected=143)
+    return seconds
+
+
+# ---- the result ----
+
+
+def markdown(args: argparse.Namespace, results: dict) -> str:
+    """The tables of the parts that were measured."""
+    lines = [f"# Training and scoring as jobs: {args.encoder.name}, {args.train.parent.name}", ""]
+    if found := results.get("trainer"):
+        recipe = f"{args.texts} texts, 1 epoch, batch {args.batch_size}, learning rate {args.learning_rate:g}, fp32"
+        lines += [f"Our loop against the Hugging Face Trainer, both on true labels ({recipe}; medians of {args.rounds}):", ""]
+        lines += ["| | texts/s | ours is faster by | accuracy (test) |", "|---|---|---|---|"]
+        titles = {"ours": "muka-fast train", "trainer": "Trainer", "grouped": "Trainer, grouped by length"}
+        for name, row in found["rows"].items():
+            ratio = f"{found['rows']['ours']['texts_per_s'] / row['texts_per_s']:.2f} x" if name != "ours" else ""
+            lines.append(f"| {titles[name]} | {row['texts_per_s']:.1f} | {ratio} | {100 * row['accuracy']:.1f} |")
+        lines.append("")
+    if found := results.get("scoring"):
+        count = found["processes"]
+        times = f"{found['one_s']:.1f} s in a process with {count} threads, {found['many_s']:.1f} s in {count} processes with one each"
+        lines += [f"Scoring {found['texts']} texts with two teachers: {times} ({found['speedup']:.2f} x).", ""]
+    if found := results.get("memory"):
+        lines += [f"Largest resident set of each of {found['processes']} processes in training, libraries and export included:", ""]
+        lines += ["| ZeRO stage | process 0, MiB | process 1, MiB |", "|---|---|---|"]
+        for stage, peaks in found["peak_bytes"].items():
+            lines.append(f"| {stage} | " + " | ".join(f"{peak / 2**20:.0f}" for peak in peaks) + " |")
+        lines.append("")
+    if found := results.get("resume"):
+        fresh = f"{found['fresh']:.1f} s for a fresh run with a filled store"
+        lines.append(f"From the command to the first step: {fresh}, {found['resumed']:.1f} s for one that continues a checkpoint.")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    if args.work:
+        result = work_score(args) if args.work == "score" else work_trainer(args)
+        print(json.dumps(result))
+        return 0
+    teachers = prepare(args)
+    command = ["-m", "muka_fast.cli", "score", "--texts", str(args.workdir / "train.jsonl"), "--output", str(args.workdir / "store")]
+    finish(launch([*command, "--max_length", str(args.max_length), "--teachers", *teachers]))
+    parts = {"trainer": trainer_part, "scoring": scoring_part, "memory": memory_part, "resume": resume_part}
+    results: dict[str, dict] = {}
+    for name in args.parts:
+        start = time.perf_counter()
+        results[name] = parts[name](args, teachers)
+        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    text = markdown(args, results)
+    print(text)
+    keep("training", results, text, folder=args.results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""`muka-fast plan`: memory per GPU by ZeRO stage, hours and bytes on the disk of a merge, on paper; no weights are loaded."""
+
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+from muka_fast import adapters, checkpoint
+from muka_fast.config import PlanConfig
+from muka_fast.data import read_texts, tokenize
+from muka_fast.errors import UserError
+from muka_fast.footprint import STAGES, Footprint, footprint, measured_flops, stage_memory
+from muka_fast.labels import build_label_space
+from muka_fast.scoring import empty_shard
+from muka_fast.store import FEATURE_TYPE, FEATURES, default_shard_size, shard_ranges
+from muka_fast.supervision import device_of
+from muka_fast.teachers import LOADING_ERRORS, quiet_transformers, teacher_names
+
+log = logging.getLogger("muka_fast")
+# Data sheets: GiB of memory, dense FLOP/s in half precision and in fp32 without TF32 (which teachers run in).
+GPUS = {
+    "a10": (24, 125e12, 31.2e12),
+    "a100": (80, 312e12, 19.5e12),
+    "h100": (80, 989e12, 67e12),
+    "h200": (141, 989e12, 67e12),
+    "l4": (24, 121e12, 30.3e12),
+    "l40s": (48, 362e12, 91.6e12),
+}
+UTILISATION = 0.4  # of the peak, which large dense models reach
+SAMPLED_TEXTS = 1000
+CHECKPOINTS = 3  # two are kept, a third is written beside them
+
+
+def read_model(source: str, what: str) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """Configuration of a folder or hub name, as transformers has it and as it is written; of an adapter, its base's and its own."""
+    folder: str | Path = Path(source).expanduser()
+    if not folder.is_dir():
+        if not checkpoint.HUB_NAME.fullmatch(source) or source.startswith("."):
+            raise UserError(f"{what}: no such folder; check the path")
+        folder = source
+    local = isinstance(folder, Path)
+    own: dict[str, Any] = {}
+    if local and adapters.is_adapter(folder) and not (folder / "config.json").is_file():
+        own, folder = {"labels": adapters.adapter_labels(folder, what)}, adapters.base_folder(folder, what)
+    if local:
+        own = checkpoint.read_config(folder, what) | own
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(folder, local_files_only=local, trust_remote_code=False)
+    except LOADING_ERRORS as error:
+        raise UserError(f"{what}: its configuration cannot be read: {checkpoint.first_line(error)}") from error
+    return config, own or config.to_dict()
+
+
+def store_bytes(teachers: list[tuple[int, int]], num_texts: int, shard_size: int) -> int:
+    """Bytes of all shards. teachers: classes and feature width of each."""
+    total = 0
+    for num_classes, width in teachers:
+        sizes = [shard.stop - shard.start for shard in shard_ranges(num_texts, shard_size)]
+        for rows in set(sizes):
+            # As the store writes it, with a note about as long as its own (store.write_shard).
+            tensors = empty_shard(np.zeros(rows, np.int64), num_classes) | {FEATURES: np.empty((rows, width), FEATURE_TYPE)}
+            shard = save(tensors, {"muka_fast": "-" * 170})
+            total += sizes.count(rows) * len(shard)
+    return total
+
+
+def scoring_forwards(config: PreTrainedConfig, options: PlanConfig) -> float:
+    """Cost of scoring a text in plain forwards: trunk once, tail once without and mc_samples times with dropout.
+
+    A head behind the last layer costs next to nothing, and so does a last layer of which the head reads one token.
+    """
+    if not options.mc or options.mc_scope == "head":
+        return 1.0
+    layers = config.num_hidden_layers
+    active = layers if options.mc_scope == "all" else min(layers, int(options.mc_scope.partition(":")[2]))
+    if active == 1 and getattr(config, "classifier_pooling", "cls") != "mean":
+        return 1.0
+    return 1.0 + options.mc_samples * active / layers
+
+
+def count_texts(options: PlanConfig) -> tuple[int, float]:
+    """Number of texts and mean tokens of each."""
+    if options.texts is None:
+        return options.num_texts, float(options.tokens_per_text or options.max_length)
+    texts = read_texts(options.texts, text_column=options.text_column, limit=options.limit).texts
+    if options.tokens_per_text is not None:
+        return len(texts), float(options.tokens_per_text)
+    step = max(1, len(texts) // SAMPLED_TEXTS)
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(options.student, trust_remote_code=False)
+    except LOADING_ERRORS as error:
+        raise UserError(
+            f"student {options.student}: its tokenizer cannot be loaded ({checkpoint.first_line(error)}); give --tokens_per_text"
+        ) from error
+    return len(texts), float(tokenize(tokenizer, texts[::step], options.max_length).lengths.mean())
+
+
+def rate(options: PlanConfig, config: PreTrainedConfig, tokens: int, train: bool, what: str) -> float:
+    """FLOP/s of one GPU: given, by the data sheet, or measured on this machine."""
+    if options.flops is not None:
+        return options.flops
+    if options.gpu is not None:
+        _, half, full = GPUS[options.gpu]
+        return UTILISATION * (half if train and options.precision != "fp32" else full)
+    device = device_of(options.device)
+    log.info("measuring %s, cut to two layers, on this machine's %s", what, device)
+    # A CPU trains in fp32, and teachers run in it.
+    precision = options.precision if train and device != "cpu" else "fp32"
+    return measured_flops(config, options.micro_batch, tokens, precision, device, train, what)
+
+
+def plan(options: PlanConfig) -> dict[str, Any]:
+    """All figures: bytes, hours, FLOP/s. Raises UserError for models that cannot be read or run without weights."""
+    names = teacher_names(options.teachers)
+    num_texts, tokens = count_texts(options)
+    length = max(1, round(tokens))
+    teachers, owners, widths = [], [], []
+    for path, name in zip(options.teachers, names, strict=True):
+        config, written = read_model(path, f"teacher {path}")
+        labels = written.get("labels") or checkpoint.check_classifier(written, f"teacher {path}")
+        owners.append((name, labels))
+        widths.append((len(labels), config.get_text_config().hidden_size))
+        cost = footprint(config, 1, length, "fp32", f"teacher {path}")
+        reached = rate(options, config, length, False, f"teacher {name}")
+        forwards = scoring_forwards(config, options)
+        hours = num_texts * cost.forward_flops * forwards / reached / options.gpus / 3600
+        teachers.append(
+            {"name": name, "parameters": cost.num_parameters, "classes": len(labels), "weights_bytes": 4 * cost.num_parameters}
+            | {"forwards": forwards, "flops_per_s": reached, "hours": hours}
+        )
+    config, _ = read_model(options.student, f"student {options.student}")
+    config.num_labels = build_label_space(owners).num_classes
+    cost = footprint(config, options.micro_batch, options.max_length, options.precision, f"student {options.student}")
+    step = footprint(config, 1, length, options.precision, f"student {options.student}")
+    reached = rate(options, config, length, True, "the student")
+    shard_size = options.shard_size or default_shard_size(num_texts)
+    flops = 3 * options.epochs * num_texts * step.forward_flops  # the backward costs two forwards
+    return {
+        "texts": num_texts,
+        "tokens_per_text": tokens,
+        "gpus": options.gpus,
+        "teachers": teachers,
+        "student": {
+            "name": options.student,
+            "parameters": cost.num_parameters,
+            "classes": config.num_labels,
+            "flops_per_s": reached,
+            "hours": flops / reached / options.gpus / 3600,
+        },
+        "memory": memory(cost, options),
+        "disk": {
+            "store": store_bytes(widths, num_texts, shard_size),
+            "checkpoints": CHECKPOINTS * 12 * cost.num_parameters,
+            "student": 4 * cost.num_parameters,
+        },
+    }
+
+
+def memory(cost: Footprint, options: PlanConfig) -> list[dict[str, Any]]:
+    """One row per ZeRO stage that trains in this precision: half precision keeps its master weights from stage 1 on."""
+    stages = [stage for stage in STAGES if stage != "0" or options.precision == "fp32"]
+    rows = [stage_memory(stage, cost, options.gpus, options.precision) for stage in stages]
+    fits = lambda row: None if options.gpu is None else row.device <= GPUS[options.gpu][0] * 2**30
+    return [asdict(row) | {"device": row.device, "fits": fits(row)} for row in rows]
+
+
+# ---- tables ----
+
+
+def size(count: int) -> str:
+    """Bytes for people: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count} B"
+        count /= 1024
+    return f"{count:,.1f} GiB"
+
+
+def duration(hours: float) -> str:
+    """Hours for people: 40 s, 12 min, 3.5 h."""
+    if hours < 1 / 60:
+        return f"{3600 * hours:.0f} s"
+    return f"{60 * hours:.0f} min" if hours < 1 else f"{hours:,.1f} h"
+
+
+def print_tables(found: dict[str, Any], options: PlanConfig) -> None:
+    """The plan as text tables on stdout."""
+    from rich.console import Console
+
+    from muka_fast.doctor import fill, new_table
+
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 120)
+    student = found["student"]
+    title = (
+        f"Training {student['name']}: {student['parameters']:,} parameters, {student['classes']} classes, {options.precision}; memory "
+        f"of each of {options.gpus} GPU{'s' if options.gpus > 1 else ''}, micro-batch {options.micro_batch} x {options.max_length}"
+    )
+    parts = ("weights", "gradients", "optimizer", "activations", "buffers", "device", "host")
+    columns = ("ZeRO", "weights", "gradients", "optimizer", "activations", "buffers (at most)", "sum", "host memory")
+    rows = [[row["stage"], *(size(row[part]) if row[part] else "–" for part in parts)] for row in found["memory"]]
+    if options.gpu is not None:
+        columns = (*columns, f"fits {options.gpu}")
+        rows = [[*row, "yes" if figures["fits"] else "no"] for row, figures in zip(rows, found["memory"], strict=True)]
+    console.print(fill(new_table(title, *columns), rows))
+    source = "as given" if options.flops else f"{UTILISATION:.0%} of its data sheet" if options.gpu else "measured here"
+    rows = [
+        [
+            f"scoring {teacher['name']}", f"{teacher['parameters']:,}", size(teacher["weights_bytes"]), f"{teacher['forwards']:.1f}",
+            f"{teacher['flops_per_s'] / 1e12:.3g}", duration(teacher["hours"]),
+        ]
+        for teacher in found["teachers"]
+    ]  # fmt: skip
+    rows.append(["training", f"{student['parameters']:,}", "", f"{3 * options.epochs}", f"{student['flops_per_s'] / 1e12:.3g}"])
+    rows[-1].append(duration(student["hours"]))
+    title = f"Time for {found['texts']:,} texts of {found['tokens_per_text']:.0f} tokens; speed of one GPU {source}"
+    console.print(fill(new_table(title, "", "parameters", "weights", "forwards a text", "TFLOP/s", "time"), rows))
+    disk = found["disk"]
+    rows = [["supervision store", size(disk["store"])], [f"checkpoints, {CHECKPOINTS} at a time", size(disk["checkpoints"])]]
+    console.print(fill(new_table("Disk", "", "size"), [*rows, ["student", size(disk["student"])]]))
+
+
+def main(config: PlanConfig) -> int:
+    """`muka-fast plan`: print the plan, as tables or (--json) as one JSON object on stdout."""
+    found = plan(config)
+    if config.json_output:
+        print(json.dumps(found, ensure_ascii=False, indent=1))
+    else:
+        print_tables(found, config)
+    return 0

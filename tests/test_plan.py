@@ -1,0 +1,168 @@
+"""The plan against what really happens: bytes counted in a training step, shards of a real store, FLOPs by formula."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+from muka_fast import footprint as cost
+from muka_fast import plan
+from muka_fast.cli import COMMANDS, main, parse
+from muka_fast.config import PlanConfig, RunConfig
+from muka_fast.data import read_texts
+from muka_fast.errors import UserError
+from muka_fast.supervision import fill_store
+
+BATCH, LENGTH = 8, 32
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """Only a configuration: 265,349 parameters, half of them in the embeddings."""
+    folder = tmp_path_factory.mktemp("student")
+    options = {"vocab_size": 2000, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 256, "num_labels": 5}
+    transformers.DistilBertConfig(**options).save_pretrained(folder)
+    return folder
+
+
+def count_bytes(student: Path, processes: int) -> dict[str, dict[str, int]]:
+    """What tests/memory_harness.py finds on process 0, by stage."""
+    while True:
+        port = random.SystemRandom().randrange(15000, 30000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                break
+    harness = Path(__file__).parent / "memory_harness.py"
+    command = [sys.executable, str(harness), str(student), str(BATCH), str(LENGTH), "0", "1", "2", "3"]
+    common = os.environ | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    runs = [
+        subprocess.Popen(command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes) for rank in range(processes)
+    ]
+    told = [run.communicate(timeout=250) for run in runs]
+    assert all(run.returncode == 0 for run in runs), told
+    return json.loads(told[0][0].splitlines()[-1])
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_memory_is_what_a_training_step_holds(student, processes):
+    """Weights, gradients and optimizer to 6 % (alignment, and parts that a tensor straddles), activations to 2 %."""
+    found = count_bytes(student, processes)
+    config = transformers.AutoConfig.from_pretrained(student)
+    planned = cost.footprint(config, BATCH, LENGTH, "fp32", "student")
+    assert planned.num_parameters == 265_349
+    for stage, counted in found.items():
+        row = cost.stage_memory(stage, planned, processes, "fp32")
+        assert row.weights + row.gradients + row.optimizer == pytest.approx(counted["state"], rel=0.06), stage
+        assert row.activations == pytest.approx(counted["activations"], rel=0.02), stage
+
+
+def test_stages_partition_one_thing_more_each():
+    model = cost.Footprint(num_parameters=1000, small_parameters=10, forward_flops=1, activation_bytes=7)
+    rows = {stage: cost.stage_memory(stage, model, 4, "bf16") for stage in cost.STAGES[1:]}
+    state = {stage: (row.weights, row.gradients, row.optimizer, row.host) for stage, row in rows.items()}
+    assert state["1"] == (2000, 2000, 3000, 0) and state["2"] == (2000, 500, 3000, 0)
+    assert state["3"] == (520, 500, 3000, 0) and state["3 offload"] == (20, 0, 0, 4500)
+    alone = cost.stage_memory("0", model, 1, "fp32")
+    assert alone.device == 16_000 + 7 and alone.buffers == 0
+
+
+def test_flops_are_those_of_the_formula():
+    """A BERT: 2 FLOPs per weight and token, attention 4 L h per token and layer; pooler and classifier once per text."""
+    h, inner, layers, texts, tokens = 32, 64, 3, 2, 10
+    config = transformers.BertConfig(
+        vocab_size=99, hidden_size=h, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=4, num_labels=3
+    )
+    expected = texts * (tokens * layers * (2 * (4 * h * h + 2 * h * inner) + 4 * tokens * h) + 2 * h * h + 2 * h * 3)
+    assert cost.footprint(config, texts, tokens, "fp32", "x").forward_flops == expected
+
+
+@pytest.mark.parametrize(
+    ("scope", "samples", "forwards"), [("head", 16, 1), ("last:1", 16, 1), ("last:2", 8, 3), ("all", 16, 17), ("last:99", 2, 3)]
+)
+def test_scoring_costs_the_layers_under_dropout_once_per_sample(scope, samples, forwards):
+    options = PlanConfig(teachers=["t"], student="s", num_texts=1, mc_scope=scope, mc_samples=samples)
+    assert plan.scoring_forwards(transformers.BertConfig(num_hidden_layers=8), options) == forwards
+    pooled = transformers.ModernBertConfig(num_hidden_layers=8, classifier_pooling="mean")
+    assert plan.scoring_forwards(pooled, options) == (1 + samples / 8 if scope == "last:1" else forwards)
+
+
+def test_store_bytes_are_those_of_a_store(make_teacher, texts, tmp_path):
+    folders = [str(make_teacher("bert", labels, name=labels)) for labels in ("abc", "defgh")]
+    pool = tmp_path / "pool.txt"
+    pool.write_text("\n".join(text.strip() for text in texts))
+    found = read_texts(pool)
+    fill_store(tmp_path / "store", folders, found, RunConfig(mc_samples=2, shard_size=20))
+    real = sum(path.stat().st_size for path in (tmp_path / "store").glob("*/shard-*"))
+    width = plan.read_model(folders[0], "teacher")[0].hidden_size
+    assert plan.store_bytes([(3, width), (5, width)], len(found), 20) == pytest.approx(real, rel=0.01)
+
+
+def teacher_without_weights(make_teacher, labels, name):
+    folder = make_teacher("bert", labels, name=name)
+    (folder / "model.safetensors").unlink()
+    return str(folder)
+
+
+def test_plan_reads_configurations_alone_and_prints_json(make_teacher, student, capsys):
+    teachers = [teacher_without_weights(make_teacher, labels, labels) for labels in ("abc", "cde")]
+    words = ["plan", "--teachers", *teachers, "--student", str(student), "--num_texts", "1000", "--json"]
+    assert main([*words, "--flops", "1e9", "--gpus", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["student"]["classes"] == 5 and [teacher["name"] for teacher in found["teachers"]] == ["abc", "cde"]
+    assert [row["stage"] for row in found["memory"]] == ["1", "2", "3", "3 offload"]
+    assert found["disk"]["student"] == 4 * found["student"]["parameters"]
+    step = cost.footprint(transformers.AutoConfig.from_pretrained(student, num_labels=5), 1, 128, "bf16", "x").forward_flops
+    assert found["student"]["hours"] == pytest.approx(9 * 1000 * step / 1e9 / 2 / 3600)
+    assert main([*words, "--flops", "1e9"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["teachers"][0]["hours"] == pytest.approx(2 * found["teachers"][0]["hours"])
+
+
+def test_plan_measures_this_machine_and_prints_tables(make_teacher, student, texts, tmp_path, capsys, make_tokenizer):
+    make_tokenizer("bert").save_pretrained(student)
+    pool = tmp_path / "pool.txt"
+    pool.write_text("\n".join(text.strip() for text in texts))
+    teacher = teacher_without_weights(make_teacher, "ab", "news")
+    words = ["plan", "--teachers", teacher, "--student", str(student), "--texts", str(pool), "--precision", "fp32", "--gpu", "h100"]
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert "3 offload" in told and "fits h100" in told and f"Time for {len(texts)} texts of" in told and "store" in told
+    config = transformers.AutoConfig.from_pretrained(student)
+    speed = {train: cost.measured_flops(config, 4, 64, "fp32", "cpu", train, "x") for train in (False, True)}
+    assert all(1e6 < value < 1e14 for value in speed.values())
+
+
+def test_a_model_is_measured_with_two_layers_of_every_kind_it_has():
+    config = transformers.Qwen3Config(num_hidden_layers=6, hidden_size=64, pad_token_id=151_000)
+    small = cost.reduced(config)
+    assert (small.num_hidden_layers, len(small.layer_types), small.hidden_size, small.pad_token_id) == (2, 2, 64, 0)
+    assert config.num_hidden_layers == 6 and cost.footprint(small, 1, 8, "fp32", "x").num_parameters > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num_texts", "5", "--flops", "1e9"], "student nowhere/at/all: no such folder"),
+        (["--num_texts", "5", "--texts", "a.txt"], "give either --texts or --num_texts"),
+        ([], "give either --texts or --num_texts"),
+        (["--num_texts", "5", "--gpu", "l4", "--flops", "1e12"], "--gpu and --flops exclude each other"),
+        (["--num_texts", "5", "--gpu", "h300"], "h300"),
+    ],
+)
+def test_bad_input_is_one_line(make_teacher, words, message):
+    teacher = teacher_without_weights(make_teacher, "ab", "news")
+    with pytest.raises(UserError, match=message) as caught:
+        plan.plan(parse(COMMANDS["plan"], ["--teachers", teacher, "--student", "nowhere/at/all", *words], "muka-fast plan"))
+    assert "\n" not in str(caught.value)
+
+
+def test_units_for_people():
+    assert [plan.size(count) for count in (512, 1536, 3 * 2**20, 5 * 2**29)] == ["512 B", "1.5 KiB", "3 MiB", "2.5 GiB"]
+    assert [plan.duration(hours) for hours in (0.005, 0.5, 30)] == ["18 s", "30 min", "30.0 h"]
