@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from environment import RESULTS, keep
-from merging import write_texts
+from settings import draw, read_rows, write_rows
 from synthetic import make_teacher
 
 from muka_fast.config import EvalConfig, ScoreConfig, load_config
@@ -105,7 +105,7 @@ def prepare(args: argparse.Namespace) -> list[str]:
     args.workdir.mkdir(parents=True)
     sets = (("train", args.train, args.texts), ("test", args.eval, args.eval_texts), ("pool", args.train, args.scored_texts))
     for name, source, limit in sets:
-        write_texts(args.workdir / f"{name}.jsonl", [source], limit, set())
+        write_rows(args.workdir / f"{name}.jsonl", draw(read_rows(source), limit, 0))
     labels = sorted(set(read_texts(args.workdir / "train.jsonl", need_labels=True).labels))
     half = (len(labels) + 1) // 2
     parts = (labels[:half], labels[half:])
