@@ -1,6 +1,7 @@
 """The ops under test: shapes, our call, the eager forms it is compared with, the exact result, and what the op must move.
 
-Letters: K samples · B texts · N teachers · C classes of each (of the one teacher for mc_head) · D features · S = N * C.
+Letters: K samples · B texts · N teachers · C classes of each (of the one teacher for mc_head) · D features · S = N * C · L tokens of
+the longest text · H heads.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from muka_fast.ops import distill_loss, mc_head, mc_statistics, reference, repeat_dropout
+from muka_fast.ops import distill_loss, mc_head, mc_statistics, packed_attention, reference, repeat_dropout
 
 K, P, SEED, SITE = 16, 0.1, 0x9E3779B97F4A7C15, 3
 
@@ -192,6 +193,45 @@ def dropout_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> 
     )
 
 
+def attention_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Problem:
+    """Texts of 1/4 to all of L tokens, evenly; every replica has states of its own, as in scope all. eager and sdpa are padded."""
+    samples, texts, length, heads = shape
+    lengths = torch.linspace(max(1, length // 4), length, texts).long()
+    width, tokens, scaling = 64 * heads, int(lengths.sum()), 0.125
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    query, key, value = (torch.randn(samples, tokens, width, device=device).to(dtype) for _ in range(3))
+    padded = [torch.randn(samples * texts, heads, length, 64, device=device).to(dtype) for _ in range(3)]
+    unseen = (torch.arange(length) >= lengths[:, None]).repeat(samples, 1)[:, None, None].to(device)
+    bias = torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, -torch.inf)
+    starts, ids, zeros = ends.to(device), torch.arange(texts, device=device), torch.zeros(texts, dtype=torch.int64, device=device)
+    masks = (samples, P, SEED, SITE)
+
+    def eager() -> Tensor:
+        probs = torch.softmax(padded[0] @ padded[1].transpose(2, 3) * scaling + bias, -1)
+        return F.dropout(probs, P) @ padded[2]
+
+    def check() -> str:
+        few = min(texts, 3)
+        rows = int(ends[few])
+        states = [t[:, :rows] for t in (query, key, value)]
+        places, rest = (starts[: few + 1], zeros[:few], starts[: few + 1]), (heads, scaling, *masks, ids[:few])
+        ours = packed_attention.packed_attention(*states, *places, int(lengths[few - 1]), *rest)
+        exact, in_float = (
+            reference.packed_attention_ref(*(t.to(to) for t in states), *places, *rest) for to in (torch.float64, torch.float32)
+        )
+        return errors((ours,), (in_float,), (exact,), scales=(4 * max(1.0, torch.finfo(dtype).eps / 4e-7),))
+
+    pairs = int((lengths * lengths).sum())
+    return Problem(
+        lambda: packed_attention.packed_attention(query, key, value, starts, zeros, starts, length, heads, scaling, *masks, ids),
+        {"eager": eager, "sdpa": lambda: F.scaled_dot_product_attention(*padded, attn_mask=bias, dropout_p=P)},
+        check,
+        packed_attention.bytes_moved(samples, tokens, tokens, width, query.element_size()),
+        packed_attention.operations(samples, pairs, width)[0],
+        ("random lanes", samples * pairs * heads),
+    )
+
+
 CASES = [
     Case("mc_statistics", (K, 32, 2, 2), "KBNC", statistics_problem, toy=True),
     Case("mc_statistics", (K, 256, 4, 77), "KBNC", statistics_problem, compiled=True),
@@ -204,6 +244,9 @@ CASES = [
     Case("repeat_dropout", (K, 32, 384), "KBD", dropout_problem, toy=True),
     Case("repeat_dropout", (K, 4096, 384), "KBD", dropout_problem),
     Case("repeat_dropout", (K, 65_536, 768), "KBD", dropout_problem, devices=("cuda",)),
+    Case("packed_attention", (4, 4, 24, 2), "KBLH", attention_problem, toy=True),
+    Case("packed_attention", (K, 32, 64, 12), "KBLH", attention_problem),
+    Case("packed_attention", (K, 64, 256, 12), "KBLH", attention_problem, devices=("cuda",)),
     Case("distill_loss", (32, 2, 2), "BNC", loss_problem, toy=True),
     Case("distill_loss", (256, 4, 77), "BNC", loss_problem, compiled=True),
     Case("distill_loss", (1024, 8, 150), "BNC", loss_problem),

@@ -8,8 +8,8 @@ No padding and no probabilities in memory: an online softmax over blocks of keys
 arXiv 2205.14135), the masks struck after the exponential, where they leave the sum alone.
 
 Bytes: queries, keys, values and the result once each per replica (shared ones once, from the cache after that). Operations: 4 d per
-query, key and head on the matrix units, and one Philox call per eight of them on the integer units: with d = 64 an H200 spends
-about twice as long on the random numbers as on the products.
+query, key and head on the matrix units, and one Philox call per eight pairs on the integer units: by bench/predict.py, with d = 64
+and 16 bits an H200 spends a little longer on the random numbers than on the products.
 Letters: R replicas · B texts · T tokens, packed · Q queries: T, or one a text · H heads of d, G key heads · D = H d.
 """
 
