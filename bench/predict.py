@@ -41,7 +41,7 @@ REASONS = {
     "mc_head": "K masks of every feature: the random lanes in 16 bits, the exact products in float32",
     "repeat_dropout": "writes K rows for one read; close to the lanes' rate in 16 bits",
     "distill_loss": "probabilities in, gradient out; backward reads and writes the gradient once more",
-    "packed_attention": "bytes while every replica has states of its own; from some 400 tokens on the random lanes of the probabilities",
+    "packed_attention": "bytes while every replica has states of its own; from 400 tokens on the random lanes",
 }
 
 
