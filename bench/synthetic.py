@@ -8,13 +8,21 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaModel,
+)
 
 from muka_fast.docstrings import collect
 from muka_fast.material import train_tokenizer
 
-# hidden size, layers, heads: "base" is BERT-base, "toy" proves a script.
+# hidden size, layers, heads: "base" is BERT-base, "toy" proves a script; "1b" has the shape of a decoder of a billion parameters.
 SIZES = {"toy": (32, 3, 4), "small": (384, 6, 12), "base": (768, 12, 12)}
+DECODERS = {"1b": (2048, 20, 32)}
 
 
 def make_texts(folder: Path, count: int) -> tuple[str, str]:
@@ -32,15 +40,16 @@ def make_texts(folder: Path, count: int) -> tuple[str, str]:
 
 
 def make_encoder(folder: Path, size: str, texts: list[str]) -> str:
-    """A BERT encoder folder with random weights and a tokenizer trained on the texts."""
-    hidden, layers, heads = SIZES[size]
+    """A BERT encoder folder (or a Llama decoder's) with random weights and a tokenizer trained on the texts."""
+    hidden, layers, heads = (SIZES | DECODERS)[size]
     tokenizer = train_tokenizer(texts)
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        intermediate_size=4 * hidden, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    shape = {
+        "vocab_size": len(tokenizer), "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "intermediate_size": 4 * hidden, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
     torch.manual_seed(0)
-    BertModel(config).save_pretrained(folder)
+    model = LlamaModel(LlamaConfig(**shape, num_key_value_heads=8)) if size in DECODERS else BertModel(BertConfig(**shape))
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

@@ -1,0 +1,118 @@
+"""The student's training loop under ZeRO stages: texts/s, share of the matrix rate (MFU), memory beside that of the plan.
+
+    python bench/student.py [--size base|1b|...] [--stages 0 2 3 "3 offload"] [--precision bf16] [--steps 30] [--device cuda]
+
+Random weights and installed docstrings: speed and memory do not depend on the weights. Each stage runs in a process of its own.
+MFU counts three times the forward's FLOPs at the texts' own lengths, against the matrix rate measured in the same run; the loop's rate
+is the median over its lines of metrics, the first left out.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from ceilings import gemm_flops_per_s
+from environment import keep
+from synthetic import DECODERS, SIZES, make_encoder, make_teacher, make_texts
+from timing import largest_resident_bytes
+from transformers import AutoConfig, AutoTokenizer
+
+import muka_fast
+from muka_fast.config import ScoreConfig
+from muka_fast.data import read_texts, tokenize
+from muka_fast.footprint import DTYPES, STAGES, footprint, stage_memory
+from muka_fast.supervision import score
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=[*SIZES, *DECODERS], default="base")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=["0", "2", "3"])
+    parser.add_argument("--precision", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--max_length", type=int, default=128)
+    parser.add_argument("--json", help="write the figures to this file instead of bench/results")
+    parser.add_argument("--work", nargs=2, metavar=("FOLDER", "STAGE"), help=argparse.SUPPRESS)  # a process of its own
+    return parser.parse_args()
+
+
+def prepare(args: argparse.Namespace, folder: Path) -> None:
+    """Texts, the student, and a store filled by a small teacher: what the loop reads does not depend on the teachers' size."""
+    texts = make_texts(folder, args.steps * args.batch_size)[0]
+    found = read_texts(texts, need_labels=True)
+    make_encoder(folder / "student", args.size, found.texts)
+    make_encoder(folder / "small", "toy", found.texts)
+    teacher = make_teacher(folder / "teacher", str(folder / "small"), sorted(set(found.labels))[:4], 0, 1)
+    options = {"device": args.device, "max_length": args.max_length, "mc_samples": 2}
+    score(ScoreConfig(teachers=[teacher], texts=texts, output=str(folder / "store"), **options))
+
+
+def work(args: argparse.Namespace, folder: Path, stage: str) -> dict:
+    """One epoch under one stage: texts/s of the loop, peak bytes of the device (CPU: of the process)."""
+    number = int(stage[0])
+    ds = {"zero_optimization": {"stage": number} | (OFFLOAD if "offload" in stage else {})}
+    ds |= {args.precision: {"enabled": True}} if args.precision != "fp32" else {}
+    (folder / "ds.json").write_text(json.dumps(ds))
+    texts = str(folder / "pool.jsonl")
+    with tempfile.TemporaryDirectory() as output:
+        muka_fast.amalgamate(
+            store=str(folder / "store"), student=str(folder / "student"), texts=texts, output=f"{output}/run", method="vkd",
+            ds_config=str(folder / "ds.json"), epochs=1, batch_size=args.batch_size, max_length=args.max_length, log_every=1,
+            mc_samples=2, device=args.device,
+        )  # fmt: skip
+        lines = [json.loads(line) for line in Path(output, "run", "metrics.jsonl").read_text().splitlines()]
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else largest_resident_bytes()
+    return {"texts_per_s": statistics.median(line["texts_per_s"] for line in lines[1:] or lines), "peak_bytes": peak}
+
+
+def main() -> int:
+    args = parse_arguments()
+    if args.work:
+        print(json.dumps(work(args, Path(args.work[0]), args.work[1])))
+        return 0
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(args, folder)
+        lengths = tokenize(
+            AutoTokenizer.from_pretrained(folder / "student"), read_texts(folder / "pool.jsonl").texts, args.max_length
+        ).lengths
+        config = AutoConfig.from_pretrained(folder / "student")
+        mean, longest = round(float(lengths.mean())), int(lengths.max())
+        flops = 3 * footprint(config, 1, mean, args.precision, "the student").forward_flops
+        cost = footprint(config, args.batch_size, longest, args.precision, "the student")
+        limit = gemm_flops_per_s(args.device, args.size == "toy", DTYPES[args.precision])
+        for stage in args.stages:
+            done = subprocess.run([sys.executable, *sys.argv, "--work", name, stage], capture_output=True, text=True)
+            if done.returncode:
+                print(f"ZeRO {stage} failed:\n{done.stderr[-3000:]}", file=sys.stderr)
+                return 1
+            row = json.loads(done.stdout.splitlines()[-1])
+            planned = stage_memory(stage, cost, 1, args.precision)
+            rows.append({"stage": stage, **row, "mfu": row["texts_per_s"] * flops / limit, "planned_bytes": planned.device})
+    parameters = f"{cost.num_parameters / 1e6:,.0f} M parameters, {args.precision}, batch {args.batch_size}, {mean} tokens a text"
+    lines = [f"# The student's loop: {args.size}, {parameters}, {args.device}", "", f"Matrix rate {limit / 1e12:.2f} TFLOP/s.", ""]
+    lines += ["| ZeRO | texts/s | MFU | peak MiB | planned MiB |", "|---|---|---|---|---|"]
+    for row in rows:
+        speed, memory = f"{row['texts_per_s']:.1f} | {100 * row['mfu']:.1f} %", (row["peak_bytes"], row["planned_bytes"])
+        lines.append(f"| {row['stage']} | {speed} | " + " | ".join(f"{size / 2**20:.0f}" for size in memory) + " |")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    else:
+        print("kept in", keep(f"student_{args.size}", rows, text, args.device))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
