@@ -37,25 +37,23 @@ SAMPLED_TEXTS = 1000
 CHECKPOINTS = 3  # two are kept, a third is written beside them
 
 
-def read_model(source: str, what: str) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """Configuration of a folder or hub name, as transformers has it and as it is written; of an adapter, its base's and its own."""
-    folder: str | Path = Path(source).expanduser()
-    if not folder.is_dir():
-        if not checkpoint.HUB_NAME.fullmatch(source) or source.startswith("."):
-            raise UserError(f"{what}: no such folder; check the path")
-        folder = source
-    local = isinstance(folder, Path)
-    own: dict[str, Any] = {}
-    if local and adapters.is_adapter(folder) and not (folder / "config.json").is_file():
-        own, folder = {"labels": adapters.adapter_labels(folder, what)}, adapters.base_folder(folder, what)
-    if local:
-        own = checkpoint.read_config(folder, what) | own
+def read_model(source: str, what: str, classifier: bool = True) -> tuple[PreTrainedConfig, list[str]]:
+    """Configuration of a folder or hub name (of an adapter, its base's) and, for a classifier, its labels."""
+    path = Path(source).expanduser()
+    local, labels = path.is_dir(), None
+    if not local and (not checkpoint.HUB_NAME.fullmatch(source) or source.startswith(".")):
+        raise UserError(f"{what}: no such folder; check the path")
+    if local and adapters.is_adapter(path) and not (path / "config.json").is_file():
+        labels, path = adapters.adapter_labels(path, what), adapters.base_folder(path, what)
+    written = checkpoint.read_config(path, what) if local else None
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(folder, local_files_only=local, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(path if local else source, local_files_only=local, trust_remote_code=False)
     except LOADING_ERRORS as error:
         raise UserError(f"{what}: its configuration cannot be read: {checkpoint.first_line(error)}") from error
-    return config, own or config.to_dict()
+    if labels is None:
+        labels = checkpoint.check_classifier(written or config.to_dict(), what) if classifier else []
+    return config, labels
 
 
 def store_bytes(teachers: list[tuple[int, int]], num_texts: int, shard_size: int) -> int:
@@ -124,8 +122,7 @@ def plan(options: PlanConfig) -> dict[str, Any]:
     length = max(1, round(tokens))
     teachers, owners, widths = [], [], []
     for path, name in zip(options.teachers, names, strict=True):
-        config, written = read_model(path, f"teacher {path}")
-        labels = written.get("labels") or checkpoint.check_classifier(written, f"teacher {path}")
+        config, labels = read_model(path, f"teacher {path}")
         owners.append((name, labels))
         widths.append((len(labels), config.get_text_config().hidden_size))
         cost = footprint(config, 1, length, "fp32", f"teacher {path}")
@@ -136,7 +133,7 @@ def plan(options: PlanConfig) -> dict[str, Any]:
             {"name": name, "parameters": cost.num_parameters, "classes": len(labels), "weights_bytes": 4 * cost.num_parameters}
             | {"forwards": forwards, "flops_per_s": reached, "hours": hours}
         )
-    config, _ = read_model(options.student, f"student {options.student}")
+    config, _ = read_model(options.student, f"student {options.student}", classifier=False)
     config.num_labels = build_label_space(owners).num_classes
     cost = footprint(config, options.micro_batch, options.max_length, options.precision, f"student {options.student}")
     step = footprint(config, 1, length, options.precision, f"student {options.student}")

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
+from safetensors.torch import save_file
 
 from muka_fast import footprint as cost
 from muka_fast import plan
@@ -123,6 +125,18 @@ def test_plan_reads_configurations_alone_and_prints_json(make_teacher, student, 
     assert main([*words, "--flops", "1e9"]) == 0
     alone = json.loads(capsys.readouterr().out)
     assert alone["teachers"][0]["hours"] == pytest.approx(2 * found["teachers"][0]["hours"])
+
+
+def test_an_adapter_is_planned_by_its_base(make_teacher, tmp_path):
+    base = Path(teacher_without_weights(make_teacher, "abc", "base"))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    save_file({"base_model.model.classifier.weight": torch.zeros(4, 16)}, adapter / "adapter_model.safetensors")
+    config, labels = plan.read_model(str(adapter), "teacher adapter")
+    assert config.hidden_size == 16 and len(labels) == 4  # the adapter's own head decides
+    assert plan.read_model(str(base), "student", classifier=False)[1] == []
 
 
 def test_plan_measures_this_machine_and_prints_tables(make_teacher, student, texts, tmp_path, capsys, make_tokenizer):
