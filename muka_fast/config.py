@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from muka_fast.errors import UserError
 
-METHODS = ("muka-soft", "muka-hard", "muka-evidence", "vkd", "uhc", "dfa", "cfl", "mean", "supervised", "oracle")
+METHODS = ("muka-soft", "muka-hard", "muka-evidence", "muka-auto", "vkd", "uhc", "dfa", "cfl", "mean", "supervised", "oracle")
 UNCERTAINTIES = ("predictive_entropy", "mutual_information", "expected_entropy", "variance")
 FILES = "Models and files"
 GROUPS = (FILES, "Data", "Uncertainty", "Distillation", "Training", "Run")
