@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import softmax
@@ -177,7 +178,7 @@ def test_pools_that_say_nothing_and_classes_without_probability():
     sup.logits[:, 1] = -math.inf
     assert np.isfinite(auto_weights(sup, neutral)).all()
     flat = Features.of(np.ones((60, 4), np.float32))
-    sup = Supervision(**{**vars(sup), "features": [flat] * 2, "logits": sup.logits * 0})
+    sup = Supervision(**{**vars(sup), "features": [flat] * 2, "logits": torch.zeros_like(sup.logits)})
     np.testing.assert_allclose(auto_weights(sup, flat), 0.5, atol=1e-3)
 
 
