@@ -124,7 +124,7 @@ class Answer:
 
     classes: Classes
     mass: np.ndarray  # mean q_c [C]
-    prior: np.ndarray  # share_i^2 / C_i [C], mean over the owners of a class times their number
+    prior: np.ndarray  # share_i^2 / C_i [C], mean over the owners of a class
     before: np.ndarray  # w [m, N]
 
     @classmethod

@@ -85,9 +85,9 @@ def own_scores(sup: Supervision, rows: np.ndarray, power: float = 0.0) -> np.nda
     """
     out = np.empty((len(sup), len(sup.teachers)), np.float32)
     for i, (start, stop) in enumerate(itertools.pairwise(sup.offsets)):
-        top, predicted = torch.softmax(sup.logits[rows, start:stop], dim=-1).max(-1)
-        features = sup.features[i].rows(rows)
-        gaussians = RelativeMahalanobis.fit(features, predicted.numpy(), top.double().numpy() ** power)
+        logits, features = sup.logits[rows, start:stop], sup.features[i].rows(rows)
+        weights = torch.softmax(logits, dim=-1).amax(-1).double().numpy() ** power
+        gaussians = RelativeMahalanobis.fit(features, logits.argmax(-1).numpy(), weights)
         anchors = Anchors.of(gaussians.scores(features))
         for part, chunk in sup.features[i].chunks():
             out[part, i] = anchors(gaussians.scores(chunk))
