@@ -84,6 +84,7 @@ METHODS = {
     "muka-soft, mutual information": {"method": "muka-soft", "margin": False, "uncertainty": "mutual_information"},
     "muka-evidence": {"method": "muka-evidence"},
     "muka-evidence, no MC": {"method": "muka-evidence", "mc": False},
+    "muka-auto": {"method": "muka-auto"},
     "vkd": {"method": "vkd"},
     "uhc": {"method": "uhc"},
     "dfa": {"method": "dfa"},

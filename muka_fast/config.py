@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from muka_fast.errors import UserError
 
-METHODS = ("muka-soft", "muka-hard", "muka-evidence", "vkd", "uhc", "dfa", "cfl", "mean", "supervised", "oracle")
+METHODS = ("muka-soft", "muka-hard", "muka-evidence", "muka-auto", "vkd", "uhc", "dfa", "cfl", "mean", "supervised", "oracle")
 UNCERTAINTIES = ("predictive_entropy", "mutual_information", "expected_entropy", "variance")
 FILES = "Models and files"
 GROUPS = (FILES, "Data", "Uncertainty", "Distillation", "Training", "Run")
@@ -166,7 +166,9 @@ class RunConfig(ScoringOptions):
     label_map: str | None = option(None, "JSON or YAML file that renames, merges or drops (null) labels", FILES)
 
     method: Literal[METHODS] = option(
-        "muka-soft", "amalgamation method; supervised and oracle need labels in the texts", "Distillation"
+        "muka-soft",
+        "amalgamation method; muka-evidence and muka-auto look at the whole pool; supervised and oracle need labels in the texts",
+        "Distillation",
     )
     margin: bool = option(True, "weight each text by the gap of its two best teacher scores", "Distillation")
     normalize_margin: bool = option(False, "divide the margin weights by their batch mean", "Distillation")

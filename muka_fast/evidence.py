@@ -55,15 +55,9 @@ def evidence_weights(sup: Supervision, neutral: Features, seed: int = 0, sample:
     if num_teachers == 1:
         return np.ones((n, 1), np.float32)
     rows = sample_rows(sup.example_ids.numpy(), seed, sample)
-    evidence = np.empty((n, num_teachers), np.float32)
     second = second_scores(sup)
-    for i in range(num_teachers):
-        start, stop = sup.offsets[i], sup.offsets[i + 1]
-        features = sup.features[i].rows(rows)
-        gaussians = RelativeMahalanobis.fit(features, sup.logits[rows, start:stop].argmax(-1).numpy())
-        anchors = Anchors.of(gaussians.scores(features)), Anchors.of(second[rows, i])
-        for part, chunk in sup.features[i].chunks():
-            evidence[part, i] = (anchors[0](gaussians.scores(chunk)) + anchors[1](second[part, i])) / 2
+    anchored = [Anchors.of(scores[rows])(scores) for scores in second.T]
+    evidence = ((own_scores(sup, rows) + np.stack(anchored, axis=1)) / 2).astype(np.float32)
     b = unit(neutral.rows(rows))
     owner = fit_owner(b, evidence[rows])
     for part, chunk in neutral.chunks():
@@ -84,11 +78,32 @@ def sample_rows(example_ids: np.ndarray, seed: int, limit: int) -> np.ndarray:
 # ---- scores of single teachers ----
 
 
+def own_scores(sup: Supervision, rows: np.ndarray, power: float = 0.0) -> np.ndarray:
+    """A(RMD) of each teacher on each text, fp32 [n, N]: how much a text looks like those that the teacher knows.
+
+    Fitted on the texts `rows`, of which each counts (top probability of the teacher)^power.
+    """
+    out = np.empty((len(sup), len(sup.teachers)), np.float32)
+    for i, (start, stop) in enumerate(itertools.pairwise(sup.offsets)):
+        logits, features = sup.logits[rows, start:stop], sup.features[i].rows(rows)
+        weights = torch.softmax(logits, dim=-1).amax(-1).double().numpy() ** power
+        gaussians = RelativeMahalanobis.fit(features, logits.argmax(-1).numpy(), weights)
+        anchors = Anchors.of(gaussians.scores(features))
+        for part, chunk in sup.features[i].chunks():
+            out[part, i] = anchors(gaussians.scores(chunk))
+    return out
+
+
 def second_scores(sup: Supervision) -> np.ndarray:
     """-ln(MI / ln C_i), MI / ln C_i >= 1e-6, where every teacher was sampled, else logsumexp of the logits; fp32 [n, N]."""
     if all(teacher["mc"] and teacher["mc_samples"] > 1 for teacher in sup.teachers):
         upper = np.array([math.log(count) or math.inf for count in sup.class_counts], np.float32)
         return -np.log(np.maximum(sup.mutual_information.numpy() / upper, MI_FLOOR))
+    return energies(sup)
+
+
+def energies(sup: Supervision) -> np.ndarray:
+    """logsumexp of each teacher's logits, fp32 [n, N]."""
     blocks = itertools.pairwise(sup.offsets)
     return torch.stack([sup.logits[:, a:b].logsumexp(-1) for a, b in blocks], dim=-1).numpy()
 
@@ -125,16 +140,17 @@ class RelativeMahalanobis:
     class_means: np.ndarray  # (mu_c - mu) W [classes predicted at all, D]
 
     @classmethod
-    def fit(cls, features: np.ndarray, predicted: np.ndarray) -> RelativeMahalanobis:
-        """features fp32 [m, D]; predicted: the teacher's own class of each text, int [m]."""
-        mean = features.mean(0, dtype=np.float64)
+    def fit(cls, features: np.ndarray, predicted: np.ndarray, weights: np.ndarray | None = None) -> RelativeMahalanobis:
+        """features fp32 [m, D]; predicted: the teacher's own class of each text, int [m]; weights > 0 of the texts [m]."""
+        weights = np.ones(len(features)) if weights is None else weights / weights.mean()
+        mean = np.average(features.astype(np.float64), axis=0, weights=weights)
         centred = features - mean
-        classes, inverse, counts = np.unique(predicted, return_inverse=True, return_counts=True)
+        classes, inverse = np.unique(predicted, return_inverse=True)
         sums = np.zeros((len(classes), centred.shape[1]))
-        np.add.at(sums, inverse, centred)
-        means = sums / counts[:, None]
-        deviations = centred - means[inverse]
-        within, background = whitening(deviations), whitening(centred)
+        np.add.at(sums, inverse, weights[:, None] * centred)
+        means = sums / np.bincount(inverse, weights)[:, None]
+        root = np.sqrt(weights)[:, None]
+        within, background = whitening(root * (centred - means[inverse])), whitening(root * centred)
         return cls(mean.astype(np.float32), within, background, (means @ within).astype(np.float32))
 
     def scores(self, features: np.ndarray) -> np.ndarray:
@@ -162,14 +178,19 @@ def unit(features: np.ndarray) -> np.ndarray:
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
-def neighbours(b: np.ndarray, k: int) -> np.ndarray:
-    """Rows of the k most similar other texts (all of them where there are fewer), int64 [m, k]; b: unit rows [m, d]."""
-    k = min(k, len(b) - 1)
+def neighbours(b: np.ndarray, k: int, among: np.ndarray | None = None) -> np.ndarray:
+    """Rows of the k most similar other texts (all of them where there are fewer), int64 [m, k]; b: unit rows [m, d].
+
+    among: look among these unit rows, which hold none of b; None: among b, each text but itself.
+    """
+    base = b if among is None else among
+    k = min(k, len(base) - (among is None))
     found = np.empty((len(b), k), np.int64)
     for start in range(0, len(b), GRAPH_BLOCK):
-        similarity = torch.from_numpy(b[start : start + GRAPH_BLOCK] @ b.T)
-        own = torch.arange(len(similarity))
-        similarity[own, start + own] = -torch.inf
+        similarity = torch.from_numpy(b[start : start + GRAPH_BLOCK] @ base.T)
+        if among is None:
+            own = torch.arange(len(similarity))
+            similarity[own, start + own] = -torch.inf
         found[start : start + GRAPH_BLOCK] = similarity.topk(k, dim=1, sorted=False).indices.numpy()
     return found
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from muka_fast.aligned import AlignedStudent, Alignment, AmalgamatedFeature, CommonFeatures, StudentOutput
+from muka_fast.auto import auto_weights
 from muka_fast.errors import UserError
 from muka_fast.evidence import evidence_weights
 from muka_fast.ops.reference import select_teacher_ref
@@ -88,6 +89,12 @@ class MukaEvidence(RuledSoft):
     """muka-evidence: weights from the pool's evidence (muka_fast/evidence.py)."""
 
     rule = staticmethod(evidence_weights)
+
+
+class MukaAuto(RuledSoft):
+    """muka-auto: weights from a pool of three answers, by class, by teacher and by logits (muka_fast/auto.py)."""
+
+    rule = staticmethod(auto_weights)
 
 
 class Oracle(Composed):
@@ -228,6 +235,7 @@ METHODS: dict[str, type[Method]] = {
     "muka-soft": MukaSoft,
     "muka-hard": MukaHard,
     "muka-evidence": MukaEvidence,
+    "muka-auto": MukaAuto,
     "vkd": VanillaKD,
     "uhc": UnifiedHead,
     "dfa": DFA,

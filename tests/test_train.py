@@ -528,7 +528,7 @@ def test_the_head_is_fresh_seeded_and_independent_of_the_folders_own(world, make
 # ---- methods with features ----
 
 
-@pytest.mark.parametrize("method", ["muka-evidence", "dfa", "cfl"])
+@pytest.mark.parametrize("method", ["muka-evidence", "muka-auto", "dfa", "cfl"])
 def test_methods_with_features_resume_bit_for_bit_and_export_the_student_alone(go, world, stop_at, monkeypatch, method):
     whole, plain = go("whole", method=method), go("plain", method="vkd")
     again = go("again", method=method)
@@ -585,7 +585,7 @@ def test_mean_is_refused_for_teachers_of_different_labels(go):
 # ---- golden losses ----
 
 
-@pytest.mark.parametrize("method", ["muka-soft", "muka-hard", "vkd", "uhc", "dfa", "cfl", "oracle", "supervised"])
+@pytest.mark.parametrize("method", ["muka-soft", "muka-hard", "vkd", "uhc", "dfa", "cfl", "oracle", "supervised", "muka-auto"])
 def test_golden_losses(go, world, method):
     """20 steps of a tiny model without dropout. Same machine: bit for bit; across CPUs the order of sums differs: 1e-5.
 

@@ -1,0 +1,198 @@
+"""muka-auto: whose text is this? A log-linear pool of three answers, w_i ~ prod_a (w_ai + 1e-4)^(power_a / sum of powers).
+
+By class, power 2 (below); by teacher, power 1 (muka-evidence, evidence.py); by the teachers' shares of the softmax over all
+concatenated logits, power 1/2 (vkd's own selection). No label, and no further forward of a teacher.
+
+By class, with p_ic the probability that teacher i gives union class c, and e_i its relative Mahalanobis distance (Ren et al.,
+2021), anchored, its Gaussians fitted with weights (max_c p_ic)^4: texts that a teacher does not know blur its classes.
+
+1. Start: w = softmax(2 e).
+2. R times: q_c = sum_i w_i p_ic, the composed target; f_c, its ridge regression on the neutral features, leave-one-out;
+   g_c ~ (share_i^2 / C_i) max(f_c / mean q_c, 0.1)^2, so that no class swallows another of its teacher, while the shares of the
+   teachers, share_i = sum_c mean q_c over its classes, stay (squared: they start too equal); summing to 1 over c;
+   w_i ~ exp(e_i) (sum_c p_ic g_c) sqrt(K_i / mean w_i), K_i the mean of w_i over the k nearest neighbours.
+
+Figures, and what did not help: docs/selection.md. Letters as in evidence.py, and C union classes, S kept teacher columns.
+A class of several owners counts for each of them in equal parts (share_i and g_c alike).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+from scipy.special import softmax
+
+from muka_fast.evidence import NEIGHBOURS, SAMPLE, energies, evidence_weights, neighbours, own_scores, sample_rows, unit
+
+if TYPE_CHECKING:
+    from muka_fast.features import Features
+    from muka_fast.stored import Supervision
+
+POWERS = {"class": 2.0, "teacher": 1.0, "logits": 0.5}
+FLOOR = 1e-4  # of an answer in the pool: none can veto a teacher
+CERTAINTY = 4.0  # power of the top probability in the weights of the Gaussians
+ROUNDS = 5  # R
+PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # of the ridge regression, per text
+LEAST = 0.1  # of f_c / mean q_c: ridge regression gives negative probabilities as well
+SMALLEST_SHARE = 0.02  # added to K_i and to mean w_i
+FEWEST_TEXTS = 4  # below, there is nothing to regress on
+
+
+def auto_weights(sup: Supervision, neutral: Features, seed: int = 0, sample: int = SAMPLE) -> np.ndarray:
+    """The weight of each teacher for each text, fp32 [n, N]; rows sum to 1.
+
+    sup: with features, restricted to the label space (else every column is a class of its own). neutral: [n, d]. seed,
+    sample: which texts, and how many of them at most, everything is fitted on. A function of the texts and teachers as sets:
+    their order changes nothing but rounding.
+    """
+    by_teacher = evidence_weights(sup, neutral, seed, sample)
+    if len(sup.teachers) == 1 or len(sup) < FEWEST_TEXTS:
+        return by_teacher
+    rows = sample_rows(sup.example_ids.numpy(), seed, sample)
+    answers = {"class": class_weights(sup, neutral, rows), "teacher": by_teacher, "logits": softmax(energies(sup), axis=1)}
+    pooled = sum(power * np.log(answers[name] + FLOOR) for name, power in POWERS.items()) / sum(POWERS.values())
+    return softmax(pooled, axis=1).astype(np.float32)
+
+
+def class_weights(sup: Supervision, neutral: Features, rows: np.ndarray) -> np.ndarray:
+    """The answer by class, fp32 [n, N]; fitted on the texts `rows`, at least two. They keep their leave-one-out answer, all
+    others get the regression's prediction, in a stream."""
+    own, classes, b = own_scores(sup, rows, CERTAINTY), Classes.of(sup), unit(neutral.rows(rows))
+    p, e, near, ridge = probs(sup, rows), own[rows], neighbours(b, NEIGHBOURS), Ridge.of(b)
+    w = softmax(2 * e, axis=1)
+    penalty = ridge.best_penalty(classes.compose(w, p))
+    for _ in range(ROUNDS):
+        q = classes.compose(w, p)
+        answer, fitted = Answer.of(classes, q, w), ridge.fit(q, penalty)
+        w = answer(p, e, fitted.leave_one_out(), near)
+    out = np.empty(own.shape, np.float32)
+    out[rows] = w
+    if len(rows) == len(out):
+        return out
+    rest = np.ones(len(out), bool)
+    rest[rows] = False
+    for part, chunk in neutral.chunks():
+        at = np.flatnonzero(rest[part])
+        others, here = unit(chunk[at]), part.start + at
+        out[here] = answer(probs(sup, here), own[here], fitted(others), neighbours(others, NEIGHBOURS, among=b))
+    return out
+
+
+def probs(sup: Supervision, rows: np.ndarray) -> np.ndarray:
+    """softmax(z_i) of every teacher, side by side, fp32 [len(rows), S]."""
+    blocks = sup.logits[rows].split(np.diff(sup.offsets).tolist(), dim=1)
+    return torch.cat([torch.softmax(block, dim=-1) for block in blocks], dim=1).numpy()
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Where the teachers' columns lie among the union classes."""
+
+    starts: np.ndarray  # int [N], first column of each teacher
+    teacher: np.ndarray  # int [S], of each column
+    union: np.ndarray  # int [S], class of each column
+    padding: csr_array  # fp32 [S, C], 1 where a column is of a class
+    part: np.ndarray  # [N, C]: 1 / (number of owners) where teacher i has class c, else 0
+
+    @classmethod
+    def of(cls, sup: Supervision) -> Classes:
+        """Of a restricted supervision; without a label space no two columns are one class."""
+        S = sup.offsets[-1]
+        union = np.arange(S) if sup.label_space is None else np.asarray(sup.label_space.teacher_to_union)
+        teacher = np.repeat(np.arange(len(sup.teachers)), np.diff(sup.offsets))
+        padding = csr_array((np.ones(S, np.float32), (np.arange(S), union)), shape=(S, int(union.max()) + 1))
+        has = np.zeros((len(sup.teachers), padding.shape[1]))
+        has[teacher, union] = 1
+        return cls(np.array(sup.offsets[:-1]), teacher, union, padding, has / has.sum(0))
+
+    def compose(self, w: np.ndarray, p: np.ndarray) -> np.ndarray:
+        """q_c = sum_i w_i p_ic: [.., N] and [.., S] -> [.., C]."""
+        return (w[:, self.teacher] * p) @ self.padding
+
+    def expect(self, values: np.ndarray, p: np.ndarray) -> np.ndarray:
+        """sum_c p_ic values_c: [.., C] and [.., S] -> [.., N]."""
+        return np.add.reduceat(p * values[:, self.union], self.starts, axis=1)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Step 2 after its regression, from what the texts of the sample hold: w [m, N] of the round before, and its target q."""
+
+    classes: Classes
+    mass: np.ndarray  # mean q_c [C]
+    prior: np.ndarray  # share_i^2 / C_i [C], mean over the owners of a class
+    before: np.ndarray  # w [m, N]
+
+    @classmethod
+    def of(cls, classes: Classes, q: np.ndarray, w: np.ndarray) -> Answer:
+        """q [m, C], w [m, N]."""
+        mass = q.mean(0, dtype=np.float64)
+        share = classes.part @ mass
+        prior = (share**2 / (classes.part > 0).sum(1)) @ classes.part
+        # A class that nobody predicts would have any ratio f_c / mass.
+        return cls(classes, np.maximum(mass, 0.1 / len(mass)).astype(np.float32), prior.astype(np.float32), w)
+
+    def __call__(self, p: np.ndarray, e: np.ndarray, f: np.ndarray, near: np.ndarray) -> np.ndarray:
+        """w [.., N] of texts with p [.., S], e [.., N], f [.., C] and neighbours int [.., k] in the sample."""
+        g = np.maximum(f / self.mass, LEAST) ** 2 * self.prior
+        g /= np.maximum(g.sum(1, keepdims=True), 1e-30)
+        around = (self.before[near].mean(1) + SMALLEST_SHARE) / (self.before.mean(0) + SMALLEST_SHARE)
+        return softmax(np.log(self.classes.expect(g, p) + 1e-9) + e + np.log(around) / 2, axis=1)
+
+
+# ---- ridge regression of many targets, leave-one-out ----
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """Ridge regression with a free intercept, from one eigendecomposition of the texts' covariance."""
+
+    mean: np.ndarray  # of b [d]
+    vectors: np.ndarray  # V [d, d]
+    values: np.ndarray  # v [d] of sum (b - mean)(b - mean)^T
+    u: np.ndarray  # (b - mean) V [m, d]
+
+    @classmethod
+    def of(cls, b: np.ndarray) -> Ridge:
+        """b: unit rows fp32 [m, d]."""
+        mean = b.mean(0, dtype=np.float64).astype(np.float32)
+        x = b - mean
+        values, vectors = np.linalg.eigh(x.T.astype(np.float64) @ x)
+        vectors = vectors.astype(np.float32)
+        return cls(mean, vectors, np.maximum(values, 0), x @ vectors)
+
+    def best_penalty(self, target: np.ndarray) -> float:
+        """That of PENALTIES with the least leave-one-out squared error of target [m, C]."""
+        errors = [((self.fit(target, penalty).leave_one_out() - target) ** 2).sum(dtype=np.float64) for penalty in PENALTIES]
+        return PENALTIES[int(np.argmin(errors))]
+
+    def fit(self, target: np.ndarray, penalty: float) -> Fitted:
+        """min over W of sum of squared errors + penalty m |W|^2; target fp32 [m, C]."""
+        mean = target.mean(0, dtype=np.float64).astype(np.float32)
+        inverse = (1 / (self.values + penalty * len(target))).astype(np.float32)
+        return Fitted(self, target, mean, inverse, inverse[:, None] * (self.u.T @ (target - mean)))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """f(b) = (b - mean) V W + mean target."""
+
+    ridge: Ridge
+    target: np.ndarray  # [m, C]
+    mean: np.ndarray  # of the target [C]
+    inverse: np.ndarray  # 1 / (v + penalty m) [d]
+    coefficients: np.ndarray  # W [d, C]
+
+    def __call__(self, b: np.ndarray) -> np.ndarray:
+        """Predictions [.., C] for unit rows b [.., d] of other texts."""
+        return (b - self.ridge.mean) @ self.ridge.vectors @ self.coefficients + self.mean
+
+    def leave_one_out(self) -> np.ndarray:
+        """For each text of the fit the prediction of a fit to all others, [m, C]: (f - h t) / (1 - h), h its leverage."""
+        h = (self.ridge.u**2 @ self.inverse + 1 / len(self.target))[:, None]
+        fitted = self.ridge.u @ self.coefficients + self.mean
+        return (fitted - h * self.target) / np.maximum(1 - h, 1e-3)

@@ -1,0 +1,238 @@
+"""muka-auto: the definition in plain float64, in every odd pool, in any order, with overlapping labels, and in bounded time."""
+
+import itertools
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import softmax
+from test_evidence import make_pool, matrix, o_anchor, o_rmd, o_weights
+
+from muka_fast.auto import Answer, Classes, Ridge, auto_weights, probs
+from muka_fast.evidence import RelativeMahalanobis, evidence_weights, neighbours
+from muka_fast.features import Features
+from muka_fast.labels import build_label_space
+from muka_fast.stored import Supervision
+
+
+def restricted(sup):
+    return sup.restrict(build_label_space([(teacher["name"], teacher["labels"]) for teacher in sup.teachers]))
+
+
+def shuffle(sup, neutral, rows, order):
+    """The same pool with its texts and teachers in another order."""
+    columns = [c for i in order for c in range(sup.offsets[i], sup.offsets[i + 1])]
+    moved = Supervision(
+        logits=sup.logits[rows][:, columns], mean_probs=sup.mean_probs[rows][:, columns], var_probs=sup.var_probs[rows][:, columns],
+        predictive_entropy=sup.predictive_entropy[rows][:, order], expected_entropy=sup.expected_entropy[rows][:, order],
+        example_ids=sup.example_ids[rows], teachers=[sup.teachers[i] for i in order],
+        offsets=[0, *np.cumsum([len(sup.teachers[i]["labels"]) for i in order]).tolist()],
+        features=[Features.of(matrix(sup.features[i])[rows].astype(np.float32)) for i in order],
+    )  # fmt: skip
+    return moved, Features.of(matrix(neutral)[rows].astype(np.float32))
+
+
+# ---- the definition, in float64, one text, one class and one target at a time ----
+
+
+def o_weighted_rmd(F, predicted, weight, shrink=0.1):
+    ridge = lambda S: S + shrink * np.mean(np.diag(S)) * np.eye(F.shape[1])
+    centre = lambda rows: np.average(F[rows], axis=0, weights=weight[rows])
+    scatter = lambda X: sum(a * np.outer(x, x) for a, x in zip(weight, X, strict=True)) / weight.sum()
+    mu = {c: centre(predicted == c) for c in set(predicted.tolist())}
+    inner = np.linalg.inv(ridge(scatter(F - np.stack([mu[c] for c in predicted.tolist()]))))
+    outer = np.linalg.inv(ridge(scatter(F - centre(np.ones(len(F), bool)))))
+    maha = lambda x, P: x @ P @ x
+    return np.array([maha(x - centre(np.ones(len(F), bool)), outer) - min(maha(x - m, inner) for m in mu.values()) for x in F])
+
+
+def o_ridge(b, target, penalty):
+    """Leave-one-out for real: a fit without each text, its intercept free."""
+    out = []
+    for left in range(len(b)):
+        rest = np.arange(len(b)) != left
+        X, Y = b[rest] - b[rest].mean(0), target[rest] - target[rest].mean(0)
+        W = np.linalg.solve(X.T @ X + penalty * len(b) * np.eye(b.shape[1]), X.T @ Y)
+        out.append((b[left] - b[rest].mean(0)) @ W + target[rest].mean(0))
+    return np.stack(out)
+
+
+def o_auto(sup, neutral, teacher_labels):
+    names = list(dict.fromkeys(label for labels in teacher_labels for label in labels))
+    owners = {c: [i for i, labels in enumerate(teacher_labels) if c in labels] for c in names}
+    n, N, C = len(sup), len(teacher_labels), len(names)
+    z = [sup.logits[:, a:b].double().numpy() for a, b in itertools.pairwise(sup.offsets)]
+    p = np.zeros((n, N, C))
+    for i, labels in enumerate(teacher_labels):
+        p[:, i, [names.index(label) for label in labels]] = softmax(z[i], axis=1)
+    e = np.stack(
+        [o_anchor(o_weighted_rmd(matrix(sup.features[i]), z[i].argmax(1), p[:, i].max(1) ** 4)) for i in range(N)], 1
+    )
+    b = matrix(neutral) / np.linalg.norm(matrix(neutral), axis=1, keepdims=True)
+    near = np.argsort(-(b @ b.T - 9 * np.eye(n)), axis=1)[:, :15]
+    w, penalty = softmax(2 * e, axis=1), None
+    for _ in range(5):
+        q = np.einsum("ni,nic->nc", w, p)
+        if penalty is None:
+            penalty = min((1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), key=lambda x: ((o_ridge(b, q, x) - q) ** 2).sum())
+        f, mass, after = o_ridge(b, q, penalty), q.mean(0), np.zeros((n, N))
+        share = [sum(mass[c] / len(owners[names[c]]) for c in range(C) if i in owners[names[c]]) for i in range(N)]
+        prior = [np.sum([share[i] ** 2 / len(teacher_labels[i]) for i in owners[c]]) / len(owners[c]) for c in names]
+        for text in range(n):
+            g = np.array([prior[c] * max(f[text, c] / mass[c], 0.1) ** 2 for c in range(C)])
+            around = (w[near[text]].mean(0) + 0.02) / (w.mean(0) + 0.02)
+            found = [math.exp(e[text, i]) * (p[text, i] @ g / g.sum() + 1e-9) * math.sqrt(around[i]) for i in range(N)]
+            after[text] = np.array(found) / sum(found)
+        w = after
+    shares = softmax(np.log(np.stack([np.exp(block).sum(1) for block in z], 1)), axis=1)
+    pooled = (w + 1e-4) ** 2 * (o_weights(sup, neutral) + 1e-4) * (shares + 1e-4) ** 0.5
+    pooled = pooled ** (1 / 3.5)
+    return pooled / pooled.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("labels", [None, ["abc", "cde"], ["ab", "cdef", "abg"]])
+@pytest.mark.parametrize("mc", [True, False])
+def test_weights_are_those_of_the_definition(labels, mc):
+    counts = [len(row) for row in labels] if labels else (3, 3)
+    sup, neutral, _ = make_pool(70, counts, seed=2, mc=mc, separation=1.5, labels=labels and [list(row) for row in labels])
+    sup = restricted(sup)
+    found, expected = auto_weights(sup, neutral), o_auto(sup, neutral, [teacher["labels"] for teacher in sup.teachers])
+    assert found.dtype == np.float32 and found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, atol=0.01)
+
+
+def test_the_ridge_regression_leaves_each_text_out():
+    rng = np.random.default_rng(0)
+    b, target = rng.standard_normal((40, 6)).astype(np.float32), rng.random((40, 3)).astype(np.float32)
+    fitted = Ridge.of(b).fit(target, 1e-2)
+    np.testing.assert_allclose(fitted.leave_one_out(), o_ridge(b.astype(float), target.astype(float), 1e-2), atol=1e-5)
+    X = b - b.mean(0)
+    expected = X @ np.linalg.solve(X.T @ X + 0.4 * np.eye(6), X.T @ (target - target.mean(0))) + target.mean(0)
+    np.testing.assert_allclose(fitted(b), expected, atol=1e-5)
+
+
+def test_weights_of_the_gaussians_count_as_repeated_texts():
+    rng = np.random.default_rng(0)
+    F, predicted, times = rng.standard_normal((50, 5)).astype(np.float32), rng.integers(0, 3, 50), rng.integers(1, 4, 50)
+    repeated = RelativeMahalanobis.fit(np.repeat(F, times, 0), np.repeat(predicted, times))
+    weighted = RelativeMahalanobis.fit(F, predicted, times.astype(float))
+    np.testing.assert_allclose(weighted.scores(F), repeated.scores(F), rtol=1e-3, atol=1e-3)
+    plain = RelativeMahalanobis.fit(F, predicted).scores(F)
+    np.testing.assert_allclose(plain, o_rmd(F.astype(float), predicted), rtol=1e-3, atol=1e-3)
+
+
+def test_a_large_class_swallows_no_other_of_its_teacher():
+    """Two classes of one teacher, nine texts in ten of the first: where the regression says nothing, both count the same."""
+    sup, _, _ = make_pool(10, (2, 1))
+    classes = Classes.of(sup)
+    q = np.tile(np.float32([0.45, 0.05, 0.5]), (10, 1))
+    answer = Answer.of(classes, q, np.full((10, 2), 0.5, np.float32))
+    p, near = np.float32([[1, 0, 1], [0, 1, 1]]), np.zeros((2, 1), int)
+    weights = answer(p, np.zeros((2, 2)), q[:2], near)
+    np.testing.assert_allclose(weights, [[1 / 3, 2 / 3]] * 2, atol=1e-6)  # share^2 / C_i: 1/8 each against 1/4
+
+
+def test_it_finds_the_owner_where_a_teacher_is_confident_abroad():
+    sup, neutral, topic = make_pool(600, (4, 4, 4), seed=1, shares=[0.7, 0.2, 0.1])
+    sup.predictive_entropy[:, 0] = sup.expected_entropy[:, 0] = 0
+    sup.predictive_entropy[:, 1:] += 0.01
+    by_entropy = (sup.normalized_entropy.argmin(-1).numpy() == topic).mean()
+    assert by_entropy < 0.75 < 0.95 < (auto_weights(sup, neutral).argmax(1) == topic).mean()
+
+
+# ---- odd pools ----
+
+
+@pytest.mark.parametrize(
+    ("n", "counts", "options"),
+    [
+        (1, (2, 3), {}),
+        (3, (2, 3), {}),
+        (4, (2, 3), {}),
+        (5, (2, 3, 1), {}),
+        (30, (4,), {}),
+        (50, (3, 3, 3), {}),
+        (50, (1, 1), {}),
+        (60, (1, 4, 2), {"mc": False}),
+        (80, tuple([2] * 20), {}),
+        (80, (3, 3), {"widths": [400, 3]}),
+        (40, (30, 2), {}),  # most classes are never predicted
+        (60, (3, 3), {"shares": [1.0, 0.0]}),
+        (60, (2, 2), {"labels": [["a", "b"], ["b", "a"]]}),  # everything overlaps
+        (60, (3, 2), {"labels": [["a", "b", "a"], ["b", "c"]]}),  # two columns of one teacher are one class
+    ],
+)
+def test_every_pool_gets_finite_weights(n, counts, options):
+    sup, neutral, _ = make_pool(n, counts, **options)
+    weights = auto_weights(restricted(sup), neutral)
+    assert weights.shape == (n, len(counts)) and weights.dtype == np.float32 and np.isfinite(weights).all()
+    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-5)
+
+
+def test_pools_that_say_nothing_and_classes_without_probability():
+    sup, neutral, _ = make_pool(60, (3, 3), mc=False)
+    sup.logits[:, 1] = -math.inf
+    assert np.isfinite(auto_weights(sup, neutral)).all()
+    flat = Features.of(np.ones((60, 4), np.float32))
+    sup = Supervision(**{**vars(sup), "features": [flat] * 2, "logits": torch.zeros_like(sup.logits)})
+    weights = auto_weights(sup, flat)
+    np.testing.assert_allclose(weights, weights[:1].repeat(60, 0), atol=1e-5)
+    assert weights[0].argmax() == 0  # nothing tells them apart: the lowest index, as everywhere
+
+
+def test_few_texts_are_left_to_evidence():
+    sup, neutral, _ = make_pool(3, (2, 3))
+    assert np.array_equal(auto_weights(sup, neutral), evidence_weights(sup, neutral))
+
+
+# ---- order, sample, stream ----
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 10_000), N=st.integers(2, 5), mc=st.booleans(), data=st.data())
+def test_the_order_of_texts_and_teachers_changes_no_selection(seed, N, mc, data):
+    sup, neutral, _ = make_pool(70, [2 + i % 3 for i in range(N)], seed=seed, mc=mc)
+    weights = auto_weights(restricted(sup), neutral, seed)
+    rows = np.array(data.draw(st.permutations(range(70))))
+    order = data.draw(st.permutations(range(N)))
+    moved, neutral = shuffle(sup, neutral, rows, order)
+    found, expected = auto_weights(restricted(moved), neutral, seed), weights[rows][:, order]
+    np.testing.assert_allclose(found, expected, atol=0.02)
+    clear = np.diff(np.sort(expected, axis=1)[:, -2:])[:, 0] > 0.05
+    assert (found.argmax(1) == expected.argmax(1))[clear].all()
+
+
+def test_a_sample_decides_nearly_as_the_whole_pool_does():
+    sup, neutral, topic = make_pool(9000, (3, 3, 3), seed=4)  # more than one chunk
+    whole, part = auto_weights(sup, neutral).argmax(1), auto_weights(sup, neutral, sample=800)
+    assert (whole == part.argmax(1)).mean() > 0.97 and (part.argmax(1) == topic).mean() > 0.97
+    assert np.array_equal(part, auto_weights(sup, neutral, sample=800))
+    assert not np.array_equal(part, auto_weights(sup, neutral, seed=1, sample=800))
+
+
+def test_neighbours_among_others():
+    b = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
+    others, base = b[:10], b[10:]
+    expected = np.sort(np.argsort(-others @ base.T, axis=1)[:, :5], axis=1)
+    assert np.array_equal(np.sort(neighbours(others, 5, among=base), axis=1), expected)
+    assert neighbours(others, 50, among=base).shape == (10, 20)
+
+
+def test_probabilities_are_those_of_single_teachers():
+    sup, _, _ = make_pool(8, (3, 2))
+    expected = [softmax(sup.logits[[5, 1], a:b].numpy(), axis=1) for a, b in ((0, 3), (3, 5))]
+    np.testing.assert_allclose(probs(sup, np.array([5, 1])), np.concatenate(expected, 1), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_time_at_twenty_thousand_texts():
+    """In processor time; half of the texts beyond the sample, so that both ways of answering are in it."""
+    sup, neutral, topic = make_pool(20_000, [20] * 5, widths=[384] * 5, seed=0)
+    start = time.process_time()
+    weights = auto_weights(sup, neutral, sample=10_000)
+    assert time.process_time() - start < 60
+    assert (weights.argmax(1) == topic).mean() > 0.9
