@@ -113,7 +113,8 @@ def log_file(folder: Path, rank: int, world_size: int) -> Iterator[None]:
         raise
     finally:
         log.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):  # the same full disk, met by what was not flushed
+            handler.close()
 
 
 class Progress:
