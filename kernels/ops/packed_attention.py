@@ -196,7 +196,7 @@ if philox.triton is not None:
     def blocks(itemsize: int, head_dim: int, longest_query: int) -> tuple[int, int, int]:
         """BLOCK_M (queries at a time), BLOCK_N (keys at a time), num_warps: the largest that compile without spills."""
         if itemsize == 4:  # float32 products are kept exact, without the matrix units
-            return 16, (32 if pad(head_dim) <= 32 else 16), 4 if pad(head_dim) <= 64 else 16
+            return (16, 32, 4) if pad(head_dim) <= 32 else (16, 16, 4) if pad(head_dim) <= 64 else (32, 16, 8)
         return (16, 32, 4) if longest_query <= 16 else (64, 32, 8) if pad(head_dim) <= 64 else (32, 32, 8)
 
     def _triton(
