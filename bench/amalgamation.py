@@ -81,6 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--freeze_layers", type=int, default=4, help="leading layers that the teachers share")
     parser.add_argument("--workdir", default="runs/bench_amalgamation")
+    parser.add_argument("--stem", help="name of the files in bench/results (default: amalgamation)", default="amalgamation")
     parser.add_argument("--json", help="write the rows to this file instead of bench/results")
     parser.add_argument("--scaling", action="store_true", help="cost of shared layers, memory against teachers and passes")
     # JSON of teachers, scope, mc_stop and samples: a process of its own scores once so and prints its peak memory
@@ -385,7 +386,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as stores:
             scoring = measure_scoring(args, paths, texts, Path(stores))
             students = measure_students(args, paths, texts, evaluation, space, Path(stores)) if args.seeds else None
-        stem, rows = "amalgamation", rows_of(args, paths, scoring, students)
+        stem, rows = args.stem, rows_of(args, paths, scoring, students)
         markdown = f"# muka_fast against the published procedure\n\n{note(args, texts, paths, students)}\n\n{table(rows)}"
     print(markdown)
     if args.json:

@@ -6,7 +6,7 @@
 # Every stage has a time limit, writes its own files at once and never stops the others; the last lines printed are a table.
 # --dry-run: every stage at toy size on the CPU, so that CI tests this script. --wheels: a folder of wheels to install first
 # (deepspeed, datasets, ... where the machine has no network). --data, --encoders: the matrix (bench/paper.py) runs where both are given.
-# --stage large: a student of a billion parameters, not among the default stages, which together take under nine minutes.
+# --stage large: a student of a billion parameters, not among the default stages, which are meant to take nine minutes together.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 

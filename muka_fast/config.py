@@ -60,13 +60,6 @@ class Config(BaseModel):
         """All options as plain values (str, int, float, bool, list, None), ready for JSON or YAML."""
         return self.model_dump(mode="json")
 
-    def to_yaml(self, path: str | Path) -> None:
-        """Save all options so that `--config path` repeats the run; written aside and renamed."""
-        path = Path(path)
-        aside = path.with_name(path.name + ".partial")
-        aside.write_text(yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True), encoding="utf-8")
-        os.replace(aside, path)
-
 
 class TextOptions(Config):
     """How texts are read and cut."""

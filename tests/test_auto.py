@@ -10,17 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import softmax
-from test_evidence import make_pool, matrix, o_anchor, o_rmd, o_weights
+from test_evidence import make_pool, matrix, o_anchor, o_rmd, o_weights, restricted
 
 from muka_fast.auto import Answer, Classes, Ridge, auto_weights, probs
 from muka_fast.evidence import RelativeMahalanobis, evidence_weights, neighbours
 from muka_fast.features import Features
-from muka_fast.labels import build_label_space
 from muka_fast.stored import Supervision
-
-
-def restricted(sup):
-    return sup.restrict(build_label_space([(teacher["name"], teacher["labels"]) for teacher in sup.teachers]))
 
 
 def shuffle(sup, neutral, rows, order):
@@ -136,41 +131,7 @@ def test_a_large_class_swallows_no_other_of_its_teacher():
     np.testing.assert_allclose(weights, [[1 / 3, 2 / 3]] * 2, atol=1e-6)  # share^2 / C_i: 1/8 each against 1/4
 
 
-def test_it_finds_the_owner_where_a_teacher_is_confident_abroad():
-    sup, neutral, topic = make_pool(600, (4, 4, 4), seed=1, shares=[0.7, 0.2, 0.1])
-    sup.predictive_entropy[:, 0] = sup.expected_entropy[:, 0] = 0
-    sup.predictive_entropy[:, 1:] += 0.01
-    by_entropy = (sup.normalized_entropy.argmin(-1).numpy() == topic).mean()
-    assert by_entropy < 0.75 < 0.95 < (auto_weights(sup, neutral).argmax(1) == topic).mean()
-
-
 # ---- odd pools ----
-
-
-@pytest.mark.parametrize(
-    ("n", "counts", "options"),
-    [
-        (1, (2, 3), {}),
-        (3, (2, 3), {}),
-        (4, (2, 3), {}),
-        (5, (2, 3, 1), {}),
-        (30, (4,), {}),
-        (50, (3, 3, 3), {}),
-        (50, (1, 1), {}),
-        (60, (1, 4, 2), {"mc": False}),
-        (80, tuple([2] * 20), {}),
-        (80, (3, 3), {"widths": [400, 3]}),
-        (40, (30, 2), {}),  # most classes are never predicted
-        (60, (3, 3), {"shares": [1.0, 0.0]}),
-        (60, (2, 2), {"labels": [["a", "b"], ["b", "a"]]}),  # everything overlaps
-        (60, (3, 2), {"labels": [["a", "b", "a"], ["b", "c"]]}),  # two columns of one teacher are one class
-    ],
-)
-def test_every_pool_gets_finite_weights(n, counts, options):
-    sup, neutral, _ = make_pool(n, counts, **options)
-    weights = auto_weights(restricted(sup), neutral)
-    assert weights.shape == (n, len(counts)) and weights.dtype == np.float32 and np.isfinite(weights).all()
-    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-5)
 
 
 def test_pools_that_say_nothing_and_classes_without_probability():

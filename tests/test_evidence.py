@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
+from muka_fast.auto import auto_weights
 from muka_fast.evidence import (
     Anchors,
     RelativeMahalanobis,
@@ -22,6 +23,7 @@ from muka_fast.evidence import (
     second_scores,
 )
 from muka_fast.features import Features
+from muka_fast.labels import build_label_space
 from muka_fast.stored import Supervision
 
 
@@ -50,6 +52,10 @@ def make_pool(n=120, counts=(3, 3), widths=None, seed=0, mc=True, shares=None, l
         features=features,
     )  # fmt: skip
     return sup, Features.of(neutral.astype(np.float32)), topic
+
+
+def restricted(sup):
+    return sup.restrict(build_label_space([(teacher["name"], teacher["labels"]) for teacher in sup.teachers]))
 
 
 def matrix(features):
@@ -129,13 +135,14 @@ def test_weights_are_those_of_the_definition(counts, mc, seed):
     assert (found.argmax(1) == expected.argmax(1)).mean() > 0.98
 
 
-def test_it_finds_the_owner_where_a_teacher_is_confident_abroad():
+@pytest.mark.parametrize(("rule", "least"), [(evidence_weights, 0.98), (auto_weights, 0.95)])
+def test_it_finds_the_owner_where_a_teacher_is_confident_abroad(rule, least):
     """The first teacher is certain of everything, below the floor of the score; features and neighbourhood tell who knows what."""
     sup, neutral, topic = make_pool(600, (4, 4, 4), seed=1, shares=[0.7, 0.2, 0.1])
     sup.predictive_entropy[:, 0] = sup.expected_entropy[:, 0] = 0
     sup.predictive_entropy[:, 1:] += 0.01
     by_entropy = (sup.normalized_entropy.argmin(-1).numpy() == topic).mean()
-    assert by_entropy < 0.75 < 0.98 < (evidence_weights(sup, neutral).argmax(1) == topic).mean()
+    assert by_entropy < 0.75 < least < (rule(sup, neutral).argmax(1) == topic).mean()
 
 
 # ---- odd pools ----
@@ -146,7 +153,10 @@ def test_it_finds_the_owner_where_a_teacher_is_confident_abroad():
     [
         (1, (2, 3), {}),
         (2, (2, 3), {}),
+        (3, (2, 3), {}),
+        (4, (2, 3), {}),
         (5, (2, 3, 1), {}),
+        (30, (4,), {}),
         (50, (3, 3, 3), {}),
         (50, (1, 1), {}),
         (60, (1, 4, 2), {"mc": False}),
@@ -154,12 +164,15 @@ def test_it_finds_the_owner_where_a_teacher_is_confident_abroad():
         (80, (3, 3), {"widths": [400, 3]}),
         (40, (30, 2), {}),  # most classes are never predicted
         (60, (3, 3), {"shares": [1.0, 0.0]}),
+        (60, (2, 2), {"labels": [["a", "b"], ["b", "a"]]}),  # everything overlaps
+        (60, (3, 2), {"labels": [["a", "b", "a"], ["b", "c"]]}),  # two columns of one teacher are one class
     ],
 )
-def test_every_pool_gets_finite_weights(n, counts, options):
+@pytest.mark.parametrize("rule", [evidence_weights, auto_weights])
+def test_every_pool_gets_finite_weights(rule, n, counts, options):
     sup, neutral, _ = make_pool(n, counts, **options)
-    weights = evidence_weights(sup, neutral)
-    assert weights.shape == (n, len(counts)) and np.isfinite(weights).all()
+    weights = rule(restricted(sup), neutral)
+    assert weights.shape == (n, len(counts)) and weights.dtype == np.float32 and np.isfinite(weights).all()
     np.testing.assert_allclose(weights.sum(1), 1, atol=1e-5)
 
 
