@@ -1,9 +1,11 @@
 """Runs a whole run, then kills copies of it at random moments and resumes them; used by test_train.py.
 
-    python tests/kill_harness.py OPTIONS.json KILLS SEED
+    python tests/kill_harness.py OPTIONS.json KILLS SEED [PROCESSES]
 
+A run of several processes loses one of them, drawn at random, or all at once; those left must end by themselves.
 Prints JSON: kills, moments (what the run had on the disk when it was killed, counted), runs (completed ones), same (all of them
-equal to the undisturbed run, bit for bit). Each attempt is a fork, so that importing torch is paid once.
+equal to the undisturbed run, bit for bit), longest (seconds that a process outlived another one that was killed). Each process is
+a fork, so that importing torch is paid once.
 """
 
 import collections
@@ -19,33 +21,71 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path.append(str(Path(__file__).resolve().parent))
 
 import deepspeed  # noqa: E402, F401 - after the path is set; paid here, not in every fork
+from launch import launcher_variables  # noqa: E402
 
-from muka_fast.train import amalgamate  # noqa: E402
+from muka_fast.cli import guarded  # noqa: E402
+from muka_fast.config import RunConfig, load_config  # noqa: E402
+from muka_fast.train import main as train  # noqa: E402
+
+PATIENCE = 60.0  # seconds; a process that outlives another one's death by more hangs
 
 
-def attempt(options: dict, seconds: float | None) -> bool:
-    """Run in a child, for at most `seconds`; True where it came to its end. A failure of its own ends the harness."""
-    child = os.fork()
-    if child == 0:
-        try:
-            amalgamate(**options, resume=True)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    end = None if seconds is None else time.monotonic() + seconds
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            assert status == 0, f"the run failed by itself: {status}"
-            return True
-        if end is not None and time.monotonic() > end:
+class Job:
+    """The processes of one run, new or resumed; each ends with the exit code of `muka-fast train`."""
+
+    def __init__(self, options: dict, count: int) -> None:
+        self.codes: dict[int, int | None] = {}  # by process id, None while it runs
+        for variables in launcher_variables(count) if count > 1 else [{}]:
+            child = os.fork()
+            if child == 0:
+                os.environ.update(variables)
+                code = 1
+                try:
+                    code = guarded(lambda: train(load_config(RunConfig, None, options | {"resume": True})))
+                except BaseException:
+                    traceback.print_exc()
+                os._exit(code)
+            self.codes[child] = None
+
+    @property
+    def running(self) -> list[int]:
+        return [child for child, code in self.codes.items() if code is None]
+
+    def wait(self, seconds: float | None) -> bool:
+        """Wait until all have ended, at most `seconds`; True where they have."""
+        end = None if seconds is None else time.monotonic() + seconds
+        while self.running and (end is None or time.monotonic() < end):
+            for child in self.running:
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    self.codes[child] = os.waitstatus_to_exitcode(status)
+            time.sleep(0.002)
+        return not self.running
+
+    def kill(self, doomed: list[int]) -> float:
+        """SIGKILL some; returns the seconds until the others had ended."""
+        for child in doomed:
             os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return False
-        time.sleep(0.002)
+        start = time.monotonic()
+        ended = self.wait(PATIENCE)
+        for child in self.running:
+            os.kill(child, signal.SIGKILL)
+        assert ended, f"a process outlived another one's death by {PATIENCE} s"
+        return time.monotonic() - start
+
+
+def attempt(options: dict, count: int, seconds: float | None, choose: random.Random) -> float | None:
+    """Run for at most `seconds`, then kill; None where it came to its end, else how long one outlived another."""
+    job = Job(options, count)
+    ended = job.wait(seconds)
+    assert not any(job.codes.values()), f"the run failed by itself: {job.codes}"
+    if ended:
+        return None
+    everyone = choose.random() < 1 / 3
+    return job.kill(job.running if everyone else [choose.choice(job.running)])
 
 
 def moment(folder: Path) -> str:
@@ -61,27 +101,31 @@ def moment(folder: Path) -> str:
     return "scoring" if (folder / "supervision").exists() else "starting"
 
 
-def main(options: dict, kills: int, seed: int) -> dict:
-    folder = Path(options["output"])
+def main(options: dict, kills: int, seed: int, processes: int) -> dict:
+    folder, choose = Path(options["output"]), random.Random(seed)
     place = lambda where: options | {"output": str(where), "store": str(where / "supervision")}
     start = time.monotonic()
-    attempt(place(folder / "whole"), None)
+    assert attempt(place(folder / "whole"), processes, None, choose) is None
     whole_seconds = time.monotonic() - start
     expected = (folder / "whole" / "model.safetensors").read_bytes()
-    choose, moments, runs, same, done = random.Random(seed), collections.Counter(), 0, True, 0
+    moments, runs, same, outlived = collections.Counter(), 0, True, []
     victim = folder / "victim"
     while True:
-        finished = attempt(place(victim), choose.uniform(0.0, 0.8) * whole_seconds if done < kills else None)
-        if not finished:
-            done += 1
+        seconds = choose.uniform(0.0, 0.8) * whole_seconds if len(outlived) < kills else None
+        longest = attempt(place(victim), processes, seconds, choose)
+        if longest is not None:
+            outlived.append(longest)
             moments[moment(victim)] += 1
             continue
         runs += 1
         same = same and (victim / "model.safetensors").read_bytes() == expected
         shutil.rmtree(victim)
-        if done >= kills:
-            return {"kills": done, "moments": dict(moments), "runs": runs, "same": same, "seconds": whole_seconds}
+        if seconds is None:
+            found = {"kills": len(outlived), "moments": dict(moments), "runs": runs, "same": same}
+            return found | {"seconds": whole_seconds, "longest": max(outlived)}
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2]), int(sys.argv[3]))))
+    options, *numbers = sys.argv[1:]
+    kills, seed, processes = (int(number) for number in [*numbers, "1"][:3])
+    print(json.dumps(main(json.loads(Path(options).read_text()), kills, seed, processes)))

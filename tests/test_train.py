@@ -5,7 +5,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from launch import finish, run_processes, wait_for
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -24,7 +24,6 @@ from muka_fast import loop, snapshots, train
 from muka_fast.config import RunConfig
 from muka_fast.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 LABELS = {"news": ("business", "sport", "science"), "home": ("science", "bank", "smart home")}
 # Adam divides by the root of the second moment: where a gradient is zero but for rounding (the key biases of attention), it turns
@@ -159,36 +158,6 @@ def test_zero_stages_change_nothing(go):
         sharded = go(f"stage{stage}", ds={**SMOOTH_ADAM, "zero_optimization": {"stage": stage}})
         assert largest_difference(weights(sharded), weights(plain)) <= (1e-6 if stage == 3 else 0)
         assert losses(sharded) == pytest.approx(losses(plain), rel=1e-6 if stage == 3 else 0, abs=1e-8 if stage == 3 else 0)
-
-
-def free_port() -> int:
-    """A TCP port that nothing holds, below the range from which the kernel serves others between this call and its use."""
-    while True:
-        port = random.SystemRandom().randrange(15000, 30000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
-
-
-def run_processes(
-    options: dict, count: int, extra: tuple[str, ...] = (), program: tuple[str, ...] = (str(ROOT / "muka_fast" / "train.py"),)
-) -> list[subprocess.Popen]:
-    """Start muka_fast/train.py, or another program, as a launcher does: one process per rank."""
-    words = {key: value if isinstance(value, list) else [value] for key, value in options.items() if value is not None}
-    flags = [word for key, values in words.items() for word in (f"--{key}", *map(str, values))]
-    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *program, *flags, *extra]
-    processes = []
-    for rank in range(count):
-        environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        pipes = {"stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, env=environment, **pipes))
-    return processes
-
-
-def finish(processes: list[subprocess.Popen]) -> tuple[list[int], str]:
-    told = [process.communicate(timeout=200)[1] for process in processes]
-    return [process.returncode for process in processes], "".join(told)
 
 
 SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("muka-evidence", "dfa")]
@@ -628,28 +597,25 @@ def test_a_dead_worker_takes_the_job_down_within_seconds(world, tmp_path):
     finish(processes)
 
 
-def wait_for(condition, processes, seconds: float = 120.0) -> None:
-    import time
-
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end and all(process.poll() is None for process in processes)
-        time.sleep(0.05)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_kills_at_random_moments_change_nothing(world, tmp_path):
-    """SIGKILL at 20 random moments of scoring, training, saving and exporting; --resume ends with the same weights, bit for bit."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kills_at_random_moments_change_nothing(world, tmp_path, processes):
+    """SIGKILL at 20 random moments of scoring, training, saving and exporting; --resume ends with the same weights, bit for bit.
+
+    Of two processes one is killed, or both; one that is left ends within seconds.
+    """
     slow_scoring = {"shard_size": 4, "mc_scope": "all", "mc_samples": 32}
     options = arguments(world, tmp_path, "kills", None, {"save_every": 1, **slow_scoring})
     (tmp_path / "options.json").write_text(json.dumps(options))
-    command = [sys.executable, str(Path(__file__).parent / "kill_harness.py"), str(tmp_path / "options.json"), "20", "1"]
+    harness = str(Path(__file__).parent / "kill_harness.py")
+    command = [sys.executable, harness, str(tmp_path / "options.json"), "20", "1", str(processes)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["kills"] == 20 and found["runs"] >= 1 and found["same"], found
     assert len(found["moments"]) >= 3, found  # they fell into different stages
+    assert found["longest"] < 30, found
 
 
 def test_defaults_are_the_published_recipe():
