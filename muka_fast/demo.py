@@ -158,7 +158,8 @@ def clear(output: Path) -> None:
 
 def main(config: DemoConfig) -> int:
     """`muka-fast demo`: prepare, amalgamate, show. A killed demo continues where it stopped."""
-    from muka_fast.engine import quiet_deepspeed, resolve_device, shut_down
+    from muka_fast.engine import quiet_deepspeed, resolve_device
+    from muka_fast.group import shut_down
 
     start = time.monotonic()
     quiet_deepspeed(resolve_device("auto"), config.verbose)

@@ -12,18 +12,17 @@ import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from muka_fast.config import RunConfig
 from muka_fast.errors import UserError
+from muka_fast.group import JOINING, PATIENCE, set_patience, shut_down
 from muka_fast.optim import clip_gradients, linear_schedule, parameter_groups
 
-T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SHARD_BYTES = 1 << 30  # tensors are gathered one by one and flushed to a file at this size: rank 0 never holds the whole state
 
@@ -82,44 +81,16 @@ def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, i
         if device == "cpu":
             no_jit_build()
         backend = "gloo" if device == "cpu" else "nccl"
-        # Rank 0 may score for hours while the others wait; a process that dies closes its connections, which ends the wait at once.
-        patience = timedelta(days=7)
         if not launched and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group(backend, timeout=patience, store=torch.distributed.HashStore(), rank=0, world_size=1)
-        deepspeed.init_distributed(backend, verbose=verbose, timeout=patience)
+            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            deepspeed.init_distributed(backend, verbose=verbose, timeout=JOINING)
+        except torch.distributed.DistStoreError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"not all processes of this job have started ({reason}): look for the error of another one") from error
+        set_patience(PATIENCE)
         atexit.register(shut_down, at_exit=True)
     return comm.get_rank(), comm.get_world_size()
-
-
-def on_first_process(work: Callable[[], T]) -> T:
-    """Run `work` on process 0 and hand its result to all. Collective.
-
-    A UserError there ends the other processes quietly with exit code 2: process 0 tells it.
-    """
-    if torch.distributed.get_world_size() == 1:
-        return work()
-    told: list[Any] = [None, None]
-    failure = None
-    if torch.distributed.get_rank() == 0:
-        try:
-            told[0] = work()
-        except UserError as error:
-            failure, told[1] = error, str(error)
-    torch.distributed.broadcast_object_list(told)
-    if failure is not None:
-        raise failure
-    if told[1] is not None:
-        raise SystemExit(2)
-    return told[0]
-
-
-def shut_down(at_exit: bool = False) -> None:
-    """Leave the process group, so that interpreters end without torch's warning about it.
-
-    A group of one stays until exit: DeepSpeed keeps references to it, which a second run in this interpreter would meet.
-    """
-    if torch.distributed.is_initialized() and (at_exit or torch.distributed.get_world_size() > 1):
-        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -19,10 +19,11 @@ import torch
 from torch import distributed
 
 from muka_fast.errors import UserError
+from muka_fast.group import PATIENCE, set_patience
 
 T = TypeVar("T")
 log = logging.getLogger("muka_fast")
-PATIENCE = timedelta(days=7)  # a process may score for hours after the others are done; one that dies is noticed at once
+JOINING = timedelta(seconds=30)  # for all to connect, which they begin together
 
 
 class _Stopped(Exception):
@@ -42,16 +43,20 @@ class ShardQueue:
         if group and distributed.is_initialized():
             self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
         self._lost = False
+        self._watcher: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         if self.world_size == 1:
             self._store = distributed.HashStore()
             return self
         store = distributed.distributed_c10d._get_default_store()
-        entries = store.add(f"muka_fast/scoring/{self.rank}", 1)  # the same in every process, and a fresh name each time
-        self._store = distributed.PrefixStore(f"muka_fast/scoring/{entries}", store)
-        # Of its own, and gloo whatever the device: NCCL does not notice a peer that is gone.
-        self._group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        with self._reachable():
+            entries = store.add(f"muka_fast/scoring/{self.rank}", 1)  # the same in every process, and a fresh name each time
+            self._store = distributed.PrefixStore(f"muka_fast/scoring/{entries}", store)
+            distributed.barrier()  # so that nobody waits in the next line for one that is gone, or hours behind
+            # Of its own, and gloo whatever the device: NCCL does not notice a peer that is gone.
+            self._group = distributed.new_group(backend="gloo", timeout=JOINING)
+        set_patience(PATIENCE, self._group)
         self._work = distributed.irecv(torch.zeros(1), src=(self.rank - 1) % self.world_size, group=self._group)
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
@@ -134,6 +139,7 @@ class ShardQueue:
 
     def _end(self, what: str) -> None:
         log.error("%s while scoring: stopping; its log has the reason, finished shards are kept", what)
-        # The process before this one ends next, if it has not yet; until then a thread waits, under which Python must not end.
-        self._watcher.join(timeout=10)
+        if self._watcher is not None:
+            # The process before this one ends next, if it has not yet; until then a thread waits, under which Python must not end.
+            self._watcher.join(timeout=10)
         raise SystemExit(1)

@@ -13,9 +13,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from muka_fast.engine import Engine, on_first_process
+from muka_fast.engine import Engine
 from muka_fast.errors import UserError
 from muka_fast.export import is_write_error, sync_folder
+from muka_fast.group import on_first_process
 
 log = logging.getLogger("muka_fast")
 KEPT = 2

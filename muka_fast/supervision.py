@@ -19,8 +19,9 @@ from muka_fast import adapters, checkpoint
 from muka_fast.adaptive import Crew, sampling_summary
 from muka_fast.console import log_file
 from muka_fast.data import TextSet, read_texts
-from muka_fast.engine import init_distributed, resolve_device, shut_down
+from muka_fast.engine import init_distributed, resolve_device
 from muka_fast.errors import UserError
+from muka_fast.group import shut_down
 from muka_fast.memory import teacher_budget_bytes
 from muka_fast.scoring import Job, Scoring
 from muka_fast.shard_queue import ShardQueue

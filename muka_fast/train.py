@@ -27,9 +27,10 @@ from muka_fast.config import EvalConfig, RunConfig, load_config
 from muka_fast.console import log_file, setup_logging
 from muka_fast.data import TextSet, read_texts, tokenize
 from muka_fast.ds_config import prepare_ds_config
-from muka_fast.engine import Engine, init_distributed, on_first_process, resolve_device, shut_down
+from muka_fast.engine import Engine, init_distributed, resolve_device
 from muka_fast.errors import UserError
 from muka_fast.export import LABELLED_METHODS
+from muka_fast.group import on_first_process, shut_down
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
 from muka_fast.loop import Plan, train
 from muka_fast.methods import METHODS, Method, build_method, selection_accuracy, target_accuracy

@@ -3,12 +3,15 @@
     python tests/kill_harness.py OPTIONS.json KILLS SEED [PROCESSES]
 
 A run of several processes loses one of them, drawn at random, or all at once; those left must end by themselves.
+Each kill aims at a stage of the run, in turn, and comes a random while after the run has reached it.
 Prints JSON: kills, moments (what the run had on the disk when it was killed, counted), runs (completed ones), same (all of them
 equal to the undisturbed run, bit for bit), longest (seconds that a process outlived another one that was killed). Each process is
 a fork, so that importing torch is paid once.
 """
 
 import collections
+import faulthandler
+import itertools
 import json
 import os
 import random
@@ -17,6 +20,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -30,6 +34,8 @@ from muka_fast.cli import guarded  # noqa: E402
 from muka_fast.config import RunConfig, load_config  # noqa: E402
 from muka_fast.train import main as train  # noqa: E402
 
+# Where kills aim, and the longest that one waits there, as a share of what the whole run takes.
+STAGES = {"scoring": 0.3, "training": 0.2, "saving": 0.01, "exporting": 0.01}
 PATIENCE = 60.0  # seconds; a process that outlives another one's death by more hangs
 
 
@@ -42,6 +48,7 @@ class Job:
             child = os.fork()
             if child == 0:
                 os.environ.update(variables)
+                faulthandler.register(signal.SIGUSR1)
                 code = 1
                 try:
                     code = guarded(lambda: train(load_config(RunConfig, None, options | {"resume": True})))
@@ -50,14 +57,18 @@ class Job:
                 os._exit(code)
             self.codes[child] = None
 
+    def joined(self, folder: Path) -> bool:
+        """Whether all are members of the process group. Before that a launcher has to end those that wait for a dead one."""
+        told = "".join(path.read_text() for path in folder.glob("logs/rank*.log"))
+        return all(f"pid {child}," in told for child in self.codes)
+
     @property
     def running(self) -> list[int]:
         return [child for child, code in self.codes.items() if code is None]
 
-    def wait(self, seconds: float | None) -> bool:
-        """Wait until all have ended, at most `seconds`; True where they have."""
-        end = None if seconds is None else time.monotonic() + seconds
-        while self.running and (end is None or time.monotonic() < end):
+    def wait(self, over: Callable[[], bool] = lambda: False) -> bool:
+        """Wait until all have ended, or until `over`; True where they have ended."""
+        while self.running and not over():
             for child in self.running:
                 done, status = os.waitpid(child, os.WNOHANG)
                 if done:
@@ -70,17 +81,25 @@ class Job:
         for child in doomed:
             os.kill(child, signal.SIGKILL)
         start = time.monotonic()
-        ended = self.wait(PATIENCE)
+        ended = self.wait(after(PATIENCE))
         for child in self.running:
+            os.kill(child, signal.SIGUSR1)  # says where it hangs
+            time.sleep(1)
             os.kill(child, signal.SIGKILL)
         assert ended, f"a process outlived another one's death by {PATIENCE} s"
         return time.monotonic() - start
 
 
-def attempt(options: dict, count: int, seconds: float | None, choose: random.Random) -> float | None:
-    """Run for at most `seconds`, then kill; None where it came to its end, else how long one outlived another."""
-    job = Job(options, count)
-    ended = job.wait(seconds)
+def after(seconds: float) -> Callable[[], bool]:
+    """Whether that much time has gone by since this call."""
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() > end
+
+
+def attempt(options: dict, count: int, stage: str | None, delay: float, choose: random.Random) -> float | None:
+    """Run until `delay` seconds into a stage, then kill; None where it came to its end, else how long one outlived another."""
+    job, folder = Job(options, count), Path(options["output"])
+    ended = job.wait(lambda: moment(folder) == stage and job.joined(folder)) or job.wait(after(delay))
     assert not any(job.codes.values()), f"the run failed by itself: {job.codes}"
     if ended:
         return None
@@ -105,14 +124,15 @@ def main(options: dict, kills: int, seed: int, processes: int) -> dict:
     folder, choose = Path(options["output"]), random.Random(seed)
     place = lambda where: options | {"output": str(where), "store": str(where / "supervision")}
     start = time.monotonic()
-    assert attempt(place(folder / "whole"), processes, None, choose) is None
+    assert attempt(place(folder / "whole"), processes, None, 0.0, choose) is None
     whole_seconds = time.monotonic() - start
     expected = (folder / "whole" / "model.safetensors").read_bytes()
     moments, runs, same, outlived = collections.Counter(), 0, True, []
-    victim = folder / "victim"
+    victim, stages = folder / "victim", itertools.cycle(STAGES)
     while True:
-        seconds = choose.uniform(0.0, 0.8) * whole_seconds if len(outlived) < kills else None
-        longest = attempt(place(victim), processes, seconds, choose)
+        stage = next(stages) if len(outlived) < kills else None
+        delay = choose.uniform(0.0, STAGES.get(stage, 0.0)) * whole_seconds
+        longest = attempt(place(victim), processes, stage, delay, choose)
         if longest is not None:
             outlived.append(longest)
             moments[moment(victim)] += 1
@@ -120,7 +140,7 @@ def main(options: dict, kills: int, seed: int, processes: int) -> dict:
         runs += 1
         same = same and (victim / "model.safetensors").read_bytes() == expected
         shutil.rmtree(victim)
-        if seconds is None:
+        if stage is None:
             found = {"kills": len(outlived), "moments": dict(moments), "runs": runs, "same": same}
             return found | {"seconds": whole_seconds, "longest": max(outlived)}
 

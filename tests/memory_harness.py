@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification  # noqa:
 
 from muka_fast.config import RunConfig  # noqa: E402
 from muka_fast.ds_config import prepare_ds_config  # noqa: E402
-from muka_fast.engine import Engine, init_distributed, shut_down  # noqa: E402
+from muka_fast.engine import Engine, init_distributed  # noqa: E402
+from muka_fast.group import shut_down  # noqa: E402
 
 
 def storages() -> dict[int, int]:

@@ -614,7 +614,7 @@ def test_kills_at_random_moments_change_nothing(world, tmp_path, processes):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["kills"] == 20 and found["runs"] >= 1 and found["same"], found
-    assert len(found["moments"]) >= 3, found  # they fell into different stages
+    assert len(found["moments"]) >= 4, found  # a kill that aims at a stage may fall into the next one
     assert found["longest"] < 30, found
 
 

@@ -1,0 +1,51 @@
+"""What the processes of a job do as one: how long they wait for each other, work of process 0 for all, leaving."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+
+from muka_fast.errors import UserError
+
+T = TypeVar("T")
+# To join the group: nothing tells a process that one which it waits for died before they were connected.
+JOINING = timedelta(minutes=10)
+# Within it: one may score for hours while the others wait; a process that dies closes its connections, which ends the wait at once.
+PATIENCE = timedelta(days=7)
+
+
+def set_patience(timeout: timedelta, group: Any = None) -> None:
+    """How long an exchange within a group (None: of all processes) may take from now on."""
+    torch.distributed.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def on_first_process(work: Callable[[], T]) -> T:
+    """Run `work` on process 0 and hand its result to all. Collective.
+
+    A UserError there ends the other processes quietly with exit code 2: process 0 tells it.
+    """
+    if torch.distributed.get_world_size() == 1:
+        return work()
+    told: list[Any] = [None, None]
+    failure = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            told[0] = work()
+        except UserError as error:
+            failure, told[1] = error, str(error)
+    torch.distributed.broadcast_object_list(told)
+    if failure is not None:
+        raise failure
+    if told[1] is not None:
+        raise SystemExit(2)
+    return told[0]
+
+
+def shut_down(at_exit: bool = False) -> None:
+    """Leave the process group, so that interpreters end without torch's warning about it.
+
+    A group of one stays until exit: DeepSpeed keeps references to it, which a second run in this interpreter would meet.
+    """
+    if torch.distributed.is_initialized() and (at_exit or torch.distributed.get_world_size() > 1):
+        torch.distributed.destroy_process_group()
