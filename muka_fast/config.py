@@ -125,6 +125,15 @@ class ScoringOptions(TextOptions, DeviceOptions):
         le=2**20,
     )
 
+    teacher_gib: float | None = option(
+        None,
+        "GiB of a teacher's weights that the device may hold; a larger one is split over GPUs, host memory and disk, which is slow "
+        "(default: what is free)",
+        "Run",
+        gt=0,
+        le=1e6,
+    )
+
     @field_validator("mc_stop", mode="before")
     @classmethod
     def _exact_is_none(cls, value: Any) -> Any:

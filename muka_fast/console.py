@@ -18,6 +18,7 @@ log = logging.getLogger("muka_fast")
 
 # Libraries that talk at INFO or WARNING about things a user of muka-fast cannot act on.
 CHATTY = (
+    "accelerate",
     "transformers",
     "datasets",
     "huggingface_hub",

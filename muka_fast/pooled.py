@@ -22,6 +22,7 @@ def output_layer(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
         for handle in handles:
             handle.remove()
     for layer, out in reversed(calls):
+        out = out.to(logits.device)
         rows = out[:, None] if out.dim() == 2 else out
         same_shape = rows.dim() == 3 and rows.shape[0] == len(logits) and rows.shape[-1] == logits.shape[-1]
         if same_shape and bool((rows == logits[:, None]).all(-1).any(1).all()):
@@ -48,6 +49,7 @@ def pool(x: Tensor, attention_mask: Tensor, reads: str | None) -> Tensor:
 
     reads: which token's row makes the logits, "first" or "last" (unpadded); None: the mean over the text's tokens.
     """
+    attention_mask = attention_mask.to(x.device)
     if x.dim() == 2:
         return x
     if x.shape[1] == 1:

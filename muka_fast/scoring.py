@@ -16,6 +16,7 @@ from muka_fast.console import progress
 from muka_fast.data import TextSet, Tokens, collate, token_budget_batches, tokenize
 from muka_fast.errors import UserError
 from muka_fast.memory import replica_budget_bytes
+from muka_fast.placement import input_device
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.shared import score_together, trunk_tree
 from muka_fast.store import (
@@ -103,7 +104,7 @@ class Scoring:
         tree = trunk_tree(scorers) if len(group) > 1 else None
         if todo:
             tokens = self.tokens_of(scorers[0].teacher)
-            pad_id, device = scorers[0].teacher.pad_id, next(scorers[0].teacher.model.parameters()).device
+            pad_id, device = scorers[0].teacher.pad_id, input_device(scorers[0].teacher.model)
 
         def score(shard: ShardRange, ids: np.ndarray, shards: Sequence[Tensors]) -> Iterator[int]:
             for batch in token_budget_batches(tokens.lengths[shard.start : shard.stop], self.token_budget):

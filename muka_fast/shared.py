@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from muka_fast.intercept import layer_modules
+from muka_fast.placement import is_split
 from muka_fast.trunk import StochasticTeacher, TeacherScores, Trunk
 
 # Entries of a configuration that do not change what embeddings and layers compute in the deterministic pass.
@@ -51,6 +52,9 @@ def prefixes(teacher: StochasticTeacher) -> tuple[str, ...]:
     """
     model = teacher.model
     if model not in _prefixes:
+        if is_split(model):  # weights that are not here cannot be compared
+            _prefixes[model] = tuple(f"{teacher.teacher.fingerprint} {i}" for i in range(teacher.encoder.depth + 1))
+            return _prefixes[model]
         layers = layer_modules(model) or []
         digest = _base_digest(model, {id(layer) for layer in layers})
         # A packed and a padded form of one trunk cannot be exchanged.

@@ -15,6 +15,7 @@ from muka_fast.errors import UserError
 from muka_fast.intercept import intercept, layer_modules, patched
 from muka_fast.ops.reference import ATTENTION_STRIDE
 from muka_fast.ops.repeat_dropout import repeat_dropout
+from muka_fast.placement import input_device
 
 SHARED_EXAMPLE = 0xFFFFFFFF  # example id of sites that every text shares (DeBERTa's table of relative positions)
 TRACE_TEXTS, TRACE_TOKENS = 3, 5
@@ -79,8 +80,8 @@ def trace_inputs(model: PreTrainedModel, texts: int, tokens: int) -> tuple[Tenso
     """input_ids and attention_mask [texts, tokens] of arbitrary tokens, none of which is padding."""
     pad = getattr(model.config, "pad_token_id", None)
     vocabulary = [i for i in range(min(model.config.vocab_size, 64)) if i != pad]
-    ids = torch.tensor([vocabulary[(7 * i + 3) % len(vocabulary)] for i in range(texts * tokens)], device=model.device)
-    ids = ids.view(texts, tokens)
+    ids = torch.tensor([vocabulary[(7 * i + 3) % len(vocabulary)] for i in range(texts * tokens)])
+    ids = ids.view(texts, tokens).to(input_device(model))
     return ids, torch.ones_like(ids)
 
 
@@ -222,7 +223,7 @@ class Masks:
         for site in sites:
             self._by_layer.setdefault(site.layer, Counter())[modules[site.path]] += 1
         self._calls: Counter[nn.Module] = Counter()
-        self._rows: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._rows: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def skip_layer(self, layer: int) -> None:
         """Count the calls of a layer that does not run."""
@@ -248,7 +249,7 @@ class Masks:
         if site.kind == "shared":
             return self._shared(x, site, p)
         rows, width = x.shape[1:-1], x.shape[-1]
-        ids, offsets = self.rows(site.kind, tuple(rows), width)
+        ids, offsets = self.rows(site.kind, tuple(rows), width, x.device)
         flat = x.reshape(self.num_samples, -1, width)
         masked = repeat_dropout(flat, self.num_samples, p, self.seed, site.index, ids, offsets, self.first_sample)
         return masked.view(x.shape)
@@ -260,11 +261,11 @@ class Masks:
         ids = torch.full_like(offsets, SHARED_EXAMPLE)
         return repeat_dropout(x.contiguous(), 1, p, self.seed, site.index, ids, offsets, self.first_sample)[0]
 
-    def rows(self, kind: str, rows: tuple[int, ...], width: int) -> tuple[Tensor, Tensor]:
+    def rows(self, kind: str, rows: tuple[int, ...], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Example id and first element of every row of one replica: rows = () | (L,) | (H, L)."""
-        key = (kind == "attention", *rows, width)
+        key = (device, kind == "attention", *rows, width)
         if key not in self._rows:
-            device = self.example_ids.device
+            example_ids = self.example_ids.to(device)
             if kind == "attention":
                 heads, queries = rows
                 if heads > 128 or max(queries, width) > ATTENTION_STRIDE:
@@ -273,6 +274,6 @@ class Masks:
                 first = ((head * ATTENTION_STRIDE + torch.arange(queries, device=device)) * ATTENTION_STRIDE).flatten()
             else:
                 first = torch.arange(rows[0] if rows else 1, device=device) * width
-            ids = self.example_ids.repeat_interleave(len(first))
-            self._rows[key] = (ids, first.repeat(len(self.example_ids)))
+            ids = example_ids.repeat_interleave(len(first))
+            self._rows[key] = (ids, first.repeat(len(example_ids)))
         return self._rows[key]

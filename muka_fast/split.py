@@ -151,7 +151,7 @@ class ModelSplit:
             try:
                 return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
             except _Reached as reached:
-                return reached.hidden
+                return reached.hidden.to(input_ids.device)  # where a teacher is split over devices: back to where it began
 
     def like_layer(self, index: int, hidden: Tensor) -> Any:
         """`hidden` in the form in which layer call `index` returns its result."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ from muka_fast.engine import init_distributed, resolve_device
 from muka_fast.errors import UserError
 from muka_fast.group import shut_down
 from muka_fast.memory import teacher_budget_bytes
+from muka_fast.placement import memory_limits, weight_bytes
 from muka_fast.scoring import Job, Scoring
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.shared import tie_shared_weights, trunk_tree
@@ -105,14 +105,15 @@ def _score_in_turn(
     run: Scoring, paths: Sequence[str], names: Sequence[str], files: Sequence[TeacherFiles], options: ScoringOptions
 ) -> list[str]:
     """This process's share of the work, teacher by teacher, those of a family together; returns the teachers' keys."""
-    families = [family_of(found) for found in files]
+    families, device = [family_of(found) for found in files], torch.device(device_of(options.device))
     keys, group, family = [""] * len(names), [], None
     for i in sorted(range(len(names)), key=lambda i: families.index(families[i])):
-        if group and families[i] != family:
+        fits = lambda found: memory_limits(weight_bytes(found.folder), device, options.teacher_gib) is None
+        if group and (families[i] != family or not fits(files[i])):
             run.score_together(group)
             group = []  # gone before the next one is loaded
         family = families[i]
-        teacher = load_teacher(paths[i], run_seed=options.seed, device=device_of(options.device), name=names[i])
+        teacher = _load(paths[i], names[i], device, options)
         job = _prepare(run, teacher, options)
         del teacher
         keys[i] = job.key
@@ -135,12 +136,10 @@ def _score_adaptively(
 ) -> list[str]:
     """`_score_in_turn` under --mc_stop: shard by shard, wave by wave, teacher by teacher."""
     device = torch.device(device_of(options.device))
-    keep = sum(weight_bytes(found) for found in files) <= teacher_budget_bytes(device)
+    keep = sum(weight_bytes(found.folder) for found in files) <= teacher_budget_bytes(device)
     if not keep:
         log.info("the %d teachers do not fit into memory together: each is loaded once per wave", len(paths))
-    crew = Crew(
-        lambda i: _scorer(load_teacher(paths[i], run_seed=options.seed, device=device, name=names[i]), options), keep
-    )
+    crew = Crew(lambda i: _scorer(_load(paths[i], names[i], device, options), options), keep)
     entries = []
     for i in range(len(paths)):
         scorer = crew[i]
@@ -189,13 +188,6 @@ def family_of(files: TeacherFiles) -> str:
     return digest.hexdigest()
 
 
-def weight_bytes(files: TeacherFiles) -> int:
-    """Bytes of a teacher's weights in memory (float32), an adapter's counted as its base's."""
-    what = f"teacher {files.folder}"
-    folder = adapters.base_folder(files.folder, what) if adapters.is_adapter(files.folder) else files.folder
-    return 4 * sum(math.prod(entry.shape) for entry in checkpoint.read_tensors(folder, what).values())
-
-
 def _related(first: Job, other: Job) -> bool:
     """Whether two teachers gain from running together: a common trunk, and the same texts to do."""
     return first.todo == other.todo and trunk_tree([first.scorer, other.scorer])[0].teachers == (0, 1)
@@ -208,6 +200,10 @@ def device_of(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: this machine has no usable GPU; use --device cpu or auto")
     return name
+
+
+def _load(path: str, name: str, device: torch.device, options: ScoringOptions) -> Teacher:
+    return load_teacher(path, run_seed=options.seed, device=device, name=name, most_gib=options.teacher_gib)
 
 
 def _prepare(run: Scoring, teacher: Teacher, options: ScoringOptions) -> Job:

@@ -19,8 +19,9 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from muka_fast import adapters, checkpoint
+from muka_fast import adapters, checkpoint, placement
 from muka_fast.errors import UserError
+from muka_fast.sites import trace_inputs
 
 log = logging.getLogger("muka_fast")
 
@@ -158,19 +159,31 @@ def load_teacher(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     name: str | None = None,
+    most_gib: float | None = None,
 ) -> Teacher:
     """Load one teacher: eval mode, frozen, checked, padded on the right.
 
-    dtype: of the weights in memory, whatever they are stored in. Raises UserError for every fault, naming `path`.
+    dtype: of the weights in memory, whatever they are stored in. most_gib: of weights on the device; a larger teacher, or one that
+    does not fit there, is split over several (placement.py). Raises UserError for every fault, naming `path`.
     """
     what = f"teacher {path}"
-    files = inspect(path)
+    files, device = inspect(path), torch.device(device)
+    needed = placement.weight_bytes(files.folder, dtype)
+    limits = placement.memory_limits(needed, device, most_gib)
+    if limits is not None:
+        placement.require_accelerate(needed, device, what)
     if adapters.is_adapter(files.folder):
         model = adapters.load_merged(files.folder, files.labels, dtype, what)
+        model = model if limits is None else placement.dispatch(model, limits, what)
         tokenizer_folder = adapters.tokenizer_folder(files.folder, what)
     else:
-        model = load_classifier(files.folder, dtype, what)
+        model = load_classifier(files.folder, dtype, what, "sequential" if limits else None, limits)
         tokenizer_folder = files.folder
+    model = model.eval().requires_grad_(False)
+    if placement.is_split(model):
+        check_split(model, needed, what)
+    else:
+        model = model.to(device)
     check_finite(model, what)
     tokenizer = load_tokenizer(tokenizer_folder, what)
     settle_padding(model, tokenizer, what)
@@ -179,7 +192,7 @@ def load_teacher(
     return Teacher(
         name=name or teacher_names([path])[0],
         path=str(path),
-        model=model.eval().requires_grad_(False).to(device),
+        model=model,
         tokenizer=tokenizer,
         tokenizer_key=tokenizer_key(tokenizer, max_length),
         labels=files.labels,
@@ -202,9 +215,16 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_classifier(
-    folder: Path, dtype: torch.dtype, what: str, device_map: str | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    what: str,
+    device_map: str | None = None,
+    max_memory: dict[int | str, int] | None = None,
 ) -> transformers.PreTrainedModel:
-    """The classifier of a folder, with every weight found and of the right shape. device_map "meta": shapes only."""
+    """The classifier of a folder, with every weight found and of the right shape.
+
+    device_map "meta": shapes only; "sequential": over the devices of max_memory, in their order, and the disk.
+    """
     checkpoint.read_tensors(folder, what)  # names a damaged file or a pickle; transformers would not
     try:
         with quiet_transformers():
@@ -212,6 +232,7 @@ def load_classifier(
                 folder,
                 dtype=dtype,
                 device_map=device_map,
+                max_memory=max_memory,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -252,11 +273,25 @@ def some(names: Sequence[str], most: int = 3) -> str:
 def check_finite(model: torch.nn.Module, what: str) -> None:
     """Refuse a model with NaN or infinite weights, naming the tensor."""
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
             raise UserError(
                 f"{what}: {name} holds {count} NaN or infinite of {tensor.numel()} values; use a sound checkpoint"
             )
+
+
+@torch.inference_mode()
+def check_split(model: transformers.PreTrainedModel, needed: int, what: str) -> None:
+    """Refuse an architecture that reads weights of a module without calling it: accelerate brings them only for a call."""
+    ids, mask = trace_inputs(model, 1, 3)
+    try:
+        model(input_ids=ids, attention_mask=mask)
+    except RuntimeError as error:
+        raise UserError(
+            f"{what}: its {needed / placement.GIB:.3g} GiB of weights do not fit on the device, and {type(model).__name__} cannot be "
+            f"split ({checkpoint.first_line(error)}); score it on a larger one, or raise --teacher_gib"
+        ) from error
+    log.info("%s: %.3g GiB of weights, placed on: %s", what, needed / placement.GIB, placement.describe(model))
 
 
 def load_tokenizer(folder: Path, what: str) -> transformers.PreTrainedTokenizerBase:

@@ -14,6 +14,7 @@ from muka_fast.ops.mc_head import mc_head
 from muka_fast.ops.mc_statistics import mc_statistics
 from muka_fast.ops.reference import dropout_threshold
 from muka_fast.packed import Packed, Replicas
+from muka_fast.placement import input_device, is_split
 from muka_fast.pooled import head_input, output_layer, pool
 from muka_fast.postln import PostLayerNormEncoder
 from muka_fast.preln import PreLayerNormModel
@@ -80,9 +81,10 @@ class StochasticTeacher:
         self.p_of_site = self._probabilities(mc_dropout_p) if mc else {}
         self.layer = self._first_stochastic_layer()
         self.reads = self._probe_read_row()
-        self.fast = self._find_fast_form()
+        # The fast forms read weights that a split teacher's modules get only when they are called.
+        self.fast = None if is_split(self.model) else self._find_fast_form()
         self.output_layer = output_layer(self.model, *_check_inputs(self.model))
-        self.fused_head = self._find_fused_head()
+        self.fused_head = None if is_split(self.model) else self._find_fused_head()
 
     @property
     def sites(self) -> list[dict]:
@@ -256,7 +258,7 @@ class StochasticTeacher:
         return rows * (10 * width + 3 * inner + 3 * config.num_attention_heads * num_tokens) * self.model.dtype.itemsize
 
     def _budget(self) -> int:
-        return self.memory_budget_bytes or replica_budget_bytes(self.model.device)
+        return self.memory_budget_bytes or replica_budget_bytes(input_device(self.model))
 
     # Set-up: run once, at construction.
 

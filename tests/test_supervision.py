@@ -54,11 +54,11 @@ class Stage:
         self.before_batch = lambda teacher, ids: None
         self.poison = None  # (teacher, example id) that gets NaN
 
-    def load_teacher(self, path, *, run_seed, device, name):
+    def load_teacher(self, path, *, run_seed, device, name, most_gib):
         self.loaded.append(path)
         return SimpleNamespace(
             name=name, path=path, labels=LABELS[path], fingerprint=f"weights of {path}", tokenizer=None,
-            tokenizer_key="bpe", seed=run_seed, pad_id=0, max_length=64, model=torch.nn.Linear(1, 1),
+            tokenizer_key="bpe", seed=run_seed, pad_id=0, max_length=64, model=SimpleNamespace(device="cpu"),
         )  # fmt: skip
 
     def tokenize(self, tokenizer, texts, max_length):
