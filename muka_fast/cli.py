@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from muka_fast import __version__, config
 from muka_fast.config import allowed_values, load_config, nearest, option_name, plain_type
-from muka_fast.console import setup_logging
+from muka_fast.console import first_of_node_tells, setup_logging
 from muka_fast.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -174,7 +174,8 @@ def parse_train_args(argv: Sequence[str], prog: str = "train.py") -> config.RunC
     launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     launcher.add_argument("--local_rank", "--local-rank", type=int)
     _, rest = launcher.parse_known_args(argv)
-    return parse(COMMANDS["train"], rest, prog)
+    with first_of_node_tells():
+        return parse(COMMANDS["train"], rest, prog)
 
 
 def guarded(function: Callable[[], Any]) -> int:
@@ -201,7 +202,8 @@ def guarded(function: Callable[[], Any]) -> int:
 
 def _run(name: str, argv: Sequence[str]) -> int:
     command = COMMANDS[name]
-    options = parse(command, argv, f"muka-fast {name}")
+    with first_of_node_tells():
+        options = parse(command, argv, f"muka-fast {name}")
     setup_logging(options.verbose, int(os.environ.get("RANK", "0")))
     return importlib.import_module(f"muka_fast.{command.module}").main(options)
 

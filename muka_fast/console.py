@@ -90,6 +90,17 @@ def setup_logging(verbose: bool = False, rank: int = 0) -> None:
 
 
 @contextlib.contextmanager
+def first_of_node_tells() -> Iterator[None]:
+    """Around what the processes of a job check before they are connected: one a node tells bad input, all end with exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise SystemExit(2) from error
+        raise
+
+
+@contextlib.contextmanager
 def log_file(folder: Path, rank: int, world_size: int) -> Iterator[None]:
     """Also append what this process logs, with the time, to `folder`/rank<N>.log, and what ends the block if an error does."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,13 @@
 """What the processes of a job do as one: how long they wait for each other, work of process 0 for all, leaving."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 
+from muka_fast.console import first_of_node_tells
 from muka_fast.errors import UserError
 
 T = TypeVar("T")
@@ -40,6 +42,34 @@ def on_first_process(work: Callable[[], T]) -> T:
     if told[1] is not None:
         raise SystemExit(2)
     return told[0]
+
+
+@contextlib.contextmanager
+def told_once() -> Iterator[None]:
+    """Around a check that all processes make: a UserError of any is told by one of them, and ends all with exit code 2.
+
+    Collective, save before the processes are connected, when they have seen no more than the command line.
+    """
+    if not torch.distributed.is_initialized():
+        with first_of_node_tells():
+            yield
+        return
+    failure = None
+    try:
+        yield
+    except UserError as error:
+        failure = error
+    failed = [failure is not None]
+    if torch.distributed.get_world_size() > 1:
+        failed = [False] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(failed, failure is not None)
+    if any(failed):
+        raise failure if failed.index(True) == torch.distributed.get_rank() else SystemExit(2) from failure
+
+
+def told_by_first(message: str) -> BaseException:
+    """What to raise where every process has met the same bad input: process 0 tells it, the others end quietly."""
+    return UserError(message) if torch.distributed.get_rank() == 0 else SystemExit(2)
 
 
 def shut_down(at_exit: bool = False) -> None:

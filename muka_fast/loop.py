@@ -18,7 +18,7 @@ from muka_fast.config import RunConfig
 from muka_fast.console import progress
 from muka_fast.data import TextSet, Tokens, collate, epoch_batches
 from muka_fast.engine import Engine
-from muka_fast.errors import UserError
+from muka_fast.group import told_by_first
 from muka_fast.snapshots import restore_newest, save_snapshot
 from muka_fast.targets import Method
 
@@ -117,7 +117,7 @@ def train_step(
         if micro + 1 == len(parts):  # before the weights change
             value, stop = engine.sum_and_max(total, flag["stop"])
             if not np.isfinite(value):
-                raise UserError(describe_bad_loss(value, step, seen, texts, config))
+                raise told_by_first(describe_bad_loss(value, step, seen, texts, config))
         engine.backward(loss)
         engine.step()
     return value, stop

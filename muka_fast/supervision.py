@@ -20,7 +20,7 @@ from muka_fast.console import log_file
 from muka_fast.data import TextSet, read_texts
 from muka_fast.engine import init_distributed, resolve_device
 from muka_fast.errors import UserError
-from muka_fast.group import shut_down
+from muka_fast.group import shut_down, told_once
 from muka_fast.memory import teacher_budget_bytes
 from muka_fast.placement import memory_limits, weight_bytes
 from muka_fast.scoring import Job, Scoring
@@ -245,11 +245,13 @@ def option_values(options: ScoringOptions) -> dict[str, Any]:
 
 def score(config: ScoreConfig) -> Supervision:
     """Fill or complete the store `config.output` with `config.teachers` over `config.texts`; under torchrun with all processes."""
-    rank, world_size = init_distributed(resolve_device(config.device), config.verbose) if "RANK" in os.environ else (0, 1)
+    with told_once():
+        device = resolve_device(config.device)
+    rank, world_size = init_distributed(device, config.verbose) if "RANK" in os.environ else (0, 1)
     with log_file(Path(config.output) / "logs", rank, world_size) if world_size > 1 else nullcontext():
-        texts = read_texts(
-            config.texts, text_column=config.text_column, label_column=config.label_column, limit=config.limit
-        )
+        columns = {"text_column": config.text_column, "label_column": config.label_column}
+        with told_once():
+            texts = read_texts(config.texts, **columns, limit=config.limit)
         return fill_store(config.output, config.teachers, texts, config, ShardQueue(group=world_size > 1), need_features=True)
 
 

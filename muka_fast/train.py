@@ -30,7 +30,7 @@ from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine, init_distributed, resolve_device
 from muka_fast.errors import UserError
 from muka_fast.export import LABELLED_METHODS
-from muka_fast.group import on_first_process, shut_down
+from muka_fast.group import on_first_process, shut_down, told_once
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
 from muka_fast.loop import Plan, train
 from muka_fast.methods import METHODS, Method, build_method, selection_accuracy, target_accuracy
@@ -69,11 +69,13 @@ def amalgamate(**options: Any) -> RunResult:
 def run(config: RunConfig) -> RunResult:
     """The walk: texts -> label space -> supervision -> student -> training -> export -> evaluation. Every process runs it."""
     clock = runinfo.Clock()
-    check_options(config)
-    device = resolve_device(config.device)
+    with told_once():
+        check_options(config)
+        device = resolve_device(config.device)
     rank, world_size = init_distributed(device, config.verbose)
-    ds_config, config = prepare_ds_config(config.ds_config, config, world_size, device)
-    check_layout(config, ds_config)
+    with told_once():
+        ds_config, config = prepare_ds_config(config.ds_config, config, world_size, device)
+        check_layout(config, ds_config)
     on_first_process(lambda: export.check_output(*output_options(config)) and None)
     done = on_first_process(lambda: runinfo.complete_run(config, ds_config)) if config.resume else None
     if done is not None:
@@ -81,7 +83,8 @@ def run(config: RunConfig) -> RunResult:
         return RunResult(Path(config.output), done.get("metrics", {}))
 
     with clock("read texts"):
-        texts = read_data(config)
+        with told_once():
+            texts = read_data(config)
         on_first_process(lambda: check_inputs(config, texts))
     output = on_first_process(lambda: open_output(config))
     with log_file(output / "logs", rank, world_size):
@@ -92,16 +95,18 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
     """The walk from the texts on, the output folder taken and the options settled."""
     with clock("score teachers"):
         sup = supervise(config, texts, output)
-    label_map = read_label_map(config.label_map) if config.label_map else None
-    space = build_label_space([(teacher["name"], teacher["labels"]) for teacher in sup.teachers], label_map)
-    labels = true_labels(texts, label_map, sup)
+    with told_once():
+        label_map = read_label_map(config.label_map) if config.label_map else None
+        space = build_label_space([(teacher["name"], teacher["labels"]) for teacher in sup.teachers], label_map)
+        labels = true_labels(texts, label_map, sup)
     if not config.teachers:  # else they were checked before the scoring
         on_first_process(lambda: check_labels(config, sup.teachers, space, label_map))
     with clock("select teachers"):
         weights = on_first_process(lambda: pool_weights(config, sup, space, texts, output))
-    method = build_method(config, sup, space, labels, weights)
+    with told_once():
+        method = build_method(config, sup, space, labels, weights)
 
-    with clock("load student"):
+    with clock("load student"), told_once():
         model, tokenizer = load_student(config.student, space.names, config.seed, ds_config)
         tokens = tokenize(tokenizer, texts.texts, min(config.max_length, token_limit(model, tokenizer)))
     plan = Plan(tokens.lengths, config)

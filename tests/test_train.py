@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from launch import finish, run_processes, wait_for
+from launch import TRAIN, finish, run_processes, wait_for
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -578,12 +578,28 @@ def test_golden_losses(go, world, method):
 # ---- the script ----
 
 
+SCORE = ("-m", "muka_fast.cli", "score")
+
+
 @pytest.mark.slow
-def test_the_script_tells_bad_input_in_one_line_once(world, tmp_path):
-    """Two processes: process 0 speaks, both end with code 2."""
-    options = arguments(world, tmp_path, "run", None, {"teachers": [str(tmp_path / "nobody")], "store": str(tmp_path / "store")})
-    codes, told = finish(run_processes(options, 2))
-    assert codes == [2, 2] and told.count("muka-fast: error:") == 1 and "nobody" in told
+@pytest.mark.parametrize(
+    ("program", "options", "message"),
+    [
+        (TRAIN, {"teachers": ["nobody"]}, "teacher nobody: "),
+        (TRAIN, {"batch_size": 0}, "--batch_size 0: must be"),  # before the processes are connected
+        (TRAIN, {"texts": "nowhere.jsonl"}, "nowhere.jsonl"),
+        (TRAIN, {"method": "mean"}, "--method mean needs teachers of one label set"),
+        (SCORE, {"texts": "nowhere.jsonl"}, "nowhere.jsonl"),
+        (SCORE, {"teachers": ["nobody"]}, "teacher nobody: "),
+    ],
+)
+def test_bad_input_is_told_once_by_two_processes(world, tmp_path, program, options, message):
+    """Process 0 speaks, both end with code 2."""
+    options = arguments(world, tmp_path, "run", None, {"store": str(tmp_path / "store"), "mc_scope": "head"} | options)
+    if program is SCORE:
+        options = {name: options[name] for name in ("teachers", "texts", "mc_scope", "output")}
+    codes, told = finish(run_processes(options, 2, program=program))
+    assert codes == [2, 2] and told.count("muka-fast: error:") == 1 and message in told, told
 
 
 @pytest.mark.slow
