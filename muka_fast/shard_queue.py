@@ -44,6 +44,7 @@ class ShardQueue:
             self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
         self._lost = False
         self._watcher: threading.Thread | None = None
+        self._group: distributed.ProcessGroup | None = None  # None: that of all processes
 
     def __enter__(self) -> Self:
         if self.world_size == 1:
@@ -53,10 +54,10 @@ class ShardQueue:
         with self._reachable():
             entries = store.add(f"muka_fast/scoring/{self.rank}", 1)  # the same in every process, and a fresh name each time
             self._store = distributed.PrefixStore(f"muka_fast/scoring/{entries}", store)
-            distributed.barrier()  # so that nobody waits in the next line for one that is gone, or hours behind
-            # Of its own, and gloo whatever the device: NCCL does not notice a peer that is gone.
-            self._group = distributed.new_group(backend="gloo", timeout=JOINING)
-        set_patience(PATIENCE, self._group)
+            if distributed.get_backend() != "gloo":  # NCCL does not notice a peer that is gone
+                distributed.barrier()  # so that nobody waits in the next line for one that is hours behind
+                self._group = distributed.new_group(backend="gloo", timeout=JOINING)
+                set_patience(PATIENCE, self._group)
         self._work = distributed.irecv(torch.zeros(1), src=(self.rank - 1) % self.world_size, group=self._group)
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()

@@ -115,8 +115,10 @@ def moment(folder: Path) -> str:
         return "exporting"
     if list(folder.glob("checkpoints/*.partial")):
         return "saving"
-    if (folder / "run.json").exists():
+    if (folder / "metrics.jsonl").exists():
         return "training"
+    if (folder / "run.json").exists():
+        return "loading"
     return "scoring" if (folder / "supervision").exists() else "starting"
 
 
