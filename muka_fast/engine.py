@@ -24,6 +24,7 @@ from muka_fast.group import JOINING, PATIENCE, set_patience, shut_down
 from muka_fast.optim import clip_gradients, linear_schedule, parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic one: what changes
 SHARD_BYTES = 1 << 30  # tensors are gathered one by one and flushed to a file at this size: rank 0 never holds the whole state
 
 
@@ -286,6 +287,9 @@ class Engine:
         if self.schedule is None:  # DeepSpeed's schedulers leave the next step's values in the groups
             groups = [{"lr": group["lr"], "betas": list(group["betas"])} for group in self.ds.optimizer.param_groups]
             state |= {"scheduler": self.ds.lr_scheduler.state_dict(), "groups": groups}
+        scaler = getattr(self.ds.optimizer, "loss_scaler", None)
+        if getattr(scaler, "dynamic", False):  # fp16: where it starts anew, the first steps overflow and are skipped
+            state["loss_scaler"] = {name: getattr(scaler, name) for name in LOSS_SCALER}
         return state
 
     def load_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
@@ -314,6 +318,8 @@ class Engine:
             for name, buffer in persistent_buffers(self.ds.module):
                 buffer.copy_(load(name))
         self.completed_steps = self.ds.global_steps = state["completed_steps"]
+        for name, value in state.get("loss_scaler", {}).items():
+            setattr(self.ds.optimizer.loss_scaler, name, value)
         if self.schedule is None:
             self.ds.lr_scheduler.load_state_dict(state["scheduler"])
             for group, saved in zip(self.ds.optimizer.param_groups, state["groups"], strict=True):

@@ -180,6 +180,22 @@ def test_a_checkpoint_continues_bit_for_bit(tmp_path, ds):
     assert whole.last_lr == resumed.last_lr > 0
 
 
+def test_a_checkpoint_keeps_the_loss_scale(tmp_path):
+    """Of fp16, which the CPU does not train in: its scaler is put in place here."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    engines = [make({"zero_optimization": {"stage": 1}}) for _ in range(2)]
+    for engine in engines:
+        engine.ds.optimizer.loss_scaler = DynamicLossScaler(2**16, 4, 1, 2, False)
+    scaler, fresh = (engine.ds.optimizer.loss_scaler for engine in engines)
+    for overflow in (True, True, False, True, False):
+        scaler.update_scale(overflow)
+    state = engines[0].save_checkpoint(tmp_path)
+    assert scaler.cur_scale < fresh.cur_scale
+    engines[1].load_checkpoint(tmp_path, json.loads(json.dumps(state)))
+    assert vars(fresh) == vars(scaler)
+
+
 def test_the_learning_rate_follows_the_schedule():
     engine = make({})
     rates = []
