@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import threading
+import time
 from datetime import timedelta
 
 from launch import launcher_variables
@@ -13,7 +14,7 @@ from launch import launcher_variables
 from muka_fast import engine
 from muka_fast.engine import init_distributed
 from muka_fast.errors import UserError
-from muka_fast.shard_queue import JOINING, ShardQueue
+from muka_fast.shard_queue import ShardQueue
 
 FORK = multiprocessing.get_context("fork")
 
@@ -75,13 +76,15 @@ def test_entering_again_forgets_what_was():
 
 
 def leave_or_enter(rank, variables):
-    """Process 1 leaves as soon as it has joined the group; process 0 enters the queue and is told."""
+    """Process 1 leaves as soon as it has joined the group; process 0 enters the queue and notices."""
     os.environ.update(variables)
     logging.getLogger("muka_fast").addHandler(logging.StreamHandler())
     init_distributed()
     if rank == 0:
-        with ShardQueue(group=True):
-            os._exit(0)
+        with ShardQueue(group=True) as queue:
+            while True:
+                queue.check()
+                time.sleep(0.01)
     os._exit(7)
 
 
@@ -90,7 +93,7 @@ def test_a_process_that_is_gone_before_the_queue_begins_ends_the_others(capfd):
     for child in children:
         child.start()
     for child in children:
-        child.join(JOINING.total_seconds() + 60)
+        child.join(60)
     assert [child.exitcode for child in children] == [1, 7]
     assert "is gone" in capfd.readouterr().err
 
