@@ -190,6 +190,9 @@ class RunConfig(ScoringOptions):
     warmup_ratio: float = option(0.1, "share of the steps with rising learning rate", "Training", ge=0, le=1)
     weight_decay: float = option(0.01, "decoupled weight decay", "Training", ge=0, le=1)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", "Training", gt=0, le=1e6)
+    activation_checkpointing: bool = option(
+        False, "keep only the layers' inputs for the backward and compute the rest again: less memory, a third slower", "Training"
+    )
     log_every: int = option(10, "steps between two lines of metrics", "Run", ge=1)
     save_every: int | None = option(None, "steps between two checkpoints (default: one per epoch)", "Run", ge=1)
     resume: bool = option(False, "continue the run in the output folder", "Run")

@@ -86,6 +86,11 @@ def prepare_ds_config(
     fill_batch(ds, name, world_size)
     if "scheduler" in ds and "warmup_ratio" in config.model_fields_set:
         raise UserError(f"{name} sets a scheduler and --warmup_ratio is given as well: remove one of them")
+    if "activation_checkpointing" in ds:
+        raise UserError(
+            f"{name} sets activation_checkpointing, which DeepSpeed applies to models written for it only: remove it and use "
+            "--activation_checkpointing"
+        )
     fill_precision(ds, name, device)
     zero = ds["zero_optimization"]
     if "offload_optimizer" in zero or "offload_param" in zero:

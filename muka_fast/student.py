@@ -77,6 +77,15 @@ def load_student(
     return model, tokenizer
 
 
+def checkpoint_activations(model: transformers.PreTrainedModel, what: str) -> None:
+    """Let the model recompute its layers in the backward, under the same dropout masks. Raises UserError where it cannot."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the older name
+    try:
+        enable()
+    except ValueError as error:
+        raise UserError(f"{what}: {checkpoint.first_line(error)}; leave out --activation_checkpointing") from error
+
+
 def student_fingerprint(source: str | Path) -> str:
     """SHA-256 (hex) over configuration and weight files of the folder that the student starts from."""
     folder = checkpoint.resolve_folder(source, "student")

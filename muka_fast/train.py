@@ -37,7 +37,7 @@ from muka_fast.methods import METHODS, Method, build_method, selection_accuracy,
 from muka_fast.neutral import neutral_features
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.snapshots import write_json
-from muka_fast.student import load_student, student_fingerprint
+from muka_fast.student import checkpoint_activations, load_student, student_fingerprint
 from muka_fast.supervision import Supervision, check_sites, fill_store, open_store, option_values
 from muka_fast.teachers import check_teachers, teacher_names, token_limit
 
@@ -108,6 +108,8 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
 
     with clock("load student"), told_once():
         model, tokenizer = load_student(config.student, space.names, config.seed, ds_config)
+        if config.activation_checkpointing:
+            checkpoint_activations(model, f"student {config.student}")
         tokens = tokenize(tokenizer, texts.texts, min(config.max_length, token_limit(model, tokenizer)))
     plan = Plan(tokens.lengths, config)
     record = begin_record(config, ds_config, texts, sup, space, labels)

@@ -62,6 +62,7 @@ def test_batch_is_micro_batch_times_accumulation_times_processes(micro, accumula
         ({"optimizer": {"params": {"lr": "big"}}}, {}, "must be a number"),
         ({"gradient_clipping": -1}, {}, "max_grad_norm"),
         ({"zero_optimization": {"stage": 4}}, {}, "must be 0, 1, 2 or 3"),
+        ({"activation_checkpointing": {}}, {}, "activation_checkpointing, which .* use --activation_checkpointing"),
         ({"bf16": {"enabled": True}}, {}, "bf16 is enabled, but this run is on the CPU"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, {}, "both enabled"),
     ],

@@ -132,6 +132,24 @@ def test_a_run_tells_what_an_early_end_of_the_passes_saved(go, tmp_path):
         go("early", mc_stop=0.2, mc_samples=12, **fast, resume=True)
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_activation_checkpointing_changes_nothing(go, stage, monkeypatch):
+    """Dropout included; what is inside the layers runs a second time in the backward."""
+    from transformers.models.distilbert.modeling_distilbert import FFN
+
+    calls = []
+    forward = FFN.forward
+    monkeypatch.setattr(FFN, "forward", lambda self, *rest, **more: calls.append(0) or forward(self, *rest, **more))
+    ds, counts = {"zero_optimization": {"stage": stage}}, []
+    runs = []
+    for name, on in (("plain", False), ("recomputed", True)):
+        calls.clear()
+        runs.append(go(name, ds=ds, epochs=1, activation_checkpointing=on))
+        counts.append(len(calls))
+    assert losses(runs[0]) == losses(runs[1]) and largest_difference(weights(runs[0]), weights(runs[1])) == 0
+    assert counts[1] == 2 * counts[0] == 2 * 2 * 5  # two layers, five steps
+
+
 def test_run_yaml_repeats_the_run_bit_for_bit(go, tmp_path):
     first = go("first", ds={"gradient_clipping": 0.3})
     options = yaml.safe_load((first.output / "run.yaml").read_text())
