@@ -268,17 +268,23 @@ class Engine:
 
         Returns what `load_checkpoint` needs back, None on other ranks.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         shard: dict[str, Tensor] = {}
-        files = 0
+        files, failure = 0, None
         for name, tensor in self.named_states(moments=True):
-            if self.rank:
+            if self.rank or failure is not None:  # after a failure too: the others gather until the end, and wait for this process
                 continue
             shard[name] = tensor.detach().cpu().contiguous().clone()
             if sum(t.nbytes for t in shard.values()) >= SHARD_BYTES:
-                save_file(shard, folder / f"state-{files:05d}.safetensors")
+                try:
+                    save_file(shard, folder / f"state-{files:05d}.safetensors")
+                except (OSError, SafetensorError) as error:
+                    failure = error
                 files, shard = files + 1, {}
+        if failure is not None:
+            raise failure
         if self.rank:
             return None
         if shard:

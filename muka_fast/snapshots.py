@@ -1,22 +1,25 @@
 """Training checkpoints of a run: written aside and renamed, checksummed, rotated; the last two whole ones always exist.
 
 `checkpoints/step-00000040/` holds `state-*.safetensors` (weights and moments, whole tensors), and `state.json`: the engine's state
-and the SHA-256 of each file. A folder without the suffix `.partial` is complete; a damaged one is found by its checksums.
+and the SHA-256 of each file. A folder without a suffix is complete; one that is damaged is found by its checksums, and renamed
+`.damaged` when a resume passes it over.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from muka_fast.engine import Engine
 from muka_fast.errors import UserError
 from muka_fast.export import is_write_error, sync_folder
-from muka_fast.group import on_first_process
+from muka_fast.group import on_first_process, told_once
 
 log = logging.getLogger("muka_fast")
 KEPT = 2
@@ -45,10 +48,11 @@ def save_snapshot(engine: Engine, output: Path) -> None:
     """Checkpoint the engine and drop all but the last two. Collective. Raises UserError where the disk is full."""
     final = output / "checkpoints" / f"step-{engine.completed_steps:08d}"
     partial = final.with_name(final.name + ".partial")
-    try:
+    with told_once(), writing(final, partial):
         if engine.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
+    with told_once(), writing(final, partial):
         state = engine.save_checkpoint(partial)
         if state is not None:
             files = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
@@ -58,6 +62,13 @@ def save_snapshot(engine: Engine, output: Path) -> None:
                 shutil.rmtree(final)
             os.replace(partial, final)
             rotate(output)
+
+
+@contextlib.contextmanager
+def writing(final: Path, partial: Path) -> Iterator[None]:
+    """Leaves no half checkpoint behind, and tells a full disk in one line."""
+    try:
+        yield
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         if not is_write_error(error):
@@ -65,7 +76,6 @@ def save_snapshot(engine: Engine, output: Path) -> None:
         raise UserError(
             f"{final}: the checkpoint cannot be written ({error}); free some space, then continue with --resume"
         ) from error
-    engine.barrier()
 
 
 def rotate(output: Path) -> None:
@@ -103,6 +113,10 @@ def newest_whole(output: Path) -> Path | None:
         if problem is None:
             return folder
         log.warning("%s is damaged (%s): going back to the one before", folder, problem)
+        # Out of the count: else it would take the place of a whole one when older ones are dropped.
+        aside = folder.with_name(folder.name + ".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
     return None
 
 

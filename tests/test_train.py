@@ -174,6 +174,9 @@ def test_zero_stages_change_nothing(go):
     plain = go("stage0", ds=SMOOTH_ADAM)
     for stage in (1, 2, 3):
         sharded = go(f"stage{stage}", ds={**SMOOTH_ADAM, "zero_optimization": {"stage": stage}})
+        files = [path for path in sharded.output.rglob("*") if path.is_file() and path.parent.name != "tensorboard"]
+        written = {path.suffix for path in files}
+        assert written <= {".safetensors", ".json", ".jsonl", ".yaml", ".md", ".log"}, written  # nothing pickled
         assert largest_difference(weights(sharded), weights(plain)) <= (1e-6 if stage == 3 else 0)
         assert losses(sharded) == pytest.approx(losses(plain), rel=1e-6 if stage == 3 else 0, abs=1e-8 if stage == 3 else 0)
 
@@ -273,10 +276,13 @@ def test_the_last_two_checkpoints_stay_and_a_damaged_one_is_passed_over(go, stop
         file.write(b"\x01")
     (cut.output / "checkpoints" / "step-00000012.partial").mkdir()  # as a kill leaves it
     caplog.set_level("WARNING", logger="muka_fast")
-    resumed = go("cut", resume=True)
+    resumed = go("cut", resume=True, save_every=3)
     assert "step-00000010 is damaged (state-00000.safetensors does not match its checksum)" in caplog.text
     assert losses(resumed) == losses(whole) and largest_difference(weights(resumed), weights(whole)) == 0
     assert not list(resumed.output.glob("checkpoints/*.partial"))
+    # The damaged one is kept, and takes no whole one's place.
+    assert {path.name for path in resumed.output.glob("checkpoints/*.damaged")} == {"step-00000010.damaged"}
+    assert [folder.name for folder in snapshots.snapshots(resumed.output)] == ["step-00000012", "step-00000015"]
 
 
 def test_resume_refuses_another_run(go, stop_at, monkeypatch, world, tmp_path):
