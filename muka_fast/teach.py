@@ -21,6 +21,7 @@ from muka_fast.engine import quiet_deepspeed
 from muka_fast.errors import UserError
 from muka_fast.evaluate import metrics, predict
 from muka_fast.export import clean_tokenizer, is_write_error, open_weights, set_labels, sync_folder
+from muka_fast.first_token import first_token_only
 from muka_fast.optim import linear_schedule, parameter_groups
 from muka_fast.student import load_student
 from muka_fast.supervision import device_of
@@ -136,7 +137,7 @@ def fine_tune(
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
-        with progress(total, description, "steps") as bar:
+        with progress(total, description, "steps") as bar, first_token_only(model):
             for epoch in range(recipe.epochs):
                 losses = []
                 for rows in epoch_batches(tokens.lengths, recipe.batch_size, recipe.seed, epoch):
