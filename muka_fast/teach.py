@@ -127,13 +127,14 @@ def fine_tune(
     labels = torch.as_tensor(label_ids, dtype=torch.int64)
     steps_per_epoch = math.ceil(len(tokens) / recipe.batch_size)
     total = recipe.epochs * steps_per_epoch
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate)
+    device = next(model.parameters()).device
+    fused = device.type == "cpu" or None  # there torch's own choice is a loop over tensors, many times as slow
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate, fused=fused)
     warmup = int(recipe.warmup_ratio * total)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: linear_schedule(min(step, total - 1), total, warmup)
     )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    device = next(model.parameters()).device
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
