@@ -30,6 +30,7 @@ from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine, init_distributed, resolve_device
 from muka_fast.errors import UserError
 from muka_fast.export import LABELLED_METHODS
+from muka_fast.first_token import first_token_only
 from muka_fast.group import on_first_process, shut_down, told_once
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
 from muka_fast.loop import Plan, train
@@ -116,7 +117,7 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
     on_first_process(lambda: begin_run(output, config, record))
     trained = method.wrap(model)
     engine = Engine.create(trained, config, ds_config, plan.total_steps)
-    with clock("train"):
+    with clock("train"), first_token_only(model):
         finished = train(engine, method, tokens, texts, plan, config, output, model.config.get_text_config().pad_token_id)
     if not finished:
         return RunResult(output, stopped=True)
