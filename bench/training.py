@@ -3,8 +3,9 @@
     python bench/training.py --encoder DIR --train train.jsonl --eval test.jsonl [--texts 1000] [--parts trainer scoring memory resume]
 
 trainer: same student (seed, head), texts, batch, optimizer, schedule and fp32; both learn the true labels; the Trainer with its random
-batches and, for its best, with its own grouping by length. Rounds are interleaved, times are medians. Everything runs in processes of
-its own, on all cores together; teachers are the encoder with random heads, as speed does not depend on what they know.
+batches and, for its best, with its own grouping by length (it needs accelerate: the extra `bench`). Rounds are interleaved, times are
+medians. Everything runs in processes of its own, on all cores together; teachers are the encoder with random heads, as speed does not
+depend on what they know.
 """
 
 import argparse

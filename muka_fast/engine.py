@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from muka_fast.config import RunConfig
 from muka_fast.errors import UserError
 from muka_fast.group import JOINING, PATIENCE, set_patience, shut_down
-from muka_fast.optim import clip_gradients, linear_schedule, parameter_groups
+from muka_fast.optim import clip_gradients, dense_gradients, linear_schedule, parameter_groups, sparse_embeddings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic one: what changes
@@ -132,6 +132,7 @@ class Engine:
         # ZeRO stage 0 in fp32 runs torch's own optimizer on the whole tensors; everything else wraps it.
         self.plain = not hasattr(ds_engine.optimizer, "optimizer")
         self.plain_norm: Tensor | None = None
+        self.embedding_zeros: dict[nn.Parameter, Tensor] = {}
         self.device = torch.device("cpu") if device == "cpu" else ds_engine.device
         self.completed_steps = 0
 
@@ -167,6 +168,8 @@ class Engine:
         engine = cls(ds_engine, params["lr"], schedule, max_norm, device)
         if engine.plain and engine.world_size == 1:
             ds_engine.enable_backward_allreduce = False  # it would copy all gradients twice to average them over one process
+            if device == "cpu":
+                engine.embedding_zeros = sparse_embeddings(model)
         engine._create_moments(0)
         return engine
 
@@ -215,7 +218,8 @@ class Engine:
         complete = self.ds.is_gradient_accumulation_boundary()
         if complete and self.plain:
             self.plain_norm = clip_gradients(self.ds.optimizer.param_groups, self.max_norm)
-        self.ds.step()
+        with dense_gradients(self.embedding_zeros if complete else {}):
+            self.ds.step()
         self.completed_steps += complete
         return complete
 

@@ -22,7 +22,7 @@ from muka_fast.config import RunConfig
 from muka_fast.ds_config import prepare_ds_config, read_ds_config
 from muka_fast.engine import Engine, init_distributed
 from muka_fast.errors import UserError
-from muka_fast.optim import clip_gradients, linear_schedule, parameter_groups
+from muka_fast.optim import clip_gradients, dense_gradients, linear_schedule, parameter_groups, sparse_embeddings
 from muka_fast.snapshots import save_snapshot
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,6 +135,40 @@ def test_clipping_is_that_of_torch(max_norm, seed):
     assert float(found) == pytest.approx(norm, rel=1e-6)
     for parameter, gradient in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient * min(1.0, max_norm / (norm + 1e-6)), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1e6])
+def test_sparse_gradients_of_embeddings_train_as_dense_ones_do(max_norm):
+    """Bit for bit, over steps that touch other rows: repeated ids, a padding row, a second table."""
+
+    def steps(sparse: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = torch.nn.ModuleList([torch.nn.Embedding(50, 4, padding_idx=0), torch.nn.Embedding(9, 4)])
+        zeros = sparse_embeddings(model) if sparse else {}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        norms = []
+        for ids in (torch.arange(200) % 9, torch.tensor([2, 0, 2, 2]), torch.tensor([8, 3])):
+            factors = torch.randn(len(ids), 1, generator=torch.Generator().manual_seed(1))  # the order of sums shows
+            ((model[0](ids) + model[1](ids)) * factors).square().sum().backward()
+            assert all(parameter.grad.is_sparse == sparse for parameter in model.parameters())
+            norms.append(clip_gradients(optimizer.param_groups, max_norm))
+            with dense_gradients(zeros):
+                optimizer.step()
+                optimizer.zero_grad()
+            assert not any(table.any() for table in zeros.values())
+        return [*norms, *(parameter.detach() for parameter in model.parameters())]
+
+    for dense, sparse in zip(steps(False), steps(True), strict=True):
+        assert torch.equal(dense, sparse)
+
+
+def test_an_embedding_that_is_also_read_whole_keeps_its_dense_gradient():
+    model = torch.nn.Embedding(5, 2)
+    zeros = sparse_embeddings(model)
+    (model(torch.tensor([1, 1])).sum() + model.weight.sum()).backward()
+    clip_gradients([{"params": [model.weight]}], 1e6)
+    with dense_gradients(zeros):
+        assert torch.equal(model.weight.grad, torch.tensor([[1.0, 1], [3, 3], [1, 1], [1, 1], [1, 1]]))
 
 
 def test_weight_decay_spares_biases_and_norms():
