@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from muka_fast.console import progress
 from muka_fast.data import TextSet, collate, token_budget_batches, tokenize
 from muka_fast.errors import UserError
 from muka_fast.features import Features, read_or_refuse
+from muka_fast.names import readable
 from muka_fast.store import (
     FEATURES,
     FORMAT,
@@ -69,6 +71,22 @@ def neutral_features(store: str | Path, encoder: str | Path, texts: TextSet, opt
     if todo:
         _compute(place, key, folder, tokenizer, texts, max_length, todo, options)
     return Features(ranges, lambda shard: read_or_refuse(place, shard, lambda part: _read(place, part, key))[FEATURES])
+
+
+@torch.inference_mode()
+def name_features(encoder: str | Path, names: Sequence[str], options: ScoringOptions) -> np.ndarray:
+    """The neutral features of class names, read as words, fp32 [C, d]."""
+    folder = checkpoint.resolve_folder(encoder, ROLE)
+    tokenizer = load_tokenizer(folder, f"{ROLE} {encoder}")
+    model = load_encoder(folder, tokenizer, device_of(options.device))
+    limit = min(options.max_length, token_limit(model, tokenizer))
+    tokens = tokenize(tokenizer, [readable(name) for name in names], limit)
+    features = np.empty((len(names), 0), np.float32)
+    for batch in token_budget_batches(tokens.lengths, options.token_budget):
+        states = mean_states(model, **collate(tokens, batch, tokenizer.pad_token_id)).numpy()
+        features = features if features.size else np.empty((len(names), states.shape[1]), np.float32)
+        features[batch] = states
+    return features
 
 
 def neutral_key(

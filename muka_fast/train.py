@@ -33,7 +33,7 @@ from muka_fast.export import LABELLED_METHODS
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
 from muka_fast.loop import Plan, train
 from muka_fast.methods import METHODS, Method, build_method, selection_accuracy, target_accuracy
-from muka_fast.neutral import neutral_features
+from muka_fast.neutral import name_features, neutral_features
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.snapshots import write_json
 from muka_fast.student import encoder_fingerprint, load_student
@@ -250,8 +250,9 @@ def pool_weights(
     rule = METHODS[config.method].rule
     if rule is None:
         return None
-    neutral = neutral_features(store_folder(config, output), neutral_encoder(config), texts, config)
-    return rule(sup.restrict(space), neutral, config.seed)
+    encoder = neutral_encoder(config)
+    neutral = neutral_features(store_folder(config, output), encoder, texts, config)
+    return rule(sup.restrict(space), neutral, config.seed, lambda: name_features(encoder, space.names, config))
 
 
 def begin_record(
