@@ -80,7 +80,7 @@ def calibrate(s: np.ndarray, w: np.ndarray, p: np.ndarray, classes: Classes) -> 
         weight = weight / max(float(weight.sum()), 1e-30)
         named, said = similar.argmax(1), probs.argmax(1)
         by_chance = np.bincount(named, weight, C) @ np.bincount(said, weight, C)
-        kappa = max((weight @ (named == said) - by_chance) / max(1 - by_chance, 1e-9), 0.0)
+        kappa = float(np.clip((weight @ (named == said) - by_chance) / max(1 - by_chance, 1e-9), 0, 1))
         kappas.append(kappa)
         wanted += share * (1 / C + (1 - 1 / C) * kappa)
         sure += share * np.array([weight @ softmax(t * similar, axis=1).max(1) for t in TEMPERATURES])
