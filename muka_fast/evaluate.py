@@ -17,6 +17,7 @@ from muka_fast import adapters, checkpoint
 from muka_fast.console import log, progress
 from muka_fast.data import Tokens, collate, read_texts, token_budget_batches, tokenize
 from muka_fast.errors import UserError
+from muka_fast.first_token import first_token_only
 from muka_fast.labels import read_label_map, rename_labels
 from muka_fast.supervision import device_of
 from muka_fast.teachers import (
@@ -83,7 +84,7 @@ def predict(
     logits: Tensor | None = None
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), first_token_only(model):
             for rows in progress(batches, description, "batches") if description else batches:
                 inputs = {name: value.to(device) for name, value in collate(tokens, rows, pad_id or 0).items()}
                 found = model(**inputs).logits.float().cpu()

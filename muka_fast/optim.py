@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+PIECE = 1 << 16  # elements: as float64 they stay in the cache
+
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices, none on biases and norms (the custom of BERT fine-tuning).
@@ -31,13 +33,20 @@ def clip_gradients(groups: list[dict[str, Any]], max_norm: float) -> Tensor:
     changes no bit of the result.
     """
     gradients = [[p.grad for p in group["params"] if p.grad is not None] for group in groups]
-    wide = lambda gradient: torch.linalg.vector_norm(gradient.double())
-    norms = [torch.stack([wide(g) for g in group]).pow(2).sum().float().sqrt() for group in gradients if group]
+    norms = [torch.stack([_square(g) for g in group]).sum().float().sqrt() for group in gradients if group]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     scale = 1.0 / torch.clamp((norm + 1e-6) / max_norm, min=1.0)
     for gradient in (g for group in gradients for g in group):
         gradient.mul_(scale)
     return norm
+
+
+def _square(gradient: Tensor) -> Tensor:
+    """Sum of squares in float64. On the CPU piece by piece: a float64 copy of all the gradients would cost more than AdamW does."""
+    if gradient.device.type != "cpu":
+        return torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+    pieces = (piece.double() for piece in gradient.flatten().split(PIECE))
+    return torch.stack([torch.dot(piece, piece) for piece in pieces]).sum()
 
 
 def linear_schedule(step: int, total_steps: int, warmup_steps: int) -> float:

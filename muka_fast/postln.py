@@ -14,7 +14,10 @@ from muka_fast.sites import Site
 
 @dataclass(frozen=True)
 class PostLayer:
-    """norm2(ffn(y) + y) with y = norm1(o(attention(q, k, v)) + x); a site index or None after each part that drops."""
+    """norm2(ffn(y) + y) with y = norm1(o(attention(q, k, v)) + x).
+
+    Attention, o and ffn end in a dropout: its module (Identity where there is none), and its site index once sites are known.
+    """
 
     query: nn.Module
     key: nn.Module
@@ -25,29 +28,33 @@ class PostLayer:
     activation: Callable[[Tensor], Tensor]
     down: nn.Module
     norm2: nn.LayerNorm
-    attention_site: int
-    output_site: int | None
-    ffn_site: int | None
+    attention_dropout: nn.Dropout
+    output_dropout: nn.Module
+    ffn_dropout: nn.Module
+    attention_site: int | None = None
+    output_site: int | None = None
+    ffn_site: int | None = None
 
 
 def _bert_layer(layer: nn.Module) -> tuple[tuple, tuple[str, ...]]:
     own, out = layer.attention.self, layer.attention.output
     up, act = layer.intermediate.dense, layer.intermediate.intermediate_act_fn
     parts = (own.query, own.key, own.value, out.dense, out.LayerNorm, up, act, layer.output.dense, layer.output.LayerNorm)
-    return parts, ("attention.self", "attention.output.dropout", "output.dropout")
+    return (*parts, own.dropout), ("attention.self", "attention.output.dropout", "output.dropout")
 
 
 def _distilbert_layer(layer: nn.Module) -> tuple[tuple, tuple[str, ...]]:
     own, ffn = layer.attention, layer.ffn
     attention = (own.q_lin, own.k_lin, own.v_lin, own.out_lin, layer.sa_layer_norm)
-    return (*attention, ffn.lin1, ffn.activation, ffn.lin2, layer.output_layer_norm), ("attention", "", "ffn.dropout")
+    parts = (*attention, ffn.lin1, ffn.activation, ffn.lin2, layer.output_layer_norm)
+    return (*parts, own.dropout), ("attention", "", "ffn.dropout")
 
 
 def _mpnet_layer(layer: nn.Module) -> tuple[tuple, tuple[str, ...]]:
     own, up = layer.attention.attn, layer.intermediate
     attention = (own.q, own.k, own.v, own.o, layer.attention.LayerNorm)
     parts = (*attention, up.dense, up.intermediate_act_fn, layer.output.dense, layer.output.LayerNorm)
-    return parts, ("attention.attn.dropout", "attention.dropout", "output.dropout")
+    return (*parts, own.dropout), ("attention.attn.dropout", "attention.dropout", "output.dropout")
 
 
 def _albert_layer(group: nn.Module) -> tuple[tuple, tuple[str, ...]]:
@@ -55,16 +62,34 @@ def _albert_layer(group: nn.Module) -> tuple[tuple, tuple[str, ...]]:
     own = layer.attention
     attention = (own.query, own.key, own.value, own.dense, own.LayerNorm)
     parts = (*attention, layer.ffn, layer.activation, layer.ffn_output, layer.full_layer_layer_norm)
-    return parts, ("albert_layers.0.attention", "albert_layers.0.attention.output_dropout", "")
+    return (*parts, own.attention_dropout), ("albert_layers.0.attention", "albert_layers.0.attention.output_dropout", "")
 
 
-# model_type -> parts of a layer in the order of PostLayer, and the paths of its three sites inside it ("" = no such site)
+# model_type -> parts of a layer in the order of PostLayer, its attention's dropout the last of them, and the paths of its three sites
+# inside it ("" = no such site)
 LAYERS = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _bert_layer),
     "distilbert": _distilbert_layer,
     "mpnet": _mpnet_layer,
     "albert": _albert_layer,
 }
+
+
+def layer_calls(model: PreTrainedModel) -> list[nn.Module] | None:
+    """The module behind every layer call in order: ALBERT calls one several times. None for a model that this file does not cover."""
+    config, modules = model.config, None
+    if config.model_type in LAYERS and getattr(config, "inner_group_num", 1) == 1 and not getattr(config, "is_decoder", False):
+        modules = layer_modules(model)
+    if modules is None:
+        return None
+    depth = config.num_hidden_layers
+    return [modules[int(index / (depth / len(modules)))] for index in range(depth)]  # ALBERT: groups of equal layers
+
+
+def layer_parts(model: PreTrainedModel, module: nn.Module) -> tuple[tuple, tuple[str, ...]]:
+    """Of one of `layer_calls`: the modules of its PostLayer, and the paths of its sites inside it."""
+    parts, paths = LAYERS[model.config.model_type](module)
+    return (*parts, *(module.get_submodule(path) if path else nn.Identity() for path in paths[1:])), paths
 
 
 class PostLayerNormEncoder(LayeredEncoder):
@@ -75,16 +100,13 @@ class PostLayerNormEncoder(LayeredEncoder):
     @classmethod
     def of(cls, model: PreTrainedModel, sites: list[Site], reads_last: bool) -> "PostLayerNormEncoder | None":
         """None for an architecture or a configuration that this file does not cover."""
-        config, parts_of = model.config, LAYERS.get(model.config.model_type)
-        several_layers_a_group = getattr(config, "inner_group_num", 1) != 1
-        modules = layer_modules(model)
-        if parts_of is None or modules is None or several_layers_a_group or getattr(config, "is_decoder", False):
+        calls = layer_calls(model)
+        if calls is None:
             return None
         paths = {module: path for path, module in model.named_modules()}
         layers = []
-        for index in range(config.num_hidden_layers):
-            module = modules[int(index / (config.num_hidden_layers / len(modules)))]  # ALBERT: groups of equal layers
-            parts, names = parts_of(module)
+        for index, module in enumerate(calls):
+            parts, names = layer_parts(model, module)
             found = {s.path: s.index for s in sites if s.layer == index}
             layers.append(PostLayer(*parts, *(found.get(f"{paths[module]}.{name}") for name in names)))
             if len(found) != sum(bool(name) for name in names) or layers[-1].attention_site is None:

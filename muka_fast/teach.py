@@ -21,6 +21,7 @@ from muka_fast.engine import quiet_deepspeed
 from muka_fast.errors import UserError
 from muka_fast.evaluate import metrics, predict
 from muka_fast.export import clean_tokenizer, is_write_error, open_weights, set_labels, sync_folder
+from muka_fast.first_token import first_token_only
 from muka_fast.optim import linear_schedule, parameter_groups
 from muka_fast.student import load_student
 from muka_fast.supervision import device_of
@@ -126,17 +127,18 @@ def fine_tune(
     labels = torch.as_tensor(label_ids, dtype=torch.int64)
     steps_per_epoch = math.ceil(len(tokens) / recipe.batch_size)
     total = recipe.epochs * steps_per_epoch
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate)
+    device = next(model.parameters()).device
+    fused = device.type == "cpu" or None  # there torch's own choice is a loop over tensors, many times as slow
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate, fused=fused)
     warmup = int(recipe.warmup_ratio * total)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: linear_schedule(min(step, total - 1), total, warmup)
     )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    device = next(model.parameters()).device
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
-        with progress(total, description, "steps") as bar:
+        with progress(total, description, "steps") as bar, first_token_only(model):
             for epoch in range(recipe.epochs):
                 losses = []
                 for rows in epoch_batches(tokens.lengths, recipe.batch_size, recipe.seed, epoch):

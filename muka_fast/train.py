@@ -30,6 +30,7 @@ from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine, init_distributed, on_first_process, resolve_device, shut_down
 from muka_fast.errors import UserError
 from muka_fast.export import LABELLED_METHODS
+from muka_fast.first_token import first_token_only
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
 from muka_fast.loop import Plan, train
 from muka_fast.methods import METHODS, Method, build_method, selection_accuracy, target_accuracy
@@ -108,7 +109,7 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
     on_first_process(lambda: begin_run(output, config, record))
     trained = method.wrap(model)
     engine = Engine.create(trained, config, ds_config, plan.total_steps)
-    with clock("train"):
+    with clock("train"), first_token_only(model):
         finished = train(engine, method, tokens, texts, plan, config, output, model.config.get_text_config().pad_token_id)
     if not finished:
         return RunResult(output, stopped=True)

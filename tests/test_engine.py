@@ -118,7 +118,7 @@ def test_the_schedule_rises_then_falls_and_never_stops(total, ratio):
 @given(st.floats(0.01, 10), st.integers(0, 5))
 def test_clipping_is_that_of_torch(max_norm, seed):
     generator = torch.Generator().manual_seed(seed)
-    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,), (2, 2))]
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,), (300, 301))]  # the last in pieces
     for parameter in parameters:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
     expected = [parameter.grad.clone() for parameter in parameters]
