@@ -15,6 +15,7 @@ import hashlib
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -136,11 +137,14 @@ def student_encoder(args: argparse.Namespace) -> Path:
         return whole
     folder = args.workdir / f"{args.student}-{args.student_layers}-layers"
     if not folder.is_dir():
+        aside = Path(tempfile.mkdtemp(dir=args.workdir))
         with quiet_transformers():
-            encoder = AutoModel.from_pretrained(whole, num_hidden_layers=args.student_layers, local_files_only=True)
-            encoder.save_pretrained(folder.with_suffix(".partial"))
-            AutoTokenizer.from_pretrained(whole, local_files_only=True).save_pretrained(folder.with_suffix(".partial"))
-        folder.with_suffix(".partial").rename(folder)
+            AutoModel.from_pretrained(whole, num_hidden_layers=args.student_layers, local_files_only=True).save_pretrained(aside)
+            AutoTokenizer.from_pretrained(whole, local_files_only=True).save_pretrained(aside)
+        try:
+            aside.rename(folder)
+        except OSError:  # another process of the matrix was first
+            shutil.rmtree(aside)
     return folder
 
 
