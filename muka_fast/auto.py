@@ -1,7 +1,8 @@
-"""muka-auto: whose text is this? A log-linear pool of three answers, w_i ~ prod_a (w_ai + 1e-4)^(power_a / sum of powers).
+"""muka-auto: whose text is this? A log-linear pool of four answers, w_i ~ prod_a (w_ai + 1e-4)^(power_a / 3.5).
 
 By class, power 2 (below); by teacher, power 1 (muka-evidence, evidence.py); by the teachers' shares of the softmax over all
-concatenated logits, power 1/2 (vkd's own selection). No label, and no further forward of a teacher.
+concatenated logits, power 1/2 (vkd's own selection); by the names of the classes, power 6 times the trust that they have earned
+(names.py). No label of a text, and no further forward of a teacher.
 
 By class, with p_ic the probability that teacher i gives union class c, and e_i its relative Mahalanobis distance (Ren et al.,
 2021), anchored, its Gaussians fitted with weights (max_c p_ic)^4: texts that a teacher does not know blur its classes.
@@ -27,12 +28,14 @@ from scipy.sparse import csr_array
 from scipy.special import softmax
 
 from muka_fast.evidence import NEIGHBOURS, SAMPLE, energies, evidence_weights, neighbours, own_scores, sample_rows, unit
+from muka_fast.names import NameAnswer
 
 if TYPE_CHECKING:
     from muka_fast.features import Features
     from muka_fast.stored import Supervision
 
 POWERS = {"class": 2.0, "teacher": 1.0, "logits": 0.5}
+NAMES_POWER = 6.0  # times the trust in the names
 FLOOR = 1e-4  # of an answer in the pool: none can veto a teacher
 CERTAINTY = 4.0  # power of the top probability in the weights of the Gaussians
 ROUNDS = 5  # R
@@ -42,26 +45,42 @@ SMALLEST_SHARE = 0.02  # added to K_i and to mean w_i
 FEWEST_TEXTS = 4  # below, there is nothing to regress on
 
 
-def auto_weights(sup: Supervision, neutral: Features, seed: int = 0, sample: int = SAMPLE) -> np.ndarray:
+def auto_weights(
+    sup: Supervision, neutral: Features, seed: int = 0, sample: int = SAMPLE, names: np.ndarray | None = None
+) -> np.ndarray:
     """The weight of each teacher for each text, fp32 [n, N]; rows sum to 1.
 
     sup: with features, restricted to the label space (else every column is a class of its own). neutral: [n, d]. seed,
-    sample: which texts, and how many of them at most, everything is fitted on. A function of the texts and teachers as sets:
-    their order changes nothing but rounding.
+    sample: which texts, and how many of them at most, everything is fitted on. names: the neutral features of the C class
+    names, [C, d]; None: they are not looked at. A function of the texts and teachers as sets: their order changes nothing but
+    rounding.
     """
     by_teacher = evidence_weights(sup, neutral, seed, sample)
     if len(sup.teachers) == 1 or len(sup) < FEWEST_TEXTS:
         return by_teacher
     rows = sample_rows(sup.example_ids.numpy(), seed, sample)
-    answers = {"class": class_weights(sup, neutral, rows), "teacher": by_teacher, "logits": softmax(energies(sup), axis=1)}
-    pooled = sum(power * np.log(answers[name] + FLOOR) for name, power in POWERS.items()) / sum(POWERS.values())
-    return softmax(pooled, axis=1).astype(np.float32)
+    own = own_scores(sup, rows, CERTAINTY)
+    answers = {"class": class_weights(sup, neutral, rows, own), "teacher": by_teacher, "logits": softmax(energies(sup), axis=1)}
+    pooled = sum(power * np.log(answers[name] + FLOOR) for name, power in POWERS.items())
+    if names is not None:
+        answer = fit_names(sup, neutral, rows, own, names)
+        for part, chunk in neutral.chunks():
+            pooled[part] += NAMES_POWER * answer.trust * np.log(answer(unit(chunk)) + FLOOR)
+    return softmax(pooled / sum(POWERS.values()), axis=1).astype(np.float32)
 
 
-def class_weights(sup: Supervision, neutral: Features, rows: np.ndarray) -> np.ndarray:
-    """The answer by class, fp32 [n, N]; fitted on the texts `rows`, at least two. They keep their leave-one-out answer, all
-    others get the regression's prediction, in a stream."""
-    own, classes, b = own_scores(sup, rows, CERTAINTY), Classes.of(sup), unit(neutral.rows(rows))
+def fit_names(
+    sup: Supervision, neutral: Features, rows: np.ndarray, own: np.ndarray, names: np.ndarray
+) -> NameAnswer:
+    """The answer by class names, fitted on the texts `rows`."""
+    classes, w = Classes.of(sup), softmax(2 * own[rows], axis=1)
+    return NameAnswer.fit(unit(neutral.rows(rows)), names, w, probs(sup, rows), classes)
+
+
+def class_weights(sup: Supervision, neutral: Features, rows: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """The answer by class, fp32 [n, N], from each text's own scores e = own [n, N]; fitted on the texts `rows`, at least two.
+    They keep their leave-one-out answer, all others get the regression's prediction, in a stream."""
+    classes, b = Classes.of(sup), unit(neutral.rows(rows))
     p, e, near, ridge = probs(sup, rows), own[rows], neighbours(b, NEIGHBOURS), Ridge.of(b)
     w = softmax(2 * e, axis=1)
     penalty = ridge.best_penalty(classes.compose(w, p))

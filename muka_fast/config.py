@@ -160,6 +160,9 @@ class RunConfig(ScoringOptions):
 
     teachers: list[str] = option([], "teacher folders or hub names", FILES)
     student: str | None = option(None, "encoder to start the student from: folder or hub name", FILES)
+    neutral_encoder: str | None = option(
+        None, "encoder that tells muka-evidence and muka-auto which texts are alike: folder or hub name (default: the student)", FILES
+    )
     texts: str | None = option(None, "unlabelled texts: .jsonl .json .csv .tsv .parquet .txt or a hub data set", FILES)
     eval: str | None = option(None, "labelled texts to measure the student on", FILES)
     store: str | None = option(None, "supervision store to fill or reuse (default: OUTPUT/supervision)", FILES)

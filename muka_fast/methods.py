@@ -88,13 +88,13 @@ class RuledSoft(Composed):
 class MukaEvidence(RuledSoft):
     """muka-evidence: weights from the pool's evidence (muka_fast/evidence.py)."""
 
-    rule = staticmethod(evidence_weights)
+    rule = staticmethod(lambda sup, neutral, seed, names: evidence_weights(sup, neutral, seed))
 
 
 class MukaAuto(RuledSoft):
-    """muka-auto: weights from a pool of three answers, by class, by teacher and by logits (muka_fast/auto.py)."""
+    """muka-auto: weights from a pool of four answers, by class, teacher, logits and class names (muka_fast/auto.py)."""
 
-    rule = staticmethod(auto_weights)
+    rule = staticmethod(lambda sup, neutral, seed, names: auto_weights(sup, neutral, seed, names=names()))
 
 
 class Oracle(Composed):

@@ -1,4 +1,4 @@
-"""Neutral features: what the student's own pretrained encoder, which no teacher has touched, says about every text.
+"""Neutral features: what an encoder that no teacher has touched, by default the student's own, says about every text.
 
 Mean over the text's tokens of the last hidden states, [n, d], computed once per encoder, tokenizer and max_length, and kept
 beside the teachers' shards under the same rules (store.py, invariants 2 and 4 to 6).
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from muka_fast.console import progress
 from muka_fast.data import TextSet, collate, token_budget_batches, tokenize
 from muka_fast.errors import UserError
 from muka_fast.features import Features, read_or_refuse
+from muka_fast.names import readable
 from muka_fast.store import (
     FEATURES,
     FORMAT,
@@ -34,7 +36,7 @@ from muka_fast.store import (
     shard_ranges,
     write_shard,
 )
-from muka_fast.student import student_fingerprint
+from muka_fast.student import encoder_fingerprint
 from muka_fast.supervision import device_of
 from muka_fast.teachers import (
     LOADING_ERRORS,
@@ -49,16 +51,17 @@ if TYPE_CHECKING:
     from muka_fast.config import ScoringOptions
 
 log = logging.getLogger("muka_fast")
+ROLE = "neutral encoder"  # in error messages
 
 
 def neutral_features(store: str | Path, encoder: str | Path, texts: TextSet, options: ScoringOptions) -> Features:
     """The neutral features of the texts, from the store as far as it holds them; missing and damaged shards are computed.
 
-    store: one that was filled with these texts. encoder: folder or hub name of the student. Raises UserError where the
+    store: one that was filled with these texts. encoder: folder or hub name. Raises UserError where the
     encoder cannot be loaded or gives NaN.
     """
-    folder = checkpoint.resolve_folder(encoder, "student")
-    tokenizer = load_tokenizer(folder, f"student {encoder}")
+    folder = checkpoint.resolve_folder(encoder, ROLE)
+    tokenizer = load_tokenizer(folder, f"{ROLE} {encoder}")
     max_length = min(options.max_length, tokenizer.model_max_length)
     key = neutral_key(encoder, tokenizer, max_length, texts)
     place = Path(store) / f"neutral-{key}"
@@ -70,11 +73,27 @@ def neutral_features(store: str | Path, encoder: str | Path, texts: TextSet, opt
     return Features(ranges, lambda shard: read_or_refuse(place, shard, lambda part: _read(place, part, key))[FEATURES])
 
 
+@torch.inference_mode()
+def name_features(encoder: str | Path, names: Sequence[str], options: ScoringOptions) -> np.ndarray:
+    """The neutral features of class names, read as words, fp32 [C, d]."""
+    folder = checkpoint.resolve_folder(encoder, ROLE)
+    tokenizer = load_tokenizer(folder, f"{ROLE} {encoder}")
+    model = load_encoder(folder, tokenizer, device_of(options.device))
+    limit = min(options.max_length, token_limit(model, tokenizer))
+    tokens = tokenize(tokenizer, [readable(name) for name in names], limit)
+    features = np.empty((len(names), 0), np.float32)
+    for batch in token_budget_batches(tokens.lengths, options.token_budget):
+        states = mean_states(model, **collate(tokens, batch, tokenizer.pad_token_id)).numpy()
+        features = features if features.size else np.empty((len(names), states.shape[1]), np.float32)
+        features[batch] = states
+    return features
+
+
 def neutral_key(
     encoder: str | Path, tokenizer: transformers.PreTrainedTokenizerBase, max_length: int, texts: TextSet
 ) -> str:
     """16 hex digits over all that decides the numbers: encoder, tokenizer, max_length, texts."""
-    parts = [FORMAT, student_fingerprint(encoder), tokenizer_key(tokenizer, max_length), max_length, texts.fingerprint]
+    parts = [FORMAT, encoder_fingerprint(encoder, ROLE), tokenizer_key(tokenizer, max_length), max_length, texts.fingerprint]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -117,7 +136,7 @@ def _compute(
                 pooled = mean_states(model, **collate(tokens, shard.start + batch, tokenizer.pad_token_id)).numpy()
                 if not np.isfinite(pooled).all():
                     text = int(ids[batch[~np.isfinite(pooled).all(1)][0]])
-                    raise UserError(f"student {folder}: NaN or infinite for text {text}; check the checkpoint")
+                    raise UserError(f"{ROLE} {folder}: NaN or infinite for text {text}; check the checkpoint")
                 if not features.shape[1]:
                     features = np.empty((len(ids), pooled.shape[1]), np.float32)
                 features[batch] = pooled
@@ -129,7 +148,7 @@ def load_encoder(
     folder: Path, tokenizer: transformers.PreTrainedTokenizerBase, device: str
 ) -> transformers.PreTrainedModel:
     """The encoder of a folder without any head, fp32, eval mode, frozen."""
-    what = f"student {folder}"
+    what = f"{ROLE} {folder}"
     try:
         with quiet_transformers():
             model = transformers.AutoModel.from_pretrained(

@@ -35,7 +35,7 @@ IDENTITY_OPTIONS = (
     "weight_decay", "max_grad_norm", "max_length", "seed",
 )
 # What a complete run read; compared by name, so that its --resume stays instant.
-INPUT_OPTIONS = ("texts", "text_column", "label_column", "limit", "student", "label_map")
+INPUT_OPTIONS = ("texts", "text_column", "label_column", "limit", "student", "neutral_encoder", "label_map")
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "safetensors", "tokenizers", "datasets")
 MARGIN_BINS = 20
 EXAMPLES = 6
@@ -88,13 +88,14 @@ def identity(
     texts: "TextSet",
     sup: "Supervision",
     space: "LabelSpace",
-    student: str,
+    encoders: dict[str, str],
     ds_config: dict[str, Any],
     labels: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Everything that the final weights depend on, besides rounding.
 
-    student: fingerprint of its folder. labels: the true label of each text, where the method learns from them.
+    encoders: fingerprints of the student and, where one is named, of the neutral encoder. labels: the true label of each text,
+    where the method learns from them.
     """
     learnt = {} if labels is None else {"true_labels": hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest()}
     return {
@@ -105,7 +106,7 @@ def identity(
         "teachers": [teacher["fingerprint"] for teacher in sup.teachers],
         "labels": list(space.names),
         "teacher_labels": [list(labels) for labels in space.teacher_labels],
-        "student": student,
+        **encoders,
     }
 
 

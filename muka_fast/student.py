@@ -86,11 +86,11 @@ def checkpoint_activations(model: transformers.PreTrainedModel, what: str) -> No
         raise UserError(f"{what}: {checkpoint.first_line(error)}; leave out --activation_checkpointing") from error
 
 
-def student_fingerprint(source: str | Path) -> str:
-    """SHA-256 (hex) over configuration and weight files of the folder that the student starts from."""
-    folder = checkpoint.resolve_folder(source, "student")
+def encoder_fingerprint(source: str | Path, role: str = "student") -> str:
+    """SHA-256 (hex) over configuration and weight files of an encoder's folder; role: what errors call it."""
+    folder = checkpoint.resolve_folder(source, role)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in checkpoint.weight_files(folder, f"student {source}"):
+    for path in checkpoint.weight_files(folder, f"{role} {source}"):
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

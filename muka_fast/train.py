@@ -35,10 +35,10 @@ from muka_fast.group import on_first_process, shut_down, told_once
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
 from muka_fast.loop import Plan, train
 from muka_fast.methods import METHODS, Method, build_method, selection_accuracy, target_accuracy
-from muka_fast.neutral import neutral_features
+from muka_fast.neutral import name_features, neutral_features
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.snapshots import write_json
-from muka_fast.student import checkpoint_activations, load_student, student_fingerprint
+from muka_fast.student import checkpoint_activations, encoder_fingerprint, load_student
 from muka_fast.supervision import Supervision, check_sites, fill_store, open_store, option_values
 from muka_fast.teachers import check_teachers, teacher_names, token_limit
 
@@ -164,15 +164,18 @@ def check_layout(config: RunConfig, ds_config: dict[str, Any]) -> None:
 
 def output_options(config: RunConfig) -> tuple[str, bool, bool, list[str | None]]:
     """What the guard of the output folder asks for, the files that the run reads included."""
-    inputs = [config.texts, config.eval, config.store, config.student, config.label_map, config.ds_config, *config.teachers]
-    return config.output, config.resume, config.overwrite, inputs
+    inputs = [config.texts, config.eval, config.store, config.student, config.neutral_encoder, config.label_map, config.ds_config]
+    return config.output, config.resume, config.overwrite, [*inputs, *config.teachers]
 
 
 def check_inputs(config: RunConfig, texts: TextSet) -> None:
     """Refuse broken teachers, student, label map or labelled texts before hours of work, the old run still in its place."""
-    student = checkpoint.resolve_folder(config.student, "student")
-    checkpoint.check_tokenizer_files(student, f"student {config.student}")
-    checkpoint.read_tensors(student, f"student {config.student}")
+    encoders = {"student": config.student, "neutral encoder": neutral_encoder(config)}
+    for role, source in encoders.items():
+        if source is not None:
+            folder = checkpoint.resolve_folder(source, role)
+            checkpoint.check_tokenizer_files(folder, f"{role} {source}")
+            checkpoint.read_tensors(folder, f"{role} {source}")
     label_map = read_label_map(config.label_map) if config.label_map else None
     if config.teachers:
         files = check_teachers(config.teachers, warn=False)
@@ -244,6 +247,11 @@ def store_folder(config: RunConfig, output: Path) -> Path:
     return Path(config.store) if config.store is not None else output / "supervision"
 
 
+def neutral_encoder(config: RunConfig) -> str | None:
+    """The encoder whose features the method's rule looks at; None where it has no rule."""
+    return None if METHODS[config.method].rule is None else config.neutral_encoder or config.student
+
+
 def pool_weights(
     config: RunConfig, sup: Supervision, space: LabelSpace, texts: TextSet, output: Path
 ) -> np.ndarray | None:
@@ -251,8 +259,9 @@ def pool_weights(
     rule = METHODS[config.method].rule
     if rule is None:
         return None
-    neutral = neutral_features(store_folder(config, output), config.student, texts, config)
-    return rule(sup.restrict(space), neutral, config.seed)
+    encoder = neutral_encoder(config)
+    neutral = neutral_features(store_folder(config, output), encoder, texts, config)
+    return rule(sup.restrict(space), neutral, config.seed, lambda: name_features(encoder, space.names, config))
 
 
 def begin_record(
@@ -270,7 +279,9 @@ def begin_record(
         for teacher, names in zip(sup.teachers, space.teacher_labels, strict=True)
     ]
     needed = labels if config.method in LABELLED_METHODS else None
-    student = student_fingerprint(config.student)
+    encoders = {"student": encoder_fingerprint(config.student)}
+    if config.neutral_encoder is not None and METHODS[config.method].rule is not None:
+        encoders["neutral_encoder"] = encoder_fingerprint(config.neutral_encoder, "neutral encoder")
     return {
         "state": "training",
         "config": config.resolved(),
@@ -278,7 +289,7 @@ def begin_record(
         "overlaps": list(space.overlaps),
         "teachers": teachers,
         "data": {"source": texts.source, "texts": len(texts), "blank": texts.num_blank, "fingerprint": texts.fingerprint},
-        "identity": runinfo.identity(config, texts, sup, space, student, ds_config, needed),
+        "identity": runinfo.identity(config, texts, sup, space, encoders, ds_config, needed),
         "layout": {
             "processes": init_distributed()[1],
             "micro_batch": ds_config["train_micro_batch_size_per_gpu"],

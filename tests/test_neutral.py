@@ -87,13 +87,13 @@ def test_another_encoder_tokenizer_or_length_has_features_of_its_own(tmp_path, e
 
 
 def test_a_broken_encoder_is_named(tmp_path, encoder, pool, make_model, make_tokenizer):
-    with pytest.raises(UserError, match=r"student .*nowhere"):
+    with pytest.raises(UserError, match=r"neutral encoder .*nowhere"):
         compute(tmp_path / "s", tmp_path / "nowhere", pool)
     folder = tmp_path / "broken"
     model = make_model("bert").base_model
     model.encoder.layer[0].output.dense.bias.data[0] = float("nan")
     model.save_pretrained(folder)
     make_tokenizer("bert").save_pretrained(folder)
-    with pytest.raises(UserError, match=r"student .*broken: NaN or infinite for text \d+"):
+    with pytest.raises(UserError, match=r"neutral encoder .*broken: NaN or infinite for text \d+"):
         compute(tmp_path / "s", folder, pool)
     assert not list((tmp_path / "s").glob("neutral-*/*.safetensors"))

@@ -475,6 +475,7 @@ def test_a_full_disk_keeps_the_last_checkpoints(go, monkeypatch, world, tmp_path
         ({"output": None}, "--output is missing"),
         ({"teachers": [], "store": None}, "--teachers is missing"),
         ({"student": "nowhere/at/all"}, "student nowhere/at/all: no such folder"),
+        ({"method": "muka-auto", "neutral_encoder": "nowhere/at/all"}, "neutral encoder nowhere/at/all: no such folder"),
         ({"device": "cuda"}, "finds no GPU"),
         ({"batch_size": 16, "ds_config": "no.json"}, "--ds_config no.json: No such file"),
     ],
@@ -568,6 +569,16 @@ def test_neutral_features_are_computed_once_and_belong_to_the_student(go, world,
     assert (folder / "shard-00000.safetensors").read_bytes() == content
     go("other", **options | {"student": str(world / "plain_student")})
     assert len(list(store.glob("neutral-*"))) == 2
+
+
+def test_another_neutral_encoder_changes_who_is_trusted_and_a_resume_with_it_is_refused(go, world, tmp_path):
+    options = {"method": "muka-auto", "store": str(tmp_path / "store"), "epochs": 1}
+    named = go("own", **options, neutral_encoder=str(world / "student"))
+    assert largest_difference(weights(go("run", **options)), weights(named)) == 0  # the student's own is the default
+    other = go("run", **options, neutral_encoder=str(world / "news"), overwrite=True)
+    assert largest_difference(weights(other), weights(named)) > 0
+    with pytest.raises(UserError, match="neutral_encoder"):
+        go("run", **options, resume=True)
 
 
 def test_mean_is_refused_for_teachers_of_different_labels(go):

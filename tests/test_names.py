@@ -1,0 +1,96 @@
+"""The answer by class names: its definition once more in loops, and what it promises."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import softmax
+
+from muka_fast.auto import Classes
+from muka_fast.evidence import unit
+from muka_fast.names import TEMPERATURES, NameAnswer, readable
+
+
+def make(counts=(3, 4), texts=300, width=8, signal=1.0, seed=0, shares=None):
+    """Texts around the features of their class's name, and teachers that answer right on their own texts, anything on others."""
+    rng, C = np.random.default_rng(seed), sum(counts)
+    names = rng.normal(size=(C, width)) + 3  # all names have much in common, and the texts something else
+    truth = rng.choice(C, texts, p=shares)
+    b = unit(signal * (names - 3)[truth] + 0.5 * rng.normal(size=(texts, width)) - 2).astype(np.float32)
+    starts = np.cumsum([0, *counts])
+    teacher = np.repeat(np.arange(len(counts)), counts)
+    logits = rng.normal(size=(texts, C)) + 5 * np.eye(C)[truth]
+    p = np.concatenate([softmax(logits[:, a:z], axis=1) for a, z in itertools.pairwise(starts)], 1).astype(np.float32)
+    w = softmax(2.0 * (teacher[truth][:, None] == np.arange(len(counts))) + rng.normal(size=(texts, len(counts))), axis=1)
+    part = (teacher == np.arange(len(counts))[:, None]).astype(float)
+    return b, names.astype(np.float32), w, p, Classes(starts[:-1], teacher, np.arange(C), None, part), teacher[truth]
+
+
+def o_answer(b, names, w, p, counts):
+    """w [m, N] and the trust, as the head of names.py says it, without overlaps."""
+    b, names, C = b.astype(float), names.astype(float), len(names)
+    b, a = b - b.mean(0), names - names.mean(0)
+    s = np.array([[x @ y / (np.linalg.norm(x) * np.linalg.norm(y)) for y in a] for x in b])
+    kappas, wanted, sure, start = [], 0.0, np.zeros(len(TEMPERATURES)), 0
+    for i, count in enumerate(counts):
+        own = slice(start, start + count)
+        start += count
+        weight = w[:, i] * p[:, own].max(1)
+        weight = weight / weight.sum()
+        named, said = s[:, own].argmax(1), p[:, own].argmax(1)
+        right = sum(weight[x] for x in range(len(b)) if named[x] == said[x])
+        chance = sum(weight[named == c].sum() * weight[said == c].sum() for c in range(count))
+        kappas.append(max((right - chance) / (1 - chance), 0))
+        wanted += w[:, i].mean() * (1 / count + (1 - 1 / count) * kappas[-1])
+        for j, t in enumerate(TEMPERATURES):
+            sure[j] += w[:, i].mean() * sum(weight[x] * softmax(t * s[x, own]).max() for x in range(len(b)))
+    t, pi = np.interp(wanted, sure, TEMPERATURES), np.full(C, 1 / C)
+    for _ in range(20):
+        pi = np.mean([softmax(t * row + np.log(np.maximum(pi, 0.1 / C))) for row in s], axis=0)
+    q = np.array([softmax(t * row + np.log(np.maximum(pi, 0.1 / C))) for row in s])
+    blocks = np.split(q, np.cumsum(counts)[:-1], axis=1)
+    return np.stack([block.sum(1) for block in blocks], 1), np.mean(kappas)
+
+
+@pytest.mark.parametrize("counts", [(3, 4), (2, 2, 5)])
+def test_it_is_its_definition(counts):
+    b, names, w, p, classes, _ = make(counts, texts=80)
+    answer = NameAnswer.fit(b, names, w, p, classes)
+    expected, trust = o_answer(b, names, w, p, counts)
+    assert np.abs(answer(b) - expected).max() < 1e-4 and answer.trust == pytest.approx(trust, abs=1e-6)
+
+
+def test_names_that_say_something_are_trusted_and_tell_the_owner_whatever_the_shares():
+    for shares in (None, [0.05] * 3 + [0.85 / 4] * 4):
+        b, names, w, p, classes, owner = make(shares=shares)
+        answer = NameAnswer.fit(b, names, w, p, classes)
+        assert answer.trust > 0.5 and (answer(b).argmax(1) == owner).mean() > 0.9
+    assert answer.shares[:3].sum() == pytest.approx(0.15, abs=0.05)
+
+
+def test_names_that_say_nothing_are_not_trusted():
+    b, names, w, p, classes, _ = make(signal=0.0)
+    assert NameAnswer.fit(b, names, w, p, classes).trust < 0.1
+
+
+@given(st.integers(0, 50), st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_weights_are_shares_and_the_order_of_the_texts_changes_nothing(seed, counts):
+    b, names, w, p, classes, _ = make(tuple(counts), texts=12, seed=seed)
+    answer, order = NameAnswer.fit(b, names, w, p, classes), np.random.default_rng(seed).permutation(12)
+    found = answer(b)
+    assert np.abs(found.sum(1) - 1).max() < 1e-5 and (found >= 0).all() and 0 <= answer.trust <= 1
+    again = NameAnswer.fit(b[order], names, w[order], p[order], classes)
+    assert np.abs(again(b) - found).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("card_arrival", "card arrival"), ("Sci/Tech", "Sci Tech"), ("bookHotel", "book Hotel"), ("LABEL_0", "LABEL 0"),
+        ("culture-arts", "culture arts"), ("天気", "天気"), ("?", "?"), ("bank/US dollars", "bank US dollars"),
+    ],
+)  # fmt: skip
+def test_names_are_read_as_words(name, words):
+    assert readable(name) == words
