@@ -25,7 +25,9 @@ from muka_fast.adaptive import sampling_summary
 from muka_fast.aligned import student_part
 from muka_fast.config import EvalConfig, RunConfig, load_config
 from muka_fast.console import log_file, setup_logging
+from muka_fast.coverage import doubt_ranks, nobody_weights
 from muka_fast.data import TextSet, read_texts, tokenize
+from muka_fast.doubt import Doubt, UncertainStudent, UncertaintyHead
 from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine, init_distributed, on_first_process, resolve_device, shut_down
 from muka_fast.errors import UserError
@@ -98,7 +100,9 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
         on_first_process(lambda: check_labels(config, sup.teachers, space, label_map))
     with clock("select teachers"):
         weights = on_first_process(lambda: pool_weights(config, sup, space, texts, output))
+        doubt = on_first_process(lambda: doubt_targets(config, sup, space))
     method = build_method(config, sup, space, labels, weights)
+    method.doubt = doubt
 
     with clock("load student"):
         model, tokenizer = load_student(config.student, space.names, config.seed, ds_config)
@@ -106,7 +110,9 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
     plan = Plan(tokens.lengths, config)
     record = begin_record(config, ds_config, texts, sup, space, labels)
     on_first_process(lambda: begin_run(output, config, record))
-    trained = method.wrap(model)
+    trained = wrapped = method.wrap(model)
+    if doubt is not None:
+        trained = UncertainStudent(wrapped, model)
     engine = Engine.create(trained, config, ds_config, plan.total_steps)
     with clock("train"):
         finished = train(engine, method, tokens, texts, plan, config, output, model.config.get_text_config().pad_token_id)
@@ -115,16 +121,21 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
 
     record["metrics"] = supervision_metrics(method, labels, space)
     record["supervision"] = runinfo.supervision_summary(method, sup, space, texts)
+    if config.coverage:
+        record["coverage"] = runinfo.coverage_summary(method, texts)
     if sup.num_samples is not None:
         record["sampling"] = sampling_summary(sup.num_samples, sup.teachers[0]["mc_samples"])
     with clock("export"):
-        state = engine.state_dict()
-        state = state if trained is model else student_part(state)
-        on_first_process(lambda: export.save_student(model, tokenizer, output, space.names, card(config, record), state) and None)
+        state, head = trained.split(engine.state_dict()) if doubt is not None else (engine.state_dict(), None)
+        state = state if wrapped is model else student_part(state)
+        write = lambda: export.save_student(
+            model, tokenizer, output, space.names, card(config, record), state, head and UncertaintyHead(**head)
+        )
+        on_first_process(lambda: write() and None)
     with clock("evaluate"):
         if config.eval is not None:
             record["metrics"] |= {"student": on_first_process(lambda: evaluate_student(config, output))}
-            on_first_process(lambda: export.save_student(model, tokenizer, output, space.names, card(config, record), state) and None)
+            on_first_process(lambda: write() and None)
     record |= {"state": "complete", "seconds": clock.seconds}
     on_first_process(lambda: write_json(output / "run.json", record))
     on_first_process(lambda: export.discard_replaced(output))
@@ -227,7 +238,8 @@ def supervise(config: RunConfig, texts: TextSet, output: Path) -> Supervision:
     store = store_folder(config, output)
     if not config.teachers:
         return open_store(store, texts, option_values(config))
-    return fill_store(store, config.teachers, texts, config, ShardQueue(group=True), METHODS[config.method].needs_features)
+    needs_features = METHODS[config.method].needs_features or config.uncertainty_head
+    return fill_store(store, config.teachers, texts, config, ShardQueue(group=True), needs_features)
 
 
 def store_folder(config: RunConfig, output: Path) -> Path:
@@ -238,12 +250,20 @@ def store_folder(config: RunConfig, output: Path) -> Path:
 def pool_weights(
     config: RunConfig, sup: Supervision, space: LabelSpace, texts: TextSet, output: Path
 ) -> np.ndarray | None:
-    """The teachers' weights [n, N] by the method's rule over the pool; None where the method has none."""
+    """The teachers' weights [n, N] by the method's rule over the pool, less that of "no teacher"; None where it has no rule."""
     rule = METHODS[config.method].rule
     if rule is None:
         return None
-    neutral = neutral_features(store_folder(config, output), config.student, texts, config)
-    return rule(sup.restrict(space), neutral, config.seed)
+    neutral, sup = neutral_features(store_folder(config, output), config.student, texts, config), sup.restrict(space)
+    weights = rule(sup, neutral, config.seed)
+    return weights * (1 - nobody_weights(sup, weights, neutral, config.seed)[:, None]) if config.coverage else weights
+
+
+def doubt_targets(config: RunConfig, sup: Supervision, space: LabelSpace) -> Doubt | None:
+    """What the uncertainty head learns; None without --uncertainty_head."""
+    if not config.uncertainty_head:
+        return None
+    return Doubt(doubt_ranks(sup.restrict(space), config.uncertainty, config.seed))
 
 
 def begin_record(
@@ -310,12 +330,13 @@ def card(config: RunConfig, record: dict[str, Any]) -> export.Card:
     """The model card's content."""
     metrics = {name: value for name, value in record["metrics"].items() if name != "student"}
     student = record["metrics"].get("student", {})
+    holes = {"texts that belong to no teacher, left out": record["coverage"]["texts"]} if "coverage" in record else {}
     return export.Card(
         title=Path(config.output).resolve().name,
         base_model=config.student,
         teachers=record["teachers"],
         options={name: getattr(config, name) for name in runinfo.IDENTITY_OPTIONS},
-        data=record["data"],
+        data=record["data"] | holes,
         metrics=metrics | {name: student[name] for name in ("accuracy", "macro_f1", "nll", "ece") if name in student},
     )
 

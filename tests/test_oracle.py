@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from muka_fast.config import RunConfig
+from muka_fast.doubt import WEIGHT, Doubt
 from muka_fast.labels import build_label_space
 from muka_fast.methods import build_method, vote_accuracy
 from muka_fast.ops.mc_statistics import mc_statistics
@@ -487,3 +488,24 @@ def test_a_student_may_give_no_probability_where_the_target_has_none():
     for method in ("muka-hard", "muka-soft", "vkd", "uhc"):
         loss = run_method(RunConfig(method=method, margin=False, mc=False), sup, case, student)[3]
         assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+@given(st.integers(1, 8), st.integers(0, 2**16), st.sampled_from([0.1, 3.0, 40.0]))
+def test_uncertainty_head(B, seed, scale):
+    """weight / 2 sum_j -r_j ln sigmoid(z_j) - (1 - r_j) ln(1 - sigmoid(z_j)); its gradient in z: weight / 2 (sigmoid(z) - r)."""
+    rng = np.random.default_rng(seed)
+    ranks, z = rng.uniform(0, 1, (B + 3, 2)).astype(np.float32), (rng.standard_normal((B, 2)) * scale).astype(np.float32)
+    rows = torch.from_numpy(rng.choice(B + 3, B, replace=False))
+    said = torch.from_numpy(z).requires_grad_()
+    loss = Doubt(ranks).loss(said, rows)
+    loss.sum().backward()
+    loss = loss.detach() / WEIGHT
+    grad = said.grad / WEIGHT
+    for b, row in enumerate(rows.tolist()):
+        expected = 0.0
+        for j in range(2):
+            r, x = float(ranks[row, j]), float(z[b, j])
+            log_yes = -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
+            expected += (-r * log_yes - (1 - r) * (log_yes - x)) / 2  # ln(1 - sigmoid(x)) = ln sigmoid(x) - x
+            close(grad[b, j], (math.exp(log_yes) - r) / 2)
+        close(loss[b], expected)
