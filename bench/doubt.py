@@ -55,6 +55,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teachers", type=int, default=2, help="that share the labels")
     parser.add_argument("--texts_per_label", type=int, default=30, help="training texts")
     parser.add_argument("--oos", type=int, default=1000, help="out-of-scope texts, drawn at random")
+    parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS), metavar="S", help="; ".join(STUDENTS))
     parser.add_argument("--foreign", default="google_snippets", help="data set of the texts that belong to nobody in `mixed`")
     parser.add_argument("--share", type=float, default=0.25, help="of them in `mixed`")
     parser.add_argument("--method", default="muka-auto")
@@ -189,7 +190,7 @@ def run_seed(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     for pool in ("plain", "mixed"):
         found = teacher_doubts(open_store(folder / f"store-{pool}"), sup)
         out["teachers"] |= {name if name != "distance" else f"distance, {pool}": figures(v, foreign) for name, v in found.items()}
-    for name in STUDENTS:
+    for name in args.students:
         output = student(args, seed, folder, name)
         accuracy, took, doubts = student_doubts(args, output, rows)
         record = json.loads((output / "run.json").read_text(encoding="utf-8"))
@@ -220,14 +221,14 @@ def markdown(args: argparse.Namespace, seeds: list[dict[str, Any]]) -> str:
         "|---|---|---|---|",
     ]
     rows: list[tuple[str, str, Callable]] = []
-    for name in STUDENTS:
+    for name in args.students:
         for kind in seeds[0]["students"][name]["doubts"]:
             rows.append((f"student, {name}", kind, lambda s, name=name, kind=kind: s["students"][name]["doubts"][kind]))
     for kind in seeds[0]["teachers"]:
         rows.append(("all teachers, K = 16", kind, lambda s, kind=kind: s["teachers"][kind]))
     lines += [row(*entry) for entry in rows]
     lines += ["\n| student | accuracy in % | texts left out | s for all texts |", "|---|---|---|---|"]
-    for name in STUDENTS:
+    for name in args.students:
         left = [seed["students"][name]["left_out"] for seed in seeds]
         told = "–" if left[0] is None else ", ".join(map(str, left))
         took = spread([seed["students"][name]["seconds"] for seed in seeds])
