@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 class Prediction(NamedTuple):
-    """label: the class of the largest logit, of this probability. doubt in [0, 1]: more doubtful than about this share of the texts
-    that the student was trained on; None where it has no uncertainty head."""
+    """label: the class of the largest logit, of this probability. doubt: from 0, like the least doubtful texts that the student
+    was trained on, to 1, like the most doubtful; None where it has no uncertainty head."""
 
     label: str
     probability: float
