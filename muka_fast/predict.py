@@ -80,6 +80,8 @@ def main(config: PredictConfig) -> int:
     output = None if config.output is None else Path(config.output)
     if output is not None and output.exists():
         raise UserError(f"--output {output}: is already there; name another file")
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}; make it, or name another file")
     predictor = Predictor(config.model, config.device, config.max_length, config.token_budget)
     if predictor.head is None:
         log.warning("%s has no uncertainty head: its answers come without doubt (train with --uncertainty_head)", config.model)

@@ -188,6 +188,7 @@ def test_the_command_writes_one_object_per_text_and_overwrites_nothing(exported,
     before = out.read_bytes()
     assert cli.main([*words, "--output", str(out)]) == 2
     assert out.read_bytes() == before and "already there" in capsys.readouterr().err
+    assert cli.main([*words, "--output", str(tmp_path / "no" / "answers.jsonl")]) == 2 and "no folder" in capsys.readouterr().err
     (folder / FILE).unlink()
     assert cli.main(words) == 0
     captured = capsys.readouterr()
