@@ -28,7 +28,7 @@ import muka_fast
 from muka_fast.config import ScoreConfig, TeachConfig, load_config
 from muka_fast.console import setup_logging
 from muka_fast.data import tokenize
-from muka_fast.doubt import NAMES, UncertaintyHead, auroc, false_positive_rate, overall, with_head
+from muka_fast.doubt import UncertaintyHead, auroc, false_positive_rate, with_head
 from muka_fast.evaluate import load_model, predict
 from muka_fast.evidence import RelativeMahalanobis
 from muka_fast.selection import UNCERTAINTY
@@ -143,8 +143,7 @@ def student_doubts(args: argparse.Namespace, folder: Path, rows: Rows) -> tuple[
     right = [labels[c] == label for c, (_, label) in zip(logits.argmax(-1).tolist(), rows, strict=True) if label != "oos"]
     doubts = {"max softmax": -log_p.max(-1).values, "entropy": -(log_p.exp() * log_p).sum(-1), "energy": -logits.logsumexp(-1)}
     if head:
-        said = found[:, len(labels) :]
-        doubts |= {f"head: {name}": said[:, j] for j, name in enumerate(NAMES)} | {"head": overall(said)}
+        doubts["uncertainty head"] = found[:, len(labels)]
     return sum(right) / len(right), seconds, {name: values.numpy() for name, values in doubts.items()}
 
 

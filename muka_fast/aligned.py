@@ -21,12 +21,10 @@ RBF_WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the mean squared distance
 
 
 class StudentOutput(NamedTuple):
-    """What a student returns for a batch: logits [B, C]; where a method ties features, the loss of that, [B]; where it has an
-    uncertainty head, what that says (doubt.py), [B, 2]."""
+    """What a student returns for a batch: logits [B, C] and, where a method ties features, the loss of that, [B]."""
 
     logits: Tensor
     penalty: Tensor | None = None
-    doubt: Tensor | None = None
 
 
 class Alignment(nn.Module, ABC):

@@ -143,7 +143,8 @@ def fit(e: np.ndarray, owner: np.ndarray, near: np.ndarray) -> tuple[Familiar, n
 
 
 def doubt_ranks(sup: Supervision, uncertainty: str, seed: int = 0, sample: int = SAMPLE) -> np.ndarray:
-    """The ranks of the pool's texts by each of doubt.NAMES, fp32 [n, 2] in (0, 1); equal texts get equal ranks.
+    """Ranks of the pool's texts, fp32 [n, 2] in (0, 1), high = doubtful: by the uncertainty of the least uncertain teacher, and by the
+    distance to the classes of the nearest one, -max_i A_i(RMD). Equal texts get equal ranks.
 
     sup: with features, restricted to the label space. uncertainty: a measure of selection.py. seed, sample: which texts, and how
     many at most, the Gaussians are fitted on. A function of the texts as a set. Raises UserError for a measure that a single pass

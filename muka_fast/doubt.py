@@ -1,28 +1,26 @@
 """--uncertainty_head: the student learns how much its teachers doubt, and tells it in the forward that gives the logits.
 
-Two figures a text, in the order of NAMES; high = doubtful:
+From the finished student's features f, which its output layer reads, and the classes c that it predicts, over the training texts:
 
-    uncertainty   u = min_i u_i, what --uncertainty measures (default: mutual information) of the teacher that is least uncertain
-    distance      -max_i A_i(RMD): how far the text lies from the classes of every teacher (relative Mahalanobis distance, evidence.py)
+    s = maha(f; mu_c, S) of the nearest class - maha(f; mu, S0)     relative Mahalanobis distance (Ren et al., 2021; evidence.py)
+    doubt = sigmoid(a arsinh((s - m) / d) + c)                      m, d: mean and standard deviation of s over the texts
 
-They are learnt as ranks in the pool, r = (rank - 1/2) / n in (0, 1), whatever their scale: 0.9 means more doubtful than nine tenths of
-the training texts. With f the feature that the student's output layer reads, kept out of the gradient of the student, and z = V f + c,
+where a >= 0 and c minimise the sum over the texts of -r ln doubt - (1 - r) ln(1 - doubt), r in (0, 1) being the ensemble's doubt:
+the mean of two ranks in the pool (coverage.doubt_ranks). So doubt is on the ensemble's scale, and outside of the pool it follows the
+distance; arsinh, as distances there are tens of d, where the sigmoid would give 1 to all. An affine map from f to r, trained beside
+the student, fits the pool well and tells nothing of other texts (README). A text counts (top probability of the student)^4, one that
+belongs to no teacher (--coverage) not at all.
 
-    loss of a text   1/2 sum_j -r_j ln sigmoid(z_j) - (1 - r_j) ln(1 - sigmoid(z_j))
+Nothing of it reaches the student's weights. It travels beside the student in FILE; plain transformers never sees it.
 
-summed over the texts of the global batch and divided by their number: all count, those that the method leaves out as well. The head
-travels beside the student in FILE; plain transformers never sees it.
-
-n texts of the store · B texts of a batch · D width of f.
+n texts · B texts of a batch · D width of f · C classes of the student, G of them predicted at all.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,92 +28,53 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from muka_fast import checkpoint
-from muka_fast.aligned import StudentOutput
 from muka_fast.errors import UserError
 from muka_fast.pooled import classifier_layer, head_input, last_feature
 
 FILE = "uncertainty_head.safetensors"
 FORMAT = "muka_fast uncertainty head 1"
-NAMES = ("uncertainty", "distance")
-LEARNING_RATE = 1e-3  # of the head
-WEIGHT = 0.01  # of its loss: Adam does not feel it, and the clipping of the joint gradient hardly feels the head
-
-
-class Doubt:
-    """What the uncertainty head of a run learns. targets: fp32 [n, 2] in [0, 1], as `coverage.doubt_ranks` gives them."""
-
-    def __init__(self, targets: np.ndarray) -> None:
-        self.targets = torch.from_numpy(targets)
-
-    def loss(self, said: Tensor, rows: Tensor) -> Tensor:
-        """Loss per text [B], WEIGHT included, before any mean; said: the head's z [B, 2]; rows: of these texts, int64 [B]."""
-        targets = self.targets[rows.cpu()].to(said)
-        return WEIGHT * nn.functional.binary_cross_entropy_with_logits(said, targets, reduction="none").mean(-1)
-
-
-class UncertainStudent(nn.Module):
-    """What a method trains (the student, or a module that holds it) and the uncertainty head, as one module for one engine."""
-
-    def __init__(self, trained: nn.Module, student: nn.Module) -> None:
-        """student: the classifier inside `trained`, or `trained` itself."""
-        super().__init__()
-        self.trained = trained
-        self.inside = [student, classifier_layer(student)]  # in a list: no second name for its weights
-        self.uncertainty_head = nn.Linear(self.inside[1].in_features, len(NAMES))
-        for parameter in self.uncertainty_head.parameters():
-            nn.init.zeros_(parameter)  # every text half doubtful: nothing is drawn, and nothing shifts the student's dropout
-            parameter.base_lr = LEARNING_RATE
-
-    @property
-    def config(self) -> Any:
-        return self.inside[0].config
-
-    def forward(self, **batch: Tensor) -> StudentOutput:
-        """batch: what the method's module takes, input_ids and attention_mask [B, L] among it."""
-        with head_input(self.inside[1]) as seen:
-            output = self.trained(**batch)
-        feature = last_feature(self.inside[0], seen[0], batch["input_ids"], batch["attention_mask"])
-        said = self.uncertainty_head(feature.detach().to(self.uncertainty_head.weight.dtype))
-        return StudentOutput(output.logits, getattr(output, "penalty", None), said.float())
-
-    @staticmethod
-    def split(state: Mapping[str, Tensor] | None) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
-        """The weights of `trained` and those of the head, each under their own names; None stays None."""
-        if state is None:
-            return None, None
-        parts = {"trained.": {}, "uncertainty_head.": {}}
-        for name, value in state.items():
-            prefix = next(prefix for prefix in parts if name.startswith(prefix))
-            parts[prefix][name.removeprefix(prefix)] = value
-        return parts["trained."], parts["uncertainty_head."]
-
-
-# ---- beside the exported student ----
-
-
-def overall(said: Tensor) -> Tensor:
-    """One doubt per text [B] from the head's two [B, 2]: their mean."""
-    return said.mean(-1)
+CERTAINTY = 4.0  # power of the top probability in the weights of the Gaussians, as for the teachers'
+STEPS = 50  # of Newton's method, which needs about six
 
 
 @dataclass(frozen=True)
 class UncertaintyHead:
-    """The affine map of a finished student: V [2, D] and c [2], fp32."""
+    """The Gaussians of a student's features and the map to doubt, fp32."""
 
-    weight: Tensor
-    bias: Tensor
+    mean: Tensor  # mu [D]
+    within: Tensor  # W [D, D], W W^T = S^-1
+    background: Tensor  # [D, D], W W^T = S0^-1
+    class_means: Tensor  # (mu_c - mu) W [G, D]
+    scale: Tensor  # m, d, a, c [4]
+
+    @classmethod
+    def fit(cls, features: np.ndarray, logits: np.ndarray, ranks: np.ndarray, counts: np.ndarray | None = None) -> UncertaintyHead:
+        """features [n, D], logits [n, C] of the student; ranks [n] in (0, 1), the ensemble's doubt; counts [n] of 0 and 1: texts
+        that the Gaussians are fitted on (default: all)."""
+        # Here, as it brings scikit-learn, which is slow to import and which no prediction needs.
+        from muka_fast.evidence import RelativeMahalanobis
+
+        top = np.exp(logits.max(1) - np.logaddexp.reduce(logits.astype(np.float64), axis=1)) ** CERTAINTY
+        used = np.ones(len(logits), bool) if counts is None else counts > 0
+        gaussians = RelativeMahalanobis.fit(features[used], logits[used].argmax(1), top[used])
+        parts = (gaussians.mean, gaussians.within, gaussians.background, gaussians.class_means)
+        scale = logistic_scale(-gaussians.scores(features.astype(np.float32)), ranks)
+        return cls(*map(torch.from_numpy, parts), torch.from_numpy(scale.astype(np.float32)))
 
     def __call__(self, features: Tensor) -> Tensor:
-        """sigmoid(V f + c), [B, 2] in [0, 1]; features [B, D] of any float type."""
-        weight = self.weight.to(features.device)
-        return torch.sigmoid(features.float() @ weight.T + self.bias.to(features.device))
+        """doubt [B] in [0, 1]; features [B, D] of any float type."""
+        mean, within, background, classes, scale = (getattr(self, field.name).to(features.device) for field in fields(self))
+        centred = features.float() - mean
+        inside = centred @ within
+        nearest = inside.square().sum(1) + (classes.square().sum(1) - 2 * inside @ classes.T).amin(1)
+        distance = nearest - (centred @ background).square().sum(1)
+        return torch.sigmoid(scale[2] * torch.asinh((distance - scale[0]) / scale[1]) + scale[3])
 
     def save(self, folder: Path) -> None:
         """Write FILE into a folder."""
         from safetensors.torch import save_file
 
-        tensors = {"weight": self.weight.float().contiguous(), "bias": self.bias.float().contiguous()}
-        save_file(tensors, folder / FILE, {"format": FORMAT, "outputs": json.dumps(NAMES)})
+        save_file({field.name: getattr(self, field.name).contiguous() for field in fields(self)}, folder / FILE, {"format": FORMAT})
 
     @classmethod
     def load(cls, folder: Path, model: nn.Module) -> UncertaintyHead | None:
@@ -132,26 +91,60 @@ class UncertaintyHead:
                 told, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({checkpoint.first_line(error)}); export the student again") from error
-        if told.get("format") != FORMAT or told.get("outputs") != json.dumps(NAMES):
+        if told.get("format") != FORMAT:
             raise UserError(f"{path}: is no uncertainty head of this version ({FORMAT}); remove it, or export the student again")
+        layer = classifier_layer(model)
+        D, G = layer.in_features, len(tensors["class_means"]) if tensors.get("class_means", torch.zeros(())).ndim else 0
+        expected = {"mean": (D,), "within": (D, D), "background": (D, D), "class_means": (G, D), "scale": (4,)}
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        width = classifier_layer(model).in_features
-        if shapes != {"weight": (len(NAMES), width), "bias": (len(NAMES),)}:
-            raise UserError(f"{path}: its tensors {shapes} do not fit a student of {width} features; it is another student's")
+        if shapes != expected or not 1 <= G <= layer.out_features:
+            raise UserError(f"{path}: its tensors {shapes} do not fit a student of {D} features; it is another student's")
         if not all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in tensors.values()):
             raise UserError(f"{path}: holds numbers that are not finite fp32; export the student again")
-        return cls(tensors["weight"], tensors["bias"])
+        return cls(**tensors)
 
 
-def with_head(model: nn.Module, head: UncertaintyHead) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    """A forward that gives logits and what the head says side by side, [B, C + 2], for `evaluate.predict`."""
+def logistic_scale(distance: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """(m, d, a, c) float64: mean and standard deviation of distance [n], and the a >= 0 and c that fit ranks [n] best.
+
+    a = 0, the same doubt for all, where the ranks do not rise with the distance or the distances do not differ.
+    """
+    m, d, odds = distance.mean(dtype=np.float64), distance.std(dtype=np.float64), np.log(ranks.mean() / (1 - ranks.mean()))
+    if d <= 1e-6 * max(1.0, abs(m)):
+        return np.array([m, 1.0, 0.0, odds])
+    x, (a, c) = np.arcsinh((distance - m) / d), (0.0, 0.0)
+    for _ in range(STEPS):
+        p = 1 / (1 + np.exp(-np.clip(a * x + c, -40, 40)))
+        w = np.maximum(p * (1 - p), 1e-6)
+        gradient = np.array([((p - ranks) * x).sum(), (p - ranks).sum()])
+        hessian = np.array([[(w * x * x).sum(), (w * x).sum()], [(w * x).sum(), w.sum()]])
+        a, c = np.array([a, c]) - np.linalg.solve(hessian, gradient)
+    return np.array([m, d, a, c]) if a > 0 else np.array([m, d, 0.0, odds])
+
+
+# ---- forwards ----
+
+
+def with_features(model: nn.Module) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """A forward that gives logits and features side by side, [B, C + D], for `evaluate.predict`."""
     layer = classifier_layer(model)
 
     def forward(inputs: Mapping[str, Tensor]) -> Tensor:
         with head_input(layer) as seen:
             logits = model(**inputs).logits
-        said = head(last_feature(model, seen[0], inputs["input_ids"], inputs["attention_mask"]))
-        return torch.cat([logits.float(), said], dim=1)
+        feature = last_feature(model, seen[0], inputs["input_ids"], inputs["attention_mask"])
+        return torch.cat([logits.float(), feature.float()], dim=1)
+
+    return forward
+
+
+def with_head(model: nn.Module, head: UncertaintyHead) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """A forward that gives logits and doubt side by side, [B, C + 1], for `evaluate.predict`."""
+    both, num_labels = with_features(model), model.config.num_labels
+
+    def forward(inputs: Mapping[str, Tensor]) -> Tensor:
+        found = both(inputs)
+        return torch.cat([found[:, :num_labels], head(found[:, num_labels:])[:, None]], dim=1)
 
     return forward
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from muka_fast import adapters, checkpoint
 from muka_fast.console import log, progress
 from muka_fast.data import Tokens, collate, read_texts, token_budget_batches, tokenize
-from muka_fast.doubt import UncertaintyHead, auroc, false_positive_rate, overall, with_head
+from muka_fast.doubt import UncertaintyHead, auroc, false_positive_rate, with_head
 from muka_fast.errors import UserError
 from muka_fast.labels import read_label_map, rename_labels
 from muka_fast.supervision import device_of
@@ -269,7 +269,7 @@ def evaluate(config: "EvalConfig") -> dict[str, Any]:
     logits, labels = found[mine, : len(names)], [index[renamed[row]] for row in rows[mine]]
     figures = metrics(logits, labels, names, teachers)
     if head is not None:
-        doubt, wrong = overall(found[:, len(names) :]).numpy(), np.ones(len(rows), bool)
+        doubt, wrong = found[:, len(names)].numpy(), np.ones(len(rows), bool)
         wrong[mine] = logits.argmax(-1).numpy() != labels
         figures["doubt"] = doubt_figures(doubt, -torch.softmax(found[:, : len(names)], -1).amax(-1).numpy(), wrong, ~mine)
     told = {"model": str(config.model), "data": str(config.data), "num_unknown": sum(unknown.values())}

@@ -98,8 +98,8 @@ def train_step(
 ) -> tuple[float, bool]:
     """One optimizer step over the global batch `rows`; returns its loss and whether any process was asked to stop.
 
-    The loss is sum_b loss_b / method.denominator(rows), and that of an uncertainty head sum_b doubt_b / len(rows): known from the
-    whole batch on every process, so that neither the cut into micro-batches nor the number of processes enters the gradient.
+    The loss is sum_b loss_b / method.denominator(rows): known from the whole batch on every process, so that neither the cut into
+    micro-batches nor the number of processes enters the gradient.
     """
     step, denominator = engine.completed_steps, method.denominator(torch.from_numpy(rows))
     parts = np.array_split(rows, engine.micro_batches * engine.world_size)[engine.rank :: engine.world_size]
@@ -111,11 +111,7 @@ def train_step(
         texts_used = torch.from_numpy(used)
         output = engine(**collate(tokens, used, pad_id), **method.student_inputs(texts_used))
         losses = method.loss(StudentOutput(output.logits.float(), getattr(output, "penalty", None)), texts_used)
-        loss = losses.sum() / denominator
-        if method.doubt is not None:
-            doubt_losses = method.doubt.loss(output.doubt, texts_used)
-            loss, losses = loss + doubt_losses.sum() / len(rows), losses + doubt_losses
-        loss = loss if len(part) else losses.sum() * 0.0
+        loss = losses.sum() / denominator if len(part) else losses.sum() * 0.0
         total += loss.detach()
         seen.append((used, losses.detach()))
         if micro + 1 == len(parts):  # before the weights change

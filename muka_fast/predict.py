@@ -14,7 +14,7 @@ import torch
 from muka_fast import adapters, checkpoint
 from muka_fast.console import log
 from muka_fast.data import read_texts, tokenize
-from muka_fast.doubt import UncertaintyHead, overall, with_head
+from muka_fast.doubt import UncertaintyHead, with_head
 from muka_fast.errors import UserError
 from muka_fast.evaluate import load_model, predict
 from muka_fast.supervision import device_of
@@ -58,7 +58,7 @@ class Predictor:
         forward = None if self.head is None else with_head(self.model, self.head)
         found = predict(self.model, tokens, token_budget=self.token_budget, description=description, forward=forward)
         best = torch.softmax(found[:, : len(self.labels)].double(), dim=-1).max(-1)
-        doubts = [None] * len(texts) if self.head is None else overall(found[:, len(self.labels) :]).tolist()
+        doubts = [None] * len(texts) if self.head is None else found[:, len(self.labels)].tolist()
         rows = zip(best.indices.tolist(), best.values.tolist(), doubts, strict=True)
         return [Prediction(self.labels[c], probability, value) for c, probability, value in rows]
 

@@ -24,7 +24,6 @@ from muka_fast.ops.reference import distill_target_ref, select_teacher_ref
 
 if TYPE_CHECKING:
     from muka_fast.config import RunConfig
-    from muka_fast.doubt import Doubt
     from muka_fast.features import Features
     from muka_fast.labels import LabelSpace
     from muka_fast.stored import Supervision
@@ -45,7 +44,6 @@ class Method(ABC):
     needs_labels = False
     needs_features = False  # True: the store must hold the teachers' features
     needs_whole_batch = False  # True: the loss compares the texts of a batch, which must not be split
-    doubt: Doubt | None = None  # what the student's uncertainty head learns, where it has one
     # How the texts' teachers are chosen over the whole pool, where the method does so: (supervision, neutral features, seed)
     # -> weights [n, N], whose rows sum to 1 or less; what is missing is the weight of "no teacher".
     rule: Callable[[Supervision, Features, int], np.ndarray] | None = None

@@ -27,10 +27,12 @@ from muka_fast.config import EvalConfig, RunConfig, load_config
 from muka_fast.console import log_file, setup_logging
 from muka_fast.coverage import doubt_ranks, nobody_weights
 from muka_fast.data import TextSet, read_texts, tokenize
-from muka_fast.doubt import Doubt, UncertainStudent, UncertaintyHead
+from muka_fast.doubt import UncertaintyHead, with_features
 from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine, init_distributed, on_first_process, resolve_device, shut_down
 from muka_fast.errors import UserError
+from muka_fast.evaluate import evaluate, load_model, predict
+from muka_fast.evidence import SAMPLE, sample_rows
 from muka_fast.export import LABELLED_METHODS
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
 from muka_fast.loop import Plan, train
@@ -39,7 +41,7 @@ from muka_fast.neutral import neutral_features
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.snapshots import write_json
 from muka_fast.student import load_student, student_fingerprint
-from muka_fast.supervision import Supervision, check_sites, fill_store, open_store, option_values
+from muka_fast.supervision import Supervision, check_sites, device_of, fill_store, open_store, option_values
 from muka_fast.teachers import check_teachers, teacher_names, token_limit
 
 log = logging.getLogger("muka_fast")
@@ -102,7 +104,6 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
         weights = on_first_process(lambda: pool_weights(config, sup, space, texts, output))
         doubt = on_first_process(lambda: doubt_targets(config, sup, space))
     method = build_method(config, sup, space, labels, weights)
-    method.doubt = doubt
 
     with clock("load student"):
         model, tokenizer = load_student(config.student, space.names, config.seed, ds_config)
@@ -110,9 +111,7 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
     plan = Plan(tokens.lengths, config)
     record = begin_record(config, ds_config, texts, sup, space, labels)
     on_first_process(lambda: begin_run(output, config, record))
-    trained = wrapped = method.wrap(model)
-    if doubt is not None:
-        trained = UncertainStudent(wrapped, model)
+    trained = method.wrap(model)
     engine = Engine.create(trained, config, ds_config, plan.total_steps)
     with clock("train"):
         finished = train(engine, method, tokens, texts, plan, config, output, model.config.get_text_config().pad_token_id)
@@ -126,16 +125,18 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
     if sup.num_samples is not None:
         record["sampling"] = sampling_summary(sup.num_samples, sup.teachers[0]["mc_samples"])
     with clock("export"):
-        state, head = trained.split(engine.state_dict()) if doubt is not None else (engine.state_dict(), None)
-        state = state if wrapped is model else student_part(state)
-        write = lambda: export.save_student(
-            model, tokenizer, output, space.names, card(config, record), state, head and UncertaintyHead(**head)
-        )
-        on_first_process(lambda: write() and None)
+        state = engine.state_dict()
+        state, head = state if trained is model else student_part(state), None
+        write = lambda: export.save_student(model, tokenizer, output, space.names, card(config, record), state, head) and None
+        on_first_process(write)
+    if doubt is not None:
+        with clock("uncertainty head"):
+            head = on_first_process(lambda: fit_head(config, output, texts, doubt, method))
+            on_first_process(write)
     with clock("evaluate"):
         if config.eval is not None:
             record["metrics"] |= {"student": on_first_process(lambda: evaluate_student(config, output))}
-            on_first_process(lambda: write() and None)
+            on_first_process(write)
     record |= {"state": "complete", "seconds": clock.seconds}
     on_first_process(lambda: write_json(output / "run.json", record))
     on_first_process(lambda: export.discard_replaced(output))
@@ -259,11 +260,11 @@ def pool_weights(
     return weights * (1 - nobody_weights(sup, weights, neutral, config.seed)[:, None]) if config.coverage else weights
 
 
-def doubt_targets(config: RunConfig, sup: Supervision, space: LabelSpace) -> Doubt | None:
-    """What the uncertainty head learns; None without --uncertainty_head."""
+def doubt_targets(config: RunConfig, sup: Supervision, space: LabelSpace) -> np.ndarray | None:
+    """The ensemble's doubt of every text, [n] in (0, 1): the mean of its ranks; None without --uncertainty_head."""
     if not config.uncertainty_head:
         return None
-    return Doubt(doubt_ranks(sup.restrict(space), config.uncertainty, config.seed))
+    return doubt_ranks(sup.restrict(space), config.uncertainty, config.seed).mean(1)
 
 
 def begin_record(
@@ -341,10 +342,19 @@ def card(config: RunConfig, record: dict[str, Any]) -> export.Card:
     )
 
 
+def fit_head(config: RunConfig, output: Path, texts: TextSet, doubt: np.ndarray, method: Method) -> UncertaintyHead:
+    """The uncertainty head of the exported student, loaded as anybody would load it, from at most SAMPLE of the texts."""
+    rows = sample_rows(texts.example_ids, config.seed, SAMPLE)
+    model, tokenizer, names = load_model(output, device_of(config.device))
+    tokens = tokenize(tokenizer, [texts.texts[row] for row in rows], min(config.max_length, token_limit(model, tokenizer)))
+    options = {"token_budget": config.token_budget, "description": "uncertainty head", "forward": with_features(model)}
+    found = predict(model, tokens, **options).numpy()
+    logits, features = found[:, : len(names)], found[:, len(names) :]
+    return UncertaintyHead.fit(features, logits, doubt[rows], method.included.numpy()[rows])
+
+
 def evaluate_student(config: RunConfig, output: Path) -> dict[str, Any]:
     """Figures of the exported folder, loaded as anybody would load it, on --eval."""
-    from muka_fast.evaluate import evaluate
-
     options = ("text_column", "label_column", "max_length", "token_budget", "device", "label_map")
     return evaluate(EvalConfig(model=str(output), data=config.eval, **{name: getattr(config, name) for name in options}))
 

@@ -1,5 +1,6 @@
 """The uncertainty head: what it learns and how, what the student keeps of it, and how its doubt is told and measured."""
 
+import dataclasses
 import json
 import math
 
@@ -14,21 +15,12 @@ from sklearn.metrics import roc_curve
 
 import muka_fast
 from muka_fast import cli, export
-from muka_fast.aligned import AlignedStudent, AmalgamatedFeature
 from muka_fast.config import EvalConfig
 from muka_fast.coverage import doubt_ranks, ranks
-from muka_fast.doubt import (
-    FILE,
-    NAMES,
-    WEIGHT,
-    Doubt,
-    UncertainStudent,
-    UncertaintyHead,
-    auroc,
-    false_positive_rate,
-)
+from muka_fast.doubt import FILE, UncertaintyHead, auroc, false_positive_rate, logistic_scale, with_features
 from muka_fast.errors import UserError
 from muka_fast.evaluate import evaluate
+from muka_fast.pooled import classifier_layer
 
 LABELS = ["a", "b", "c"]
 
@@ -54,7 +46,7 @@ def test_a_doubtful_text_is_uncertain_and_far_from_every_teacher():
 
     sup, _, topic = foreign_pool(seed=1)
     found = doubt_ranks(restricted(sup), "mutual_information")
-    assert found.shape == (len(topic), len(NAMES)) and found.dtype == np.float32
+    assert found.shape == (len(topic), 2) and found.dtype == np.float32
     share = sup.mutual_information / torch.tensor(sup.class_counts).log()
     np.testing.assert_allclose(found[:, 0], ranks(share.min(-1).values.numpy()), atol=1e-3)
     assert auroc(found[:, 1], topic < 0) > 0.65
@@ -62,51 +54,59 @@ def test_a_doubtful_text_is_uncertain_and_far_from_every_teacher():
         doubt_ranks(restricted(foreign_pool(mc=False)[0]), "mutual_information")
 
 
-@given(cut=st.integers(1, 5), seed=st.integers(0, 2**16))
-def test_the_heads_gradient_does_not_depend_on_how_a_batch_is_split(cut, seed):
-    generator = torch.Generator().manual_seed(seed)
-    doubt = Doubt(torch.rand(9, 2, generator=generator).numpy())
-    rows, said = torch.randperm(9, generator=generator)[:6], torch.randn(6, 2, generator=generator)
-    grads = []
-    for parts in ([slice(0, 6)], [slice(0, cut), slice(cut, 6)]):
-        z = said.clone().requires_grad_()
-        for part in parts:
-            (doubt.loss(z[part], rows[part]).sum() / len(rows)).backward()
-        grads.append(z.grad)
-    torch.testing.assert_close(grads[0], grads[1])
-    expected = WEIGHT / 2 * (torch.sigmoid(said) - doubt.targets[rows]) / 6
-    torch.testing.assert_close(grads[0], expected)
+def fitted(seed=0, n=60, D=16, C=3, **options):
+    """A head of random features of C classes, with ranks that rise with the distance from them."""
+    rng = np.random.default_rng(seed)
+    classes, far = rng.integers(0, C, n), rng.uniform(0.2, 3, n)
+    features = (3 * rng.standard_normal((C, D))[classes] + far[:, None] * rng.standard_normal((n, D))).astype(np.float32)
+    logits = (4 * np.eye(C)[classes] + rng.standard_normal((n, C))).astype(np.float32)
+    return UncertaintyHead.fit(features, logits, ranks(far), **options), features, far
 
 
-def test_every_family_learns_it_and_the_student_feels_nothing(family, make_model, make_tokenizer, texts):
+def test_doubt_rises_with_the_distance_and_has_the_mean_of_the_ranks():
+    head, features, far = fitted()
+    doubt = head(torch.from_numpy(features))
+    assert ((doubt > 0) & (doubt < 1)).all() and doubt.mean() == pytest.approx(0.5, abs=1e-3)
+    assert np.corrcoef(doubt, far)[0, 1] > 0.5 and head.scale[2] > 0
+    assert (head(torch.from_numpy(30 * features)) > doubt.max()).all()
+    assert head(torch.from_numpy(20 * features)).unique().numel() > 50  # still told apart far outside
+
+
+def test_ranks_that_fall_with_the_distance_give_one_doubt_for_all():
+    distance = np.linspace(-3, 5, 40)
+    for told in (ranks(-distance), np.full(40, 0.3)):
+        *_, a, c = logistic_scale(distance, told)
+        assert abs(a) < 1e-9 and 1 / (1 + math.exp(-c)) == pytest.approx(told.mean())
+    *_, a, c = logistic_scale(np.full(40, 7.0), ranks(distance))
+    assert a == 0 and c == pytest.approx(0)
+
+
+@given(st.integers(0, 2**16))
+def test_a_head_hangs_on_the_texts_as_a_set_and_not_on_those_left_out(seed):
+    rng = np.random.default_rng(seed)
+    features, logits = rng.standard_normal((50, 6)).astype(np.float32), rng.standard_normal((50, 3)).astype(np.float32)
+    told, counts, order = ranks(rng.standard_normal(50)), rng.integers(0, 2, 50), rng.permutation(50)
+    counts[:4] = 1
+    one = UncertaintyHead.fit(features, logits, told, counts)(torch.from_numpy(features))
+    other = UncertaintyHead.fit(features[order], logits[order], told[order], counts[order])(torch.from_numpy(features))
+    torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    logits[counts == 0] *= 3  # what the Gaussians never saw
+    torch.testing.assert_close(UncertaintyHead.fit(features, logits, told, counts)(torch.from_numpy(features)), one)
+
+
+def test_the_feature_of_every_family_is_the_row_behind_the_logits(family, make_model, make_tokenizer, texts):
     tokenizer = make_tokenizer(family)
     inputs = dict(tokenizer(texts[:4], return_tensors="pt", padding=True, truncation=True, max_length=16))
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    student = make_model(family, LABELS, tokenizer=tokenizer)
-    model = UncertainStudent(student, student)
-    with torch.no_grad():
-        model.uncertainty_head.weight.normal_()
-    output = model(**inputs)
-    assert output.doubt.shape == (4, 2) and output.penalty is None and torch.equal(output.logits, student(**inputs).logits)
-    Doubt(np.full((4, 2), 0.9, np.float32)).loss(output.doubt, torch.arange(4)).sum().backward()
-    assert all(parameter.grad is None for parameter in student.parameters())
-    assert all(parameter.grad.abs().sum() > 0 for parameter in model.uncertainty_head.parameters())
-    assert all(parameter.base_lr == 1e-3 for parameter in model.uncertainty_head.parameters())
-    # The row behind the logits: what a text is padded with changes nothing.
-    alone = {name: value[:1, : int(inputs["attention_mask"][0].sum())] for name, value in inputs.items()}
-    torch.testing.assert_close(model(**alone).doubt[0], output.doubt[0], atol=1e-4, rtol=1e-4)
-
-
-def test_it_goes_round_the_modules_of_a_method_and_comes_off_again(make_model, make_tokenizer, texts):
-    student = make_model("bert", LABELS)
-    aligned = AlignedStudent(student, AmalgamatedFeature, (5, 3), 0)
-    model = UncertainStudent(aligned, student)
-    inputs = {"input_ids": torch.tensor([[2, 7, 3]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
-    output = model(teacher_features=torch.ones(1, 8), **inputs)
-    assert output.penalty.shape == (1,) and output.doubt.shape == (1, 2) and model.config is student.config
-    kept, head = UncertainStudent.split(model.state_dict())
-    assert kept.keys() == aligned.state_dict().keys() and head.keys() == {"weight", "bias"}
-    assert UncertainStudent.split(None) == (None, None)
+    model = make_model(family, LABELS, tokenizer=tokenizer)
+    with torch.inference_mode():
+        found, logits = with_features(model)(inputs), model(**inputs).logits
+        layer = classifier_layer(model)
+        torch.testing.assert_close(layer(found[:, 3:]), logits)
+        # What a text is padded with changes nothing.
+        alone = {name: value[:1, : int(inputs["attention_mask"][0].sum())] for name, value in inputs.items()}
+        torch.testing.assert_close(with_features(model)(alone)[0], found[0], atol=1e-4, rtol=1e-4)
+    assert torch.equal(found[:, :3], logits)
 
 
 # ---- beside the exported student ----
@@ -116,8 +116,7 @@ def test_it_goes_round_the_modules_of_a_method_and_comes_off_again(make_model, m
 def exported(tmp_path, make_model, make_tokenizer):
     """A student with a head, exported; the head."""
     model, tokenizer = make_model("bert", LABELS), make_tokenizer("bert")
-    generator = torch.Generator().manual_seed(0)
-    head = UncertaintyHead(torch.randn(2, 16, generator=generator), torch.randn(2, generator=generator))
+    head = fitted(D=model.classifier.in_features)[0]
     export.save_student(model, tokenizer, tmp_path / "out", LABELS, export.Card(title="merged"), head=head)
     return tmp_path / "out", model, head
 
@@ -128,14 +127,13 @@ def test_plain_transformers_never_sees_it_and_ours_reads_it_back(exported, texts
     answers = classify(texts[:6], truncation=True, max_length=32)
     found = muka_fast.Predictor(folder, max_length=32, token_budget=64).predict(texts[:6])
     again = UncertaintyHead.load(folder, model)
-    assert torch.equal(again.weight, head.weight) and torch.equal(again.bias, head.bias)
+    assert all(torch.equal(getattr(again, field.name), getattr(head, field.name)) for field in dataclasses.fields(head))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     for text, answer, prediction in zip(texts, answers, found, strict=False):
         assert prediction.label == answer["label"] and prediction.probability == pytest.approx(answer["score"], abs=1e-5)
         inputs = tokenizer(text, truncation=True, max_length=32, return_tensors="pt", return_token_type_ids=False)
         with torch.no_grad():
-            f = model.bert(**inputs).pooler_output[0]
-        expected = torch.sigmoid(head.weight @ f + head.bias).mean().item()
+            expected = head(model.bert(**inputs).pooler_output).item()
         assert prediction.doubt == pytest.approx(expected, abs=1e-5)
     assert muka_fast.Predictor(folder).predict([]) == []
 
@@ -146,18 +144,20 @@ def test_a_student_without_head_tells_no_doubt(make_teacher, texts):
 
 def rewrite(path, metadata=None, **changes):
     tensors = {name: value for name, value in (load_file(path) | changes).items() if value is not None}
-    save_file(tensors, path, {"format": "muka_fast uncertainty head 1", "outputs": json.dumps(NAMES)} | (metadata or {}))
+    save_file(tensors, path, {"format": "muka_fast uncertainty head 1"} | (metadata or {}))
 
 
 DAMAGE = {
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:-3]), "truncated or corrupt"),
     "no header": (lambda path: path.write_bytes(b"x"), "no safetensors header"),
-    "width": (lambda path: rewrite(path, weight=torch.zeros(2, 15)), "another student's"),
-    "name": (lambda path: rewrite(path, bias=None, other=torch.zeros(2)), "another student's"),
+    "width": (lambda path: rewrite(path, within=torch.zeros(15, 15)), "another student's"),
+    "classes": (lambda path: rewrite(path, class_means=torch.zeros(4, 16)), "another student's"),
+    "no class": (lambda path: rewrite(path, class_means=torch.zeros(0, 16)), "another student's"),
+    "scalar": (lambda path: rewrite(path, class_means=torch.zeros(())), "another student's"),
+    "name": (lambda path: rewrite(path, scale=None, other=torch.zeros(4)), "another student's"),
     "version": (lambda path: rewrite(path, {"format": "2"}), "no uncertainty head of this version"),
-    "outputs": (lambda path: rewrite(path, {"outputs": "[]"}), "no uncertainty head of this version"),
-    "nan": (lambda path: rewrite(path, bias=torch.full((2,), math.nan)), "not finite fp32"),
-    "type": (lambda path: rewrite(path, bias=torch.zeros(2, dtype=torch.float64)), "not finite fp32"),
+    "nan": (lambda path: rewrite(path, scale=torch.full((4,), math.nan)), "not finite fp32"),
+    "type": (lambda path: rewrite(path, scale=torch.zeros(4, dtype=torch.float64)), "not finite fp32"),
 }
 
 

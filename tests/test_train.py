@@ -664,21 +664,19 @@ def uncertainty_head(result: train.RunResult) -> dict[str, torch.Tensor]:
     return load_file(result.output / "uncertainty_head.safetensors")
 
 
-def test_the_uncertainty_head_hangs_on_no_layout(go, world):
-    """75 texts: the last batch of an epoch has 11. Stage 3 sums the gradient norm in another order."""
+def test_the_uncertainty_head_hangs_on_no_layout_and_the_student_feels_nothing(go, world):
     options = {"student": str(world / "plain_student"), "uncertainty_head": True}
-    whole = go("whole", ds=SMOOTH_ADAM, **options)
+    whole = go("whole", ds=SMOOTH_ADAM, eval=str(world / "texts.jsonl"), **options)
     head = uncertainty_head(whole)
-    assert head.keys() == {"weight", "bias"} and head["weight"].any()
-    layouts = [{"train_micro_batch_size_per_gpu": 4}, *({"zero_optimization": {"stage": stage}} for stage in (2, 3))]
-    for number, layout in enumerate(layouts):
+    assert set(whole.metrics["student"]["doubt"]) == {"uncertainty head", "softmax"}
+    for number, layout in enumerate([{"train_micro_batch_size_per_gpu": 4}, {"zero_optimization": {"stage": 3}}]):
         other = go(f"layout{number}", ds=SMOOTH_ADAM | layout, **options)
         assert losses(other) == pytest.approx(losses(whole), rel=1e-5, abs=1e-8)
-        assert largest_difference(weights(other), weights(whole)) < 1e-6
-        assert largest_difference(uncertainty_head(other), head) < 1e-3 * head["weight"].abs().max()
-    alone = go("alone", ds={**SMOOTH_ADAM, "gradient_clipping": 1e6}, **options | {"uncertainty_head": False})
-    free = go("free", ds={**SMOOTH_ADAM, "gradient_clipping": 1e6}, **options)
-    assert largest_difference(weights(free), weights(alone)) == 0  # unclipped, the student feels nothing of it
+        found = uncertainty_head(other)
+        torch.testing.assert_close(found["mean"], head["mean"], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found["scale"], head["scale"], atol=1e-2, rtol=1e-2)
+    alone = go("alone", ds=SMOOTH_ADAM, **options | {"uncertainty_head": False})
+    assert largest_difference(weights(whole), weights(alone)) == 0 and losses(whole) == losses(alone)
     assert not (alone.output / "uncertainty_head.safetensors").exists()
 
 
@@ -691,6 +689,11 @@ def test_a_run_with_an_uncertainty_head_resumes_bit_for_bit(go, stop_at, monkeyp
     monkeypatch.undo()
     with pytest.raises(UserError, match="uncertainty_head true -> false"):
         go("cut", resume=True, **options | {"uncertainty_head": False})
+    with monkeypatch.context() as patch:  # killed between the student and its head
+        patch.setattr(train, "fit_head", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            go("cut", resume=True, **options)
+    assert not (whole.output.parent / "cut" / "uncertainty_head.safetensors").exists()
     resumed = go("cut", resume=True, **options)
     assert losses(resumed) == losses(whole) and largest_difference(weights(resumed), weights(whole)) == 0
     assert largest_difference(uncertainty_head(resumed), uncertainty_head(whole)) == 0
@@ -711,13 +714,13 @@ def test_a_run_of_an_older_version_resumes_without_the_new_options(go, stop_at, 
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_uncertainty_head(go, world, tmp_path):
-    options = {"student": str(world / "plain_student"), "epochs": 1, "uncertainty_head": True}
-    alone = go("alone", ds=SMOOTH_ADAM, **options)
+    options = {"student": str(world / "plain_student"), "epochs": 1}
+    alone = go("alone", ds=SMOOTH_ADAM, uncertainty_head=True, **options)
     ds = {**SMOOTH_ADAM, "zero_optimization": {"stage": 3}}
-    codes, told = finish(run_processes(arguments(world, tmp_path, "pair", ds, options), 2))
+    codes, told = finish(run_processes(arguments(world, tmp_path, "pair", ds, options), 2, ("--uncertainty_head",)))
     assert codes == [0, 0], told
     pair = train.RunResult(tmp_path / "pair")
-    assert largest_difference(uncertainty_head(pair), uncertainty_head(alone)) < 1e-5
+    torch.testing.assert_close(uncertainty_head(pair)["scale"], uncertainty_head(alone)["scale"], atol=1e-2, rtol=1e-2)
     assert largest_difference(weights(pair), weights(alone)) < 1e-6
 
 
