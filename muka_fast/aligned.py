@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from muka_fast.pooled import head_input, pool
+from muka_fast.pooled import classifier_layer, head_input, last_feature
 
 LEARNING_RATE = 1e-3  # of these modules, as published
 RBF_WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the mean squared distance
@@ -102,11 +102,7 @@ class AlignedStudent(nn.Module):
         """alignment: built with weights that depend on `seed` alone."""
         super().__init__()
         self.student = student
-        layers = [module for module in student.modules() if isinstance(module, nn.Linear)]
-        # The output layer comes last; under ZeRO-3 no forward could be run here to see it.
-        self.output_layer = [layer for layer in layers if layer.out_features == student.config.num_labels][-1:]
-        if not self.output_layer:
-            raise TypeError(f"{type(student).__name__} has no linear output layer")
+        self.output_layer = [classifier_layer(student)]  # in a list: no second name for its weights
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.alignment = alignment(self.output_layer[0].in_features, teacher_widths)
@@ -121,9 +117,7 @@ class AlignedStudent(nn.Module):
         """teacher_features [B, sum D_i]; batch: what the student takes, input_ids and attention_mask among it."""
         with head_input(self.output_layer[0]) as seen:
             logits = self.student(**batch).logits
-        mask = batch["attention_mask"]
-        pad = self.student.config.get_text_config().pad_token_id
-        features = pool(seen[0], mask if pad is None else mask * (batch["input_ids"] != pad), "last")
+        features = last_feature(self.student, seen[0], batch["input_ids"], batch["attention_mask"])
         return StudentOutput(logits, self.alignment(features, teacher_features.to(features.dtype)).float())
 
 

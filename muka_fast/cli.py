@@ -40,6 +40,7 @@ COMMANDS = {
     "score": Command("supervision", config.ScoreConfig, "fill or complete the supervision store"),
     "train": Command("train", config.RunConfig, "merge teachers into one student"),
     "eval": Command("evaluate", config.EvalConfig, "measure a classifier on labelled texts"),
+    "predict": Command("predict", config.PredictConfig, "label texts, with the doubt of a student that learnt it"),
     "plan": Command("plan", config.PlanConfig, "plan memory, hours and disk of a merge on paper", reads_yaml=False),
     "report": Command("report", config.ReportConfig, "report on a finished run", "run", reads_yaml=False),
     "doctor": Command("doctor", config.DoctorConfig, "check this machine and the teachers", reads_yaml=False),

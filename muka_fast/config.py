@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from muka_fast.errors import UserError
 
 METHODS = ("muka-soft", "muka-hard", "muka-evidence", "muka-auto", "vkd", "uhc", "dfa", "cfl", "mean", "supervised", "oracle")
+RULED_METHODS = ("muka-evidence", "muka-auto")  # whose teachers are chosen over the whole pool
 UNCERTAINTIES = ("predictive_entropy", "mutual_information", "expected_entropy", "variance")
 FILES = "Models and files"
 GROUPS = (FILES, "Data", "Uncertainty", "Distillation", "Training", "Run")
@@ -187,6 +188,13 @@ class RunConfig(ScoringOptions):
         "deterministic", "teacher probabilities: of the plain forward or the mean of the passes", "Distillation"
     )
 
+    coverage: bool = option(
+        False, "leave out texts that belong to no teacher (muka-evidence and muka-auto with two teachers or more)", "Distillation"
+    )
+    uncertainty_head: bool = option(
+        False, "the student also learns the teachers' doubt, which muka-fast predict tells with every answer", "Distillation"
+    )
+
     epochs: int = option(3, "passes over the texts", "Training", ge=1, le=10_000)
     learning_rate: float = option(2e-5, "peak learning rate of AdamW", "Training", gt=0, le=1)
     batch_size: int = option(16, "texts per optimizer step, over all processes", "Training", ge=1, le=2**20)
@@ -205,6 +213,9 @@ class RunConfig(ScoringOptions):
     def _consistent(self) -> Self:
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")
+        if self.coverage and self.method not in RULED_METHODS:
+            way_out = " or ".join(RULED_METHODS)
+            raise ValueError(f"--coverage asks whose text it is, which --method {self.method} does not: take {way_out}")
         if self.one_pass and self.uncertainty in ("mutual_information", "variance") and self.method.startswith("muka"):
             reason = "--mc_samples 1" if self.mc else "--no-mc"
             way_out = "take more passes or predictive_entropy"
@@ -254,6 +265,14 @@ class EvalConfig(TextOptions, DeviceOptions):
     )
     # `json` is a method name of pydantic's models, hence the alias.
     json_output: bool = option(False, "print the figures as JSON", "Run", alias="json")
+
+
+class PredictConfig(TextOptions, DeviceOptions):
+    """Options of `muka-fast predict`."""
+
+    model: str = option(..., "classifier: folder or hub name; an uncertainty head beside it tells its doubt", FILES)
+    texts: str = option(..., "texts: .jsonl .json .csv .tsv .parquet .txt or a hub data set", FILES)
+    output: str | None = option(None, "new file for one JSON object per text (default: stdout)", FILES)
 
 
 class DemoConfig(Config):

@@ -5,7 +5,7 @@ n texts · C classes of the model.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from muka_fast import adapters, checkpoint
 from muka_fast.console import log, progress
 from muka_fast.data import Tokens, collate, read_texts, token_budget_batches, tokenize
+from muka_fast.doubt import UncertaintyHead, auroc, false_positive_rate, with_head
 from muka_fast.errors import UserError
 from muka_fast.first_token import first_token_only
 from muka_fast.labels import read_label_map, rename_labels
@@ -70,11 +71,13 @@ def predict(
     pad_id: int | None = None,
     token_budget: int = 8192,
     description: str | None = None,
+    forward: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
 ) -> Tensor:
     """Logits of every text, fp32 [n, C] on the CPU, in the order of the texts; batches are cut by length.
 
     model: a Hugging Face classifier; its mode (train, eval) is the same afterwards. pad_id: default config.pad_token_id.
-    token_budget: padded tokens per forward. description: shows progress under this name.
+    token_budget: padded tokens per forward. description: shows progress under this name. forward: what is kept of a batch instead
+    of its logits, [B, anything].
     Raises UserError for the first text whose logits are not numbers.
     """
     pad_id = model.config.get_text_config().pad_token_id if pad_id is None else pad_id
@@ -87,7 +90,7 @@ def predict(
         with torch.inference_mode(), first_token_only(model):
             for rows in progress(batches, description, "batches") if description else batches:
                 inputs = {name: value.to(device) for name, value in collate(tokens, rows, pad_id or 0).items()}
-                found = model(**inputs).logits.float().cpu()
+                found = (model(**inputs).logits if forward is None else forward(inputs)).float().cpu()
                 logits = torch.empty(len(tokens), found.shape[1]) if logits is None else logits
                 logits[torch.from_numpy(rows)] = found
     finally:
@@ -222,7 +225,8 @@ def teacher_blocks(folder: Path) -> list[dict[str, Any]]:
 def evaluate(config: "EvalConfig") -> dict[str, Any]:
     """Figures of `config.model` on `config.data`; texts with a label unknown to the model are left out and counted.
 
-    Adds model, data, num_unknown and unknown_labels (label -> texts) to the figures of `metrics`.
+    Adds model, data, num_unknown and unknown_labels (label -> texts) to the figures of `metrics`, and `doubt_figures` as doubt where
+    the model has an uncertainty head.
     Raises UserError where no label of the data is a class of the model.
     """
     model, tokenizer, names = load_model(config.model, device_of(config.device))
@@ -234,7 +238,8 @@ def evaluate(config: "EvalConfig") -> dict[str, Any]:
         limit=config.limit,
         split="test",
     )
-    teachers = teacher_blocks(checkpoint.resolve_folder(config.model, "--model"))
+    folder = checkpoint.resolve_folder(config.model, "--model")
+    teachers = teacher_blocks(folder)
     owners = [{"name": teacher["name"], "labels": teacher["own_labels"]} for teacher in teachers]
     renamed = rename_labels(texts.labels, read_label_map(config.label_map) if config.label_map else None, owners)
     index = {name: c for c, name in enumerate(names)}
@@ -255,14 +260,39 @@ def evaluate(config: "EvalConfig") -> dict[str, Any]:
             len(texts),
             ", ".join(list(unknown)[:5]),
         )
-    rows = np.flatnonzero(known)
+    head = None if adapters.is_adapter(folder) else UncertaintyHead.load(folder, model)
+    rows = np.flatnonzero(known) if head is None else np.arange(len(texts))  # doubt is measured on unknown labels as well
     max_length = min(config.max_length, token_limit(model, tokenizer))
     tokens = tokenize(tokenizer, [texts.texts[row] for row in rows], max_length)
-    logits = predict(model, tokens, token_budget=config.token_budget, description="predicting")
-    labels = [index[renamed[row]] for row in rows]
+    forward = None if head is None else with_head(model, head)
+    found = predict(model, tokens, token_budget=config.token_budget, description="predicting", forward=forward)
+    mine = known[rows]
+    logits, labels = found[mine, : len(names)], [index[renamed[row]] for row in rows[mine]]
     figures = metrics(logits, labels, names, teachers)
-    head = {"model": str(config.model), "data": str(config.data), "num_unknown": sum(unknown.values())}
-    return head | {"unknown_labels": unknown} | figures
+    if head is not None:
+        doubt, wrong = found[:, len(names)].numpy(), np.ones(len(rows), bool)
+        wrong[mine] = logits.argmax(-1).numpy() != labels
+        figures["doubt"] = doubt_figures(doubt, -torch.softmax(found[:, : len(names)], -1).amax(-1).numpy(), wrong, ~mine)
+    told = {"model": str(config.model), "data": str(config.data), "num_unknown": sum(unknown.values())}
+    return told | {"unknown_labels": unknown} | figures
+
+
+def doubt_figures(doubt: np.ndarray, softmax: np.ndarray, wrong: np.ndarray, unknown: np.ndarray) -> dict[str, dict[str, Any]]:
+    """How well the uncertainty head tells wrong answers, and texts with unknown labels, and how well the softmax does so alone.
+
+    doubt, softmax (largest probability, negative) [n], high = doubtful; wrong, unknown bool [n]: the answer is not the label, the
+    label is no class of the model. AUROC of wrong among the known, AUROC and FPR at 95 % of unknown against known; None where
+    there is one kind only.
+    """
+    known = ~unknown
+    return {
+        name: {
+            "wrong_auroc": auroc(values[known], wrong[known]),
+            "unknown_auroc": auroc(values, unknown),
+            "unknown_fpr95": false_positive_rate(values, unknown),
+        }
+        for name, values in (("uncertainty head", doubt), ("softmax", softmax))
+    }
 
 
 def print_tables(figures: dict[str, Any]) -> None:
@@ -288,6 +318,8 @@ def print_tables(figures: dict[str, Any]) -> None:
     blocks = figures.get("per_teacher_block")
     if blocks:
         show("Per teacher", ("num_classes", "support", "accuracy", "in_block", "within_block"), list(blocks.items()))
+    if "doubt" in figures:
+        show("Doubt, per measure", ("wrong_auroc", "unknown_auroc", "unknown_fpr95"), list(figures["doubt"].items()))
     show("Per class", ("support", "precision", "recall", "f1"), list(figures["per_class"].items()))
 
 

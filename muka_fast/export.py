@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import torch
@@ -27,6 +27,9 @@ import yaml
 from muka_fast import __version__
 from muka_fast.errors import UserError
 from muka_fast.teachers import settle_padding, token_limit
+
+if TYPE_CHECKING:
+    from muka_fast.doubt import UncertaintyHead
 
 log = logging.getLogger("muka_fast")
 
@@ -168,12 +171,14 @@ def save_student(
     labels: Sequence[str],
     card: Card,
     state_dict: Mapping[str, torch.Tensor] | None = None,
+    head: "UncertaintyHead | None" = None,
 ) -> Path:
     """Write the student into `output` as a folder that plain transformers loads; returns `output`.
 
     labels: names of the C classes in the order of the logits. state_dict: the weights where the model itself does not hold
-    them whole (ZeRO-3). Sets names, problem type and padding in the model's configuration. Raises UserError where the disk
-    is full or cannot be written (nothing that was there is touched) and ValueError where labels and head do not fit.
+    them whole (ZeRO-3). head: travels beside the student in a file of its own. Sets names, problem type and padding in the
+    model's configuration. Raises UserError where the disk is full or cannot be written (nothing that was there is touched)
+    and ValueError where labels and head do not fit.
     """
     output = Path(output).expanduser()
     set_labels(model, labels)
@@ -186,6 +191,8 @@ def save_student(
         model.save_pretrained(partial, state_dict=None if state_dict is None else dict(state_dict))
         if state_dict is not None:
             _set_dtype(partial / "config.json", state_dict)
+        if head is not None:
+            head.save(partial)
         open_weights(partial)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(render_card(card, labels, output.resolve().name), encoding="utf-8")

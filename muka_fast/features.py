@@ -61,7 +61,8 @@ def teacher_features(
                 "`muka-fast score` again with the same options, to complete the store"
             )
         if not tensors[FEATURES].shape[1]:
-            raise UserError(f"{path}: the head of teacher {name!r} has no features to read; choose another --method")
+            way_out = "choose another --method, and no --uncertainty_head"
+            raise UserError(f"{path}: the head of teacher {name!r} has no features to read; {way_out}")
         return tensors[FEATURES]
 
     return Features(ranges, features)

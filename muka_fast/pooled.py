@@ -30,6 +30,27 @@ def output_layer(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
     return None
 
 
+def classifier_layer(model: nn.Module) -> nn.Linear:
+    """The output layer of a classifier by its place alone: under ZeRO-3 no forward could be run to see it (`output_layer`).
+
+    Raises TypeError where the model has no linear layer as wide as its labels.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    fitting = [layer for layer in layers if layer.out_features == model.config.num_labels]
+    if not fitting:
+        raise TypeError(f"{type(model).__name__} has no linear output layer")
+    return fitting[-1]
+
+
+def last_feature(model: nn.Module, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The feature [B, D] behind the logits of a student, padding on the right, from what entered its output layer.
+
+    seen [B, D] or, of heads that run over all tokens, [B, L, D]; input_ids, attention_mask [B, L].
+    """
+    pad = model.config.get_text_config().pad_token_id
+    return pool(seen, attention_mask if pad is None else attention_mask * (input_ids != pad), "last")
+
+
 @contextmanager
 def head_input(layer: nn.Linear | None) -> Iterator[list[Tensor]]:
     """A list that receives what enters the layer in its first call inside the block; it stays empty without a layer."""

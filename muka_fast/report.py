@@ -75,6 +75,7 @@ def render(record: dict[str, Any], metrics: Sequence[dict[str, Any]], name: str)
         num_classes=len(classes),
         supervision=supervision,
         sampling=record.get("sampling"),
+        coverage=record.get("coverage"),
         others={key: value for key, value in record.get("metrics", {}).items() if isinstance(value, (int, float))},
         last=metrics[-1] if metrics else None,
         loss_chart=chart(draw_loss, metrics) if metrics else None,

@@ -32,7 +32,7 @@ log = logging.getLogger("muka_fast")
 IDENTITY_OPTIONS = (
     "method", "margin", "normalize_margin", "uncertainty", "score_temperature", "kd_temperature", "target", "mc",
     "mc_samples", "mc_scope", "mc_dropout_p", "mc_stop", "epochs", "learning_rate", "batch_size", "warmup_ratio",
-    "weight_decay", "max_grad_norm", "max_length", "seed",
+    "weight_decay", "max_grad_norm", "max_length", "seed", "coverage", "uncertainty_head",
 )
 # What a complete run read; compared by name, so that its --resume stays instant.
 INPUT_OPTIONS = ("texts", "text_column", "label_column", "limit", "student", "neutral_encoder", "label_map")
@@ -128,7 +128,9 @@ def refuse_other(output: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> 
     """Raises UserError, with the differences, where `mine` is not what the run in `output` was begun with."""
     mine = json.loads(json.dumps(mine))
     shown = lambda value: value[:12] if isinstance(value, str) and len(value) == 64 else json.dumps(value, ensure_ascii=False)[:80]
-    differing = [f"{key} {shown(theirs.get(key))} -> {shown(mine[key])}" for key in mine if theirs.get(key) != mine[key]]
+    # An option that an older version did not have was off there.
+    told = {key: theirs.get(key, False if isinstance(mine[key], bool) else None) for key in mine}
+    differing = [f"{key} {shown(told[key])} -> {shown(mine[key])}" for key in mine if told[key] != mine[key]]
     if differing:
         raise UserError(
             f"--resume: the run in {output} was begun with other input ({'; '.join(differing)}); "
@@ -153,7 +155,7 @@ def complete_run(config: "RunConfig", ds_config: dict[str, Any]) -> dict[str, An
         elif not before.get("teachers") and not now["teachers"]:
             names.append("store")
         mine = {name: now[name] for name in names} | ds_identity(ds_config)
-        theirs = {name: before.get(name) for name in names}
+        theirs = {name: before[name] for name in names if name in before}
         refuse_other(output, theirs | {key: done.get("identity", {}).get(key) for key in ds_identity(ds_config)}, mine)
         if before.get("eval") != now["eval"]:
             log.warning("%s was evaluated on %s; for %s use `muka-fast eval`", output, before.get("eval"), now["eval"])
@@ -197,6 +199,22 @@ def supervision_summary(method: "Method", sup: "Supervision", space: "LabelSpace
     }
 
 
+def coverage_summary(method: "Method", texts: "TextSet") -> dict[str, Any]:
+    """How many texts belong to no teacher, and some of them: what the teachers together do not cover."""
+    rows = torch.nonzero(method.included == 0).flatten().tolist()
+    shown = rows[:: max(1, len(rows) // EXAMPLES)][:EXAMPLES]
+    return {
+        "texts": len(rows),
+        "share": len(rows) / len(texts),
+        "examples": [{"example_id": int(texts.example_ids[row]), "text": shorten(texts.texts[row])} for row in shown],
+    }
+
+
+def shorten(text: str) -> str:
+    """The text, cut where it is long."""
+    return text if len(text) <= EXAMPLE_CHARACTERS else text[:EXAMPLE_CHARACTERS] + " …"
+
+
 def example(
     row: int, selected: Tensor, margin: Tensor, sup: "Supervision", space: "LabelSpace", texts: "TextSet"
 ) -> dict[str, Any]:
@@ -205,10 +223,9 @@ def example(
     start, stop = space.offsets[teacher], space.offsets[teacher + 1]
     probs = torch.softmax(sup.restrict(space).logits[row, start:stop], -1)
     best = int(probs.argmax())
-    text = texts.texts[row]
     return {
         "example_id": int(texts.example_ids[row]),
-        "text": text if len(text) <= EXAMPLE_CHARACTERS else text[:EXAMPLE_CHARACTERS] + " …",
+        "text": shorten(texts.texts[row]),
         "teacher": space.teacher_names[teacher],
         "margin": float(margin[row]),
         "says": space.teacher_labels[teacher][best],

@@ -40,10 +40,15 @@ UNCERTAINTY: dict[str, Callable[[Supervision], Tensor]] = {
 
 
 def teacher_scores(sup: Supervision, uncertainty: str = "predictive_entropy") -> Tensor:
-    """Teacher scores s = 1 - u [n, N] in [0, 1], high = trust (MUKA, section 3.2).
+    """Teacher scores s = 1 - u [n, N] in [0, 1], high = trust (MUKA, section 3.2); u as in `uncertainties`."""
+    return 1 - uncertainties(sup, uncertainty)
 
-    u is the measure over its upper bound: entropies over ln C_i, variance (summed over classes) over 1 - 1/C_i; u = 0
-    where C_i = 1. C_i and the measure are those of the teacher's full label set, also where a label map drops some of
+
+def uncertainties(sup: Supervision, uncertainty: str) -> Tensor:
+    """Uncertainty u [n, N] of each teacher in [0, 1]: a measure over its upper bound.
+
+    Entropies over ln C_i, variance (summed over classes) over 1 - 1/C_i; u = 0 where
+    C_i = 1. C_i and the measure are those of the teacher's full label set, also where a label map drops some of
     its columns. Raises UserError for an unknown measure, or one that is zero everywhere because a teacher was scored
     by a single pass.
     """
@@ -56,7 +61,7 @@ def teacher_scores(sup: Supervision, uncertainty: str = "predictive_entropy") ->
                     f"--uncertainty {uncertainty} needs two Monte-Carlo passes, but teacher {teacher['name']!r} "
                     "was scored by one: use --mc with --mc_samples 2 or more, or --uncertainty predictive_entropy"
                 )
-    return 1 - UNCERTAINTY[uncertainty](sup)
+    return UNCERTAINTY[uncertainty](sup)
 
 
 def choices(given: str, table: Iterable[str]) -> str:

@@ -25,10 +25,14 @@ from muka_fast.adaptive import sampling_summary
 from muka_fast.aligned import student_part
 from muka_fast.config import EvalConfig, RunConfig, load_config
 from muka_fast.console import log_file, setup_logging
+from muka_fast.coverage import doubt_ranks, nobody_weights
 from muka_fast.data import TextSet, read_texts, tokenize
+from muka_fast.doubt import UncertaintyHead, with_features
 from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine, init_distributed, resolve_device
 from muka_fast.errors import UserError
+from muka_fast.evaluate import evaluate, load_model, predict
+from muka_fast.evidence import SAMPLE, sample_rows
 from muka_fast.export import LABELLED_METHODS
 from muka_fast.first_token import first_token_only
 from muka_fast.group import on_first_process, shut_down, told_once
@@ -39,7 +43,7 @@ from muka_fast.neutral import name_features, neutral_features
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.snapshots import write_json
 from muka_fast.student import checkpoint_activations, encoder_fingerprint, load_student
-from muka_fast.supervision import Supervision, check_sites, fill_store, open_store, option_values
+from muka_fast.supervision import Supervision, check_sites, device_of, fill_store, open_store, option_values
 from muka_fast.teachers import check_teachers, teacher_names, token_limit
 
 log = logging.getLogger("muka_fast")
@@ -104,6 +108,7 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
         on_first_process(lambda: check_labels(config, sup.teachers, space, label_map))
     with clock("select teachers"):
         weights = on_first_process(lambda: pool_weights(config, sup, space, texts, output))
+        doubt = on_first_process(lambda: doubt_targets(config, sup, space))
     with told_once():
         method = build_method(config, sup, space, labels, weights)
 
@@ -124,16 +129,23 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
 
     record["metrics"] = supervision_metrics(method, labels, space)
     record["supervision"] = runinfo.supervision_summary(method, sup, space, texts)
+    if config.coverage:
+        record["coverage"] = runinfo.coverage_summary(method, texts)
     if sup.num_samples is not None:
         record["sampling"] = sampling_summary(sup.num_samples, sup.teachers[0]["mc_samples"])
     with clock("export"):
         state = engine.state_dict()
-        state = state if trained is model else student_part(state)
-        on_first_process(lambda: export.save_student(model, tokenizer, output, space.names, card(config, record), state) and None)
+        state, head = state if trained is model else student_part(state), None
+        write = lambda: export.save_student(model, tokenizer, output, space.names, card(config, record), state, head) and None
+        on_first_process(write)
+    if doubt is not None:
+        with clock("uncertainty head"):
+            head = on_first_process(lambda: fit_head(config, output, texts, doubt, method))
+            on_first_process(write)
     with clock("evaluate"):
         if config.eval is not None:
             record["metrics"] |= {"student": on_first_process(lambda: evaluate_student(config, output))}
-            on_first_process(lambda: export.save_student(model, tokenizer, output, space.names, card(config, record), state) and None)
+            on_first_process(write)
     record |= {"state": "complete", "seconds": clock.seconds}
     on_first_process(lambda: write_json(output / "run.json", record))
     on_first_process(lambda: export.discard_replaced(output))
@@ -239,7 +251,8 @@ def supervise(config: RunConfig, texts: TextSet, output: Path) -> Supervision:
     store = store_folder(config, output)
     if not config.teachers:
         return open_store(store, texts, option_values(config))
-    return fill_store(store, config.teachers, texts, config, ShardQueue(group=True), METHODS[config.method].needs_features)
+    needs_features = METHODS[config.method].needs_features or config.uncertainty_head
+    return fill_store(store, config.teachers, texts, config, ShardQueue(group=True), needs_features)
 
 
 def store_folder(config: RunConfig, output: Path) -> Path:
@@ -255,13 +268,21 @@ def neutral_encoder(config: RunConfig) -> str | None:
 def pool_weights(
     config: RunConfig, sup: Supervision, space: LabelSpace, texts: TextSet, output: Path
 ) -> np.ndarray | None:
-    """The teachers' weights [n, N] by the method's rule over the pool; None where the method has none."""
+    """The teachers' weights [n, N] by the method's rule over the pool, less that of "no teacher"; None where it has no rule."""
     rule = METHODS[config.method].rule
     if rule is None:
         return None
     encoder = neutral_encoder(config)
-    neutral = neutral_features(store_folder(config, output), encoder, texts, config)
-    return rule(sup.restrict(space), neutral, config.seed, lambda: name_features(encoder, space.names, config))
+    neutral, sup = neutral_features(store_folder(config, output), encoder, texts, config), sup.restrict(space)
+    weights = rule(sup, neutral, config.seed, lambda: name_features(encoder, space.names, config))
+    return weights * (1 - nobody_weights(sup, weights, neutral, config.seed)[:, None]) if config.coverage else weights
+
+
+def doubt_targets(config: RunConfig, sup: Supervision, space: LabelSpace) -> np.ndarray | None:
+    """The ensemble's doubt of every text, [n] in (0, 1): the mean of its ranks; None without --uncertainty_head."""
+    if not config.uncertainty_head:
+        return None
+    return doubt_ranks(sup.restrict(space), config.uncertainty, config.seed).mean(1)
 
 
 def begin_record(
@@ -330,20 +351,30 @@ def card(config: RunConfig, record: dict[str, Any]) -> export.Card:
     """The model card's content."""
     metrics = {name: value for name, value in record["metrics"].items() if name != "student"}
     student = record["metrics"].get("student", {})
+    holes = {"texts that belong to no teacher, left out": record["coverage"]["texts"]} if "coverage" in record else {}
     return export.Card(
         title=Path(config.output).resolve().name,
         base_model=config.student,
         teachers=record["teachers"],
         options={name: getattr(config, name) for name in runinfo.IDENTITY_OPTIONS},
-        data=record["data"],
+        data=record["data"] | holes,
         metrics=metrics | {name: student[name] for name in ("accuracy", "macro_f1", "nll", "ece") if name in student},
     )
 
 
+def fit_head(config: RunConfig, output: Path, texts: TextSet, doubt: np.ndarray, method: Method) -> UncertaintyHead:
+    """The uncertainty head of the exported student, loaded as anybody would load it, from at most SAMPLE of the texts."""
+    rows = sample_rows(texts.example_ids, config.seed, SAMPLE)
+    model, tokenizer, names = load_model(output, device_of(config.device))
+    tokens = tokenize(tokenizer, [texts.texts[row] for row in rows], min(config.max_length, token_limit(model, tokenizer)))
+    options = {"token_budget": config.token_budget, "description": "uncertainty head", "forward": with_features(model)}
+    found = predict(model, tokens, **options).numpy()
+    logits, features = found[:, : len(names)], found[:, len(names) :]
+    return UncertaintyHead.fit(features, logits, doubt[rows], method.included.numpy()[rows])
+
+
 def evaluate_student(config: RunConfig, output: Path) -> dict[str, Any]:
     """Figures of the exported folder, loaded as anybody would load it, on --eval."""
-    from muka_fast.evaluate import evaluate
-
     options = ("text_column", "label_column", "max_length", "token_budget", "device", "label_map")
     return evaluate(EvalConfig(model=str(output), data=config.eval, **{name: getattr(config, name) for name in options}))
 

@@ -16,8 +16,11 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import torch
+from torch import nn
 
 hooks = contextlib.nullcontext()
 if __name__ == "__main__":
@@ -28,6 +31,7 @@ with hooks:  # coverage guides what is tried next
     from muka_fast import checkpoint
     from muka_fast.config import RunConfig, load_config
     from muka_fast.data import read_texts
+    from muka_fast.doubt import UncertaintyHead
     from muka_fast.errors import UserError
     from muka_fast.labels import build_label_space, read_label_map
     from muka_fast.snapshots import damage
@@ -136,10 +140,26 @@ def model_config(content: bytes) -> None:
         assert all(isinstance(label, str) for label in labels)
 
 
+@cache
+def student() -> nn.Module:
+    """As much of a student as its uncertainty head is held to: an output layer of two labels over three features."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    model.config = SimpleNamespace(num_labels=2)
+    return model
+
+
+def head(content: bytes) -> None:
+    path = place("student/uncertainty_head.safetensors", content)
+    with one_line_at_most(path):
+        said = UncertaintyHead.load(path.parent, student())(torch.ones(1, 3))
+        assert said.shape == (1,) and not (said < 0).any() and not (said > 1).any()
+
+
 TARGETS = {
     "jsonl": texts_of("rows.jsonl"), "json": texts_of("rows.json"), "csv": texts_of("rows.csv"), "tsv": texts_of("rows.tsv"),
     "txt": texts_of("rows.txt"), "gz": texts_of("rows.jsonl.gz"), "parquet": texts_of("rows.parquet"), "manifest": manifest,
     "shard": shard, "state": checkpoint_state, "config": config, "labels": label_map, "weights": weights, "model": model_config,
+    "head": head,
 }  # fmt: skip
 
 
@@ -166,6 +186,9 @@ def example(target: str) -> bytes:
         place("rows.jsonl", lines)
         merge_manifest(folder, read_texts(Path(FOLDER.name) / "rows.jsonl"), 64)
         return (folder / "manifest.json").read_bytes()
+    if target == "head":
+        UncertaintyHead(torch.zeros(3), torch.eye(3), torch.eye(3), torch.ones(2, 3), torch.ones(4)).save(Path(FOLDER.name))
+        return (Path(FOLDER.name) / "uncertainty_head.safetensors").read_bytes()
     header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
     return {
         "jsonl": lines,

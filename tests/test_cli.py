@@ -35,6 +35,7 @@ REQUIRED = {
     "score": ["--teachers", "a", "b", "--texts", "t", "--output", "o"],
     "train": [],
     "eval": ["--model", "m", "--data", "d"],
+    "predict": ["--model", "m", "--texts", "t"],
     "report": ["runs/x"],
     "doctor": [],
     "plan": ["--teachers", "a", "--student", "s", "--num_texts", "9"],

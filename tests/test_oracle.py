@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from muka_fast.config import RunConfig
+from muka_fast.doubt import UncertaintyHead
 from muka_fast.labels import build_label_space
 from muka_fast.methods import build_method, vote_accuracy
 from muka_fast.ops.mc_statistics import mc_statistics
@@ -487,3 +488,40 @@ def test_a_student_may_give_no_probability_where_the_target_has_none():
     for method in ("muka-hard", "muka-soft", "vkd", "uhc"):
         loss = run_method(RunConfig(method=method, margin=False, mc=False), sup, case, student)[3]
         assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def o_doubt(f, mean, covariance, background, means, m, d, a, c):
+    """sigmoid(a arsinh((s - m) / d) + c), s = min_c maha(f; mu_c, S) - maha(f; mu, S0)."""
+    maha = lambda x, S: float(x @ np.linalg.inv(S) @ x)
+    s = min(maha(f - mu, covariance) for mu in means) - maha(f - mean, background)
+    z = a * math.asinh((s - m) / d) + c
+    return s, 1 / (1 + math.exp(-z)) if z > 0 else math.exp(z) / (1 + math.exp(z))
+
+
+@slow_inputs
+@given(st.integers(12, 40), st.integers(2, 5), st.integers(1, 4), st.integers(0, 2**16))
+def test_uncertainty_head(n, D, C, seed):
+    """The Gaussians of the features, each text counting (top probability)^4, and the a, c of least cross-entropy to the ranks."""
+    rng = np.random.default_rng(seed)
+    features, logits = rng.standard_normal((n, D)), 2 * rng.standard_normal((n, C))
+    ranks = rng.uniform(0.05, 0.95, n)
+    head = UncertaintyHead.fit(features.astype(np.float32), logits.astype(np.float32), ranks)
+    weight = np.array([max(o_softmax(list(row))) ** 4 for row in logits])
+    weight /= weight.mean()
+    predicted = logits.argmax(1)
+    mean = (weight[:, None] * features).sum(0) / n
+    of_class = {c: np.average(features[predicted == c], axis=0, weights=weight[predicted == c]) for c in set(predicted.tolist())}
+    ridge = lambda S: S + 0.1 * np.mean(np.diag(S)) * np.eye(D)
+    around = lambda centre: ridge(sum(weight[b] * np.outer(x := features[b] - centre(b), x) for b in range(n)) / n)
+    covariance, background = around(lambda b: of_class[int(predicted[b])]), around(lambda b: mean)
+    m, d, a, c = head.scale.tolist()
+    found = head(torch.from_numpy(features)).tolist()
+    told = [o_doubt(f, mean, covariance, background, of_class.values(), m, d, a, c) for f in features]
+    close(found, [doubt for _, doubt in told], 1e-3)
+    s = np.array([s for s, _ in told])
+    if len(of_class) > 1:
+        assert abs(m - s.mean()) < 1e-3 * (1 + abs(m)) and abs(d - s.std()) < 1e-3 * (1 + d)
+    residual = np.array([doubt for _, doubt in told]) - ranks
+    assert abs(residual.mean()) < 1e-3 and a >= 0
+    slope = np.mean(residual * np.arcsinh((s - m) / d))
+    assert slope > -1e-3 if a == 0 else abs(slope) < 1e-3  # the gradient in a is zero, or would lead below zero

@@ -33,6 +33,7 @@ def record() -> dict:
         "layout": {"processes": 2},
         "versions": {"torch": NASTY},
         "seconds": {"train": 12.5},
+        "coverage": {"texts": 1, "share": 1 / 1200, "examples": [{"example_id": 7, "text": NASTY}]},
         "metrics": {"student": figures, "selection_accuracy": 0.9, "target_accuracy": 0.8},
         "supervision": {
             "source": "muka-soft",
@@ -131,3 +132,12 @@ def test_written_beside_the_run_and_damaged_files_are_told(record, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         report.write_report(tmp_path)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_coverage_hole_is_told_and_only_where_it_was_asked_for(record):
+    page = report.render(record, metrics(5), "run")
+    assert "Coverage hole" in page and "1 text belongs to no teacher (0.1 %)" in page
+    record["coverage"] = {"texts": 0, "share": 0.0, "examples": []}
+    assert "0 texts belong to no teacher (0.0 %)" in report.render(record, metrics(5), "run")
+    del record["coverage"]
+    assert "Coverage hole" not in report.render(record, metrics(5), "run")

@@ -1,0 +1,174 @@
+"""--uncertainty_head: the student learns how much its teachers doubt, and tells it in the forward that gives the logits.
+
+From the finished student's features f, which its output layer reads, and the classes c that it predicts, over the training texts:
+
+    s = maha(f; mu_c, S) of the nearest class - maha(f; mu, S0)     relative Mahalanobis distance (Ren et al., 2021; evidence.py)
+    doubt = sigmoid(a arsinh((s - m) / d) + c)                      m, d: mean and standard deviation of s over the texts
+
+where a >= 0 and c minimise the sum over the texts of -r ln doubt - (1 - r) ln(1 - doubt), r in (0, 1) being the ensemble's doubt:
+the mean of two ranks in the pool (coverage.doubt_ranks). So doubt is on the ensemble's scale, and outside of the pool it follows the
+distance; arsinh, as distances there are tens of d, where the sigmoid would give 1 to all. An affine map from f to r, trained beside
+the student, fits the pool well and tells nothing of other texts (README). A text counts (top probability of the student)^4, one that
+belongs to no teacher (--coverage) not at all.
+
+Nothing of it reaches the student's weights. It travels beside the student in FILE; plain transformers never sees it.
+
+n texts · B texts of a batch · D width of f · C classes of the student, G of them predicted at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from muka_fast import checkpoint
+from muka_fast.errors import UserError
+from muka_fast.pooled import classifier_layer, head_input, last_feature
+
+FILE = "uncertainty_head.safetensors"
+FORMAT = "muka_fast uncertainty head 1"
+CERTAINTY = 4.0  # power of the top probability in the weights of the Gaussians, as for the teachers'
+STEPS = 50  # of Newton's method, which needs about six
+
+
+@dataclass(frozen=True)
+class UncertaintyHead:
+    """The Gaussians of a student's features and the map to doubt, fp32."""
+
+    mean: Tensor  # mu [D]
+    within: Tensor  # W [D, D], W W^T = S^-1
+    background: Tensor  # [D, D], W W^T = S0^-1
+    class_means: Tensor  # (mu_c - mu) W [G, D]
+    scale: Tensor  # m, d, a, c [4]
+
+    @classmethod
+    def fit(cls, features: np.ndarray, logits: np.ndarray, ranks: np.ndarray, counts: np.ndarray | None = None) -> UncertaintyHead:
+        """features [n, D], logits [n, C] of the student; ranks [n] in (0, 1), the ensemble's doubt; counts [n] of 0 and 1: texts
+        that the Gaussians are fitted on (default: all)."""
+        # Here, as it brings scikit-learn, which is slow to import and which no prediction needs.
+        from muka_fast.evidence import RelativeMahalanobis
+
+        top = np.exp(logits.max(1) - np.logaddexp.reduce(logits.astype(np.float64), axis=1)) ** CERTAINTY
+        used = np.ones(len(logits), bool) if counts is None else counts > 0
+        gaussians = RelativeMahalanobis.fit(features[used], logits[used].argmax(1), top[used])
+        parts = (gaussians.mean, gaussians.within, gaussians.background, gaussians.class_means)
+        scale = logistic_scale(-gaussians.scores(features.astype(np.float32)), ranks)
+        return cls(*map(torch.from_numpy, parts), torch.from_numpy(scale.astype(np.float32)))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """doubt [B] in [0, 1]; features [B, D] of any float type."""
+        mean, within, background, classes, scale = (getattr(self, field.name).to(features.device) for field in fields(self))
+        centred = features.float() - mean
+        inside = centred @ within
+        nearest = inside.square().sum(1) + (classes.square().sum(1) - 2 * inside @ classes.T).amin(1)
+        distance = nearest - (centred @ background).square().sum(1)
+        return torch.sigmoid(scale[2] * torch.asinh((distance - scale[0]) / scale[1]) + scale[3])
+
+    def save(self, folder: Path) -> None:
+        """Write FILE into a folder."""
+        from safetensors.torch import save_file
+
+        save_file({field.name: getattr(self, field.name).contiguous() for field in fields(self)}, folder / FILE, {"format": FORMAT})
+
+    @classmethod
+    def load(cls, folder: Path, model: nn.Module) -> UncertaintyHead | None:
+        """The head beside a student, which is `model`; None where there is none.
+
+        Raises UserError for a file that is damaged, of another version, or of another model.
+        """
+        path = folder / FILE
+        if not path.exists():
+            return None
+        checkpoint.read_header(path, f"--model {folder}")
+        try:
+            with safe_open(path, "pt") as file:
+                told, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({checkpoint.first_line(error)}); export the student again") from error
+        if told.get("format") != FORMAT:
+            raise UserError(f"{path}: is no uncertainty head of this version ({FORMAT}); remove it, or export the student again")
+        layer = classifier_layer(model)
+        D, G = layer.in_features, len(tensors["class_means"]) if tensors.get("class_means", torch.zeros(())).ndim else 0
+        expected = {"mean": (D,), "within": (D, D), "background": (D, D), "class_means": (G, D), "scale": (4,)}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if shapes != expected or not 1 <= G <= layer.out_features:
+            raise UserError(f"{path}: its tensors {shapes} do not fit a student of {D} features; it is another student's")
+        if not all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in tensors.values()):
+            raise UserError(f"{path}: holds numbers that are not finite fp32; export the student again")
+        return cls(**tensors)
+
+
+def logistic_scale(distance: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """(m, d, a, c) float64: mean and standard deviation of distance [n], and the a >= 0 and c that fit ranks [n] best.
+
+    a = 0, the same doubt for all, where the ranks do not rise with the distance or the distances do not differ.
+    """
+    m, d, odds = distance.mean(dtype=np.float64), distance.std(dtype=np.float64), np.log(ranks.mean() / (1 - ranks.mean()))
+    if d <= 1e-6 * max(1.0, abs(m)):
+        return np.array([m, 1.0, 0.0, odds])
+    x, (a, c) = np.arcsinh((distance - m) / d), (0.0, 0.0)
+    for _ in range(STEPS):
+        p = 1 / (1 + np.exp(-np.clip(a * x + c, -40, 40)))
+        w = np.maximum(p * (1 - p), 1e-6)
+        gradient = np.array([((p - ranks) * x).sum(), (p - ranks).sum()])
+        hessian = np.array([[(w * x * x).sum(), (w * x).sum()], [(w * x).sum(), w.sum()]])
+        a, c = np.array([a, c]) - np.linalg.solve(hessian, gradient)
+    return np.array([m, d, a, c]) if a > 0 else np.array([m, d, 0.0, odds])
+
+
+# ---- forwards ----
+
+
+def with_features(model: nn.Module) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """A forward that gives logits and features side by side, [B, C + D], for `evaluate.predict`."""
+    layer = classifier_layer(model)
+
+    def forward(inputs: Mapping[str, Tensor]) -> Tensor:
+        with head_input(layer) as seen:
+            logits = model(**inputs).logits
+        feature = last_feature(model, seen[0], inputs["input_ids"], inputs["attention_mask"])
+        return torch.cat([logits.float(), feature.float()], dim=1)
+
+    return forward
+
+
+def with_head(model: nn.Module, head: UncertaintyHead) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """A forward that gives logits and doubt side by side, [B, C + 1], for `evaluate.predict`."""
+    both, num_labels = with_features(model), model.config.num_labels
+
+    def forward(inputs: Mapping[str, Tensor]) -> Tensor:
+        found = both(inputs)
+        return torch.cat([found[:, :num_labels], head(found[:, num_labels:])[:, None]], dim=1)
+
+    return forward
+
+
+# ---- how well doubt tells texts apart ----
+
+
+def auroc(doubt: np.ndarray, foreign: np.ndarray) -> float | None:
+    """Probability that a foreign text is more doubtful than another one, ties half; None where there is one kind only.
+
+    doubt [n]; foreign bool [n].
+    """
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(foreign, doubt)) if 0 < foreign.sum() < len(foreign) else None
+
+
+def false_positive_rate(doubt: np.ndarray, foreign: np.ndarray, kept: float = 0.95) -> float | None:
+    """Share of the foreign texts that pass where at least `kept` of the others pass (FPR at 95 %), texts passing up to a doubt.
+
+    None where there is one kind only. doubt [n]; foreign bool [n].
+    """
+    if not 0 < foreign.sum() < len(foreign):
+        return None
+    own = np.sort(doubt[~foreign])
+    threshold = own[int(np.ceil(kept * len(own))) - 1]
+    return float((doubt[foreign] <= threshold).mean())

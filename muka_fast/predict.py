@@ -1,0 +1,96 @@
+"""muka-fast predict and muka_fast.Predictor: label, probability and, of a student with an uncertainty head, doubt of every text."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from muka_fast import adapters, checkpoint
+from muka_fast.console import log
+from muka_fast.data import read_texts, tokenize
+from muka_fast.doubt import UncertaintyHead, with_head
+from muka_fast.errors import UserError
+from muka_fast.evaluate import load_model, predict
+from muka_fast.supervision import device_of
+from muka_fast.teachers import token_limit
+
+if TYPE_CHECKING:
+    from muka_fast.config import PredictConfig
+
+
+class Prediction(NamedTuple):
+    """label: the class of the largest logit, of this probability. doubt: from 0, like the least doubtful texts that the student
+    was trained on, to 1, like the most doubtful; None where it has no uncertainty head."""
+
+    label: str
+    probability: float
+    doubt: float | None
+
+
+class Predictor:
+    """A classifier folder, with the uncertainty head beside it where there is one.
+
+    Example:
+        muka_fast.Predictor("runs/merged").predict(["Why was my card declined?"])
+
+    Raises UserError for every fault that a teacher would be refused for, and for an uncertainty head that does not fit the model.
+    """
+
+    def __init__(self, model: str | Path, device: str = "auto", max_length: int = 128, token_budget: int = 8192) -> None:
+        """model: folder or hub name; device: auto, cpu, cuda or cuda:N; max_length: tokens kept of each text; token_budget: padded
+        tokens per forward."""
+        folder = checkpoint.resolve_folder(model, "--model")
+        self.model, self.tokenizer, self.labels = load_model(model, device_of(device))
+        self.head = None if adapters.is_adapter(folder) else UncertaintyHead.load(folder, self.model)
+        self.max_length, self.token_budget = min(max_length, token_limit(self.model, self.tokenizer)), token_budget
+
+    def predict(self, texts: Sequence[str], description: str | None = None) -> list[Prediction]:
+        """One prediction per text, in their order, by one forward each. description: shows progress under this name."""
+        if not len(texts):
+            return []
+        tokens = tokenize(self.tokenizer, list(texts), self.max_length)
+        forward = None if self.head is None else with_head(self.model, self.head)
+        found = predict(self.model, tokens, token_budget=self.token_budget, description=description, forward=forward)
+        best = torch.softmax(found[:, : len(self.labels)].double(), dim=-1).max(-1)
+        doubts = [None] * len(texts) if self.head is None else found[:, len(self.labels)].tolist()
+        rows = zip(best.indices.tolist(), best.values.tolist(), doubts, strict=True)
+        return [Prediction(self.labels[c], probability, value) for c, probability, value in rows]
+
+
+# ---- the command ----
+
+
+def lines(texts: Iterable[str], predictions: Iterable[Prediction]) -> Iterator[str]:
+    """One JSON object per text; without an uncertainty head it has no doubt."""
+    for text, prediction in zip(texts, predictions, strict=True):
+        row: dict[str, Any] = {"text": text} | prediction._asdict()
+        if prediction.doubt is None:
+            del row["doubt"]
+        yield json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def main(config: PredictConfig) -> int:
+    """`muka-fast predict`: JSON lines on stdout, or in a new file."""
+    output = None if config.output is None else Path(config.output)
+    if output is not None and output.exists():
+        raise UserError(f"--output {output}: is already there; name another file")
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}; make it, or name another file")
+    predictor = Predictor(config.model, config.device, config.max_length, config.token_budget)
+    if predictor.head is None:
+        log.warning("%s has no uncertainty head: its answers come without doubt (train with --uncertainty_head)", config.model)
+    texts = read_texts(config.texts, text_column=config.text_column, limit=config.limit, split="test").texts
+    found = predictor.predict(texts, "predicting")
+    if output is None:
+        sys.stdout.writelines(lines(texts, found))
+        return 0
+    aside = output.with_name(output.name + ".partial")
+    aside.write_text("".join(lines(texts, found)), encoding="utf-8")
+    os.replace(aside, output)
+    return 0

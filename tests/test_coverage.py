@@ -1,0 +1,164 @@
+"""Texts that belong to nobody: found where they stand apart, none taken from teachers that own them, in any order and in a stream."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import expit, logit
+from test_evidence import make_pool, matrix, o_anchor, restricted
+
+from muka_fast.config import RULED_METHODS, RunConfig
+from muka_fast.coverage import FEWEST, familiarity, nobody_weights
+from muka_fast.evidence import evidence_weights
+from muka_fast.features import Features
+from muka_fast.methods import METHODS
+from muka_fast.stored import Supervision
+
+
+def foreign_pool(n=300, foreign=0.25, seed=0, counts=(3, 3), **options):
+    """make_pool with texts of a further topic, which no teacher knows: topic -1."""
+    shares = [(1 - foreign) / len(counts)] * len(counts) + [foreign]
+    sup, neutral, topic = make_pool(n, (*counts, 3), seed=seed, shares=shares, **options)
+    last = sup.offsets[-2]
+    cut = lambda tensor: tensor[:, :last]
+    sup = Supervision(
+        logits=cut(sup.logits), mean_probs=cut(sup.mean_probs), var_probs=cut(sup.var_probs),
+        predictive_entropy=sup.predictive_entropy[:, :-1], expected_entropy=sup.expected_entropy[:, :-1],
+        example_ids=sup.example_ids, teachers=sup.teachers[:-1], offsets=sup.offsets[:-1], features=sup.features[:-1],
+    )  # fmt: skip
+    return sup, neutral, np.where(topic == len(counts), -1, topic)
+
+
+def weights_of(sup, neutral, **options):
+    sup = restricted(sup)
+    rule = evidence_weights(sup, neutral)
+    return rule, nobody_weights(sup, rule, neutral, **options)
+
+
+def shuffled(sup, neutral, order):
+    rows = torch.from_numpy(order)
+    names = ("logits", "mean_probs", "var_probs", "predictive_entropy", "expected_entropy", "example_ids")
+    parts = {name: getattr(sup, name)[rows] for name in names}
+    features = [Features.of(matrix(one)[order].astype(np.float32)) for one in sup.features]
+    moved = Supervision(**parts, teachers=sup.teachers, offsets=sup.offsets, features=features)
+    return moved, Features.of(matrix(neutral)[order].astype(np.float32))
+
+
+# ---- the definition, straightforward and slow ----
+
+
+def o_nobody(sup, rule, neutral):
+    e = familiarity(sup, np.arange(len(sup))).astype(float)
+    n, owner, b = len(e), rule.argmax(1), matrix(neutral)
+    b /= np.linalg.norm(b, axis=1, keepdims=True)
+    similarity = b @ b.T
+    np.fill_diagonal(similarity, -np.inf)
+    near = [np.argsort(-row)[:15] for row in similarity]
+    r = [0.05] * n
+    for _ in range(10):
+        ratio = []
+        for x in range(n):
+            scores = e[:, owner[x]]
+            own = [(1 - r[y]) * (owner[y] == owner[x]) for y in range(n)]
+            foreign = [1 - value for value in own]
+            mine, others = np.average(scores, weights=own), np.average(scores, weights=foreign)
+            squares = [own[y] * (scores[y] - mine) ** 2 + foreign[y] * (scores[y] - others) ** 2 for y in range(n)]
+            value = (mine - others) / (sum(squares) / n) * (scores[x] - (mine + others) / 2)
+            ratio.append(min(max(value, -6), 6))
+        l = [ratio[x] / 2 + np.mean([ratio[y] for y in near[x]]) / 2 - 0.25 for x in range(n)]  # noqa: E741
+        around = [min(max(np.mean([r[y] for y in near[x]]), 0.01), 0.99) for x in range(n)]
+        r = [expit(logit(around[x]) - min(max(l[x], -6), 6)) for x in range(n)]
+    return np.array(r)
+
+
+@pytest.mark.parametrize("mc", [True, False])
+def test_weights_are_those_of_the_definition(mc):
+    sup, neutral, _ = foreign_pool(110, seed=2, mc=mc)
+    sup = restricted(sup)
+    rule = evidence_weights(sup, neutral)
+    expected = o_nobody(sup, rule, neutral)
+    np.testing.assert_allclose(nobody_weights(sup, rule, neutral), expected, atol=1e-3)
+    assert 0.1 < (expected > 0.5).mean() < 0.5
+
+
+def test_familiarity_is_the_mean_of_three_scores():
+    sup = restricted(foreign_pool(90)[0])
+    rows = np.arange(90)
+    from muka_fast.evidence import own_scores
+
+    for i, (a, b) in enumerate(itertools.pairwise(sup.offsets)):
+        share = np.maximum(sup.mutual_information[:, i].double().numpy() / math.log(b - a), 1e-6)
+        energy = np.log(np.exp(sup.logits[:, a:b].double().numpy()).sum(1))
+        expected = (2 * own_scores(sup, rows, 4.0)[:, i] + o_anchor(-np.log(share)) + o_anchor(energy)) / 4
+        np.testing.assert_allclose(familiarity(sup, rows)[:, i], expected, atol=1e-3)
+
+
+# ---- what it promises ----
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_foreign_topic_is_found_and_no_teacher_loses_its_texts(share, seed):
+    sup, neutral, topic = foreign_pool(400, share, seed)
+    rule, found = weights_of(sup, neutral)
+    assert (found[topic < 0] > 0.5).mean() > 0.7 and (found[topic >= 0] > 0.5).mean() < 0.02
+    left = rule * (1 - found[:, None])
+    assert (left >= 0).all() and (left.sum(1) <= 1 + 1e-6).all()
+
+
+@pytest.mark.parametrize("counts", [(3, 3), (2, 4, 3)])
+@pytest.mark.parametrize("mc", [True, False])
+def test_a_pool_without_foreign_texts_keeps_all(counts, mc):
+    sup, neutral, _ = make_pool(400, counts, seed=4, mc=mc)
+    assert (weights_of(sup, neutral)[1] > 0.5).mean() < 0.01
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**16), st.integers(1, 3), st.booleans(), st.integers(3, 90))
+def test_any_pool_gives_weights_in_the_unit_interval_whatever_its_order(seed, num_teachers, mc, n):
+    sup, neutral, _ = make_pool(n, (3,) * num_teachers, seed=seed, mc=mc)
+    rule, found = weights_of(sup, neutral)
+    assert found.shape == (n,) and found.dtype == np.float32 and (found >= 0).all() and (found <= 1).all()
+    if num_teachers == 1 or n <= 2 * FEWEST:
+        assert (found == 0).all()
+    order = np.random.default_rng(seed).permutation(n)
+    moved, moved_neutral = shuffled(sup, neutral, order)
+    again = nobody_weights(restricted(moved), rule[order], moved_neutral)
+    np.testing.assert_allclose(again, found[order], atol=5e-3)
+
+
+def test_a_large_pool_is_fitted_on_a_sample_and_the_rest_follows_in_any_order():
+    sup, neutral, topic = foreign_pool(900, 0.3, seed=3)
+    rule, found = weights_of(sup, neutral, sample=400)
+    assert (found[topic < 0] > 0.5).mean() > 0.7 and (found[topic >= 0] > 0.5).mean() < 0.02
+    order = np.random.default_rng(0).permutation(900)
+    moved, moved_neutral = shuffled(sup, neutral, order)
+    again = nobody_weights(restricted(moved), rule[order], moved_neutral, sample=400)
+    np.testing.assert_allclose(again, found[order], atol=5e-3)
+    assert not np.array_equal(nobody_weights(restricted(sup), rule, neutral, seed=1, sample=400), found)
+
+
+def test_a_teacher_that_says_nothing_keeps_its_texts():
+    """Both teachers the same to every text: their features and answers tell nothing."""
+    sup, neutral, _ = make_pool(200, (3, 3), seed=1)
+    for name in ("logits", "predictive_entropy", "expected_entropy"):
+        object.__setattr__(sup, name, torch.zeros_like(getattr(sup, name)))
+    object.__setattr__(sup, "features", [Features.of(np.zeros((200, 4), np.float32))] * 2)
+    rule = np.full((200, 2), 0.5, np.float32)
+    rule[100:] = (0.4, 0.6)
+    assert (nobody_weights(restricted(sup), rule, neutral) < 0.5).all()
+    rule[:, 0] = 1.0  # one of them owns everything: nothing is known of foreign texts
+    assert (nobody_weights(restricted(make_pool(200, (3, 3))[0]), rule, neutral) < 0.5).all()
+
+
+def test_the_option_is_for_methods_that_ask_whose_text_it_is():
+    assert set(RULED_METHODS) == {name for name, method in METHODS.items() if method.rule is not None}
+    for name in METHODS:
+        if name not in RULED_METHODS:
+            with pytest.raises(ValueError, match=f"--coverage.*--method {name}.*muka-evidence or muka-auto"):
+                RunConfig(method=name, coverage=True, mc_samples=4)
+    assert RunConfig(method="muka-auto", coverage=True).coverage and not RunConfig().coverage

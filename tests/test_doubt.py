@@ -1,0 +1,235 @@
+"""The uncertainty head: what it learns and how, what the student keeps of it, and how its doubt is told and measured."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import roc_curve
+
+import muka_fast
+from muka_fast import cli, export
+from muka_fast.config import EvalConfig
+from muka_fast.coverage import doubt_ranks, ranks
+from muka_fast.doubt import FILE, UncertaintyHead, auroc, false_positive_rate, logistic_scale, with_features
+from muka_fast.errors import UserError
+from muka_fast.evaluate import evaluate
+from muka_fast.pooled import classifier_layer
+
+LABELS = ["a", "b", "c"]
+
+
+# ---- what is learnt ----
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=30), st.randoms())
+def test_ranks_lie_inside_the_unit_interval_and_hang_on_values_alone(values, random):
+    values = np.array(values, float)
+    found = ranks(values)
+    assert ((found > 0) & (found < 1)).all() and found.mean() == pytest.approx(0.5)
+    for b, value in enumerate(values):
+        assert found[b] == pytest.approx(((values < value).sum() + (values <= value).sum()) / 2 / len(values))
+    order = np.array(random.sample(range(len(values)), len(values)))
+    np.testing.assert_array_equal(ranks(values[order]), found[order])
+    np.testing.assert_array_equal(ranks(np.exp(values)), found)
+
+
+def test_a_doubtful_text_is_uncertain_and_far_from_every_teacher():
+    from test_coverage import foreign_pool
+    from test_evidence import restricted
+
+    sup, _, topic = foreign_pool(seed=1)
+    found = doubt_ranks(restricted(sup), "mutual_information")
+    assert found.shape == (len(topic), 2) and found.dtype == np.float32
+    share = sup.mutual_information / torch.tensor(sup.class_counts).log()
+    np.testing.assert_allclose(found[:, 0], ranks(share.min(-1).values.numpy()), atol=1e-3)
+    assert auroc(found[:, 1], topic < 0) > 0.65
+    with pytest.raises(UserError, match="needs two Monte-Carlo passes"):
+        doubt_ranks(restricted(foreign_pool(mc=False)[0]), "mutual_information")
+
+
+def fitted(seed=0, n=60, D=16, C=3, **options):
+    """A head of random features of C classes, with ranks that rise with the distance from them."""
+    rng = np.random.default_rng(seed)
+    classes, far = rng.integers(0, C, n), rng.uniform(0.2, 3, n)
+    features = (3 * rng.standard_normal((C, D))[classes] + far[:, None] * rng.standard_normal((n, D))).astype(np.float32)
+    logits = (4 * np.eye(C)[classes] + rng.standard_normal((n, C))).astype(np.float32)
+    return UncertaintyHead.fit(features, logits, ranks(far), **options), features, far
+
+
+def test_doubt_rises_with_the_distance_and_has_the_mean_of_the_ranks():
+    head, features, far = fitted()
+    doubt = head(torch.from_numpy(features))
+    assert ((doubt > 0) & (doubt < 1)).all() and doubt.mean() == pytest.approx(0.5, abs=1e-3)
+    assert np.corrcoef(doubt, far)[0, 1] > 0.5 and head.scale[2] > 0
+    assert (head(torch.from_numpy(30 * features)) > doubt.max()).all()
+    assert head(torch.from_numpy(20 * features)).unique().numel() > 50  # still told apart far outside
+
+
+def test_ranks_that_fall_with_the_distance_give_one_doubt_for_all():
+    distance = np.linspace(-3, 5, 40)
+    for told in (ranks(-distance), np.full(40, 0.3)):
+        *_, a, c = logistic_scale(distance, told)
+        assert abs(a) < 1e-9 and 1 / (1 + math.exp(-c)) == pytest.approx(told.mean())
+    *_, a, c = logistic_scale(np.full(40, 7.0), ranks(distance))
+    assert a == 0 and c == pytest.approx(0)
+
+
+@given(st.integers(0, 2**16))
+def test_a_head_hangs_on_the_texts_as_a_set_and_not_on_those_left_out(seed):
+    rng = np.random.default_rng(seed)
+    features, logits = rng.standard_normal((50, 6)).astype(np.float32), rng.standard_normal((50, 3)).astype(np.float32)
+    told, counts, order = ranks(rng.standard_normal(50)), rng.integers(0, 2, 50), rng.permutation(50)
+    counts[:4] = 1
+    one = UncertaintyHead.fit(features, logits, told, counts)(torch.from_numpy(features))
+    other = UncertaintyHead.fit(features[order], logits[order], told[order], counts[order])(torch.from_numpy(features))
+    torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    logits[counts == 0] *= 3  # what the Gaussians never saw
+    torch.testing.assert_close(UncertaintyHead.fit(features, logits, told, counts)(torch.from_numpy(features)), one)
+
+
+def test_the_feature_of_every_family_is_the_row_behind_the_logits(family, make_model, make_tokenizer, texts):
+    tokenizer = make_tokenizer(family)
+    inputs = dict(tokenizer(texts[:4], return_tensors="pt", padding=True, truncation=True, max_length=16))
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    model = make_model(family, LABELS, tokenizer=tokenizer)
+    with torch.inference_mode():
+        found, logits = with_features(model)(inputs), model(**inputs).logits
+        layer = classifier_layer(model)
+        torch.testing.assert_close(layer(found[:, 3:]), logits)
+        # What a text is padded with changes nothing.
+        alone = {name: value[:1, : int(inputs["attention_mask"][0].sum())] for name, value in inputs.items()}
+        torch.testing.assert_close(with_features(model)(alone)[0], found[0], atol=1e-4, rtol=1e-4)
+    assert torch.equal(found[:, :3], logits)
+
+
+# ---- beside the exported student ----
+
+
+@pytest.fixture
+def exported(tmp_path, make_model, make_tokenizer):
+    """A student with a head, exported; the head."""
+    model, tokenizer = make_model("bert", LABELS), make_tokenizer("bert")
+    head = fitted(D=model.classifier.in_features)[0]
+    export.save_student(model, tokenizer, tmp_path / "out", LABELS, export.Card(title="merged"), head=head)
+    return tmp_path / "out", model, head
+
+
+def test_plain_transformers_never_sees_it_and_ours_reads_it_back(exported, texts):
+    folder, model, head = exported
+    classify = transformers.pipeline("text-classification", model=str(folder))
+    answers = classify(texts[:6], truncation=True, max_length=32)
+    found = muka_fast.Predictor(folder, max_length=32, token_budget=64).predict(texts[:6])
+    again = UncertaintyHead.load(folder, model)
+    assert all(torch.equal(getattr(again, field.name), getattr(head, field.name)) for field in dataclasses.fields(head))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for text, answer, prediction in zip(texts, answers, found, strict=False):
+        assert prediction.label == answer["label"] and prediction.probability == pytest.approx(answer["score"], abs=1e-5)
+        inputs = tokenizer(text, truncation=True, max_length=32, return_tensors="pt", return_token_type_ids=False)
+        with torch.no_grad():
+            expected = head(model.bert(**inputs).pooler_output).item()
+        assert prediction.doubt == pytest.approx(expected, abs=1e-5)
+    assert muka_fast.Predictor(folder).predict([]) == []
+
+
+def test_a_student_without_head_tells_no_doubt(make_teacher, texts):
+    assert all(found.doubt is None for found in muka_fast.Predictor(make_teacher("bert", LABELS)).predict(texts[:2]))
+
+
+def rewrite(path, metadata=None, **changes):
+    tensors = {name: value for name, value in (load_file(path) | changes).items() if value is not None}
+    save_file(tensors, path, {"format": "muka_fast uncertainty head 1"} | (metadata or {}))
+
+
+DAMAGE = {
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-3]), "truncated or corrupt"),
+    "no header": (lambda path: path.write_bytes(b"x"), "no safetensors header"),
+    "width": (lambda path: rewrite(path, within=torch.zeros(15, 15)), "another student's"),
+    "classes": (lambda path: rewrite(path, class_means=torch.zeros(4, 16)), "another student's"),
+    "no class": (lambda path: rewrite(path, class_means=torch.zeros(0, 16)), "another student's"),
+    "scalar": (lambda path: rewrite(path, class_means=torch.zeros(())), "another student's"),
+    "name": (lambda path: rewrite(path, scale=None, other=torch.zeros(4)), "another student's"),
+    "version": (lambda path: rewrite(path, {"format": "2"}), "no uncertainty head of this version"),
+    "nan": (lambda path: rewrite(path, scale=torch.full((4,), math.nan)), "not finite fp32"),
+    "type": (lambda path: rewrite(path, scale=torch.zeros(4, dtype=torch.float64)), "not finite fp32"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_bad_file_is_refused_in_one_line(exported, kind, capsys, tmp_path):
+    folder = exported[0]
+    damage, told = DAMAGE[kind]
+    damage(folder / FILE)
+    (tmp_path / "t.jsonl").write_text('{"text": "x", "label": "a"}\n')
+    for command in (["predict", "--texts"], ["eval", "--data"]):
+        words = [command[0], "--model", str(folder), command[1], str(tmp_path / "t.jsonl")]
+        assert cli.main([*words, "--device", "cpu"]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("muka-fast: error:") and told in error and FILE in error
+
+
+def test_the_command_writes_one_object_per_text_and_overwrites_nothing(exported, texts, tmp_path, capsys):
+    folder = exported[0]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:5]))
+    words = ["predict", "--model", str(folder), "--texts", str(tmp_path / "t.jsonl"), "--device", "cpu"]
+    assert cli.main(words) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["text"] for row in rows] == texts[:5] and all(row.keys() == {"text", "label", "probability", "doubt"} for row in rows)
+    assert all(row["label"] in LABELS and 1 / 3 <= row["probability"] <= 1 and 0 <= row["doubt"] <= 1 for row in rows)
+    out = tmp_path / "answers.jsonl"
+    assert cli.main([*words, "--output", str(out)]) == 0
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows
+    before = out.read_bytes()
+    assert cli.main([*words, "--output", str(out)]) == 2
+    assert out.read_bytes() == before and "already there" in capsys.readouterr().err
+    assert cli.main([*words, "--output", str(tmp_path / "no" / "answers.jsonl")]) == 2 and "no folder" in capsys.readouterr().err
+    (folder / FILE).unlink()
+    assert cli.main(words) == 0
+    captured = capsys.readouterr()
+    assert "no uncertainty head" in captured.err and all("doubt" not in json.loads(line) for line in captured.out.splitlines())
+
+
+# ---- figures ----
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=40))
+def test_figures_of_doubt_against_their_definition(pairs):
+    doubt, foreign = np.array([d for d, _ in pairs], float), np.array([f for _, f in pairs])
+    own, others = doubt[~foreign], doubt[foreign]
+    if not len(own) or not len(others):
+        assert auroc(doubt, foreign) is None and false_positive_rate(doubt, foreign) is None
+        return
+    wins = sum((d > o) + (d == o) / 2 for d in others for o in own)
+    assert auroc(doubt, foreign) == pytest.approx(wins / len(own) / len(others))
+    # roc_curve with the texts of the teachers as positive: the first threshold that lets 95 % of them pass.
+    passing, kept, _ = roc_curve(~foreign, -doubt, drop_intermediate=False)
+    assert false_positive_rate(doubt, foreign) == pytest.approx(passing[np.argmax(kept >= 0.95 - 1e-12)])
+
+
+def test_eval_measures_doubt_on_wrong_answers_and_unknown_labels(exported, texts, tmp_path, capsys):
+    folder = exported[0]
+    rows = [{"text": text, "label": [*LABELS, "other"][i % 4]} for i, text in enumerate(texts[:20])]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = EvalConfig(model=str(folder), data=str(tmp_path / "d.jsonl"), device="cpu")
+    found = evaluate(config)
+    predictions = muka_fast.Predictor(folder, "cpu").predict(texts[:20])
+    doubt, unknown = np.array([p.doubt for p in predictions]), np.array([row["label"] == "other" for row in rows])
+    wrong = np.array([p.label != row["label"] for p, row in zip(predictions, rows, strict=True)])
+    assert found["doubt"]["uncertainty head"] == {
+        "wrong_auroc": pytest.approx(auroc(doubt[~unknown], wrong[~unknown])),
+        "unknown_auroc": pytest.approx(auroc(doubt, unknown)),
+        "unknown_fpr95": pytest.approx(false_positive_rate(doubt, unknown)),
+    }
+    softmax = -np.array([p.probability for p in predictions])
+    assert found["doubt"]["softmax"]["unknown_auroc"] == pytest.approx(auroc(softmax, unknown))
+    assert cli.main(["eval", "--model", str(folder), "--data", str(tmp_path / "d.jsonl")]) == 0
+    assert "uncertainty head" in capsys.readouterr().out
+    (folder / FILE).unlink()
+    without = evaluate(config)
+    assert "doubt" not in without and without["accuracy"] == found["accuracy"] and without["nll"] == pytest.approx(found["nll"])
