@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from muka_fast.config import RunConfig
 from muka_fast.errors import UserError
+from muka_fast.memory import Fetch, send
 from muka_fast.optim import clip_gradients, linear_schedule, parameter_groups
 
 T = TypeVar("T")
@@ -225,7 +226,7 @@ class Engine:
 
     def __call__(self, **batch: Tensor) -> Any:
         """The student's forward."""
-        return self.ds(**{name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()})
+        return self.ds(**{name: send(tensor, self.device) for name, tensor in batch.items()})
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of one micro-batch; the last one of a step also updates the weights.
@@ -253,12 +254,13 @@ class Engine:
         norm = self.plain_norm if self.plain else self.ds.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def sum_and_max(self, total: Tensor, flag: bool) -> tuple[float, bool]:
-        """Sum of a scalar over all processes and whether any of them raised the flag, in one exchange."""
-        both = torch.stack([total.detach().double(), torch.tensor(float(flag), dtype=torch.float64, device=total.device)])
+    def sum_and_max(self, total: Tensor, flag: bool) -> Fetch:
+        """Sum of a scalar over all processes, and a number above 0 where any of them raised the flag, in one exchange."""
+        total = total.detach().double()
+        both = torch.stack([total, torch.full_like(total, float(flag))])
         if self.world_size > 1:
             torch.distributed.all_reduce(both)
-        return both[0].item(), both[1].item() > 0
+        return Fetch(both)
 
     def barrier(self) -> None:
         if self.world_size > 1:

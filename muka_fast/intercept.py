@@ -66,8 +66,14 @@ def _attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """4-D, additive. Whether one of zeros could be left out is in values of the device, and to look at them would wait for a GPU."""
+    looks = kwargs.get("allow_is_bidirectional_skip", False) and torch.device(kwargs["device"]).type == "cpu"
+    return eager_mask(*args, **(kwargs | {"allow_is_bidirectional_skip": looks}))
+
+
 AttentionInterface.register(ATTENTION_NAME, _attention)
-AttentionMaskInterface.register(ATTENTION_NAME, eager_mask)  # 4-D, additive
+AttentionMaskInterface.register(ATTENTION_NAME, _mask)
 
 
 def dropout_modules(model: nn.Module) -> dict[str, nn.Module]:

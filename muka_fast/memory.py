@@ -1,8 +1,11 @@
-"""How much memory a run may take: for replicas that run at once, and for teachers that stay loaded together."""
+"""How much memory a run may take: for replicas that run at once, and for teachers that stay loaded together; copies to a device."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 CPU_REPLICA_BYTES = 512 << 20  # more replicas at once than this are no faster on a CPU
 UNKNOWN_FREE_BYTES = 2 << 30  # where the system does not tell (not Linux)
@@ -29,3 +32,43 @@ def replica_budget_bytes(device: torch.device) -> int:
 def teacher_budget_bytes(device: torch.device) -> int:
     """What the weights of teachers that stay loaded together may take: a quarter of the free memory."""
     return free_bytes(device) // 4
+
+
+ALIGNED = 16  # entries: views begin at multiples of 128 bytes, so that a kernel needs no second form for odd addresses
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`, without waiting for what the device has still to do."""
+    if device.type == "cuda" and torch.cuda.is_available() and not values.is_cuda:
+        values = values.pin_memory()  # a copy from ordinary memory would wait
+    return values.to(device, non_blocking=True)
+
+
+class Fetch:
+    """Numbers on their way to the host; what the device is given after them does not delay them."""
+
+    def __init__(self, values: Tensor):
+        self.values = values.detach().to("cpu", non_blocking=True)
+        self.arrived = None
+        if values.is_cuda and torch.cuda.is_available():
+            self.arrived = torch.cuda.Event()
+            self.arrived.record(torch.cuda.current_stream(values.device))
+
+    def read(self) -> list[float]:
+        """Waits until they are there."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values.tolist()
+
+
+def to_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
+    """int64 arrays of the host as tensors of their shapes on `device`, in one copy that waits for nothing."""
+    starts, end = {}, 0
+    for name, array in arrays.items():
+        starts[name] = end
+        end += -(-array.size // ALIGNED) * ALIGNED
+    values = np.zeros(end, np.int64)
+    for name, array in arrays.items():
+        values[starts[name] : starts[name] + array.size] = array.ravel()
+    on_device = send(torch.from_numpy(values), device)
+    return {name: on_device.narrow(0, starts[name], array.size).view(array.shape) for name, array in arrays.items()}

@@ -150,7 +150,7 @@ def _score_adaptively(
         entry["company"] = company
         key = teacher_key(entry, run.texts.fingerprint)
         jobs.append(Job(key, entry, None, run.missing_shards(key, entry)))
-    run.score_in_waves(crew, jobs, options, device)
+    run.score_in_waves(crew, jobs, options)
     return [job.key for job in jobs]
 
 
