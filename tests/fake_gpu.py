@@ -32,7 +32,9 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.ops.aten._to_copy.default:
+        if args and isinstance(args[0], Tensor) and not args[0].numel():
+            pass  # nothing is copied
+        elif func is torch.ops.aten._to_copy.default:
             self._check(args[0].device, torch.device(kwargs.get("device") or args[0].device), kwargs.get("non_blocking", False))
         elif func is torch.ops.aten.copy_.default:
             self._check(args[1].device, args[0].device, bool(args[2]) if len(args) > 2 else kwargs.get("non_blocking", False))

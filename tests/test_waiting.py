@@ -10,6 +10,7 @@ from fake_gpu import WAITS, WouldWait, fake_gpu, move
 from muka_fast.config import RunConfig
 from muka_fast.data import Tokens
 from muka_fast.engine import Engine
+from muka_fast.intercept import build_masks_without_waiting
 from muka_fast.loop import train_step
 from muka_fast.memory import send
 from muka_fast.methods import METHODS
@@ -108,7 +109,8 @@ def test_indexing_gives_the_shapes_of_pytorch():
 
 
 class FakeEngine:
-    """What `train_step` asks of an engine, on the fake device: DeepSpeed's own part is not looked at."""
+    """What `train_step` asks of an engine, on the fake device: PyTorch's backward and DeepSpeed's own part are not looked at (autograd
+    asks for the device's streams, which a CPU build lacks)."""
 
     micro_batches, world_size, rank, completed_steps = 2, 1, 0, 0
     device = torch.device("cuda:0")
@@ -121,7 +123,8 @@ class FakeEngine:
         return self.model(**{name: send(value, self.device) for name, value in batch.items()})
 
     def backward(self, loss):
-        loss.backward()
+        for parameter in self.model.parameters():
+            parameter.grad = torch.empty_like(parameter)
 
     def step(self):
         clip_gradients([{"params": list(self.model.parameters())}], 1.0)
@@ -131,17 +134,29 @@ class FakeEngine:
 @pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert", "llama"])
 def test_a_training_step_does_not_wait(family, method, make_model):
     engine = FakeEngine(make_model(family, ("a", "b", "c", "d")).train())
+    build_masks_without_waiting(engine.model)
     space = SimpleNamespace(teacher_to_union=[0, 1, 1, 2, 3], num_classes=4)
     logits, pair = torch.randn(6, 5), torch.rand(6, 2)
     measures = dict.fromkeys(("predictive_entropy", "expected_entropy", "mutual_information", "normalized_entropy"), pair)
-    sup = SimpleNamespace(logits=logits, offsets=[0, 2, 5], teachers=[0, 1], **measures)
+    sup = SimpleNamespace(logits=logits, offsets=[0, 2, 5], teachers=[0, 1], class_counts=[2, 3], **measures)
     config = RunConfig(method=method, uncertainty="predictive_entropy")
     chosen = METHODS[method](config, sup, space, None)
     tokens = Tokens(np.full(30, 7, np.int32), np.arange(0, 31, 5))
     union = chosen.union_on(torch.device("cpu"))
     chosen.denominator = lambda rows: 6.0  # arithmetic of the host, which has no values inside either
-    with fake_gpu():
+    with fake_gpu(), torch.no_grad():
         move(engine.model)
         chosen._union_on[engine.device] = torch.empty(union.shape, dtype=torch.int64, device="cuda")
         step = train_step(engine, chosen, tokens, None, np.arange(6), config, {"stop": False}, 0)
     assert step.number == 1 and len(step.seen) == 2 and step.outcome.values.shape == (2,)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "llama"])
+def test_masks_built_without_waiting_are_those_of_transformers(family, make_model):
+    ids, mask, _ = a_batch()
+    model = make_model(family, ("a", "b"))
+    saved = model.config.to_json_string()
+    plain = model(input_ids=ids, attention_mask=mask).logits
+    build_masks_without_waiting(model)
+    torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, plain)
+    assert model.config.to_json_string() == saved  # nothing of it reaches an exported student
