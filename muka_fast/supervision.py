@@ -21,7 +21,7 @@ from muka_fast.console import log_file
 from muka_fast.data import TextSet, read_texts
 from muka_fast.engine import init_distributed, resolve_device, shut_down
 from muka_fast.errors import UserError
-from muka_fast.memory import teacher_budget_bytes
+from muka_fast.memory import teacher_budget_bytes, token_budget
 from muka_fast.scoring import Job, Scoring
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.shared import tie_shared_weights, trunk_tree
@@ -86,7 +86,8 @@ def fill_store(
             raise UserError(f"{store} is not visible here: --store and --output must lie on a file system that all nodes share")
         if shard_size != wished:
             log.info("%s was begun with --shard_size %d, which stays", store, shard_size)
-        run = Scoring(store, texts, shard_size, options.max_length, options.token_budget, queue, need_features)
+        budget = token_budget(options.token_budget, device_of(options.device))
+        run = Scoring(store, texts, shard_size, options.max_length, budget, queue, need_features)
         score_all = _score_adaptively if options.mc and options.mc_stop is not None else _score_in_turn
         keys = score_all(run, teacher_paths, names, files, options)
     with queue:
