@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from environment import keep
+from environment import keep, markdown_table
 from published import deterministic_logits, load_plain, normalized_entropy, padded_batches, soft_targets, train_step
 from settings import draw, read_rows, write_rows
 from synthetic import SIZES, make_encoder, make_teacher, make_texts
@@ -252,11 +252,10 @@ def measure_scoring(args: argparse.Namespace, paths: list[str], texts: TextSet, 
     chosen = [selections(scored) for scored in full]
     sampled = {row.name: found[row.name, 0].num_samples for row in args.rows}
     samples = {name: args.samples if n is None else n.double().mean().item() for name, n in sampled.items()}
-    config = teachers[0].model.config
     return {
         "texts": len(texts.texts),
         "work": work_of(teachers, texts, args.max_length, args.device, args.synthetic == "toy"),
-        "forwards": {row.name: forwards(config, row.scope, samples[row.name]) for row in args.rows},
+        "forwards": {row.name: forwards(teachers[0].model.config, row.scope, samples[row.name]) for row in args.rows},
         "times": {name: statistics.median(values) for name, values in times.items()},
         "published_s": published_s,
         "agreement": {row.name: agreement(selections(found[row.name, 0]), chosen[0]) for row in args.rows} if chosen else {},
@@ -352,15 +351,6 @@ def table(rows: list[dict]) -> str:
         "student_accuracy_published": "{:.1%}",
     }  # fmt: skip
     return markdown_table(rows, shown)
-
-
-def markdown_table(rows: list[dict], shown: dict[str, str]) -> str:
-    """shown: column -> format of its cells; a dash where a row has no value."""
-    lines = ["| " + " | ".join(name.replace("_", " ") for name in shown) + " |", "|---" * len(shown) + "|"]
-    for row in rows:
-        cells = [form.format(row[name]) if row.get(name) is not None else "–" for name, form in shown.items()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def note(args: argparse.Namespace, texts: TextSet, paths: list[str], students: tuple[dict, dict] | None) -> str:

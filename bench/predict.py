@@ -41,7 +41,7 @@ REASONS = {
     "mc_head": "K masks of every feature: the random lanes in 16 bits, the exact products in float32",
     "repeat_dropout": "writes K rows for one read; close to the lanes' rate in 16 bits",
     "distill_loss": "probabilities in, gradient out; backward reads and writes the gradient once more",
-    "dropout_add_layer_norm": "reads states and residual, writes states; in 16 bits the random lanes are as slow",
+    "dropout_add_layer_norm": "reads states and residual, writes states: four times what the random lanes take in 16 bits",
     "one_query_attention": "keys and values once, K rows out of one softmax: the K products of every value, exact in float32",
     "packed_attention": "bytes while every replica has states of its own; from 400 tokens on the random lanes",
 }

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from environment import keep
+from environment import keep, markdown_table
 from synthetic import DECODERS, SIZES, make_encoder, make_teacher, make_texts
 from timing import largest_resident_bytes
 
@@ -79,15 +79,16 @@ def main() -> int:
             options = {"teachers": [str(folder / "teacher")], "student": str(folder / "encoder"), "num_texts": row["texts"]}
             options |= {"tokens_per_text": round(row["tokens"] / row["texts"]), "mc_scope": scope, "mc_samples": args.samples}
             planned = plan(PlanConfig(**options, device=args.device))["teachers"][0]
-            row |= {"mc_tokens_per_s": row["tokens"] * args.samples / row["seconds"], "parameters": planned["parameters"]}
+            row |= {"texts_per_s": row["texts"] / row["seconds"], "mc_tokens_per_s": row["tokens"] * args.samples / row["seconds"]}
+            row |= {"parameters": planned["parameters"]}
             rows.append(row | {"planned_seconds": 3600 * planned["hours"], "weights_bytes": planned["weights_bytes"]})
     millions = rows[0]["parameters"] / 1e6
     lines = [f"# One teacher: {args.size}, {millions:,.0f} M parameters, fp32, K = {args.samples}, {args.device}", ""]
-    lines += ["| scope | texts/s | MC tokens/s | s | planned s | peak MiB | weights MiB |", "|---|---|---|---|---|---|---|"]
-    for row in rows:
-        speed = f"{row['texts'] / row['seconds']:.1f} | {row['mc_tokens_per_s']:,.0f} | {row['seconds']:.2f}"
-        lines.append(f"| {row['scope']} | {speed} | {row['planned_seconds']:.2f} | {row['peak_bytes'] / 2**20:.0f} | {row['weights_bytes'] / 2**20:.0f} |")
-    text = "\n".join(lines) + "\n"
+    shown = {
+        "scope": "{}", "texts_per_s": "{:.1f}", "mc_tokens_per_s": "{:,.0f}", "seconds": "{:.2f}", "planned_seconds": "{:.2f}",
+        "peak_bytes": "{:,}", "weights_bytes": "{:,}",
+    }  # fmt: skip
+    text = "\n".join(lines) + "\n" + markdown_table(rows, shown)
     print(text)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")

@@ -39,7 +39,7 @@ def work_of(teachers: Sequence[Teacher], texts: TextSet, max_length: int, device
 
 
 def forwards(config: PreTrainedConfig, scope: str, samples: float) -> float:
-    """Plain forwards' worth of products of one text: a scope that repeats one row of the last layer, or the head, adds next to none."""
+    """Plain forwards' worth of products of one text: to repeat the head, or one row of the last layer, adds next to none."""
     if scope in ("head", "last:1"):
         return 1.0
     return 1 + samples * (1.0 if scope == "all" else int(scope.partition(":")[2]) / config.num_hidden_layers)
