@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 ATTENTION_NAME = "muka_mc"  # the name under which transformers finds `_attention`
 SDPA_NAME = "muka_sdpa"  # PyTorch's attention as transformers calls it, with `_sdpa_mask`
@@ -68,10 +68,14 @@ def _attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """4-D, additive. Whether one of zeros could be left out is in values of the device, and to look at them would wait for a GPU."""
+def _mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
+    """4-D, additive: 0, and the lowest number where a query does not see a key. As transformers' `eager_mask`, which on a GPU waits:
+    for the values that tell whether a mask of zeros could be left out, and (in 5.17) for a number that it copies there."""
     looks = kwargs.get("allow_is_bidirectional_skip", False) and torch.device(kwargs["device"]).type == "cpu"
-    return eager_mask(*args, **(kwargs | {"allow_is_bidirectional_skip": looks}))
+    seen = sdpa_mask(*args, **(kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": looks}))
+    if seen is None:
+        return None
+    return torch.where(seen, torch.zeros((), dtype=dtype, device=seen.device), torch.finfo(dtype).min)
 
 
 def _sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
