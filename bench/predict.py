@@ -31,7 +31,8 @@ class Machine(NamedTuple):
 
 
 SMS, CLOCK = 132, 1.83e9  # H200 SXM; the clock under load lies below the boost of 1.98 GHz
-MACHINES = {"h200": Machine(4.3e12, 790e12, SMS * 256 * CLOCK, SMS * 128 * CLOCK, SMS * 16 * CLOCK)}
+UNITS = (SMS * 256 * CLOCK, SMS * 128 * CLOCK, SMS * 16 * CLOCK)
+MACHINES = {"h100": Machine(3.0e12, 790e12, *UNITS), "h200": Machine(4.3e12, 790e12, *UNITS)}  # one chip, two memories
 # Instructions per random lane: ten rounds of two wide products (two issue slots each) and two xors, the key's two additions, an
 # eighth of that each, plus unpacking, comparing and selecting.
 LANE_INSTRUCTIONS = 10 * (2 * 2 + 2 + 2) / 8 + 3

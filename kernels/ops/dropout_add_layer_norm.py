@@ -135,7 +135,7 @@ if philox.triton is not None:
             fast=dtype == "bf16" and width == 768 and place == 0,
         )
         for dtype in ("fp32", "fp16", "bf16")
-        for width in (63, 768, 2048, 4096)
+        for width in (63, 768, 1024, 4096)
         for place, (num_warps,) in enumerate(tuning.CANDIDATES["dropout_add_layer_norm"][block(width)[1]])
     ]
 
