@@ -57,7 +57,7 @@ if [ $dry = 1 ]; then
     --samples 4 --repetitions 1 --device cpu --workdir "$out/work" --json "$out/amalgamation.json"
   run train 300 "$python" bench/student.py --size toy --stages 0 3 --precision fp32 --device cpu --steps 3 --batch_size 4 \
     --json "$out/student.json"
-  run large 120 "$python" bench/teacher.py --size toy --texts 40 --samples 4 --device cpu --json "$out/teacher.json"
+  run large 300 "$python" bench/teacher.py --size toy --texts 40 --samples 4 --device cpu --json "$out/teacher.json"
   run matrix 300 "$python" bench/paper.py --quick --device cpu --workdir "$out/matrix" --results "$out" "$@"
 else
   run build 150 "$python" setup.py -q build_ext --inplace
@@ -72,7 +72,7 @@ else
   run amalgamation 180 "$python" bench/amalgamation.py --synthetic base --workdir "$out/work"
   run train 120 "$python" bench/student.py --size base
   run large 180 "$python" bench/student.py --size 1b --stages 3 "3 offload" --steps 6 --batch_size 16
-  run large 120 "$python" bench/teacher.py --size 1b
+  run large 240 "$python" bench/teacher.py --size 1b
   if [ -n "$data" ] && [ -n "$encoders" ]; then
     run matrix 86400 "$python" bench/paper.py --data "$data" --encoders "$encoders" --workdir "$out/matrix" --results "$out" "$@"
   fi
