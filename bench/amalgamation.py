@@ -23,13 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from environment import keep
-from published import deterministic_logits, normalized_entropy, padded_batches, soft_targets, train_step
+from environment import keep, markdown_table
+from published import deterministic_logits, load_plain, normalized_entropy, padded_batches, soft_targets, train_step
 from settings import draw, read_rows, write_rows
 from synthetic import SIZES, make_encoder, make_teacher, make_texts
 from timing import largest_resident_bytes
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
+from work import forwards, work_of
 
 import muka_fast
 from muka_fast import teach
@@ -65,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train", help="labelled texts: the teachers' training data and, unlabelled, the pool")
     parser.add_argument("--eval", help="labelled texts for the student's accuracy")
     parser.add_argument("--synthetic", choices=SIZES, help="random teachers of this size over docstrings instead")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--num_teachers", type=int, default=2)
     parser.add_argument("--texts", type=int, default=320, help="texts of the pool")
     parser.add_argument("--eval_texts", type=int, default=400)
@@ -135,8 +137,8 @@ def plain_pass(teachers: list[Teacher], texts: TextSet, max_length: int) -> list
             tokens = tokenize(teacher.tokenizer, texts.texts, max_length)
             logits = torch.empty(len(tokens), len(teacher.labels))
             for rows in token_budget_batches(tokens.lengths, 8192):
-                batch = collate(tokens, rows, teacher.pad_id)
-                logits[torch.as_tensor(rows)] = teacher.model(**batch).logits
+                batch = {name: value.to(teacher.model.device) for name, value in collate(tokens, rows, teacher.pad_id).items()}
+                logits[torch.as_tensor(rows)] = teacher.model(**batch).logits.cpu()
             out.append(logits)
     return out
 
@@ -145,9 +147,9 @@ def published_scores(args: argparse.Namespace, paths: list[str], texts: list[str
     """K sequential forwards in training mode per teacher, padded: teacher scores [n, N]."""
     columns = []
     for path in paths:
-        model, tokenizer = AutoModelForSequenceClassification.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-        batches = padded_batches(tokenizer, texts, args.max_length, args.batch_size, padding)
-        columns.append(1 - torch.cat([normalized_entropy(model, batch, args.samples) for batch in batches]))
+        model, tokenizer = load_plain(path, args.device), AutoTokenizer.from_pretrained(path)
+        batches = padded_batches(tokenizer, texts, args.max_length, args.batch_size, padding, args.device)
+        columns.append(1 - torch.cat([normalized_entropy(model, batch, args.samples) for batch in batches]).cpu())
     return torch.stack(columns, -1)
 
 
@@ -164,8 +166,9 @@ def published_student(
     """Train the student as published, every teacher run again in every step: student, tokenizer, seconds of a step (median)."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(args.encoder)
-    student = AutoModelForSequenceClassification.from_pretrained(args.encoder, num_labels=space.num_classes)
-    teachers = [AutoModelForSequenceClassification.from_pretrained(path) for path in paths]
+    student = load_plain(args.encoder, args.device, num_labels=space.num_classes)
+    teachers = [load_plain(path, args.device) for path in paths]
+    scores = scores.to(args.device)
     to_union = [torch.as_tensor(space.teacher_to_union[a:b]) for a, b in zip(space.offsets, space.offsets[1:], strict=False)]
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, weight_decay=0.01)
     steps = args.epochs * -(-len(texts) // args.batch_size)
@@ -174,12 +177,12 @@ def published_student(
         optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
     )
     top = scores.topk(2, -1).values if scores.shape[1] > 1 else None
-    margin = torch.ones(len(scores)) if top is None else top[:, 0] - top[:, 1]
+    margin = scores.new_ones(len(scores)) if top is None else top[:, 0] - top[:, 1]
     order = [rows for _ in range(args.epochs) for rows in torch.randperm(len(texts)).split(args.batch_size)]
     seconds = []
     for rows in order[:max_steps]:
         start = time.perf_counter()
-        batch = padded_batches(tokenizer, [texts[i] for i in rows], args.max_length, len(rows), padding)[0]
+        batch = padded_batches(tokenizer, [texts[i] for i in rows], args.max_length, len(rows), padding, args.device)[0]
         logits = [deterministic_logits(teacher, batch) for teacher in teachers]
         q = soft_targets(logits, scores[rows], to_union, space.num_classes, tau=0.2)
         train_step(student, optimizer, batch, q, margin[rows] + 1e-6)
@@ -201,6 +204,7 @@ def score_with(
     """The product's own path, into a store that did not exist."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"teachers": paths, "texts": texts.source, "output": folder, "mc_samples": args.samples, **row.options}
+        options["device"] = args.device
         config = load_config(ScoreConfig, None, options | {"seed": seed, "max_length": args.max_length})
         return fill_store(store or Path(folder) / "store", paths, texts, config)
 
@@ -224,7 +228,7 @@ def measure_scoring(args: argparse.Namespace, paths: list[str], texts: TextSet, 
 
     Repetition r has run seed r; the scores of the first are kept in `stores` for the students.
     """
-    teachers = [load_teacher(path, run_seed=0) for path in paths]
+    teachers = [load_teacher(path, run_seed=0, device=args.device) for path in paths]
     plain = torch.cat(plain_pass(teachers, texts, args.max_length), -1)
     times: dict[str, list[float]] = {name: [] for name in ["plain", *(row.name for row in args.rows)]}
     found: dict[tuple[str, int], Supervision] = {}
@@ -247,12 +251,15 @@ def measure_scoring(args: argparse.Namespace, paths: list[str], texts: TextSet, 
     published_s = clock(lambda: published_scores(args, paths, sample)) * len(texts.texts) / len(sample)
     chosen = [selections(scored) for scored in full]
     sampled = {row.name: found[row.name, 0].num_samples for row in args.rows}
+    samples = {name: args.samples if n is None else n.double().mean().item() for name, n in sampled.items()}
     return {
         "texts": len(texts.texts),
+        "work": work_of(teachers, texts, args.max_length, args.device, args.synthetic == "toy"),
+        "forwards": {row.name: forwards(teachers[0].model.config, row.scope, samples[row.name]) for row in args.rows},
         "times": {name: statistics.median(values) for name, values in times.items()},
         "published_s": published_s,
         "agreement": {row.name: agreement(selections(found[row.name, 0]), chosen[0]) for row in args.rows} if chosen else {},
-        "mean_samples": {name: args.samples if n is None else n.double().mean().item() for name, n in sampled.items()},
+        "mean_samples": samples,
         "agreement_all_vs_all": agreement(*chosen) if chosen else None,
     }
 
@@ -271,11 +278,11 @@ def measure_students(
                 start = time.perf_counter()
                 result = muka_fast.amalgamate(
                     store=stores / row.name, student=args.encoder, texts=args.train, limit=args.texts, output=f"{folder}/run",
-                    seed=seed, mc_samples=args.samples, epochs=args.epochs,
+                    seed=seed, mc_samples=args.samples, epochs=args.epochs, device=args.device,
                     learning_rate=args.learning_rate, batch_size=args.batch_size, max_length=args.max_length, **row.options,
                 )  # fmt: skip
                 seconds[row.name].append(time.perf_counter() - start)
-                student = AutoModelForSequenceClassification.from_pretrained(result.output).eval()
+                student = load_plain(result.output, args.device).eval()
                 accuracies[row.name].append(measure(student, AutoTokenizer.from_pretrained(result.output)))
         student, tokenizer, _ = published_student(args, paths, texts.texts, scores, space, seed)
         accuracies["published"].append(measure(student, tokenizer))
@@ -310,6 +317,7 @@ def rows_of(args: argparse.Namespace, paths: list[str], scoring: dict, students:
             "plain_forward_s": plain,
             "published_s": scoring["published_s"],
             "cost_in_plain_forwards": seconds / plain,
+            **scoring["work"].rates(seconds, plain, scoring["forwards"][row.name], scoring["mean_samples"][row.name]),
             "speedup_vs_published": scoring["published_s"] / seconds,
             "mean_samples": scoring["mean_samples"][row.name],
             "agreement_with_all": scoring["agreement"].get(row.name),
@@ -337,20 +345,12 @@ def rows_of(args: argparse.Namespace, paths: list[str], scoring: dict, students:
 def table(rows: list[dict]) -> str:
     shown = {
         "scope": "{}", "scoring_s": "{:.2f}", "texts_per_s": "{:.1f}", "plain_forward_s": "{:.2f}", "published_s": "{:.1f}",
-        "cost_in_plain_forwards": "{:.2f}", "speedup_vs_published": "{:.1f}", "mean_samples": "{:.2f}", "agreement_with_all": "{:.1%}",
+        "cost_in_plain_forwards": "{:.2f}", "mc_tokens_per_s": "{:,.0f}", "share_of_gemm": "{:.1%}", "plain_share_of_gemm": "{:.1%}",
+        "speedup_vs_published": "{:.1f}", "mean_samples": "{:.2f}", "agreement_with_all": "{:.1%}",
         "agreement_all_vs_all": "{:.1%}", "peak_bytes": "{:,}", "end_to_end_speedup": "{:.1f}", "student_accuracy": "{:.1%}",
         "student_accuracy_published": "{:.1%}",
     }  # fmt: skip
     return markdown_table(rows, shown)
-
-
-def markdown_table(rows: list[dict], shown: dict[str, str]) -> str:
-    """shown: column -> format of its cells; a dash where a row has no value."""
-    lines = ["| " + " | ".join(name.replace("_", " ") for name in shown) + " |", "|---" * len(shown) + "|"]
-    for row in rows:
-        cells = [form.format(row[name]) if row.get(name) is not None else "–" for name, form in shown.items()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def note(args: argparse.Namespace, texts: TextSet, paths: list[str], students: tuple[dict, dict] | None) -> str:

@@ -56,6 +56,15 @@ def environment() -> dict:
     }
 
 
+def markdown_table(rows: list[dict], shown: dict[str, str]) -> str:
+    """shown: column -> format of its cells; a dash where a row has no value."""
+    lines = ["| " + " | ".join(name.replace("_", " ") for name in shown) + " |", "|---" * len(shown) + "|"]
+    for row in rows:
+        cells = [form.format(row[name]) if row.get(name) is not None else "–" for name, form in shown.items()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def machine_name(device: str = "cpu") -> str:
     """Short name for file names: "h200" for a GPU, else the processor and its cores, such as "epyc-2c"."""
     if device == "cuda":

@@ -31,7 +31,8 @@ class Machine(NamedTuple):
 
 
 SMS, CLOCK = 132, 1.83e9  # H200 SXM; the clock under load lies below the boost of 1.98 GHz
-MACHINES = {"h200": Machine(4.3e12, 790e12, SMS * 256 * CLOCK, SMS * 128 * CLOCK, SMS * 16 * CLOCK)}
+UNITS = (SMS * 256 * CLOCK, SMS * 128 * CLOCK, SMS * 16 * CLOCK)
+MACHINES = {"h100": Machine(3.0e12, 790e12, *UNITS), "h200": Machine(4.3e12, 790e12, *UNITS)}  # one chip, two memories
 # Instructions per random lane: ten rounds of two wide products (two issue slots each) and two xors, the key's two additions, an
 # eighth of that each, plus unpacking, comparing and selecting.
 LANE_INSTRUCTIONS = 10 * (2 * 2 + 2 + 2) / 8 + 3
@@ -41,6 +42,8 @@ REASONS = {
     "mc_head": "K masks of every feature: the random lanes in 16 bits, the exact products in float32",
     "repeat_dropout": "writes K rows for one read; close to the lanes' rate in 16 bits",
     "distill_loss": "probabilities in, gradient out; backward reads and writes the gradient once more",
+    "dropout_add_layer_norm": "reads states and residual, writes states: four times what the random lanes take in 16 bits",
+    "one_query_attention": "keys and values once, K rows out of one softmax: the K products of every value, exact in float32",
     "packed_attention": "bytes while every replica has states of its own; from 400 tokens on the random lanes",
 }
 

@@ -8,11 +8,21 @@ import math
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_plain(path: str, device: str, **options: object) -> PreTrainedModel:
+    """A classifier as transformers loads it."""
+    return AutoModelForSequenceClassification.from_pretrained(path, **options).to(device)
 
 
 def padded_batches(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, batch_size: int, padding: str = "max_length"
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    max_length: int,
+    batch_size: int,
+    padding: str = "max_length",
+    device: str = "cpu",
 ) -> list[dict[str, Tensor]]:
     """Batches in the order of `texts`, every text padded to `max_length`: input_ids and attention_mask [B, max_length].
 
@@ -23,7 +33,7 @@ def padded_batches(
         encoded = tokenizer(
             texts[start : start + batch_size], padding=padding, truncation=True, max_length=max_length, return_tensors="pt"
         )
-        batches.append({key: encoded[key] for key in ("input_ids", "attention_mask")})
+        batches.append({key: encoded[key].to(device) for key in ("input_ids", "attention_mask")})
     return batches
 
 
@@ -45,9 +55,9 @@ def normalized_entropy(model: PreTrainedModel, batch: dict[str, Tensor], mc_samp
 def soft_targets(logits: list[Tensor], scores: Tensor, to_union: list[Tensor], num_classes: int, tau: float) -> Tensor:
     """sum_i softmax(s / tau)_i pad(softmax(z_i)): logits per teacher [B, C_i], scores [B, N] -> [B, C]."""
     weights = torch.softmax(scores / tau, dim=-1)
-    q = torch.zeros(len(scores), num_classes)
+    q = weights.new_zeros(len(scores), num_classes)
     for i, z in enumerate(logits):
-        q.index_add_(1, to_union[i], weights[:, i : i + 1] * torch.softmax(z, dim=-1))
+        q.index_add_(1, to_union[i].to(q.device), weights[:, i : i + 1] * torch.softmax(z, dim=-1))
     return q
 
 

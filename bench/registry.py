@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from muka_fast.ops import distill_loss, mc_head, mc_statistics, packed_attention, reference, repeat_dropout
+from muka_fast.ops import (
+    distill_loss,
+    dropout_add_layer_norm,
+    mc_head,
+    mc_statistics,
+    one_query_attention,
+    packed_attention,
+    reference,
+    repeat_dropout,
+)
 
 K, P, SEED, SITE = 16, 0.1, 0x9E3779B97F4A7C15, 3
 
@@ -232,6 +241,72 @@ def attention_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -
     )
 
 
+def rows_of_texts(rows: int, width: int, device: str) -> tuple[Tensor, Tensor]:
+    """Example ids, and first elements of rows that are tokens of texts of 64."""
+    row = torch.arange(rows, device=device)
+    return row // 64, row % 64 * width
+
+
+def norm_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Problem:
+    """What follows a dense layer in scope all: every replica has a residual of its own."""
+    samples, rows, width = shape
+    x, residual = (torch.randn(samples, rows, width, device=device).to(dtype) for _ in range(2))
+    weight, bias = torch.randn(width, device=device).to(dtype), torch.randn(width, device=device).to(dtype)
+    ids, offsets = rows_of_texts(rows, width, device)
+
+    def check() -> str:
+        few = [x[:2, :8], residual[:2, :8], weight, bias]
+        masks = (1e-5, P, SEED, SITE, ids[:8], offsets[:8])
+        exact, in_float = (
+            reference.dropout_add_layer_norm_ref(*(t.to(to) for t in few), *masks) for to in (torch.float64, torch.float32)
+        )
+        ours = dropout_add_layer_norm.dropout_add_layer_norm(*few, *masks)
+        return errors((ours,), (in_float,), (exact,), scales=(8 * max(1.0, torch.finfo(dtype).eps / 4e-7),))
+
+    return Problem(
+        lambda: dropout_add_layer_norm.dropout_add_layer_norm(x, residual, weight, bias, 1e-5, P, SEED, SITE, ids, offsets),
+        {"eager": lambda: F.layer_norm(F.dropout(x, P) + residual, (width,), weight, bias)},
+        check,
+        dropout_add_layer_norm.bytes_moved(samples, rows, width, x.element_size(), shared_residual=False),
+        0,
+        ("random lanes", samples * rows * width),
+    )
+
+
+def one_query_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Problem:
+    """The last layer in scope last:1, texts of L tokens: one softmax a text, K masks of it."""
+    samples, texts, length, heads = shape
+    width, tokens, scaling = 64 * heads, texts * length, 0.125
+    query, key, value = (torch.randn(rows, width, device=device).to(dtype) for rows in (texts, tokens, tokens))
+    starts = torch.arange(0, tokens + 1, length, device=device)
+    ids, positions = torch.arange(texts, device=device), torch.zeros(texts, dtype=torch.int64, device=device)
+    masks = (samples, P, SEED, SITE)
+
+    def eager() -> Tensor:
+        split = lambda t: t.view(texts, -1, heads, 64).transpose(1, 2)
+        probs = torch.softmax(split(query) @ split(key).transpose(2, 3) * scaling, -1)
+        return F.dropout(probs.expand(samples, *probs.shape), P) @ split(value)
+
+    def check() -> str:
+        few = min(texts, 3)
+        states = query[:few], key[: few * length], value[: few * length]
+        rest = (starts[: few + 1], heads, scaling, *masks, ids[:few], positions[:few])
+        ours = one_query_attention.one_query_attention(*states, *rest)
+        exact, in_float = (
+            reference.one_query_attention_ref(*(t.to(to) for t in states), *rest) for to in (torch.float64, torch.float32)
+        )
+        return errors((ours,), (in_float,), (exact,), scales=(4 * max(1.0, torch.finfo(dtype).eps / 4e-7),))
+
+    return Problem(
+        lambda: one_query_attention.one_query_attention(query, key, value, starts, heads, scaling, *masks, ids, positions),
+        {"eager": eager},
+        check,
+        one_query_attention.bytes_moved(samples, texts, tokens, width, query.element_size()),
+        one_query_attention.operations(samples, tokens, width),
+        ("random lanes", samples * tokens * heads),
+    )
+
+
 CASES = [
     Case("mc_statistics", (K, 32, 2, 2), "KBNC", statistics_problem, toy=True),
     Case("mc_statistics", (K, 256, 4, 77), "KBNC", statistics_problem, compiled=True),
@@ -247,6 +322,12 @@ CASES = [
     Case("packed_attention", (4, 4, 24, 2), "KBLH", attention_problem, toy=True),
     Case("packed_attention", (K, 32, 64, 12), "KBLH", attention_problem),
     Case("packed_attention", (K, 64, 256, 12), "KBLH", attention_problem, devices=("cuda",)),
+    Case("dropout_add_layer_norm", (4, 32, 384), "KBD", norm_problem, toy=True),
+    Case("dropout_add_layer_norm", (K, 2048, 768), "KBD", norm_problem),
+    Case("dropout_add_layer_norm", (K, 16_384, 768), "KBD", norm_problem, devices=("cuda",)),
+    Case("one_query_attention", (K, 4, 24, 2), "KBLH", one_query_problem, toy=True),
+    Case("one_query_attention", (K, 256, 64, 12), "KBLH", one_query_problem),
+    Case("one_query_attention", (K, 512, 128, 12), "KBLH", one_query_problem, devices=("cuda",)),
     Case("distill_loss", (32, 2, 2), "BNC", loss_problem, toy=True),
     Case("distill_loss", (256, 4, 77), "BNC", loss_problem, compiled=True),
     Case("distill_loss", (1024, 8, 150), "BNC", loss_problem),

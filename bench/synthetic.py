@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from muka_fast.docstrings import collect
+from muka_fast.intercept import layer_modules
 from muka_fast.material import train_tokenizer
 
 # hidden size, layers, heads: "base" is BERT-base, "toy" proves a script; "1b" has the shape of a decoder of a billion parameters.
@@ -59,7 +60,7 @@ def make_teacher(folder: Path, encoder: str, labels: list[str], seed: int, own_l
     torch.manual_seed(seed)
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=len(labels), **names)
-    for layer in model.base_model.encoder.layer[-own_layers:]:
+    for layer in layer_modules(model)[-own_layers:]:
         for parameter in layer.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.02)

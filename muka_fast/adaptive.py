@@ -100,10 +100,11 @@ def run_waves(
     num_samples = torch.zeros(num_texts, dtype=torch.int64)
     for first, stop in waves(mc_samples):
         for i in range(len(batches)):
-            teacher = teachers[i]
+            teacher, found = teachers[i], []
             for rows, ids, mask in batches[i](undecided):
-                inputs = ids, mask, example_ids[rows].to(ids.device)
-                out, read = teacher.passes(teacher.trunk(ids, mask), *inputs, first, stop - first, plain=first == 0)
+                trunk = teacher.trunk(teacher.texts(ids, mask, example_ids[rows]))
+                found.append((rows, *teacher.passes(trunk, first, stop - first, plain=first == 0)))
+            for rows, out, read in found:  # fetched together: to wait for each batch would leave the device idle between them
                 out = out.cpu()
                 if passes[i] is None:
                     plain[i] = torch.empty(num_texts, out.shape[-1])
@@ -131,14 +132,14 @@ def _scores(plain: Tensor, passes: Tensor, features: Tensor, num_samples: Tensor
     return TeacherScores(**fields)
 
 
-def token_batches(tokens: Tokens, pad_id: int, rows: np.ndarray, token_budget: int, device: torch.device) -> Batches:
+def token_batches(tokens: Tokens, pad_id: int, rows: np.ndarray, token_budget: int) -> Batches:
     """The batches of one teacher over any of the texts `rows` of the token store, which are named by their place in `rows`."""
 
     def batches(places: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         chosen = rows[places.numpy()]
         for batch in token_budget_batches(tokens.lengths[chosen], token_budget):
             inputs = collate(tokens, chosen[batch], pad_id)
-            yield places[batch], inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
+            yield places[batch], inputs["input_ids"], inputs["attention_mask"]
 
     return batches
 

@@ -75,7 +75,13 @@ class TextOptions(Config):
 class DeviceOptions(Config):
     """Where models run and how much they take at once."""
 
-    token_budget: int = option(8192, "padded tokens per forward of a frozen model", "Run", ge=16, le=2**24)
+    token_budget: int | None = option(
+        None,
+        "padded tokens per forward of a frozen model (default: 8192, on a GPU by its free memory); changes no result",
+        "Run",
+        ge=16,
+        le=2**24,
+    )
     device: str = option(
         "auto",
         "auto takes a GPU where there is one",

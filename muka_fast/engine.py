@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from muka_fast.config import RunConfig
 from muka_fast.errors import UserError
 from muka_fast.group import JOINING, PATIENCE, set_patience, shut_down
+from muka_fast.intercept import build_masks_without_waiting
+from muka_fast.memory import Fetch, send
 from muka_fast.optim import clip_gradients, dense_gradients, linear_schedule, parameter_groups, sparse_embeddings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -164,6 +166,8 @@ class Engine:
             names = wanted.get(ds_config["scheduler"].get("type"), ())
             ds_config["scheduler"] = ds_config["scheduler"] | {"params": {name: fill[name] for name in names} | given}
         model.train()
+        if device != "cpu":
+            build_masks_without_waiting(model)
         ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
         engine = cls(ds_engine, params["lr"], schedule, max_norm, device)
         if engine.plain and engine.world_size == 1:
@@ -200,7 +204,7 @@ class Engine:
 
     def __call__(self, **batch: Tensor) -> Any:
         """The student's forward."""
-        return self.ds(**{name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()})
+        return self.ds(**{name: send(tensor, self.device) for name, tensor in batch.items()})
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of one micro-batch; the last one of a step also updates the weights.
@@ -229,12 +233,13 @@ class Engine:
         norm = self.plain_norm if self.plain else self.ds.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def sum_and_max(self, total: Tensor, flag: bool) -> tuple[float, bool]:
-        """Sum of a scalar over all processes and whether any of them raised the flag, in one exchange."""
-        both = torch.stack([total.detach().double(), torch.tensor(float(flag), dtype=torch.float64, device=total.device)])
+    def sum_and_max(self, total: Tensor, flag: bool) -> Fetch:
+        """Sum of a scalar over all processes, and a number above 0 where any of them raised the flag, in one exchange."""
+        total = total.detach().double()
+        both = torch.stack([total, torch.full_like(total, float(flag))])
         if self.world_size > 1:
             torch.distributed.all_reduce(both)
-        return both[0].item(), both[1].item() > 0
+        return Fetch(both)
 
     def barrier(self) -> None:
         if self.world_size > 1:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from muka_fast import adapters, checkpoint
+from muka_fast import adapters, checkpoint, memory
 from muka_fast.console import log, progress
 from muka_fast.data import Tokens, collate, read_texts, token_budget_batches, tokenize
 from muka_fast.doubt import UncertaintyHead, auroc, false_positive_rate, with_head
@@ -69,21 +69,21 @@ def predict(
     tokens: Tokens,
     *,
     pad_id: int | None = None,
-    token_budget: int = 8192,
+    token_budget: int | None = None,
     description: str | None = None,
     forward: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
 ) -> Tensor:
     """Logits of every text, fp32 [n, C] on the CPU, in the order of the texts; batches are cut by length.
 
     model: a Hugging Face classifier; its mode (train, eval) is the same afterwards. pad_id: default config.pad_token_id.
-    token_budget: padded tokens per forward. description: shows progress under this name. forward: what is kept of a batch instead
-    of its logits, [B, anything].
+    token_budget: padded tokens per forward, None: by the device. description: shows progress under this name. forward: what is kept
+    of a batch instead of its logits, [B, anything].
     Raises UserError for the first text whose logits are not numbers.
     """
     pad_id = model.config.get_text_config().pad_token_id if pad_id is None else pad_id
     device = next(model.parameters()).device
     was_training = model.training
-    batches = token_budget_batches(tokens.lengths, token_budget)
+    batches = token_budget_batches(tokens.lengths, memory.token_budget(token_budget, device))
     logits: Tensor | None = None
     model.eval()
     try:

@@ -12,9 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 ATTENTION_NAME = "muka_mc"  # the name under which transformers finds `_attention`
+SDPA_NAME = "muka_sdpa"  # PyTorch's attention as transformers calls it, with `_sdpa_mask`
 
 
 class SiteHandler(Protocol):
@@ -66,8 +68,32 @@ def _attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
+    """4-D, additive: 0, and the lowest number where a query does not see a key. As transformers' `eager_mask`, which on a GPU waits:
+    for the values that tell whether a mask of zeros could be left out, and (in 5.17) for a number that it copies there."""
+    looks = kwargs.get("allow_is_bidirectional_skip", False) and torch.device(kwargs["device"]).type == "cpu"
+    seen = sdpa_mask(*args, **(kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": looks}))
+    if seen is None:
+        return None
+    return torch.where(seen, torch.zeros((), dtype=dtype, device=seen.device), torch.finfo(dtype).min)
+
+
+def _sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask of PyTorch's attention, built without a look at the padding, and hence also where it hides nothing."""
+    return sdpa_mask(*args, **(kwargs | {"allow_is_bidirectional_skip": False, "allow_is_causal_skip": False}))
+
+
 AttentionInterface.register(ATTENTION_NAME, _attention)
-AttentionMaskInterface.register(ATTENTION_NAME, eager_mask)  # 4-D, additive
+AttentionMaskInterface.register(ATTENTION_NAME, _mask)
+AttentionInterface.register(SDPA_NAME, sdpa_attention_forward)
+AttentionMaskInterface.register(SDPA_NAME, _sdpa_mask)
+
+
+def build_masks_without_waiting(model: nn.Module) -> None:
+    """For a student on a GPU: transformers asks at every forward whether a batch has padding, which waits for all work before it."""
+    for config in _configs(model):
+        if config._attn_implementation == "sdpa":
+            config._attn_implementation = SDPA_NAME
 
 
 def dropout_modules(model: nn.Module) -> dict[str, nn.Module]:

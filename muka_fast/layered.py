@@ -41,27 +41,19 @@ class LayeredEncoder(ABC):
     def layer(self, index: int, x: Tensor, replicas: Replicas, context: object, one_row: bool) -> Tensor:
         """One layer: [(R,) T, D] -> [(R,) T, D], or with one_row [(R,) B, D]."""
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor, packed: Packed) -> Tensor:
+    def embed(self, input_ids: Tensor, packed: Packed) -> Tensor:
         """[T, E]: the embeddings before their dropout."""
-        return packed.pack(self.embeddings(input_ids), attention_mask)
+        return packed.pack(self.embeddings(input_ids))
 
     def enter(self, embedded: Tensor, replicas: Replicas) -> Tensor:
         """Embeddings -> what enters layer 0, [T, D], or [R, T, D] where the embeddings' site is active."""
         return self.project(replicas.dropout(embedded, self.embeddings_site))
 
-    def trunk(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        packed: Packed,
-        stop: int,
-        start: int = 0,
-        hidden: Tensor | None = None,
-    ) -> Tensor:
+    def trunk(self, input_ids: Tensor, packed: Packed, stop: int, start: int = 0, hidden: Tensor | None = None) -> Tensor:
         """Deterministic hidden states [T, D] that enter layer `stop`; stop = depth: the read tokens' last rows [B, D]."""
-        replicas = Replicas(packed, {}, 0, packed.order, 0)
+        replicas = Replicas(packed, {}, 0, 0)
         if hidden is None:
-            hidden = self.enter(self.embed(input_ids, attention_mask, packed), replicas)
+            hidden = self.enter(self.embed(input_ids, packed), replicas)
         return self._run(hidden, start, stop, replicas)
 
     def tail(self, x: Tensor, start: int, replicas: Replicas) -> Tensor:

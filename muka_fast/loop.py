@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from muka_fast.console import progress
 from muka_fast.data import TextSet, Tokens, collate, epoch_batches
 from muka_fast.engine import Engine
 from muka_fast.group import told_by_first
+from muka_fast.memory import Fetch
 from muka_fast.snapshots import restore_newest, save_snapshot
 from muka_fast.targets import Method
 
@@ -71,19 +72,43 @@ def train(
     with Metrics(output, engine, plan, config) as metrics, sigterm_flag() as flag:
         bar = progress(plan.total_steps - engine.completed_steps, "training", "steps")
         with bar if engine.rank == 0 else nullcontext():
+            running: list[Step] = []
             while engine.completed_steps < plan.total_steps:
                 rows = plan.rows(engine.completed_steps)
-                loss, stop = train_step(engine, method, tokens, texts, rows, config, flag, pad_id)
-                metrics.step(loss, len(rows))
-                if engine.rank == 0:
-                    bar.advance(note=f"loss {loss:.4f}")
-                if stop or engine.completed_steps % save_every == 0 or engine.completed_steps == plan.total_steps:
+                running.append(train_step(engine, method, tokens, texts, rows, config, flag, pad_id))
+                save, stop = engine.completed_steps % save_every == 0 or engine.completed_steps == plan.total_steps, False
+                # A step's loss is looked at while the next one runs, so that the device never waits for the host; before anything is
+                # written, all that are left.
+                while len(running) > (0 if save or stop or metrics.due else 1):
+                    done = running.pop(0)
+                    loss, asked = done.settle(texts, config)
+                    stop = stop or asked
+                    metrics.step(done.number, loss, len(done.rows))
+                    if engine.rank == 0:
+                        bar.advance(note=f"loss {loss:.4f}")
+                if save or stop:
                     save_snapshot(engine, output)
                 if stop and engine.completed_steps < plan.total_steps:
                     done = engine.completed_steps
                     log.warning("stopped by SIGTERM after step %d of %d; continue with --resume", done, plan.total_steps)
                     return False
     return True
+
+
+class Step(NamedTuple):
+    """A step of the optimizer that the device may still be at work on. number: from 1 on; rows: its texts, of all processes."""
+
+    number: int
+    rows: np.ndarray
+    outcome: Fetch  # loss, and above 0 where any process was asked to stop
+    seen: list[tuple[np.ndarray, torch.Tensor]]  # rows and losses of this process's micro-batches
+
+    def settle(self, texts: TextSet, config: RunConfig) -> tuple[float, bool]:
+        """Loss, and whether to stop. Raises UserError where the loss is no number: the weights are spoilt by then, but not saved."""
+        value, stop = self.outcome.read()
+        if not np.isfinite(value):
+            raise told_by_first(describe_bad_loss(value, self.number, self.seen, texts, config))
+        return value, stop > 0
 
 
 def train_step(
@@ -95,8 +120,8 @@ def train_step(
     config: RunConfig,
     flag: dict[str, bool],
     pad_id: int,
-) -> tuple[float, bool]:
-    """One optimizer step over the global batch `rows`; returns its loss and whether any process was asked to stop.
+) -> Step:
+    """One optimizer step over the global batch `rows`. Nothing in it waits for the device.
 
     The loss is sum_b loss_b / method.denominator(rows): known from the whole batch on every process, so that neither the cut into
     micro-batches nor the number of processes enters the gradient.
@@ -114,13 +139,11 @@ def train_step(
         loss = losses.sum() / denominator if len(part) else losses.sum() * 0.0
         total += loss.detach()
         seen.append((used, losses.detach()))
-        if micro + 1 == len(parts):  # before the weights change
-            value, stop = engine.sum_and_max(total, flag["stop"])
-            if not np.isfinite(value):
-                raise told_by_first(describe_bad_loss(value, step, seen, texts, config))
+        if micro + 1 == len(parts):
+            outcome = engine.sum_and_max(total, flag["stop"])
         engine.backward(loss)
         engine.step()
-    return value, stop
+    return Step(step + 1, rows, outcome, seen)
 
 
 def describe_bad_loss(
@@ -135,7 +158,7 @@ def describe_bad_loss(
     ids = sorted(set().union(*everyone))
     named = f"for the texts with example ids {', '.join(map(str, ids[:20]))}{' ...' if len(ids) > 20 else ''}" if ids else "in the sum"
     return (
-        f"the loss became {value} at step {step + 1} {named} of {texts.source}: check these texts, or lower --learning_rate "
+        f"the loss became {value} at step {step} {named} of {texts.source}: check these texts, or lower --learning_rate "
         f"(now {config.learning_rate:g}); the last checkpoint is kept"
     )
 
@@ -163,12 +186,19 @@ class Metrics:
     def _restart(self) -> None:
         self.losses, self.num_texts, self.start = [], 0, time.perf_counter()
 
-    def step(self, loss: float, num_texts: int) -> None:
+    @property
+    def due(self) -> bool:
+        """Whether the last completed step ends a line."""
+        return self._ends_line(self.engine.completed_steps)
+
+    def _ends_line(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step == self.plan.total_steps
+
+    def step(self, step: int, loss: float, num_texts: int) -> None:
         """Count a completed step; every log_every steps, and at the last one, write a line."""
         self.losses.append(loss)
         self.num_texts += num_texts
-        step = self.engine.completed_steps
-        if step % self.config.log_every and step != self.plan.total_steps:
+        if not self._ends_line(step):
             return
         line = {
             "step": step,

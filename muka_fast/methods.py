@@ -19,6 +19,7 @@ from muka_fast.aligned import AlignedStudent, Alignment, AmalgamatedFeature, Com
 from muka_fast.auto import auto_weights
 from muka_fast.errors import UserError
 from muka_fast.evidence import evidence_weights
+from muka_fast.memory import send
 from muka_fast.ops.reference import select_teacher_ref
 from muka_fast.selection import NEEDS_SAMPLES, choices, label_ids, owners, teacher_scores
 from muka_fast.store import half
@@ -204,12 +205,12 @@ class UnifiedHead(Method):
 
     def _loss(self, output: StudentOutput, rows: Tensor) -> Tensor:
         student = output.logits if output.logits.dtype == torch.float64 else output.logits.float()
-        logits = self.sup.logits[rows].to(student)
+        logits = send(self.sup.logits[rows], student.device).to(student)
         total = student.new_zeros(len(student))
         for columns, classes, place in self.blocks:
             probs = tempered_softmax(logits[:, columns], self.temperature)
-            q = probs.new_zeros(len(probs), len(classes)).index_add(1, place.to(probs.device), probs)
-            log_p = torch.log_softmax(student[:, classes.to(student.device)] / self.temperature, dim=-1)
+            q = probs.new_zeros(len(probs), len(classes)).index_add(1, send(place, probs.device), probs)
+            log_p = torch.log_softmax(student[:, send(classes, student.device)] / self.temperature, dim=-1)
             total = total + (torch.special.xlogy(q, q) - torch.where(q == 0, torch.zeros_like(q), q * log_p)).sum(-1)
         return total * self.temperature**2
 
@@ -223,7 +224,7 @@ class Supervised(Method):
     needs_labels = True
 
     def _loss(self, output: StudentOutput, rows: Tensor) -> Tensor:
-        labels = self.label_ids[rows].clamp_min(0).to(output.logits.device)
+        labels = send(self.label_ids[rows].clamp_min(0), output.logits.device)
         logits = output.logits if output.logits.dtype == torch.float64 else output.logits.float()
         return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 

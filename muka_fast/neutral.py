@@ -23,6 +23,7 @@ from muka_fast.console import progress
 from muka_fast.data import TextSet, collate, token_budget_batches, tokenize
 from muka_fast.errors import UserError
 from muka_fast.features import Features, read_or_refuse
+from muka_fast.memory import token_budget
 from muka_fast.names import readable
 from muka_fast.store import (
     FEATURES,
@@ -82,7 +83,7 @@ def name_features(encoder: str | Path, names: Sequence[str], options: ScoringOpt
     limit = min(options.max_length, token_limit(model, tokenizer))
     tokens = tokenize(tokenizer, [readable(name) for name in names], limit)
     features = np.empty((len(names), 0), np.float32)
-    for batch in token_budget_batches(tokens.lengths, options.token_budget):
+    for batch in token_budget_batches(tokens.lengths, token_budget(options.token_budget, model.device)):
         states = mean_states(model, **collate(tokens, batch, tokenizer.pad_token_id)).numpy()
         features = features if features.size else np.empty((len(names), states.shape[1]), np.float32)
         features[batch] = states
@@ -128,11 +129,12 @@ def _compute(
     """One pass of the encoder over the texts of the missing shards, each written as soon as it is whole."""
     model = load_encoder(folder, tokenizer, device_of(options.device))
     tokens = tokenize(tokenizer, texts.texts, min(max_length, token_limit(model, tokenizer)))
+    budget = token_budget(options.token_budget, model.device)
     with progress(sum(shard.stop - shard.start for shard in todo), "neutral features") as bar:
         for shard in todo:
             ids = texts.example_ids[shard.start : shard.stop].astype(np.int64)
             features = np.empty((len(ids), 0), np.float32)
-            for batch in token_budget_batches(tokens.lengths[shard.start : shard.stop], options.token_budget):
+            for batch in token_budget_batches(tokens.lengths[shard.start : shard.stop], budget):
                 pooled = mean_states(model, **collate(tokens, shard.start + batch, tokenizer.pad_token_id)).numpy()
                 if not np.isfinite(pooled).all():
                     text = int(ids[batch[~np.isfinite(pooled).all(1)][0]])

@@ -4,95 +4,119 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from muka_fast.memory import to_device
 from muka_fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from muka_fast.ops.one_query_attention import one_query_attention
 from muka_fast.ops.packed_attention import packed_attention
 from muka_fast.ops.repeat_dropout import repeat_dropout
 
 
+def host_values(values: Tensor | np.ndarray) -> np.ndarray:
+    """An array of the host; one that lies on a GPU is waited for."""
+    if isinstance(values, np.ndarray):
+        return values
+    return (values if values.device.type == "cpu" else values.cpu()).numpy()
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A batch of B texts, padded on the right to L columns, on the device; `lengths` and `example_ids` are the host's, int64 [B].
+
+    What a step must know to lay out its work it takes from the host: a value read back from a GPU would wait for all work before it.
+    """
+
+    input_ids: Tensor  # int64 [B, L]
+    attention_mask: Tensor  # int64 [B, L]
+    ids: Tensor  # int64 [B]: the example ids
+    lengths: np.ndarray
+    example_ids: np.ndarray
+
+    @classmethod
+    def of(
+        cls, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor | np.ndarray, device: torch.device, pad: int | None
+    ) -> "Texts":
+        """Of tensors on the host. pad: tokens of this id at the end of a text do not count (None: all that the mask shows do)."""
+        ids, mask, examples = (host_values(value) for value in (input_ids, attention_mask, example_ids))
+        lengths, position = mask.sum(1), np.arange(mask.shape[1])
+        if pad is not None:
+            lengths = np.minimum(lengths, (position * ((ids != pad) & (mask > 0))).max(1, initial=0) + 1)
+        examples = examples.astype(np.int64)
+        parts = {"input_ids": ids, "attention_mask": (position < lengths[:, None]).astype(np.int64), "ids": examples}
+        return cls(**to_device(parts, device), lengths=lengths, example_ids=examples)
+
+    def packed(self, reads_last: bool = False) -> "Packed":
+        """The same texts side by side."""
+        order = np.argsort(self.lengths, kind="stable")
+        return Packed(order, self.lengths[order], self.example_ids[order], self.input_ids.shape[1], self.input_ids.device, reads_last)
+
+
 @dataclass(frozen=True)
 class Packed:
     """B texts sorted by length: T = sum of their lengths rows, no padding.
 
-    order int64 [B]: text of each place. lengths int64 [B], of the places; longest: the last of them.
-    reads_last: the head reads the last token of a text, else the first.
+    On the host: order, lengths, example_ids int64 [B], of the places (order: which text of the batch); columns: L of the padded
+    batch. On `device`: the tensors below, all of one copy. reads_last: the head reads the last token of a text, else the first.
     """
 
-    order: Tensor
-    lengths: Tensor
-    longest: int
+    order: np.ndarray
+    lengths: np.ndarray
+    example_ids: np.ndarray
+    columns: int
+    device: torch.device
     reads_last: bool = False
 
-    @classmethod
-    def of(cls, attention_mask: Tensor, reads_last: bool = False) -> "Packed":
-        """attention_mask [B, L] of texts padded on the right."""
-        lengths, order = attention_mask.sum(1).sort(stable=True)
-        return cls(order, lengths, int(lengths[-1]), reads_last)
+    @property
+    def longest(self) -> int:
+        return int(self.lengths[-1])
 
-    def parts(self, max_texts: int) -> Iterator[tuple[slice, slice, "Packed"]]:
-        """The batch in parts of at most `max_texts` texts: places, rows, and the part by itself."""
+    def parts(self, max_texts: int) -> Iterator[tuple[slice, "Packed"]]:
+        """The batch in parts of at most `max_texts` texts: rows, and the part by itself."""
         if max_texts >= len(self.lengths):
-            yield slice(None), slice(None), self
+            yield slice(None), self
             return
-        ends, lengths = self.starts.tolist(), self.lengths.tolist()
-        for start in range(0, len(lengths), max_texts):
-            stop = min(start + max_texts, len(lengths))
-            part = Packed(self.order[start:stop], self.lengths[start:stop], lengths[stop - 1], self.reads_last)
-            yield slice(start, stop), slice(ends[start], ends[stop]), part
+        ends = np.concatenate([[0], self.lengths.cumsum()]).tolist()
+        for start in range(0, len(self.lengths), max_texts):
+            stop = min(start + max_texts, len(self.lengths))
+            arrays = (values[start:stop] for values in (self.order, self.lengths, self.example_ids))
+            yield slice(ends[start], ends[stop]), Packed(*arrays, self.columns, self.device, self.reads_last)
 
-    def pack(self, values: Tensor, attention_mask: Tensor) -> Tensor:
+    def pack(self, values: Tensor) -> Tensor:
         """[B, L, ...] -> [T, ...]."""
-        return values[self.order][attention_mask[self.order].bool()]
+        return values.flatten(0, 1).index_select(0, self.tables["cells"])
 
     def unsort(self, rows: Tensor, dim: int) -> Tensor:
         """Places back to the order of the batch along `dim`."""
-        return rows.index_select(dim, self.order.argsort())
+        return rows.index_select(dim, self.tables["places"])
 
     @cached_property
-    def first_rows(self) -> Tensor:
-        """int64 [B]: row of each text's first token."""
-        return self.lengths.cumsum(0) - self.lengths
-
-    @cached_property
-    def read_positions(self) -> Tensor:
-        """int64 [B]: position of each text's token that the head reads."""
-        return self.lengths - 1 if self.reads_last else torch.zeros_like(self.lengths)
-
-    @cached_property
-    def read_rows(self) -> Tensor:
-        """int64 [B]: row of that token."""
-        return self.first_rows + self.read_positions
-
-    @cached_property
-    def starts(self) -> Tensor:
-        """int64 [B + 1]: row of each text's first token, and T."""
-        return torch.cat([self.first_rows, self.lengths.sum()[None]])
-
-    @cached_property
-    def place_of_row(self) -> Tensor:
-        """int64 [T]."""
-        return torch.repeat_interleave(torch.arange(len(self.lengths), device=self.lengths.device), self.lengths)
-
-    @cached_property
-    def position_of_row(self) -> Tensor:
-        """int64 [T]: column in the padded batch."""
-        return torch.arange(len(self.place_of_row), device=self.lengths.device) - self.first_rows[self.place_of_row]
+    def tables(self) -> dict[str, Tensor]:
+        """int64, on the device. [B + 1] starts: row of each text's first token, and T. [B] read_positions, read_rows: position and
+        row of the token that the head reads; ids; places: where each text of the batch lies; zeros; [B + 1] counts: 0 ... B.
+        [T] positions: column in the padded batch; cells: place in the padded batch, flattened; token_ids: example id."""
+        texts, lengths = len(self.lengths), self.lengths
+        starts = np.concatenate([[0], lengths.cumsum()])
+        read = lengths - 1 if self.reads_last else np.zeros_like(lengths)
+        positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+        arrays = {"starts": starts, "read_positions": read, "read_rows": starts[:-1] + read, "ids": self.example_ids}
+        arrays |= {"places": np.argsort(self.order), "zeros": np.zeros_like(lengths), "counts": np.arange(texts + 1)}
+        arrays |= {"positions": positions, "cells": np.repeat(self.order * self.columns, lengths) + positions}
+        return to_device(arrays | {"token_ids": np.repeat(self.example_ids, lengths)}, self.device)
 
 
 @dataclass(frozen=True)
 class Replicas:
     """Which replicas a value has once masks have struck it: R = plain + count, replica 0 unmasked where `plain`.
 
-    p_of_site: site index -> p of the active sites. example_ids int64 [B], in the order of the places.
+    p_of_site: site index -> p of the active sites.
     """
 
     packed: Packed
     p_of_site: dict[int, float]
     seed: int
-    example_ids: Tensor
     count: int
     first_sample: int = 0
     plain: bool = False
@@ -101,15 +125,12 @@ class Replicas:
         """0.0 where nothing is to be masked."""
         return self.p_of_site.get(site, 0.0) if self.count and site is not None else 0.0
 
-    @cached_property
-    def _token_ids(self) -> Tensor:
-        return self.example_ids[self.packed.place_of_row]
-
     def _rows(self, width: int, one_row: bool) -> tuple[Tensor, Tensor]:
         """Example id and first element of each row: of the packed tokens, or of every text's token that is read."""
+        tables = self.packed.tables
         if one_row:
-            return self.example_ids, self.packed.read_positions * width
-        return self._token_ids, self.packed.position_of_row * width
+            return tables["ids"], tables["read_positions"] * width
+        return tables["token_ids"], tables["positions"] * width
 
     def dropout(self, x: Tensor, site: int | None, one_row: bool = False) -> Tensor:
         """[(R,) rows, D] -> [R, rows, D] at an active site, else x."""
@@ -153,22 +174,20 @@ def text_attention(
     Returns the shape of query, with R replicas in front if a mask or an input has them.
     """
     packed, p, num_heads = replicas.packed, replicas.p(site), query.shape[-1] // head_dim
-    longest, positions, masks = packed.longest, packed.read_positions, (replicas.seed, site, replicas.example_ids)
+    longest, tables = packed.longest, packed.tables
+    starts, positions, masks = tables["starts"], tables["read_positions"], (replicas.seed, site, tables["ids"])
     if one_row and query.dim() == key.dim() == 2:
         added = bias(longest - 1 if packed.reads_last else 0, 1, longest)
         # The bias of the first token's query is the same for every text, up to its length; that of the last token is not.
         if added is None or not packed.reads_last:
             added = None if added is None else added[:, 0].expand(num_heads, -1)
             out = one_query_attention(
-                query, key, value, packed.starts, num_heads, scaling, replicas.count if p else 0, p, *masks, positions, added,
+                query, key, value, starts, num_heads, scaling, replicas.count if p else 0, p, *masks, positions, added,
                 replicas.first_sample, replicas.plain or p == 0,
             )  # fmt: skip
             return out if p else out[0]
-    if one_row:
-        query_starts = torch.arange(len(positions) + 1, device=positions.device)
-    else:
-        query_starts, positions = packed.starts, torch.zeros_like(positions)
+    query_starts, positions = (tables["counts"], positions) if one_row else (starts, tables["zeros"])
     return packed_attention(
-        query, key, value, query_starts, positions, packed.starts, longest, num_heads, scaling, replicas.count, p, *masks,
+        query, key, value, query_starts, positions, starts, longest, num_heads, scaling, replicas.count, p, *masks,
         bias(0, longest, longest), replicas.first_sample, replicas.plain,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -127,12 +128,12 @@ class PostLayerNormEncoder(LayeredEncoder):
         """MPNet's position biases."""
         if self.config.model_type != "mpnet":
             return lambda first, queries, length: None
-        table = self.base.encoder.compute_position_bias(packed.lengths.new_empty(1, packed.longest, 0))[0]  # [H, L, L]
+        table = self.base.encoder.compute_position_bias(torch.empty(1, packed.longest, 0, device=packed.device))[0]  # [H, L, L]
         return lambda first, queries, length: table[:, first : first + queries, :length]
 
     def layer(self, index: int, x: Tensor, replicas: Replicas, context: Bias, one_row: bool) -> Tensor:
         layer = self.layers[index]
-        rows = x.index_select(-2, replicas.packed.read_rows) if one_row else x
+        rows = x.index_select(-2, replicas.packed.tables["read_rows"]) if one_row else x
         attention = text_attention(
             layer.query(rows), layer.key(x), layer.value(x), self.head_dim, self.head_dim**-0.5, context, replicas,
             layer.attention_site, one_row,

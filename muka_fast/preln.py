@@ -113,7 +113,7 @@ class PreLayerNormModel(LayeredEncoder):
 
     def context(self, packed: Packed) -> dict[str, tuple[Tensor, Tensor, Bias]]:
         """Of each kind of layer: cosine and sine [longest, d] and the positions that a query does not see."""
-        positions = torch.arange(packed.longest, device=packed.lengths.device)
+        positions = torch.arange(packed.longest, device=packed.device)
         dummy = torch.empty(0, dtype=self.base.dtype, device=positions.device)
         found = {}
         for kind in {self.layer_type(index) for index in range(self.depth)}:
@@ -123,17 +123,16 @@ class PreLayerNormModel(LayeredEncoder):
         return found
 
     def _bias(self, kind: str, positions: Tensor) -> Bias:
+        causal, farthest = self.config.model_type != "modernbert", len(positions) - 1
+        # Transformers counts the window of a causal model with the query, that of ModernBERT without.
+        reach = self.config.sliding_window - int(causal) if kind == "sliding_attention" else farthest
+        needed = farthest > (0 if causal else reach)  # by the lengths: to look at the table would wait for the device
         distance = positions[:, None] - positions  # query - key
-        unseen = torch.zeros_like(distance, dtype=torch.bool)
-        if self.config.model_type != "modernbert":
+        unseen = distance.abs() > reach
+        if causal:
             unseen |= distance < 0
-        if kind == "sliding_attention":
-            # Transformers counts the window of a causal model with the query, that of ModernBERT without.
-            reach = self.config.sliding_window - int(self.config.model_type != "modernbert")
-            unseen |= distance.abs() > reach
         table = torch.zeros(1, *unseen.shape, dtype=self.base.dtype, device=unseen.device)
         table.masked_fill_(unseen, torch.finfo(self.base.dtype).min)
-        needed = bool(unseen.any())
         last_sees_all = kind != "sliding_attention"  # the last token of a text, be the model causal or not
 
         def bias(first: int, queries: int, length: int) -> Tensor | None:
@@ -143,16 +142,16 @@ class PreLayerNormModel(LayeredEncoder):
         return bias
 
     def layer(self, index: int, x: Tensor, replicas: Replicas, context: dict, one_row: bool) -> Tensor:
-        layer, packed = self.layers[index], replicas.packed
+        layer, tables = self.layers[index], replicas.packed.tables
         cos, sin, bias = context[self.layer_type(index)]
         normed = layer.norm1(x)
-        rows, asking, positions = x, normed, packed.position_of_row
+        rows, asking, positions = x, normed, tables["positions"]
         if one_row:
-            rows, asking = (t.index_select(-2, packed.read_rows) for t in (x, normed))
-            positions = packed.read_positions
+            rows, asking = (t.index_select(-2, tables["read_rows"]) for t in (x, normed))
+            positions = tables["read_positions"]
         query, key, value = layer.project(asking, normed)
         query = _rotate(query, cos[positions], sin[positions])
-        key = _rotate(key, cos[packed.position_of_row], sin[packed.position_of_row])
+        key = _rotate(key, cos[tables["positions"]], sin[tables["positions"]])
         attention = text_attention(
             query, key, value, self.head_dim, self.head_dim**-0.5, bias, replicas, layer.attention_site, one_row
         )

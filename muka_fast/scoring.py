@@ -16,7 +16,6 @@ from muka_fast.console import progress
 from muka_fast.data import TextSet, Tokens, collate, token_budget_batches, tokenize
 from muka_fast.errors import UserError
 from muka_fast.memory import replica_budget_bytes
-from muka_fast.placement import input_device
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.shared import score_together, trunk_tree
 from muka_fast.store import (
@@ -35,7 +34,7 @@ from muka_fast.store import (
     write_shard,
 )
 from muka_fast.teachers import Teacher
-from muka_fast.trunk import StochasticTeacher, TeacherScores
+from muka_fast.trunk import StochasticTeacher, TeacherScores, check_numbers
 
 if TYPE_CHECKING:
     from muka_fast.config import ScoringOptions
@@ -101,23 +100,26 @@ class Scoring:
     def score_together(self, group: Sequence[Job]) -> None:
         """Compute the missing shards of related teachers (or of one)."""
         scorers, todo, work = [job.scorer for job in group], group[0].todo, " ".join(job.key for job in group)
-        tree = trunk_tree(scorers) if len(group) > 1 else None
         if todo:
-            tokens = self.tokens_of(scorers[0].teacher)
-            pad_id, device = scorers[0].teacher.pad_id, input_device(scorers[0].teacher.model)
+            tokens, pad_id = self.tokens_of(scorers[0].teacher), scorers[0].teacher.pad_id
+            tree = trunk_tree(scorers) if len(scorers) > 1 else None  # which reads every weight
 
         def score(shard: ShardRange, ids: np.ndarray, shards: Sequence[Tensors]) -> Iterator[int]:
-            for batch in token_budget_batches(tokens.lengths[shard.start : shard.stop], self.token_budget):
+            batches = token_budget_batches(tokens.lengths[shard.start : shard.stop], self.token_budget)
+            results = []
+            for batch in batches:
                 inputs = collate(tokens, shard.start + batch, pad_id)
-                inputs = inputs["input_ids"].to(device), inputs["attention_mask"].to(device), torch.from_numpy(ids[batch])
-                results = score_together(scorers, *inputs, tree) if tree is not None else [scorers[0].score(*inputs)]
-                for job, tensors, result in zip(group, shards, results, strict=True):
-                    self._keep(job, tensors, batch, result)
+                results.append(score_together(scorers, inputs["input_ids"], inputs["attention_mask"], ids[batch], tree))
                 yield len(batch)
+            rows = np.concatenate(batches)
+            for job, tensors, parts in zip(group, shards, zip(*results, strict=True), strict=True):
+                scores = gathered(parts)
+                check_numbers(job.entry["name"], scores, ids[rows])
+                self._keep(job, tensors, rows, scores)
 
         self._compute(group, todo, work, score)
 
-    def score_in_waves(self, crew: Crew, jobs: Sequence[Job], options: ScoringOptions, device: torch.device) -> None:
+    def score_in_waves(self, crew: Crew, jobs: Sequence[Job], options: ScoringOptions) -> None:
         """`score_together` for all teachers under --mc_stop: the passes of as many texts as fit are kept until these are decided."""
         numbers = sorted({shard.number for job in jobs for shard in job.todo})
         todo = [shard_ranges(len(self.texts), self.shard_size)[number] for number in numbers]
@@ -133,7 +135,7 @@ class Scoring:
         def score(shard: ShardRange, ids: np.ndarray, shards: Sequence[Tensors]) -> Iterator[int]:
             for first in range(0, len(ids), at_once):
                 part = np.arange(first, min(first + at_once, len(ids)))
-                batches = [token_batches(*found, shard.start + part, self.token_budget, device) for found in mine]
+                batches = [token_batches(*found, shard.start + part, self.token_budget) for found in mine]
                 results, counts = run_waves(crew, batches, torch.from_numpy(ids[part]), *rule)
                 for job, tensors, result in zip(jobs, shards, results, strict=True):
                     self._keep(job, tensors, part, result)
@@ -190,6 +192,11 @@ class Scoring:
                 f"teacher {job.entry['name']!r}: its output for text {example} of {self.texts.source!r} (row, counted from 0) is NaN "
                 "or infinite; check the checkpoint, or score it on another --device"
             )
+
+
+def gathered(parts: Sequence[TeacherScores]) -> TeacherScores:
+    """The scores of several batches as one, on the host: the only time that a shard waits for the device."""
+    return TeacherScores(*(torch.cat(values).cpu() for values in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 def empty_shard(example_ids: np.ndarray, num_classes: int) -> Tensors:

@@ -58,7 +58,8 @@ def prefixes(teacher: StochasticTeacher) -> tuple[str, ...]:
         layers = layer_modules(model) or []
         digest = _base_digest(model, {id(layer) for layer in layers})
         # A packed and a padded form of one trunk cannot be exchanged.
-        digest.update(f"{teacher.teacher.tokenizer_key} {teacher.fast is not None} {model.device}".encode())
+        form = teacher.fast is not None, teacher.reads == "last"  # the latter leaves padding tokens at the end of a text out
+        digest.update(f"{teacher.teacher.tokenizer_key} {form} {model.device}".encode())
         found = [digest.hexdigest()]
         for index in range(teacher.encoder.depth):
             layer = layers[int(index / (teacher.encoder.depth / len(layers)))]
@@ -146,15 +147,19 @@ def score_together(
 ) -> list[TeacherScores]:
     """Scores of several teachers of one tokeniser over one batch; layers with the same weights run once.
 
-    Arguments and scores as in `StochasticTeacher.score`; tree: `trunk_tree(teachers)`, which a loop over batches computes once.
+    Arguments as of `StochasticTeacher.score`; scores on the device, where nothing has looked for NaN, so that nothing waits.
+    tree: `trunk_tree(teachers)`, which a loop over batches computes once.
     """
+    if len(teachers) == 1:
+        return [teachers[0].launch(input_ids, attention_mask, example_ids)]
     scores: dict[int, TeacherScores] = {}
 
     def visit(node: TrunkNode, below: Trunk | None) -> None:
         leader = teachers[node.teachers[0]]
-        trunk = leader.trunk(input_ids, attention_mask, start=below, stop=node.stop)
+        texts = leader.texts(input_ids, attention_mask, example_ids) if below is None else below.texts
+        trunk = leader.trunk(texts, start=below, stop=node.stop)
         for i in node.finished:
-            scores[i] = teachers[i].finish(trunk, input_ids, attention_mask, example_ids)
+            scores[i] = teachers[i].finish(trunk)
         for child in node.children:
             visit(child, trunk)
 

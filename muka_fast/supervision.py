@@ -21,7 +21,7 @@ from muka_fast.data import TextSet, read_texts
 from muka_fast.engine import init_distributed, resolve_device
 from muka_fast.errors import UserError
 from muka_fast.group import shut_down, told_once
-from muka_fast.memory import teacher_budget_bytes
+from muka_fast.memory import teacher_budget_bytes, token_budget
 from muka_fast.placement import memory_limits, weight_bytes
 from muka_fast.scoring import Job, Scoring
 from muka_fast.shard_queue import ShardQueue
@@ -87,7 +87,8 @@ def fill_store(
             raise UserError(f"{store} is not visible here: --store and --output must lie on a file system that all nodes share")
         if shard_size != wished:
             log.info("%s was begun with --shard_size %d, which stays", store, shard_size)
-        run = Scoring(store, texts, shard_size, options.max_length, options.token_budget, queue, need_features)
+        budget = token_budget(options.token_budget, device_of(options.device))
+        run = Scoring(store, texts, shard_size, options.max_length, budget, queue, need_features)
         score_all = _score_adaptively if options.mc and options.mc_stop is not None else _score_in_turn
         keys = score_all(run, teacher_paths, names, files, options)
     with queue:
@@ -150,7 +151,7 @@ def _score_adaptively(
         entry["company"] = company
         key = teacher_key(entry, run.texts.fingerprint)
         jobs.append(Job(key, entry, None, run.missing_shards(key, entry)))
-    run.score_in_waves(crew, jobs, options, device)
+    run.score_in_waves(crew, jobs, options)
     return [job.key for job in jobs]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from muka_fast.aligned import StudentOutput
 from muka_fast.errors import UserError
+from muka_fast.memory import send
 from muka_fast.ops.distill_loss import distill_loss
 from muka_fast.ops.reference import distill_target_ref, select_teacher_ref
 
@@ -66,13 +67,13 @@ class Method(ABC):
         rows = rows.cpu()
         loss = self._loss(output, rows)
         if self.num_excluded:  # where, not times: an excluded text's loss may be anything
-            loss = torch.where(self.included[rows].to(loss.device) > 0, loss, torch.zeros_like(loss))
+            loss = torch.where(send(self.included[rows], loss.device) > 0, loss, torch.zeros_like(loss))
         return loss
 
     def union_on(self, device: torch.device) -> Tensor:
         """teacher_to_union there, the same tensor at every call: no copy a step, and the op plans its gather once."""
         if device not in self._union_on:
-            self._union_on[device] = self.teacher_to_union.to(device)
+            self._union_on[device] = send(self.teacher_to_union, device)
         return self._union_on[device]
 
     @abstractmethod
@@ -151,8 +152,8 @@ class Composed(Method):
         device = output.logits.device
         loss = distill_loss(
             output.logits,
-            self.teacher_probs(rows).to(device),
-            self.scores[rows].to(device),
+            send(self.teacher_probs(rows), device),
+            send(self.scores[rows], device),
             self.offsets,
             self.union_on(device),
             soft=self.soft,

@@ -13,7 +13,7 @@ from muka_fast.memory import replica_budget_bytes
 from muka_fast.ops.mc_head import mc_head
 from muka_fast.ops.mc_statistics import mc_statistics
 from muka_fast.ops.reference import dropout_threshold
-from muka_fast.packed import Packed, Replicas
+from muka_fast.packed import Packed, Replicas, Texts
 from muka_fast.placement import input_device, is_split
 from muka_fast.pooled import head_input, output_layer, pool
 from muka_fast.postln import PostLayerNormEncoder
@@ -49,6 +49,7 @@ class Trunk:
 
     layer: int
     hidden: Tensor | None
+    texts: Texts
     packed: Packed | None = None
 
 
@@ -97,107 +98,97 @@ class StochasticTeacher:
         return any(site.kind == "shared" and site.index in self.p_of_site for site in self.all_sites)
 
     def score(self, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor | np.ndarray) -> TeacherScores:
-        """Score B texts: input_ids, attention_mask int64 [B, L], padded on the right; example_ids int64 [B].
+        """Score B texts: input_ids, attention_mask int64 [B, L], padded on the right, on the host; example_ids int64 [B].
 
         A text's scores depend on nothing but the text, its example id and the teacher (to float rounding).
-        Raises UserError that names teacher and text where a logit is NaN.
+        Raises UserError that names teacher and text where a logit is NaN; to look waits for the device.
         """
-        return self.finish(self.trunk(input_ids, attention_mask), input_ids, attention_mask, example_ids)
+        scores = self.launch(input_ids, attention_mask, example_ids)
+        check_numbers(self.name, scores, np.asarray(example_ids))
+        return scores
+
+    def launch(self, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor | np.ndarray) -> TeacherScores:
+        """`score` without a look at the result, so that nothing waits for the device: it may still be at work when this returns."""
+        return self.finish(self.trunk(self.texts(input_ids, attention_mask, example_ids)))
+
+    def texts(self, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor | np.ndarray) -> Texts:
+        """The batch on the teacher's device.
+
+        Heads that read the last token mean the last one that is not the padding token, which a text itself may end with.
+        Causal: what follows that token changes nothing before it.
+        """
+        pad = self.model.config.get_text_config().pad_token_id if self.reads == "last" else None
+        return Texts.of(input_ids, attention_mask, example_ids, input_device(self.model), pad)
 
     @torch.inference_mode()
-    def trunk(
-        self, input_ids: Tensor, attention_mask: Tensor, start: Trunk | None = None, stop: int | None = None
-    ) -> Trunk:
+    def trunk(self, texts: Texts, start: Trunk | None = None, stop: int | None = None) -> Trunk:
         """The deterministic part, up to layer `stop` (None: this teacher's first stochastic one).
 
         start: the trunk of a lower layer, of this teacher or of one with the same weights below it.
         """
         stop = self.layer if stop is None else stop
-        attention_mask = self._without_end_padding(input_ids, attention_mask)
         packed = None if start is None else start.packed
         if packed is None and self.fast is not None:
-            packed = Packed.of(attention_mask, self.fast.reads_last)
+            packed = texts.packed(self.fast.reads_last)
         if stop == 0:
-            return Trunk(0, None, packed)
+            return Trunk(0, None, texts, packed)
         if start is None or start.hidden is None:
-            start = Trunk(0, None)
+            start = Trunk(0, None, texts)
         if start.layer == stop:
             return start
         below = {"start": start.layer, "hidden": start.hidden, "stop": stop}
         if self.fast is not None:
-            return Trunk(stop, self.fast.trunk(input_ids, attention_mask, packed, **below), packed)
-        return Trunk(stop, self.encoder.run(input_ids, attention_mask, **below))
+            return Trunk(stop, self.fast.trunk(texts.input_ids, packed, **below), texts, packed)
+        return Trunk(stop, self.encoder.run(texts.input_ids, texts.attention_mask, **below), texts)
 
-    def finish(
-        self, trunk: Trunk, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor | np.ndarray
-    ) -> TeacherScores:
-        """The stochastic part on top of this teacher's trunk."""
-        example_ids = torch.as_tensor(example_ids, dtype=torch.int64, device=input_ids.device)
-        attention_mask = self._without_end_padding(input_ids, attention_mask)
+    def finish(self, trunk: Trunk) -> TeacherScores:
+        """The stochastic part on top of this teacher's trunk; `check_numbers` looks for NaN."""
         with torch.inference_mode():
-            scores = self._finish(trunk, input_ids, attention_mask, example_ids)
-        bad = torch.stack([torch.isnan(value).reshape(len(value), -1).any(1) for value in vars(scores).values()]).any(0)
-        if bad.any():
-            text = int(example_ids[bad][0])
-            raise UserError(f"teacher {self.name}: NaN logits for text {text}; leave this teacher or this text out")
+            scores = self._finish(trunk)
         # Out of inference mode: such tensors could not be used where gradients are recorded.
         return TeacherScores(**{name: value.float().clone() for name, value in vars(scores).items()})
 
-    def _finish(self, trunk: Trunk, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor) -> TeacherScores:
+    def _finish(self, trunk: Trunk) -> TeacherScores:
         if self.mc and self.fused_head is not None:
-            hidden, *inputs = self._read_row(trunk, input_ids, attention_mask)
-            return self._fused_scores(hidden, *inputs, example_ids)
+            return self._fused_scores(trunk)
         count = self.mc_samples if self.mc else 0
-        logits, features = self.passes(trunk, input_ids, attention_mask, example_ids, 0, count, plain=True)
+        logits, features = self.passes(trunk, 0, count, plain=True)
         return scores_of_passes(logits[0], logits[1:] if self.mc else logits, features)
 
-    def passes(
-        self, trunk: Trunk, ids: Tensor, mask: Tensor, example_ids: Tensor, first: int, count: int, plain: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def passes(self, trunk: Trunk, first: int, count: int, plain: bool = False) -> tuple[Tensor, Tensor | None]:
         """`sample_logits` [R, B, C] on this teacher's trunk, as many passes at once as the memory budget holds; with `plain` also
         what the output layer reads in the deterministic pass [B, D] (D = 0 where the head ends otherwise)."""
-        mask = self._without_end_padding(ids, mask)
+        ids, mask = trunk.texts.input_ids, trunk.texts.attention_mask
         chunk = min(count, self._samples_at_once(*ids.shape)) if count else 0
         with head_input(self.output_layer if plain else None) as seen:  # the plain replica comes first
-            logits = [self.sample_logits(trunk, ids, mask, example_ids, first, chunk, plain)]
+            logits = [self.sample_logits(trunk, first, chunk, plain)]
         for start in range(first + chunk, first + count, chunk or 1):
-            size = min(chunk, first + count - start)
-            logits.append(self.sample_logits(trunk, ids, mask, example_ids, start, size))
+            logits.append(self.sample_logits(trunk, start, min(chunk, first + count - start)))
         features = None
         if plain:
             features = pool(seen[0], mask, self.reads) if seen else logits[0].new_empty(len(ids), 0)
         return torch.cat(logits), features
 
     @torch.inference_mode()
-    def sample_logits(
-        self,
-        trunk: Trunk,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        example_ids: Tensor,
-        first_sample: int,
-        count: int,
-        plain: bool = False,
-    ) -> Tensor:
+    def sample_logits(self, trunk: Trunk, first_sample: int, count: int, plain: bool = False) -> Tensor:
         """Logits [R, B, C] of `count` stochastic passes from sample `first_sample` on; plain: the deterministic pass before them.
 
-        Samples may come in any number of calls, for any part of the texts, as long as `trunk` is that of the same batch.
+        Samples may come in any number of calls.
         """
         if count > 1 and self.one_at_a_time:
-            args = (trunk, input_ids, attention_mask, example_ids)
-            parts = [self.sample_logits(*args, first_sample + k, 1, plain and k == 0) for k in range(count)]
+            parts = [self.sample_logits(trunk, first_sample + k, 1, plain and k == 0) for k in range(count)]
             return torch.cat(parts)
-        masks = None
+        masks, texts = None, trunk.texts
         if count:
-            masks = Masks(self.model, self.all_sites, self.p_of_site, self.teacher.seed, example_ids, count, first_sample)
+            masks = Masks(self.model, self.all_sites, self.p_of_site, self.teacher.seed, texts.ids, count, first_sample)
         if trunk.packed is not None and trunk.layer < self.encoder.depth:
-            rows = self._fast_rows(trunk, input_ids, attention_mask, example_ids, first_sample, count, plain)
+            rows = self._fast_rows(trunk, first_sample, count, plain)
             hidden, stochastic = rows[:1] if plain else None, rows[int(plain) :]
-            layer, inputs = self.encoder.depth, self._read_token(input_ids, attention_mask)
+            layer, inputs = self.encoder.depth, self._read_token(texts)
         else:
-            layer, hidden, inputs = trunk.layer, trunk.hidden, (input_ids, attention_mask)
+            layer, hidden, inputs = trunk.layer, trunk.hidden, (texts.input_ids, texts.attention_mask)
             if layer == self.encoder.depth and hidden is not None:
-                hidden, *inputs = self._read_row(trunk, input_ids, attention_mask)
+                hidden, *inputs = self._read_row(trunk)
             hidden = None if hidden is None else hidden[None]
             stochastic = None if hidden is None else hidden.expand(count, *hidden.shape[1:])
         out = [self._logits_from(layer, hidden, *inputs, 1)] if plain else []
@@ -205,24 +196,14 @@ class StochasticTeacher:
             out.append(self._logits_from(layer, stochastic, *inputs, count, masks))
         return torch.cat(out)
 
-    def _fast_rows(
-        self,
-        trunk: Trunk,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        example_ids: Tensor,
-        first_sample: int,
-        count: int,
-        plain: bool,
-    ) -> Tensor:
+    def _fast_rows(self, trunk: Trunk, first_sample: int, count: int, plain: bool) -> Tensor:
         """The read tokens' last rows [R, B, 1, D]; as many texts at a time as fit, since what replicas share is per text."""
         packed, x, rows = trunk.packed, trunk.hidden, []
         if x is None:
-            x = self.fast.embed(input_ids, attention_mask, packed)
+            x = self.fast.embed(trunk.texts.input_ids, packed)
         replica_bytes = self._replica_bytes(packed.longest) * (count + int(plain))
-        for _, tokens, part in packed.parts(max(1, self._budget() // replica_bytes)):
-            ids = example_ids[part.order]
-            replicas = Replicas(part, self.p_of_site, self.teacher.seed, ids, count, first_sample, plain)
+        for tokens, part in packed.parts(max(1, self._budget() // replica_bytes)):
+            replicas = Replicas(part, self.p_of_site, self.teacher.seed, count, first_sample, plain)
             hidden = x[tokens] if trunk.hidden is not None else self.fast.enter(x[tokens], replicas)
             rows.append(self.fast.tail(hidden, trunk.layer, replicas))
         return packed.unsort(torch.cat(rows, 1), 1)[:, :, None]
@@ -235,12 +216,13 @@ class StochasticTeacher:
         out = self.encoder.run(ids.repeat(replicas, 1), mask.repeat(replicas, 1), start=layer, hidden=hidden, masks=masks)
         return out.float().view(replicas, len(ids), -1)
 
-    def _fused_scores(self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor) -> TeacherScores:
+    def _fused_scores(self, trunk: Trunk) -> TeacherScores:
         """The scores of a tail that is `linear(dropout(features))`."""
         site, linear = self.fused_head
-        features, _ = self.encoder.site_input(input_ids, attention_mask, site, start=self.encoder.depth, hidden=hidden)
-        p, seed = self.p_of_site[site.index], self.teacher.seed
-        head = mc_head(features, linear.weight, linear.bias, self.mc_samples, p, seed, site.index, example_ids)
+        hidden, *inputs = self._read_row(trunk)
+        features, _ = self.encoder.site_input(*inputs, site, start=self.encoder.depth, hidden=hidden)
+        p, seed, ids = self.p_of_site[site.index], self.teacher.seed, trunk.texts.ids
+        head = mc_head(features, linear.weight, linear.bias, self.mc_samples, p, seed, site.index, ids)
         statistics = {field.name: getattr(head, field.name) for field in fields(TeacherScores)[:-1]}
         return TeacherScores(**statistics, features=features)
 
@@ -321,34 +303,24 @@ class StochasticTeacher:
                 return name
         return None
 
-    def _without_end_padding(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Heads that read the last token mean the last one that is not the padding token, which a text itself may end with.
-
-        Causal: what follows that token changes nothing before it.
-        """
-        pad = self.model.config.get_text_config().pad_token_id
-        if self.reads != "last" or pad is None:
-            return attention_mask
-        position = torch.arange(input_ids.shape[1], device=input_ids.device)
-        last = (position * ((input_ids != pad) & attention_mask.bool())).amax(1, keepdim=True)
-        return attention_mask * (position <= last)
-
-    def _read_row(self, trunk: Trunk, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _read_row(self, trunk: Trunk) -> tuple[Tensor, Tensor, Tensor]:
         """Only the row that the head reads, as a sequence of one token: [B, L, ...] -> [B, 1, ...]."""
+        texts, mask = trunk.texts, trunk.texts.attention_mask
         if trunk.packed is not None:
-            return trunk.packed.unsort(trunk.hidden, 0)[:, None], *self._read_token(input_ids, attention_mask)
+            return trunk.packed.unsort(trunk.hidden, 0)[:, None], *self._read_token(texts)
         if not self._can_cut():
-            return trunk.hidden, input_ids, attention_mask
-        row = attention_mask.sum(1) - 1 if self.reads == "last" else torch.zeros_like(attention_mask[:, 0])
+            return trunk.hidden, texts.input_ids, mask
+        row = mask.sum(1) - 1 if self.reads == "last" else torch.zeros_like(mask[:, 0])
         pick = trunk.hidden[torch.arange(len(row), device=row.device), row]
-        return pick[:, None], *self._read_token(input_ids, attention_mask)
+        return pick[:, None], *self._read_token(texts)
 
-    def _read_token(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _read_token(self, texts: Texts) -> tuple[Tensor, Tensor]:
         """input_ids and attention_mask [B, 1] of the token whose row the head reads."""
+        ids, mask = texts.input_ids, texts.attention_mask
         if self.reads == "last":
-            row = attention_mask.sum(1, keepdim=True) - 1
-            return input_ids.gather(1, row), attention_mask.gather(1, row)
-        return input_ids[:, :1], attention_mask[:, :1]
+            row = mask.sum(1, keepdim=True) - 1
+            return ids.gather(1, row), mask.gather(1, row)
+        return ids[:, :1], mask[:, :1]
 
     def _can_cut(self) -> bool:
         """Whether the head may be given one row: the elements of a mask over tokens would change with their positions."""
@@ -359,10 +331,11 @@ class StochasticTeacher:
         """The layer-by-layer form, where the architecture has one and it computes what the model computes."""
         forms = [form.of(self.model, self.all_sites, self.reads == "last") for form in FAST_FORMS] if self._can_cut() else []
         ids, mask = _check_inputs(self.model)
+        texts = self.texts(ids, mask, np.arange(len(ids)))
         for fast in filter(None, forms):
-            packed = Packed.of(mask, fast.reads_last)
-            rows = packed.unsort(fast.trunk(ids, mask, packed, self.encoder.depth), 0)
-            logits = self._logits_from(self.encoder.depth, rows[None, :, None], *self._read_token(ids, mask), 1)[0]
+            packed = texts.packed(fast.reads_last)
+            rows = packed.unsort(fast.trunk(ids, packed, self.encoder.depth), 0)
+            logits = self._logits_from(self.encoder.depth, rows[None, :, None], *self._read_token(texts), 1)[0]
             if self._agree(logits, self.encoder.run(ids, mask)):
                 return fast
             log.warning("teacher %s: its fast form differs from the model and is not used", self.name)
@@ -385,6 +358,13 @@ class StochasticTeacher:
             if fits and self._agree(module(features), logits):
                 return active[0], module
         return None
+
+
+def check_numbers(name: str, scores: TeacherScores, example_ids: np.ndarray) -> None:
+    """Raises UserError that names the teacher and the first text whose scores hold NaN. Waits for the device."""
+    bad = torch.stack([torch.isnan(value).reshape(len(value), -1).any(1) for value in vars(scores).values()]).any(0).cpu().numpy()
+    if bad.any():
+        raise UserError(f"teacher {name}: NaN logits for text {example_ids[bad][0]}; leave this teacher or this text out")
 
 
 def scores_of_passes(logits: Tensor, samples: Tensor, features: Tensor) -> TeacherScores:

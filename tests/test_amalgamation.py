@@ -10,7 +10,7 @@ import pytest
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 KEYS = {
     "scope", "scoring_s", "plain_forward_s", "published_s", "cost_in_plain_forwards", "speedup_vs_published", "agreement_with_all",
-    "agreement_all_vs_all", "end_to_end_speedup", "student_accuracy", "peak_bytes",
+    "agreement_all_vs_all", "end_to_end_speedup", "student_accuracy", "peak_bytes", "mc_tokens_per_s", "share_of_gemm",
 }  # fmt: skip
 
 
@@ -43,12 +43,15 @@ def test_figures_of_a_row(bench, monkeypatch):
         "agreement": {names[0]: 1.0, names[1]: 0.99},
         "mean_samples": {names[0]: 16, names[1]: 5.0},
         "agreement_all_vs_all": 0.96,
+        "work": importlib.import_module("work").Work(tokens=1000, plain_flops=4e9, gemm_flops_per_s=1e10),
+        "forwards": {names[0]: 17.0, names[1]: 6.0},
     }
     accuracies = {names[0]: [0.7, 0.72], names[1]: [0.71, 0.7], "published": [0.7, 0.7]}
     spent = {names[0]: 10.0, names[1]: 12.0, "published": 80.0}
     full, early = bench.rows_of(args, ["a", "b"], scoring, (accuracies, spent))
     assert full.keys() >= KEYS and early.keys() >= KEYS
     assert (early["speedup_vs_published"], early["cost_in_plain_forwards"], early["texts_per_s"]) == (15.0, 4.0, 12.5)
+    assert (early["mc_tokens_per_s"], early["share_of_gemm"], early["plain_share_of_gemm"]) == (625.0, 0.3, 0.2)
     assert early["end_to_end_speedup"] == 200 / 20 and full["student_accuracy"] == pytest.approx(0.71)
     without = bench.rows_of(args, ["a", "b"], scoring, None)[0]
     assert without.keys() >= KEYS and without["student_accuracy"] is None
@@ -57,6 +60,11 @@ def test_figures_of_a_row(bench, monkeypatch):
     texts = SimpleNamespace(texts=["x"] * 100)
     told = bench.note(args, texts, ["a", "b"], (accuracies, spent))
     assert "timed on 32 texts and scaled" in told and "timed on 6 steps and scaled" in told and "70.0%, 72.0%" in told
+
+
+def test_forwards_of_a_scope(bench):
+    forwards, config = importlib.import_module("work").forwards, SimpleNamespace(num_hidden_layers=12)
+    assert [forwards(config, scope, 16) for scope in ("head", "last:1", "last:3", "all")] == [1, 1, 5, 17]
 
 
 def test_published_batches_to_the_longest_text_give_the_same_logits(bench, make_model, make_tokenizer, texts):

@@ -131,7 +131,7 @@ def test_scores_of_a_teacher_are_the_cpus(scope, make_teacher):
     scores = {}
     for device in ("cpu", "cuda"):
         teacher = load_teacher(make_teacher("bert"), run_seed=0, device=device)
-        ids = torch.tensor([[2, 7, 9, 11, 3], [2, 8, 3, 0, 0]], device=device)
+        ids = torch.tensor([[2, 7, 9, 11, 3], [2, 8, 3, 0, 0]])
         mask = (ids != 0).long()
         scores[device] = StochasticTeacher(teacher, mc_scope=scope, mc_samples=8).score(ids, mask, torch.tensor([3, 2**32 - 1]))
     for name, value in vars(scores["cpu"]).items():
@@ -205,6 +205,25 @@ def test_no_op_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("scope", ["last:1", "head", "all"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "modernbert", "llama"])
+def test_no_scoring_step_waits_for_the_device(family, scope, make_teacher):
+    if (family, scope) == ("llama", "head"):
+        scope = "last:1"  # decoders have no dropout site in their head
+    teacher = load_teacher(make_teacher(family), run_seed=0, device="cuda")
+    scorer = StochasticTeacher(teacher, mc_scope=scope, mc_samples=4, mc_dropout_p=0.1, memory_budget_bytes=1 << 16)
+    ids = torch.tensor([[5, 7, 9, 11, 6], [5, 8, 6, 0, 0]])
+    batch = ids, (ids != 0).long(), torch.tensor([3, 2**32 - 1])
+    scorer.launch(*batch)  # compiles, and copies the class counts once
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scores = scorer.launch(*batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not any(value.isnan().any() for value in vars(scores).values())
+
+
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool):
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
@@ -226,7 +245,7 @@ def test_memory_of_scoring_is_bounded_in_the_samples(scope, make_teacher):
     for samples in (8, 64):
         teacher = load_teacher(make_teacher("bert"), run_seed=0, device="cuda")
         scorer = StochasticTeacher(teacher, mc_scope=scope, mc_samples=samples, memory_budget_bytes=1 << 20)
-        ids = torch.randint(5, 50, (64, 24), device="cuda")
+        ids = torch.randint(5, 50, (64, 24))
         arguments = (ids, torch.ones_like(ids), torch.arange(64))
         scorer.score(*arguments)
         torch.cuda.reset_peak_memory_stats()

@@ -49,9 +49,9 @@ def layer_calls(monkeypatch):
     calls = []
     fast, slow = LayeredEncoder.trunk, ModelSplit.run
 
-    def count_fast(self, ids, mask, packed, stop, start=0, hidden=None):
+    def count_fast(self, ids, packed, stop, start=0, hidden=None):
         calls.append(stop - start)
-        return fast(self, ids, mask, packed, stop, start, hidden)
+        return fast(self, ids, packed, stop, start, hidden)
 
     def count_slow(self, ids, mask, *, start=0, hidden=None, stop=None, masks=None):
         calls.extend([] if stop is None else [stop - start])

@@ -67,7 +67,7 @@ class Stage:
 
     def make_scorer(self, teacher, **options):
         return SimpleNamespace(
-            teacher=teacher, sites=[{"index": 0, "p": 0.1}], score=lambda *args: self.score(teacher, *args)
+            teacher=teacher, sites=[{"index": 0, "p": 0.1}], launch=lambda *args: self.score(teacher, *args)
         )
 
     def score(self, teacher, input_ids, attention_mask, example_ids):
@@ -419,7 +419,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path, stage, monkey
 
 def test_nan_is_refused_with_teacher_and_text_and_not_stored(tmp_path, stage):
     stage.poison = ("blue", 13)
-    with pytest.raises(UserError, match=r"'blue'.*text 13 of 'texts.jsonl'"):
+    with pytest.raises(UserError, match="teacher blue: NaN logits for text 13"):
         fill(tmp_path)
     assert [entry["name"] for entry in read_manifest(tmp_path)["teachers"].values()] == ["red"]
     stage.poison = None

@@ -254,8 +254,8 @@ def test_attention_of_another_kind_is_refused(stochastic, monkeypatch):
 def test_trunk_of_another_teacher_is_taken_up(stochastic, batch):
     ids, mask = batch("bert")
     low, high = stochastic("bert", "last:2"), stochastic("bert", "last:1")
-    shared = low.trunk(ids, mask)
-    scores = high.finish(high.trunk(ids, mask, start=shared), ids, mask, EXAMPLE_IDS)
+    texts = low.texts(ids, mask, EXAMPLE_IDS)
+    scores = high.finish(high.trunk(texts, start=low.trunk(texts)))
     assert largest_difference(scores, high.score(ids, mask, EXAMPLE_IDS)) < 1e-5
 
 
@@ -268,12 +268,11 @@ def test_example_ids_of_numpy(stochastic, batch):
 @pytest.mark.parametrize("family", ["bert", "roberta", "deberta-v2", "modernbert"])
 def test_samples_may_come_in_waves_and_for_some_of_the_texts(family, scope, stochastic, batch):
     teacher, (ids, mask) = stochastic(family, scope), batch(family)
-    at_once = teacher.sample_logits(teacher.trunk(ids, mask), ids, mask, EXAMPLE_IDS, 0, K, plain=True)
+    at_once = teacher.sample_logits(teacher.trunk(teacher.texts(ids, mask, EXAMPLE_IDS)), 0, K, plain=True)
     assert at_once.shape == (K + 1, TEXTS, 3)
     rows = [4, 1]
-    part = ids[rows], mask[rows]
-    trunk_of_part = teacher.trunk(*part)
-    waves = [teacher.sample_logits(trunk_of_part, *part, EXAMPLE_IDS[rows], first, 2) for first in (0, 2)]
+    part = teacher.trunk(teacher.texts(ids[rows], mask[rows], EXAMPLE_IDS[rows]))
+    waves = [teacher.sample_logits(part, first, 2) for first in (0, 2)]
     torch.testing.assert_close(torch.cat(waves), at_once[1:, rows], atol=1e-5, rtol=0)
     with torch.inference_mode():
         torch.testing.assert_close(at_once[0], teacher.model(input_ids=ids, attention_mask=mask).logits, atol=1e-5, rtol=0)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from muka_fast.ops import philox, table
+from muka_fast.ops import philox, table, tuning
 from muka_fast.ops.aot import Specialisation
 from muka_fast.ops.philox import LANES, PHILOX_CALL_OPERATIONS, philox_calls
 from muka_fast.ops.reference import dropout_add_layer_norm_ref
@@ -99,10 +99,10 @@ if philox.triton is not None:
         b_y = b_y * b_weight + tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
         tl.store(p_y + (i_r * rows + i_i) * D + o_d, b_y.to(p_y.dtype.element_ty), mask=m_d)
 
-    def block(width: int) -> tuple[int, int]:
-        """CALLS and num_warps of one row."""
+    def block(width: int) -> tuple[int, str]:
+        """CALLS of one row, and its class of shape in tuning.py."""
         calls = triton.next_power_of_2(philox_calls(LANES - 1, width))
-        return calls, min(16, max(1, calls // 32))
+        return calls, next((most for most in tuning.CANDIDATES["dropout_add_layer_norm"] if calls <= int(most)), "4096")
 
     def _triton(x, residual, weight, bias, eps, p, seed, site, example_ids, offsets, first_sample, plain_first) -> Tensor:
         if x.dtype == torch.float64:  # only tests ask for it
@@ -113,7 +113,8 @@ if philox.triton is not None:
         out = torch.empty_like(x)
         if out.numel() == 0:
             return out
-        CALLS, num_warps = block(width)
+        CALLS, shape = block(width)
+        (num_warps,) = tuning.choose("dropout_add_layer_norm", shape, x.device)
         # Triton launches on the current device, which need not be that of x.
         with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
             dropout_add_layer_norm_kernel[(rows, replicas)](
@@ -126,15 +127,16 @@ if philox.triton is not None:
     _TYPES |= dict.fromkeys(("site", "first_sample", "threshold", "num_plain", "rows", "D"), "i32")
     SPECIALISATIONS = [
         Specialisation(
-            f"dropout_add_layer_norm {dtype} D={width}",
+            f"dropout_add_layer_norm {dtype} D={width} {num_warps}",
             dropout_add_layer_norm_kernel,
             {**dict.fromkeys(("p_x", "p_residual", "p_weight", "p_bias", "p_y"), f"*{dtype}"), **_TYPES},
             {"CALLS": block(width)[0]},
-            num_warps=block(width)[1],
-            fast=dtype == "bf16" and width == 768,
+            num_warps=num_warps,
+            fast=dtype == "bf16" and width == 768 and place == 0,
         )
         for dtype in ("fp32", "fp16", "bf16")
-        for width in (63, 768, 4096)
+        for width in (63, 768, 1024, 4096)
+        for place, (num_warps,) in enumerate(tuning.CANDIDATES["dropout_add_layer_norm"][block(width)[1]])
     ]
 
 _op = table.register(

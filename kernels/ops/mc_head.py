@@ -12,13 +12,13 @@ Letters: K samples (k) · B texts (b) · D features (d) · C classes (c).
 import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from muka_fast.ops import philox, table
+from muka_fast.ops import philox, table, tuning
 from muka_fast.ops.aot import Specialisation
 from muka_fast.ops.philox import PHILOX_CALL_OPERATIONS, philox_calls
 from muka_fast.ops.reference import mc_head_ref
@@ -196,17 +196,14 @@ if philox.triton is not None:
         if STAGE == 0:
             tl.store(p_expected + o_t, b_inner / K, mask=o_t < B)
 
-    # Class tile -> texts a program, features a step, warps: no spills on sm_80, sm_90 and sm_100 (tests/ops/test_aot.py), about one
-    # Philox call a thread and step. Wider tiles than 128 classes spill.
-    TILES_32_BIT = {16: (2, 32, 4), 32: (2, 32, 4), 64: (2, 64, 8), 128: (2, 32, 8)}
-    TILES_16_BIT = {16: (1, 64, 4), 32: (1, 64, 4), 64: (2, 64, 8), 128: (2, 64, 8)}
+    def block(classes: int) -> int:
+        """Classes of one tile: wider ones than 128 spill."""
+        return min(128, max(16, triton.next_power_of_2(classes)))
 
-    def block(classes: int, dtype: torch.dtype) -> dict[str, int]:
-        """Tile sizes and launch options for this many classes."""
-        BC = min(128, max(16, triton.next_power_of_2(classes)))
-        wide = dtype == torch.float32
-        BT, BD, num_warps = (TILES_32_BIT if wide else TILES_16_BIT)[BC]
-        return {"BT": BT, "BC": BC, "BD": BD, "num_warps": num_warps, "num_stages": 1 if wide else 2}
+    def options(tile: int, entry: tuple[int, ...]) -> dict[str, int]:
+        """Tile sizes and launch options of an entry of tuning.py; about one Philox call a thread and step."""
+        BT, BD, num_warps, num_stages = entry
+        return {"BT": BT, "BC": tile, "BD": BD, "num_warps": num_warps, "num_stages": num_stages}
 
     def merge_tiles(parts: Tensor) -> tuple[Tensor, Tensor]:
         """Softmax sums of all tiles, [3, B, K, tiles] -> ln sum exp z and entropy, [B, K]."""
@@ -233,7 +230,8 @@ if philox.triton is not None:
         if texts == 0:
             return mean, var, predictive, expected, information, normalized, logits
         threshold, scale = philox.mask_parameters(p)
-        config = block(classes, dtype)
+        entry = tuning.choose("mc_head", f"{8 * x.element_size()} bit {block(classes)}", x.device)
+        config = options(block(classes), entry)
         tiles = triton.cdiv(classes, config["BC"])
         by_tile = x.new_empty((texts, tiles), dtype=torch.float32)
         parts, lse = x.new_empty((3, texts, num_samples, tiles if tiles > 1 else 0), dtype=torch.float32), by_tile
@@ -259,13 +257,18 @@ if philox.triton is not None:
         information = torch.where(predictive < expected, 0.0, predictive - expected)
         return mean, var, predictive, expected, information, predictive / math.log(classes) if classes > 1 else predictive * 0, logits
 
-    def _specialisation(dtype: str, classes: int, stage: int, has_bias: bool = True) -> Specialisation:
-        config = block(classes, {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
+    def _candidates(dtype: str, classes: int) -> Sequence[tuple[int, ...]]:
+        return tuning.CANDIDATES["mc_head"][f"{32 if dtype == 'fp32' else 16} bit {block(classes)}"]
+
+    def _specialisation(
+        dtype: str, classes: int, stage: int, entry: tuple[int, ...], has_bias: bool = True
+    ) -> Specialisation:
+        config = options(block(classes), entry)
         warps, stages = config.pop("num_warps"), config.pop("num_stages")
         outputs = dict.fromkeys(("p_lse", "p_parts", "p_mean", "p_var", "p_predictive", "p_expected"), "*fp32")
         scalars = dict.fromkeys(("site", "threshold", "K", "B", "C", "D"), "i32") | {"seed": "i64", "scale": "fp32"}
         return Specialisation(
-            f"mc_head {dtype} BC={config['BC']} stage {stage}{'' if has_bias else ' without bias'}",
+            f"mc_head {dtype} BC={config['BC']} stage {stage}{'' if has_bias else ' without bias'} {entry}",
             mc_head_kernel,
             {**dict.fromkeys(("p_x", "p_w", "p_b"), f"*{dtype}"), "p_ids": "*i64", **outputs, **scalars},
             {**config, "HAS_BIAS": has_bias, "PRECISION": "tf32x3", "STAGE": stage},
@@ -275,10 +278,11 @@ if philox.triton is not None:
         )
 
     SPECIALISATIONS = [
-        _specialisation(dtype, classes, stage)
+        _specialisation(dtype, classes, stage, entry)
         for dtype in ("fp32", "fp16", "bf16")
         for classes, stage in ((16, 0), (32, 0), (64, 0), (128, 0), (1000, 1), (1000, 2))
-    ] + [_specialisation("fp32", 16, 0, has_bias=False)]
+        for entry in _candidates(dtype, classes)
+    ] + [_specialisation("fp32", 16, 0, _candidates("fp32", 16)[0], has_bias=False)]
 
 _op = table.register(
     "mc_head",

@@ -13,7 +13,7 @@ Letters: K samples (k) · B texts (b) · S = sum of the teachers' class counts (
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from operator import lt
@@ -21,7 +21,7 @@ from operator import lt
 import torch
 from torch import Tensor
 
-from muka_fast.ops import table
+from muka_fast.ops import table, tuning
 from muka_fast.ops.aot import Specialisation
 from muka_fast.ops.philox import triton
 from muka_fast.ops.reference import mc_statistics_ref
@@ -278,25 +278,26 @@ if triton is not None:
         tl.store(p_entropy + 4 * N, b_selected)
         tl.store(p_entropy + 4 * N + 1, tl.where(b_nan == 0, tl.where(N == 1, 1.0, b_best - b_second), float("nan")))
 
-    # Classes of one block -> samples at a time and warps: enough loads in flight, no spills. Few sizes, all compiled by the tests.
-    TILES = {16: (16, 1), 64: (16, 4), 256: (16, 4), 512: (4, 4), 1024: (4, 8), 2048: (2, 8), 4096: (1, 8)}
-    TILES |= {8192: (1, 16)}  # a row of 16384 and its two sums spill on sm_90 and sm_100
+    CANDIDATES = {int(size): entries for size, entries in tuning.CANDIDATES["mc_statistics"].items()}
+    TILES = {size: entries[0] for size, entries in CANDIDATES.items()}  # classes of one block -> samples at a time and warps
     CHUNK, CHUNK_WARPS = 2048, 16  # classes at a time of teachers beyond the last tile
     SMALL_BLOCKS = (16, 512)  # of the second block, for teachers that would leave most of a block of 2048 to 8192 classes idle
 
-    def configuration(counts: list[int], num_samples: int) -> tuple[dict[str, int], int]:
+    def configuration(
+        counts: list[int], num_samples: int, tiles: Mapping[int, tuple[int, ...]] = TILES
+    ) -> tuple[dict[str, int], int]:
         """Constexprs and number of warps for these class counts."""
-        if max(counts) > max(TILES):
+        if max(counts) > max(tiles):
             small = SMALL_BLOCKS[-1]
-            samples = TILES[small][0] if num_samples > 1 else 1
+            samples = tiles[small][0] if num_samples > 1 else 1
             return {"SMALL_SAMPLES": samples, "SMALL": small, "LARGE_SAMPLES": 1, "LARGE": CHUNK, "CHUNKED": True}, CHUNK_WARPS
-        block = next(size for size in TILES if size >= max(counts))
-        samples, warps = TILES[block] if num_samples > 1 else (1, TILES[block][1])
+        block = next(size for size in tiles if size >= max(counts))
+        samples, warps = tiles[block] if num_samples > 1 else (1, tiles[block][1])
         idle = max((count for count in counts if 2 * count <= block), default=0)
         small = next((size for size in SMALL_BLOCKS if size >= idle), None)
         sizes = {"SMALL_SAMPLES": samples, "SMALL": block, "LARGE_SAMPLES": 1, "LARGE": 0}
         if idle and block >= 2048 and small is not None and num_samples > 1:
-            sizes = {"SMALL_SAMPLES": TILES[small][0], "SMALL": small, "LARGE_SAMPLES": samples, "LARGE": block}
+            sizes = {"SMALL_SAMPLES": tiles[small][0], "SMALL": small, "LARGE_SAMPLES": samples, "LARGE": block}
         return {**sizes, "CHUNKED": False}, warps
 
     @lru_cache(maxsize=64)
@@ -315,7 +316,8 @@ if triton is not None:
         out = empty_output(logits, len(counts))
         if texts == 0:
             return out
-        constexprs, warps = configuration(counts, samples)
+        tiles = {size: tuning.choose("mc_statistics", str(size), logits.device) for size in TILES}
+        constexprs, warps = configuration(counts, samples, tiles)
         scale = torch.empty((texts, 2, samples if constexprs["CHUNKED"] else 0), dtype=torch.float32, device=logits.device)
         bounds, log_classes = on_device(tuple(offsets), logits.device)
         # Triton launches on the current device, which need not be that of the logits.
@@ -328,19 +330,25 @@ if triton is not None:
 
     _TYPES = dict.fromkeys(("p_log_classes", "p_out", "p_scale"), "*fp32") | {"p_offsets": "*i32"}
     _TYPES |= {"K": "i32", "N": "i32", "S": "i32", "z_sample": "i64", "z_text": "i64"}
-    _CASES = [([block], samples, "fp32") for samples in (16, 1) for block in (*TILES, 10_000)]
-    _CASES += [([small, block], 16, "fp32") for small in SMALL_BLOCKS for block in TILES if block >= 2048]
-    _CASES += [([block], 16, dtype) for dtype in ("fp16", "bf16") for block in (16, 256, 8192, 10_000)]
+    _CASES = [([block], samples, "fp32", TILES) for samples in (16, 1) for block in (*TILES, 10_000)]
+    _CASES += [([small, block], 16, "fp32", TILES) for small in SMALL_BLOCKS for block in TILES if block >= 2048]
+    _CASES += [([block], 16, dtype, TILES) for dtype in ("fp16", "bf16") for block in (16, 256, 8192, 10_000)]
+    _CASES += [
+        ([size], 16, dtype, TILES | {size: entry})
+        for size, entries in CANDIDATES.items()
+        for entry in entries[1:]
+        for dtype in ("fp32", "bf16")
+    ]
     SPECIALISATIONS = [
         Specialisation(
-            f"mc_statistics {dtype} C={counts} K={samples}",
+            f"mc_statistics {dtype} C={counts} K={samples} {tiles.get(counts[-1], '')}",
             mc_statistics_kernel,
             {"p_z": f"*{dtype}", **_TYPES},
-            configuration(counts, samples)[0],
-            num_warps=configuration(counts, samples)[1],
-            fast=dtype == "fp32" and samples == 16 and counts in ([16], [256], [16, 8192], [10_000]),
+            configuration(counts, samples, tiles)[0],
+            num_warps=configuration(counts, samples, tiles)[1],
+            fast=dtype == "fp32" and samples == 16 and tiles is TILES and counts in ([16], [256], [16, 8192], [10_000]),
         )
-        for counts, samples, dtype in _CASES
+        for counts, samples, dtype, tiles in _CASES
     ]
 
 RAW = table.register(

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from muka_fast.ops import philox, table
+from muka_fast.ops import philox, table, tuning
 from muka_fast.ops.aot import Specialisation
 from muka_fast.ops.reference import ATTENTION_STRIDE, one_query_attention_ref
 
@@ -137,9 +137,8 @@ if philox.triton is not None:
     def pad(size: int) -> int:
         return max(16, triton.next_power_of_2(size))  # the least that tl.dot takes
 
-    def block(head_dim: int) -> tuple[int, int]:
-        """BLOCK (keys at a time) and num_warps: the largest that compile without spills, float32 products being kept exact."""
-        return (32, 4) if pad(head_dim) <= 32 else (16, 8)
+    def shape_class(head_dim: int) -> str:
+        return "d32" if pad(head_dim) <= 32 else "d128"
 
     def _triton(
         query, key, value, starts, num_heads, scaling, num_samples, p, seed, site, example_ids, query_positions, position_bias,
@@ -157,7 +156,7 @@ if philox.triton is not None:
         out = query.new_empty((replicas, *query.shape))
         if out.numel() == 0:
             return out
-        BLOCK, num_warps = block(head_dim)
+        BLOCK, num_warps = tuning.choose("one_query_attention", shape_class(head_dim), query.device)
         R_PAD = min(pad(replicas), MOST_REPLICAS)
         # Triton launches on the current device, which need not be that of the query.
         with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
@@ -173,16 +172,17 @@ if philox.triton is not None:
     _TYPES |= dict.fromkeys(("site", "first_sample", "threshold", "num_plain", "R", "B", "H", "G", "bias_stride"), "i32")
     SPECIALISATIONS = [
         Specialisation(
-            f"one_query_attention {dtype} d={head_dim} R<={replicas}{' biased' if biased else ''}",
+            f"one_query_attention {dtype} d={head_dim} R<={replicas}{' biased' if biased else ''} {block, num_warps}",
             one_query_attention_kernel,
             {**dict.fromkeys(("p_q", "p_k", "p_v", "p_bias", "p_y"), f"*{dtype}"), **_TYPES},
-            {"D": head_dim, "D_PAD": pad(head_dim), "R_PAD": replicas, "BLOCK": block(head_dim)[0], "HAS_BIAS": biased},
-            num_warps=block(head_dim)[1],
+            {"D": head_dim, "D_PAD": pad(head_dim), "R_PAD": replicas, "BLOCK": block, "HAS_BIAS": biased},
+            num_warps=num_warps,
             num_stages=1,
-            fast=dtype == "bf16" and head_dim == 64 and not biased,
+            fast=dtype == "bf16" and head_dim == 64 and not biased and place == 0,
         )
         for dtype in ("fp32", "fp16", "bf16")
         for head_dim, replicas, biased in ((32, 32, False), (64, 16, False), (64, 32, True), (128, 32, False))
+        for place, (block, num_warps) in enumerate(tuning.CANDIDATES["one_query_attention"][shape_class(head_dim)])
     ]
 
 _op = table.register(

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from muka_fast.ops import philox, table
+from muka_fast.ops import philox, table, tuning
 from muka_fast.ops.aot import Specialisation
 from muka_fast.ops.reference import ATTENTION_STRIDE, packed_attention_ref
 from muka_fast.ops.repeat_dropout import repeat_dropout
@@ -193,11 +193,12 @@ if philox.triton is not None:
     def pad(size: int) -> int:
         return max(16, triton.next_power_of_2(size))  # the least that tl.dot takes
 
-    def blocks(itemsize: int, head_dim: int, longest_query: int) -> tuple[int, int, int]:
-        """BLOCK_M (queries at a time), BLOCK_N (keys at a time), num_warps: the largest that compile without spills."""
-        if itemsize == 4:  # float32 products are kept exact, without the matrix units
-            return (16, 32, 4) if pad(head_dim) <= 32 else (16, 16, 4) if pad(head_dim) <= 64 else (32, 16, 8)
-        return (16, 32, 4) if longest_query <= 16 else (64, 32, 8) if pad(head_dim) <= 64 else (32, 32, 8)
+    def shape_class(itemsize: int, head_dim: int, longest_query: int) -> str:
+        """Of tuning.py. Float32 products are kept exact, without the matrix units, so that their tiles are smaller."""
+        if itemsize == 2 and longest_query <= 16:
+            return "16 bit one row"
+        widths = (32, 64, 128) if itemsize == 4 else (64, 128)
+        return f"{8 * itemsize} bit d{next((width for width in widths if pad(head_dim) <= width), widths[-1])}"
 
     def _triton(
         query, key, value, query_starts, first_positions, starts, longest, num_heads, scaling, num_samples, p, seed, site, example_ids,
@@ -218,7 +219,8 @@ if philox.triton is not None:
         threshold, scale = philox.mask_parameters(p)
         texts, tokens, queries, head_dim = len(starts) - 1, key.shape[-2], query.shape[-2], query.shape[-1] // num_heads
         longest_query = 1 if queries == texts else longest
-        BLOCK_M, BLOCK_N, num_warps = blocks(query.element_size(), head_dim, longest_query)
+        shape = shape_class(query.element_size(), head_dim, longest_query)
+        BLOCK_M, BLOCK_N, num_warps = tuning.choose("packed_attention", shape, query.device)
         bias = query.new_empty(1, 1, 1) if position_bias is None else position_bias
         bias = bias if bias.stride(-1) == 1 else bias.contiguous()
         # Triton launches on the current device, which need not be that of the query.
@@ -237,24 +239,28 @@ if philox.triton is not None:
     _INTEGERS = "site first_sample threshold num_plain Q T H G q_replica kv_replica bias_head bias_row"
     _TYPES |= dict.fromkeys(_INTEGERS.split(), "i32")
 
-    def _specialisation(dtype: str, head_dim: int, longest_query: int, biased: bool, masked: bool) -> Specialisation:
-        BLOCK_M, BLOCK_N, num_warps = blocks(4 if dtype == "fp32" else 2, head_dim, longest_query)
+    def _specialisation(
+        dtype: str, head_dim: int, longest_query: int, biased: bool, masked: bool, tile: tuple[int, ...], first: bool
+    ) -> Specialisation:
+        BLOCK_M, BLOCK_N, num_warps = tile
         constexprs = {"D": head_dim, "D_PAD": pad(head_dim), "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
         return Specialisation(
-            f"packed_attention {dtype} d={head_dim} rows={min(longest_query, 99)}{' biased' * biased}{' masked' * masked}",
+            f"packed_attention {dtype} d={head_dim} rows={min(longest_query, 99)}{' biased' * biased}{' masked' * masked} {tile}",
             packed_attention_kernel,
             {**dict.fromkeys(("p_q", "p_k", "p_v", "p_bias", "p_y"), f"*{dtype}"), **_TYPES},
             constexprs | {"HAS_BIAS": biased, "MASKED": masked},
             num_warps=num_warps,
             num_stages=1,
-            fast=dtype == "bf16" and head_dim == 64 and longest_query > 16 and masked,
+            fast=dtype == "bf16" and head_dim == 64 and longest_query > 16 and masked and first,
         )
 
+    CANDIDATES = tuning.CANDIDATES["packed_attention"]
     SPECIALISATIONS = [
-        _specialisation(dtype, head_dim, rows, biased, masked)
+        _specialisation(dtype, head_dim, rows, biased, masked, tile, place == 0)
         for dtype in ("fp32", "fp16", "bf16")
         for head_dim in (32, 64, 128)
         for rows, biased, masked in ((128, False, False), (128, True, True), (1, True, True))
+        for place, tile in enumerate(CANDIDATES[shape_class(4 if dtype == "fp32" else 2, head_dim, rows)])
     ]
 
 _op = table.register(

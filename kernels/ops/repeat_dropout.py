@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from muka_fast.ops import philox, table
+from muka_fast.ops import philox, table, tuning
 from muka_fast.ops.aot import Specialisation
 from muka_fast.ops.philox import LANES, PHILOX_CALL_OPERATIONS, philox_calls
 from muka_fast.ops.reference import repeat_dropout_ref
@@ -102,10 +102,10 @@ if philox.triton is not None:
             tl.store(p_y, b_y.to(p_y.dtype.element_ty), mask=mask)
             p_y += y_stride
 
-    def block(width: int) -> tuple[int, int]:
-        """ROWS and CALLS of one program: 1024 elements, whole rows where they are short."""
-        calls = min(128, triton.next_power_of_2(philox_calls(LANES - 1, width)))
-        return 128 // calls, calls
+    def block(width: int, calls_at_once: int) -> tuple[int, int]:
+        """ROWS and CALLS of one program: whole rows where they are short."""
+        calls = min(calls_at_once, triton.next_power_of_2(philox_calls(LANES - 1, width)))
+        return calls_at_once // calls, calls
 
     def repeat_dropout_triton(
         x: Tensor, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor, offsets: Tensor, first_sample: int
@@ -118,13 +118,14 @@ if philox.triton is not None:
         out = torch.empty((num_samples, rows, width), dtype=x.dtype, device=x.device)
         if out.numel() == 0:
             return out
-        ROWS, CALLS = block(width)
+        calls_at_once, num_warps = tuning.choose("repeat_dropout", "any", x.device)
+        ROWS, CALLS = block(width, calls_at_once)
         grid = (triton.cdiv(rows, ROWS), triton.cdiv(philox_calls(LANES - 1, width), CALLS))
         # Triton launches on the current device, which need not be that of x.
         with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
             repeat_dropout_kernel[grid](
                 source, out, example_ids, offsets, seed, site, first_sample, threshold, scale, num_samples, rows, width,
-                rows * width, ROWS=ROWS, CALLS=CALLS, REPEATED=source.dim() == 2, num_warps=4,
+                rows * width, ROWS=ROWS, CALLS=CALLS, REPEATED=source.dim() == 2, num_warps=num_warps,
                 enable_fp_fusion=True,
             )  # fmt: skip
         return out
@@ -133,15 +134,17 @@ if philox.triton is not None:
     _TYPES |= dict.fromkeys(("site", "first_sample", "threshold", "K", "rows", "D", "y_stride"), "i32")
     SPECIALISATIONS = [
         Specialisation(
-            f"repeat_dropout {dtype} {'[rows, D]' if repeated else '[K, rows, D]'} D={width}",
+            f"repeat_dropout {dtype} {'[rows, D]' if repeated else '[K, rows, D]'} D={width} {calls_at_once, num_warps}",
             repeat_dropout_kernel,
             {"p_x": f"*{dtype}", "p_y": f"*{dtype}", **_TYPES},
-            {"ROWS": block(width)[0], "CALLS": block(width)[1], "REPEATED": repeated},
-            fast=dtype == "fp32" and width == 1024,
+            dict(zip(("ROWS", "CALLS"), block(width, calls_at_once), strict=True)) | {"REPEATED": repeated},
+            num_warps=num_warps,
+            fast=dtype == "fp32" and width == 1024 and place == 0,
         )
         for dtype in ("fp32", "fp16", "bf16")
         for repeated in (True, False)
         for width in (63, 1024)
+        for place, (calls_at_once, num_warps) in enumerate(tuning.CANDIDATES["repeat_dropout"]["any"])
     ]
 
 _op = table.register(

@@ -1,0 +1,101 @@
+"""Scoring with one large teacher of random weights: texts/s, peak memory and time beside those of `muka-fast plan`.
+
+    python bench/teacher.py [--size 1b] [--texts 512] [--scopes last:1 last:2] [--device cuda] [--json F]
+
+Speed and memory do not depend on the weights. Scoring runs in a process of its own, whose start and loading are not counted into the
+time; the plan's speed is what this machine reaches on two layers of such a model, its memory the weights alone.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from environment import keep, markdown_table
+from synthetic import DECODERS, SIZES, make_encoder, make_teacher, make_texts
+from timing import largest_resident_bytes
+
+from muka_fast.config import PlanConfig
+from muka_fast.data import collate, read_texts, token_budget_batches, tokenize
+from muka_fast.memory import token_budget
+from muka_fast.plan import plan
+from muka_fast.scoring import gathered
+from muka_fast.teachers import load_teacher
+from muka_fast.trunk import StochasticTeacher, check_numbers
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=[*SIZES, *DECODERS], default="1b")
+    parser.add_argument("--texts", type=int, default=512)
+    parser.add_argument("--scopes", nargs="+", default=["last:1", "last:2"])
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--max_length", type=int, default=128)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", help="write the figures to this file instead of bench/results")
+    parser.add_argument("--work", nargs=2, metavar=("FOLDER", "SCOPE"), help=argparse.SUPPRESS)  # a process of its own
+    return parser.parse_args()
+
+
+def work(args: argparse.Namespace, folder: Path, scope: str) -> dict:
+    """Seconds of the second of two scorings of all texts (the first compiles), tokens, and peak bytes of the device (CPU: process)."""
+    teacher = load_teacher(folder / "teacher", run_seed=0, device=args.device)
+    scorer = StochasticTeacher(teacher, mc_scope=scope, mc_samples=args.samples, mc_dropout_p=0.1)
+    tokens = tokenize(teacher.tokenizer, read_texts(folder / "pool.jsonl").texts, args.max_length)
+    batches = token_budget_batches(tokens.lengths, token_budget(None, args.device))
+    for _ in range(2):
+        start = time.perf_counter()
+        parts = []
+        for rows in batches:
+            inputs = collate(tokens, rows, teacher.pad_id)
+            parts.append(scorer.launch(inputs["input_ids"], inputs["attention_mask"], rows))
+        check_numbers(teacher.name, gathered(parts), torch.cat([torch.from_numpy(rows) for rows in batches]).numpy())
+        seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else largest_resident_bytes()
+    return {"seconds": seconds, "tokens": int(tokens.lengths.sum()), "texts": len(tokens), "peak_bytes": peak}
+
+
+def main() -> int:
+    args = parse_arguments()
+    if args.work:
+        print(json.dumps(work(args, Path(args.work[0]), args.work[1])))
+        return 0
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        found = read_texts(make_texts(folder, args.texts)[0], need_labels=True)
+        make_encoder(folder / "encoder", args.size, found.texts)
+        make_teacher(folder / "teacher", str(folder / "encoder"), sorted(set(found.labels))[:4], 0, 1)
+        for scope in args.scopes:
+            done = subprocess.run([sys.executable, *sys.argv, "--work", name, scope], capture_output=True, text=True)
+            if done.returncode:
+                print(f"scope {scope} failed:\n{done.stderr[-3000:]}", file=sys.stderr)
+                return 1
+            row = {"scope": scope, **json.loads(done.stdout.splitlines()[-1])}
+            options = {"teachers": [str(folder / "teacher")], "student": str(folder / "encoder"), "num_texts": row["texts"]}
+            options |= {"tokens_per_text": round(row["tokens"] / row["texts"]), "mc_scope": scope, "mc_samples": args.samples}
+            planned = plan(PlanConfig(**options, device=args.device))["teachers"][0]
+            row |= {"texts_per_s": row["texts"] / row["seconds"], "mc_tokens_per_s": row["tokens"] * args.samples / row["seconds"]}
+            row |= {"parameters": planned["parameters"]}
+            rows.append(row | {"planned_seconds": 3600 * planned["hours"], "weights_bytes": planned["weights_bytes"]})
+    millions = rows[0]["parameters"] / 1e6
+    lines = [f"# One teacher: {args.size}, {millions:,.0f} M parameters, fp32, K = {args.samples}, {args.device}", ""]
+    shown = {
+        "scope": "{}", "texts_per_s": "{:.1f}", "mc_tokens_per_s": "{:,.0f}", "seconds": "{:.2f}", "planned_seconds": "{:.2f}",
+        "peak_bytes": "{:,}", "weights_bytes": "{:,}",
+    }  # fmt: skip
+    text = "\n".join(lines) + "\n" + markdown_table(rows, shown)
+    print(text)
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    else:
+        print("kept in", keep(f"teacher_{args.size}", rows, text, args.device))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

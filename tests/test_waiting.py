@@ -1,0 +1,162 @@
+"""Scoring and training steps never wait for the GPU: proven on fake CUDA tensors (fake_gpu.py), which have no values to read."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from fake_gpu import WAITS, WouldWait, fake_gpu, move
+
+from muka_fast.config import RunConfig
+from muka_fast.data import Tokens
+from muka_fast.engine import Engine
+from muka_fast.intercept import build_masks_without_waiting
+from muka_fast.loop import train_step
+from muka_fast.memory import send
+from muka_fast.methods import METHODS
+from muka_fast.optim import clip_gradients
+from muka_fast.shared import score_together, trunk_tree
+from muka_fast.teachers import Teacher
+from muka_fast.trunk import StochasticTeacher
+
+FAMILIES = ["bert", "mpnet", "modernbert", "llama"]
+# Decoders have no dropout site in their head.
+CASES = [(family, scope) for family in FAMILIES for scope in ("last:1", "head", "all") if (family, scope) != ("llama", "head")]
+
+
+@pytest.fixture(autouse=True)
+def transformers_sees_real_tensors(monkeypatch):
+    """Where it builds masks, transformers does not look into fake tensors, which it takes for those of a compiler; here it shall."""
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: False)
+
+
+def a_batch():
+    mask = (np.arange(9) < np.array([9, 4, 6, 1])[:, None]).astype(np.int64)
+    ids = np.where(mask > 0, 7, 0)
+    return torch.from_numpy(ids), torch.from_numpy(mask), np.array([3, 2**32 - 1, 0, 8])
+
+
+@pytest.fixture
+def on_fake_gpu(make_model, make_tokenizer):
+    """A teacher whose set-up ran on the CPU and whose weights are then gone to the fake device."""
+
+    def make(family, scope, budget=1 << 30):
+        model = make_model(family, ("a", "b", "c"))
+        tokenizer = make_tokenizer(family)
+        teacher = Teacher("news", "news", model, tokenizer, "key", ["a", "b", "c"], "fingerprint", 7, tokenizer.pad_token_id, 64)
+        options = {"mc_scope": scope, "mc_samples": 4, "mc_dropout_p": 0.1, "memory_budget_bytes": budget}
+        return StochasticTeacher(teacher, **options)
+
+    return make
+
+
+@pytest.mark.parametrize(("family", "scope"), CASES)
+@pytest.mark.parametrize("budget", [1 << 30, 1 << 12], ids=["at once", "in parts"])
+def test_scoring_does_not_wait(family, scope, budget, on_fake_gpu):
+    teacher = on_fake_gpu(family, scope, budget)
+    assert teacher.fast is not None
+    batch = a_batch()
+    with fake_gpu():
+        move(teacher.model)
+        scores = teacher.launch(*batch)
+        assert all(value.device.type == "cuda" and len(value) == 4 for value in vars(scores).values())
+        with pytest.raises(WouldWait):  # but whoever looks at the scores does
+            teacher.score(*batch)
+
+
+def test_teachers_that_share_their_trunk_do_not_wait(on_fake_gpu):
+    teachers = [on_fake_gpu("bert", scope) for scope in ("last:1", "head")]
+    tree, batch = trunk_tree(teachers), a_batch()
+    assert len(tree) == 1
+    with fake_gpu():
+        for teacher in teachers:
+            move(teacher.model)
+        assert len(score_together(teachers, *batch, tree)) == 2
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool((x > 0).all()),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.unique(),
+        lambda x: torch.repeat_interleave(x, x),
+        lambda x: x.cpu(),
+        lambda x: x.tolist(),
+        lambda x: torch.arange(3).to(x.device),
+        lambda x: x.copy_(torch.ones(3, dtype=torch.int64)),
+        lambda x: torch.empty(3, dtype=torch.int64).copy_(x),
+    ],
+)
+def test_what_waits_is_seen(wait):
+    with fake_gpu(), pytest.raises((*WAITS, WouldWait)):
+        wait(torch.empty(3, dtype=torch.int64, device="cuda"))
+
+
+def test_indexing_gives_the_shapes_of_pytorch():
+    rows = torch.tensor([0, 2, 1])
+    indices = [0, (slice(None), None), (..., None), (None, 1), (slice(1, 3), -1), (rows,), (rows, rows), (slice(None), rows, None)]
+    indices.append((..., 0))
+    for index in indices:
+        expected = torch.empty(4, 5, 6)[index].shape
+        with fake_gpu():
+            to_cuda = lambda item: torch.empty(3, dtype=torch.int64, device="cuda") if isinstance(item, torch.Tensor) else item
+            fake = tuple(map(to_cuda, index)) if isinstance(index, tuple) else index
+            assert torch.empty(4, 5, 6, device="cuda")[fake].shape == expected
+
+
+class FakeEngine:
+    """What `train_step` asks of an engine, on the fake device: PyTorch's backward and DeepSpeed's own part are not looked at (autograd
+    asks for the device's streams, which a CPU build lacks)."""
+
+    micro_batches, world_size, rank, completed_steps = 2, 1, 0, 0
+    device = torch.device("cuda:0")
+    sum_and_max = Engine.sum_and_max
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, **batch):
+        return self.model(**{name: send(value, self.device) for name, value in batch.items()})
+
+    def backward(self, loss):
+        for parameter in self.model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+
+    def step(self):
+        clip_gradients([{"params": list(self.model.parameters())}], 1.0)
+
+
+@pytest.mark.parametrize("method", ["muka-soft", "vkd", "uhc"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert", "llama"])
+def test_a_training_step_does_not_wait(family, method, make_model):
+    engine = FakeEngine(make_model(family, ("a", "b", "c", "d")).train())
+    build_masks_without_waiting(engine.model)
+    space = SimpleNamespace(teacher_to_union=[0, 1, 1, 2, 3], num_classes=4)
+    logits, pair = torch.randn(6, 5), torch.rand(6, 2)
+    measures = dict.fromkeys(("predictive_entropy", "expected_entropy", "mutual_information", "normalized_entropy"), pair)
+    sup = SimpleNamespace(logits=logits, offsets=[0, 2, 5], teachers=[0, 1], class_counts=[2, 3], **measures)
+    config = RunConfig(method=method, uncertainty="predictive_entropy")
+    chosen = METHODS[method](config, sup, space, None)
+    tokens = Tokens(np.full(30, 7, np.int32), np.arange(0, 31, 5))
+    union = chosen.union_on(torch.device("cpu"))
+    chosen.denominator = lambda rows: 6.0  # arithmetic of the host, which has no values inside either
+    with fake_gpu(), torch.no_grad():
+        move(engine.model)
+        chosen._union_on[engine.device] = torch.empty(union.shape, dtype=torch.int64, device="cuda")
+        step = train_step(engine, chosen, tokens, None, np.arange(6), config, {"stop": False}, 0)
+    assert step.number == 1 and len(step.seen) == 2 and step.outcome.values.shape == (2,)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "llama"])
+def test_masks_built_without_waiting_are_those_of_transformers(family, make_model):
+    ids, mask, _ = a_batch()
+    model = make_model(family, ("a", "b"))
+    saved = model.config.to_json_string()
+    plain = model(input_ids=ids, attention_mask=mask).logits
+    build_masks_without_waiting(model)
+    torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, plain)
+    assert model.config.to_json_string() == saved  # nothing of it reaches an exported student
