@@ -291,10 +291,13 @@ def measure_students(
     return accuracies, spent | {"published": step_s * args.epochs * -(-len(texts.texts) // args.batch_size)}
 
 
-def peak_bytes(paths: list[str], row: Row, samples: int) -> int:
-    """Largest resident set of a process of its own that scores the pool once (interpreter, torch and the teachers included)."""
+def peak_bytes(paths: list[str], row: Row, samples: int, *more: str) -> int:
+    """Largest resident set of a process of its own that scores the pool once (interpreter, torch and the teachers included).
+
+    more: further options of this script.
+    """
     spec = json.dumps({"teachers": paths, "scope": row.scope, "mc_stop": row.mc_stop, "samples": samples})
-    done = subprocess.run([sys.executable, *sys.argv, "--peak_of", spec], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *sys.argv, *more, "--peak_of", spec], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"measuring the memory of {row.name} failed:\n{done.stderr[-2000:]}")
     return int(done.stdout.split()[-1])
