@@ -35,8 +35,9 @@ def measure_scaling(args: argparse.Namespace, texts: TextSet) -> tuple[list[dict
     parts = [[row for row in rows if row["what"] == what] for what in ("sharing", "memory")]
     return rows, (
         f"# Scoring against teachers, shared layers and passes\n\n{len(texts.texts)} texts, {args.repetitions} interleaved "
-        f"repetitions; ratio: two teachers over one.\n\n{markdown_table(parts[0], cost)}\nPeak memory of a process that scores "
-        f"{MEMORY_TEXTS} of the texts once, interpreter and torch included; teachers share no layer.\n\n{markdown_table(parts[1], memory)}"
+        f"repetitions; ratio: two teachers over one.\n\n{markdown_table(parts[0], cost)}\n"
+        f"Peak memory of a process that scores {MEMORY_TEXTS} of the texts once, interpreter and torch included; teachers share no "
+        f"layer.\n\n{markdown_table(parts[1], memory)}"
     )
 
 
