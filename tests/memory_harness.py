@@ -31,8 +31,11 @@ def storages() -> dict[int, int]:
         # Subclasses of the distributed package answer isinstance by looking up attributes that may be gone.
         if issubclass(type(item), torch.Tensor):
             for tensor in (item, item.grad if item.is_leaf else None):
-                if tensor is not None and tensor.device.type == "cpu" and tensor.untyped_storage().nbytes():
-                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                if tensor is None or tensor.device.type != "cpu":
+                    continue
+                for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+                    if part.untyped_storage().nbytes():
+                        found[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
     return found
 
 

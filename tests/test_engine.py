@@ -2,28 +2,23 @@
 
 import json
 import math
-import multiprocessing
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
+from group_targets import exit_codes, save_on_full_disk
 from hypothesis import given
 from hypothesis import strategies as st
 from launch import launcher_variables
 
-from muka_fast import engine as engine_module
-from muka_fast.cli import guarded
 from muka_fast.config import RunConfig
 from muka_fast.ds_config import prepare_ds_config, read_ds_config
 from muka_fast.engine import Engine, init_distributed
 from muka_fast.errors import UserError
 from muka_fast.optim import clip_gradients, dense_gradients, linear_schedule, parameter_groups, sparse_embeddings
-from muka_fast.snapshots import save_snapshot
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -222,36 +217,9 @@ def test_a_checkpoint_continues_bit_for_bit(tmp_path, ds):
     assert whole.last_lr == resumed.last_lr > 0
 
 
-def save_on_full_disk(rank: int, variables: dict, output: Path) -> None:
-    """ZeRO 2 in two processes, a file per tensor, of which process 0 cannot write the second; ends with the exit code."""
-    os.environ.update(variables)
-    init_distributed()
-    ds, config = prepare_ds_config({"zero_optimization": {"stage": 2}}, RunConfig(batch_size=4), 2)
-    made = Engine.create(Tiny(), config, ds, 10)
-    engine_module.SHARD_BYTES, calls = 1, []
-
-    def save_file(*rest, _original=safetensors.torch.save_file):
-        calls.append(rest)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        _original(*rest)
-
-    safetensors.torch.save_file = save_file
-    os._exit(guarded(lambda: save_snapshot(made, output)))
-
-
 def test_a_full_disk_ends_all_processes_and_is_told_once(tmp_path, capfd):
     """After the failed write the others still gather what is left: they must not wait for process 0."""
-    fork = multiprocessing.get_context("fork")
-    children = [fork.Process(target=save_on_full_disk, args=(i, own, tmp_path)) for i, own in enumerate(launcher_variables(2))]
-    for child in children:
-        child.start()
-    deadline = time.monotonic() + 120
-    for child in children:
-        child.join(max(0, deadline - time.monotonic()))
-    codes = [child.exitcode for child in children]
-    for child in children:
-        child.kill()
+    codes = exit_codes(save_on_full_disk, [(own, tmp_path) for own in launcher_variables(2)])
     told = capfd.readouterr().err
     assert codes == [2, 2] and told.count("the checkpoint cannot be written") == 1, (codes, told)
     assert list((tmp_path / "checkpoints").iterdir()) == []

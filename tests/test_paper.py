@@ -91,13 +91,17 @@ def test_every_setting_is_reported_in_one_group_and_named_methods_exist(settings
 # ---- cells ----
 
 
-def test_other_options_get_another_folder(bench, tmp_path):
+def test_other_teachers_get_another_folder_and_other_students_another_cell(bench, tmp_path):
     paper = bench("paper")
     common = ["--data", "d", "--encoders", "e", "--workdir", str(tmp_path)]
     folder = lambda *more: paper.seed_folder(paper.parse_arguments([*common, *more]), "trec6_2", 0)
-    folders = {folder(*more) for more in ([], ["--limit", "9"], ["--epochs", "1"], ["--student", "x"])}
+    folders = {folder(*more) for more in ([], ["--limit", "9"], ["--teacher_epochs", "1"], ["--bert", "x"])}
     assert len(folders) == 4
-    assert folder("--seeds", "3", "--methods", "vkd", "--settings", "trec6_2", "--selection_only") in folders
+    for same in (["--seeds", "3", "--methods", "vkd", "--settings", "trec6_2", "--selection_only"], ["--epochs", "1"]):
+        assert folder(*same) == folder()
+    cell = lambda *more: paper.digest(paper.numbers(paper.parse_arguments([*common, *more]), paper.STUDENT_NUMBERS))
+    students = ([], ["--epochs", "1"], ["--student", "x"], ["--student_layers", "2"], ["--neutral_encoder", "x"])
+    assert len({cell(*more) for more in students}) == 5 and cell("--limit", "9") == cell()
 
 
 def test_teacher_recall_counts_any_owner(bench):

@@ -1,22 +1,12 @@
 """The queue of shards: each number once, one answer for all, nothing left from before. Deaths and faults: tests/test_train.py."""
 
-import logging
-import multiprocessing
-import os
 import re
-import sys
 import threading
-import time
-from datetime import timedelta
 
+from group_targets import exit_codes, leave_or_enter, wait_alone
 from launch import launcher_variables
 
-from muka_fast import engine
-from muka_fast.engine import init_distributed
-from muka_fast.errors import UserError
 from muka_fast.shard_queue import ShardQueue
-
-FORK = multiprocessing.get_context("fork")
 
 
 def two_queues():
@@ -75,42 +65,11 @@ def test_entering_again_forgets_what_was():
 # ---- several processes ----
 
 
-def leave_or_enter(rank, variables):
-    """Process 1 leaves as soon as it has joined the group; process 0 enters the queue and notices."""
-    os.environ.update(variables)
-    logging.getLogger("muka_fast").addHandler(logging.StreamHandler())
-    init_distributed()
-    if rank == 0:
-        with ShardQueue(group=True) as queue:
-            while True:
-                queue.check()
-                time.sleep(0.01)
-    os._exit(7)
-
-
 def test_a_process_that_is_gone_before_the_queue_begins_ends_the_others(capfd):
-    children = [FORK.Process(target=leave_or_enter, args=(rank, own)) for rank, own in enumerate(launcher_variables(2))]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(60)
-    assert [child.exitcode for child in children] == [1, 7]
+    assert exit_codes(leave_or_enter, [(own,) for own in launcher_variables(2)]) == [1, 7]
     assert "is gone" in capfd.readouterr().err
 
 
-def wait_alone(variables):
-    os.environ.update(variables)
-    engine.JOINING = timedelta(seconds=1)
-    try:
-        init_distributed()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        os._exit(2)
-
-
 def test_a_job_whose_processes_do_not_all_start_says_so(capfd):
-    child = FORK.Process(target=wait_alone, args=(launcher_variables(2)[0],))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 2
+    assert exit_codes(wait_alone, [(launcher_variables(2)[0],)]) == [2]
     assert re.search(r"not all processes of this job have started \(.*1/2 clients joined.*\)", capfd.readouterr().err)
