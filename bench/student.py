@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from ceilings import gemm_flops_per_s
-from environment import keep
+from environment import show
 from synthetic import DECODERS, SIZES, make_encoder, make_teacher, make_texts
 from timing import largest_resident_bytes
 from transformers import AutoConfig, AutoTokenizer
@@ -106,11 +106,7 @@ def main() -> int:
         speed, memory = f"{row['texts_per_s']:.1f} | {100 * row['mfu']:.1f} %", (row["peak_bytes"], row["planned_bytes"])
         lines.append(f"| {row['stage']} | {speed} | " + " | ".join(f"{size / 2**20:.0f}" for size in memory) + " |")
     text = "\n".join(lines) + "\n"
-    print(text)
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
-    else:
-        print("kept in", keep(f"student_{args.size}", rows, text, args.device))
+    show(f"student_{args.size}", rows, text, args.device, args.json)
     return 0
 
 

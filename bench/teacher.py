@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from environment import keep, markdown_table
+from environment import markdown_table, show
 from synthetic import DECODERS, SIZES, make_encoder, make_teacher, make_texts
 from timing import largest_resident_bytes
 
@@ -89,11 +89,7 @@ def main() -> int:
         "peak_bytes": "{:,}", "weights_bytes": "{:,}",
     }  # fmt: skip
     text = "\n".join(lines) + "\n" + markdown_table(rows, shown)
-    print(text)
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
-    else:
-        print("kept in", keep(f"teacher_{args.size}", rows, text, args.device))
+    show(f"teacher_{args.size}", rows, text, args.device, args.json)
     return 0
 
 

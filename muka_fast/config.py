@@ -1,4 +1,7 @@
-"""Every option of every command: default, unit and range, once; help texts and error messages are derived from here."""
+"""Every option of every command: default, unit and range, once; help texts and error messages are derived from here.
+
+Over 400 lines: all options stand here and nowhere else, so that each is found, and told apart from the others, in one place.
+"""
 
 import difflib
 import os

@@ -25,16 +25,15 @@ from muka_fast.adaptive import sampling_summary
 from muka_fast.aligned import student_part
 from muka_fast.config import EvalConfig, RunConfig, load_config
 from muka_fast.console import log_file, setup_logging
-from muka_fast.coverage import doubt_ranks, nobody_weights
+from muka_fast.coverage import nobody_weights
 from muka_fast.data import TextSet, read_texts, tokenize
-from muka_fast.doubt import UncertaintyHead, with_features
 from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine, init_distributed, resolve_device
 from muka_fast.errors import UserError
-from muka_fast.evaluate import evaluate, load_model, predict
-from muka_fast.evidence import SAMPLE, sample_rows
+from muka_fast.evaluate import evaluate
 from muka_fast.export import LABELLED_METHODS
 from muka_fast.first_token import first_token_only
+from muka_fast.fit_doubt import doubt_targets, fit_head
 from muka_fast.group import on_first_process, shut_down, told_once
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
 from muka_fast.loop import Plan, train
@@ -43,7 +42,7 @@ from muka_fast.neutral import name_features, neutral_features
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.snapshots import write_json
 from muka_fast.student import checkpoint_activations, encoder_fingerprint, load_student
-from muka_fast.supervision import Supervision, check_sites, device_of, fill_store, open_store, option_values
+from muka_fast.supervision import Supervision, check_sites, fill_store, open_store, option_values
 from muka_fast.teachers import check_teachers, teacher_names, token_limit
 
 log = logging.getLogger("muka_fast")
@@ -278,13 +277,6 @@ def pool_weights(
     return weights * (1 - nobody_weights(sup, weights, neutral, config.seed)[:, None]) if config.coverage else weights
 
 
-def doubt_targets(config: RunConfig, sup: Supervision, space: LabelSpace) -> np.ndarray | None:
-    """The ensemble's doubt of every text, [n] in (0, 1): the mean of its ranks; None without --uncertainty_head."""
-    if not config.uncertainty_head:
-        return None
-    return doubt_ranks(sup.restrict(space), config.uncertainty, config.seed).mean(1)
-
-
 def begin_record(
     config: RunConfig,
     ds_config: dict[str, Any],
@@ -360,17 +352,6 @@ def card(config: RunConfig, record: dict[str, Any]) -> export.Card:
         data=record["data"] | holes,
         metrics=metrics | {name: student[name] for name in ("accuracy", "macro_f1", "nll", "ece") if name in student},
     )
-
-
-def fit_head(config: RunConfig, output: Path, texts: TextSet, doubt: np.ndarray, method: Method) -> UncertaintyHead:
-    """The uncertainty head of the exported student, loaded as anybody would load it, from at most SAMPLE of the texts."""
-    rows = sample_rows(texts.example_ids, config.seed, SAMPLE)
-    model, tokenizer, names = load_model(output, device_of(config.device))
-    tokens = tokenize(tokenizer, [texts.texts[row] for row in rows], min(config.max_length, token_limit(model, tokenizer)))
-    options = {"token_budget": config.token_budget, "description": "uncertainty head", "forward": with_features(model)}
-    found = predict(model, tokens, **options).numpy()
-    logits, features = found[:, : len(names)], found[:, len(names) :]
-    return UncertaintyHead.fit(features, logits, doubt[rows], method.included.numpy()[rows])
 
 
 def evaluate_student(config: RunConfig, output: Path) -> dict[str, Any]:

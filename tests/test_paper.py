@@ -100,8 +100,8 @@ def test_other_teachers_get_another_folder_and_other_students_another_cell(bench
     for same in (["--seeds", "3", "--methods", "vkd", "--settings", "trec6_2", "--selection_only"], ["--epochs", "1"]):
         assert folder(*same) == folder()
     cell = lambda *more: paper.digest(paper.numbers(paper.parse_arguments([*common, *more]), paper.STUDENT_NUMBERS))
-    students = ([], ["--epochs", "1"], ["--student", "x"], ["--student_layers", "2"], ["--neutral_encoder", "x"])
-    assert len({cell(*more) for more in students}) == 5 and cell("--limit", "9") == cell()
+    students = ([], ["--epochs", "1"], ["--student", "x"], ["--neutral_encoder", "x"])
+    assert len({cell(*more) for more in students}) == 4 and cell("--limit", "9") == cell()
 
 
 def test_teacher_recall_counts_any_owner(bench):

@@ -1,0 +1,34 @@
+"""Fits the uncertainty head (doubt.py) of a run: the ensemble's doubt of the training texts on the exported student's features."""
+
+from pathlib import Path
+
+import numpy as np
+
+from muka_fast.config import RunConfig
+from muka_fast.coverage import doubt_ranks
+from muka_fast.data import TextSet, tokenize
+from muka_fast.doubt import UncertaintyHead, with_features
+from muka_fast.evaluate import load_model, predict
+from muka_fast.evidence import SAMPLE, sample_rows
+from muka_fast.labels import LabelSpace
+from muka_fast.supervision import Supervision, device_of
+from muka_fast.targets import Method
+from muka_fast.teachers import token_limit
+
+
+def doubt_targets(config: RunConfig, sup: Supervision, space: LabelSpace) -> np.ndarray | None:
+    """The ensemble's doubt of every text, [n] in (0, 1): the mean of its ranks; None without --uncertainty_head."""
+    if not config.uncertainty_head:
+        return None
+    return doubt_ranks(sup.restrict(space), config.uncertainty, config.seed).mean(1)
+
+
+def fit_head(config: RunConfig, output: Path, texts: TextSet, doubt: np.ndarray, method: Method) -> UncertaintyHead:
+    """The uncertainty head of the exported student, loaded as anybody would load it, from at most SAMPLE of the texts."""
+    rows = sample_rows(texts.example_ids, config.seed, SAMPLE)
+    model, tokenizer, names = load_model(output, device_of(config.device))
+    tokens = tokenize(tokenizer, [texts.texts[row] for row in rows], min(config.max_length, token_limit(model, tokenizer)))
+    options = {"token_budget": config.token_budget, "description": "uncertainty head", "forward": with_features(model)}
+    found = predict(model, tokens, **options).numpy()
+    logits, features = found[:, : len(names)], found[:, len(names) :]
+    return UncertaintyHead.fit(features, logits, doubt[rows], method.included.numpy()[rows])
