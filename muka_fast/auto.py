@@ -59,28 +59,23 @@ def auto_weights(
     if len(sup.teachers) == 1 or len(sup) < FEWEST_TEXTS:
         return by_teacher
     rows = sample_rows(sup.example_ids.numpy(), seed, sample)
-    own = own_scores(sup, rows, CERTAINTY)
-    answers = {"class": class_weights(sup, neutral, rows, own), "teacher": by_teacher, "logits": softmax(energies(sup), axis=1)}
+    own, classes, b = own_scores(sup, rows, CERTAINTY), Classes.of(sup), unit(neutral.rows(rows))
+    by_class, by_logits = class_weights(sup, neutral, rows, own, classes, b), softmax(energies(sup), axis=1)
+    answers = {"class": by_class, "teacher": by_teacher, "logits": by_logits}
     pooled = sum(power * np.log(answers[name] + FLOOR) for name, power in POWERS.items())
     if names is not None:
-        answer = fit_names(sup, neutral, rows, own, names)
+        answer = NameAnswer.fit(b, names, softmax(2 * own[rows], axis=1), probs(sup, rows), classes)
         for part, chunk in neutral.chunks():
             pooled[part] += NAMES_POWER * answer.trust * np.log(answer(unit(chunk)) + FLOOR)
     return softmax(pooled / sum(POWERS.values()), axis=1).astype(np.float32)
 
 
-def fit_names(
-    sup: Supervision, neutral: Features, rows: np.ndarray, own: np.ndarray, names: np.ndarray
-) -> NameAnswer:
-    """The answer by class names, fitted on the texts `rows`."""
-    classes, w = Classes.of(sup), softmax(2 * own[rows], axis=1)
-    return NameAnswer.fit(unit(neutral.rows(rows)), names, w, probs(sup, rows), classes)
-
-
-def class_weights(sup: Supervision, neutral: Features, rows: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """The answer by class, fp32 [n, N], from each text's own scores e = own [n, N]; fitted on the texts `rows`, at least two.
-    They keep their leave-one-out answer, all others get the regression's prediction, in a stream."""
-    classes, b = Classes.of(sup), unit(neutral.rows(rows))
+def class_weights(
+    sup: Supervision, neutral: Features, rows: np.ndarray, own: np.ndarray, classes: Classes, b: np.ndarray
+) -> np.ndarray:
+    """The answer by class, fp32 [n, N], from each text's own scores e = own [n, N]; fitted on the texts `rows`, at least two, whose
+    neutral features are the unit rows b. They keep their leave-one-out answer, all others get the regression's prediction, in a
+    stream."""
     p, e, near, ridge = probs(sup, rows), own[rows], neighbours(b, NEIGHBOURS), Ridge.of(b)
     w = softmax(2 * e, axis=1)
     penalty = ridge.best_penalty(classes.compose(w, p))

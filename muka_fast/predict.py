@@ -42,9 +42,9 @@ class Predictor:
     Raises UserError for every fault that a teacher would be refused for, and for an uncertainty head that does not fit the model.
     """
 
-    def __init__(self, model: str | Path, device: str = "auto", max_length: int = 128, token_budget: int = 8192) -> None:
+    def __init__(self, model: str | Path, device: str = "auto", max_length: int = 128, token_budget: int | None = None) -> None:
         """model: folder or hub name; device: auto, cpu, cuda or cuda:N; max_length: tokens kept of each text; token_budget: padded
-        tokens per forward."""
+        tokens per forward (None: by the device)."""
         folder = checkpoint.resolve_folder(model, "--model")
         self.model, self.tokenizer, self.labels = load_model(model, device_of(device))
         self.head = None if adapters.is_adapter(folder) else UncertaintyHead.load(folder, self.model)
