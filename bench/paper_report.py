@@ -151,7 +151,7 @@ def markdown(results: dict[str, Any]) -> str:
     for group in GROUPS:
         names = [name for name, entry in settings.items() if entry["group"] == group]
         if names:
-            told = "rules and numbers may be chosen here" if group == "development" else "nothing was chosen here"
+            told = "rules and numbers may be chosen here" if group == GROUPS[0] else "what was seen of these sets: docs/selection.md"
             lines += ["", f"## Mean over the {group} settings ({told}): {', '.join(names)}", ""]
             lines += summary(cells, names, score_key(results))
     for name, entry in settings.items():

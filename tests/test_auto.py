@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 from test_evidence import make_pool, matrix, o_anchor, o_rmd, o_weights, restricted
 
-from muka_fast.auto import Answer, Classes, Ridge, auto_weights, probs
-from muka_fast.evidence import RelativeMahalanobis, evidence_weights, neighbours
+from muka_fast.auto import CERTAINTY, Answer, Classes, Ridge, auto_weights, probs
+from muka_fast.evidence import RelativeMahalanobis, evidence_weights, neighbours, own_scores, unit
 from muka_fast.features import Features
+from muka_fast.names import NameAnswer
 from muka_fast.stored import Supervision
 
 
@@ -98,6 +99,22 @@ def test_weights_are_those_of_the_definition(labels, mc):
     found, expected = auto_weights(sup, neutral), o_auto(sup, neutral, [teacher["labels"] for teacher in sup.teachers])
     assert found.dtype == np.float32 and found.shape == expected.shape
     np.testing.assert_allclose(found, expected, atol=0.01)
+
+
+def test_class_names_join_the_pool_with_six_times_the_trust_that_they_have_earned():
+    """Names that lie where their class's texts lie, as far as the predictions tell, and names that lie anywhere."""
+    sup, neutral, _ = make_pool(90, (3, 4), seed=2, separation=1.5)
+    sup, b = restricted(sup), unit(matrix(neutral).astype(np.float32))
+    p, w, plain = probs(sup, np.arange(90)), softmax(2 * own_scores(sup, np.arange(90), CERTAINTY), axis=1), auto_weights(sup, neutral)
+    told = (p * np.repeat(w, (3, 4), axis=1)).T @ b
+    trust, moved = [], []
+    for names in (told, np.random.default_rng(1).standard_normal(told.shape).astype(np.float32)):
+        answer = NameAnswer.fit(b, names, w, p, Classes.of(sup))
+        trust.append(answer.trust)
+        expected = softmax(np.log(plain) + 6 * answer.trust / 3.5 * np.log(answer(b) + 1e-4), axis=1)
+        moved.append(np.abs(expected - plain).max())
+        np.testing.assert_allclose(auto_weights(sup, neutral, names=names), expected, atol=1e-4)
+    assert trust[0] > max(0.2, 2 * trust[1]) and moved[0] > moved[1]
 
 
 def test_the_ridge_regression_leaves_each_text_out():

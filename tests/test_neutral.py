@@ -11,7 +11,7 @@ from muka_fast import neutral
 from muka_fast.config import RunConfig
 from muka_fast.data import read_texts
 from muka_fast.errors import UserError
-from muka_fast.neutral import neutral_features
+from muka_fast.neutral import name_features, neutral_features
 from muka_fast.store import merge_manifest
 
 
@@ -57,6 +57,17 @@ def test_features_are_the_mean_of_the_last_hidden_states(family, tmp_path, encod
             ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=32)["input_ids"]
             expected = model(input_ids=ids).last_hidden_state[0].mean(0).numpy()
         np.testing.assert_allclose(found[row], expected, atol=2e-3, rtol=2e-3)  # fp16
+
+
+def test_class_names_are_read_as_words(encoder):
+    folder, names = encoder(), ["card_arrival", "a", "Sci/Tech news"]
+    found = name_features(folder, names, options(token_budget=16))
+    model, tokenizer = transformers.AutoModel.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for row, words in enumerate(["card arrival", "a", "Sci Tech news"]):
+        with torch.no_grad():
+            expected = model(**tokenizer(words, return_tensors="pt")).last_hidden_state[0].mean(0).numpy()
+        np.testing.assert_allclose(found[row], expected, atol=1e-5)
+    assert found.dtype == np.float32 and np.abs(found[0] - found[2]).max() > 1e-3
 
 
 def test_they_are_computed_once_and_again_where_a_shard_is_damaged(tmp_path, encoder, pool, monkeypatch):
