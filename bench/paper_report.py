@@ -144,8 +144,8 @@ def markdown(results: dict[str, Any]) -> str:
         f"All figures in percent; means ± standard deviation over {options['seeds']} seed(s) of teachers, pools and students. "
         "Selection: the most trusted teacher owns the true label. Target: the composed target is right (both on the pool). Student: "
         "on held-out texts of all teachers' labels. Differences are paired by setting and seed, ± their standard error. oracle and "
-        "supervised see the pool's labels; dawid-skene learns from labels of its own making. The commit below is of the run that wrote this "
-        "table; cells that it found finished may be of earlier ones.",
+        "supervised see the pool's labels; dawid-skene learns from labels of its own making. The commit below is that of "
+        "this table; cells that were finished before may be of earlier ones.",
         "",
         "Options: " + ", ".join(f"{name} {value}" for name, value in options.items() if value is not None) + ".",
     ]
