@@ -17,11 +17,11 @@ Entry = tuple[int, ...]
 CANDIDATES: dict[str, dict[str, Sequence[Entry]]] = {
     "packed_attention": {  # queries at a time, keys at a time, warps
         "32 bit d32": [(16, 32, 4)],
-        "32 bit d64": [(16, 16, 4)],
+        "32 bit d64": [(16, 16, 4), (32, 16, 4)],
         "32 bit d128": [(32, 16, 8)],
         "16 bit one row": [(16, 32, 4)],
         "16 bit d64": [(64, 32, 8), (32, 32, 4), (32, 64, 8)],
-        "16 bit d128": [(32, 32, 8)],
+        "16 bit d128": [(32, 32, 8), (32, 16, 8)],
     },
     "one_query_attention": {  # keys at a time, warps
         "d32": [(32, 4)],
