@@ -14,8 +14,6 @@ first: in every scope the deterministic targets must equal the plain model's.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,7 +25,7 @@ from environment import keep, markdown_table
 from published import deterministic_logits, load_plain, normalized_entropy, padded_batches, soft_targets, train_step
 from settings import draw, read_rows, write_rows
 from synthetic import SIZES, make_encoder, make_teacher, make_texts
-from timing import largest_resident_bytes
+from timing import largest_resident_bytes, own_process
 from torch import Tensor
 from transformers import AutoTokenizer
 from work import forwards, work_of
@@ -294,10 +292,7 @@ def measure_students(
 def peak_bytes(paths: list[str], row: Row, samples: int, *more: str) -> int:
     """Largest resident set of a process of its own that scores once, libraries included; more: further options of this script."""
     spec = json.dumps({"teachers": paths, "scope": row.scope, "mc_stop": row.mc_stop, "samples": samples})
-    done = subprocess.run([sys.executable, *sys.argv, *more, "--peak_of", spec], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"measuring the memory of {row.name} failed:\n{done.stderr[-2000:]}")
-    return int(done.stdout.split()[-1])
+    return int(own_process(f"measuring the memory of {row.name}", *more, "--peak_of", spec))
 
 
 def print_peak(args: argparse.Namespace, texts: TextSet) -> None:

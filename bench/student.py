@@ -10,7 +10,6 @@ is the median over its lines of metrics, the first left out.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from ceilings import gemm_flops_per_s
 from environment import show
 from synthetic import DECODERS, SIZES, make_encoder, make_teacher, make_texts
-from timing import largest_resident_bytes
+from timing import largest_resident_bytes, own_process
 from transformers import AutoConfig, AutoTokenizer
 
 import muka_fast
@@ -92,11 +91,7 @@ def main() -> int:
         cost = footprint(config, args.batch_size, longest, args.precision, "the student")
         limit = gemm_flops_per_s(args.device, args.size == "toy", DTYPES[args.precision])
         for stage in args.stages:
-            done = subprocess.run([sys.executable, *sys.argv, "--work", name, stage], capture_output=True, text=True)
-            if done.returncode:
-                print(f"ZeRO {stage} failed:\n{done.stderr[-3000:]}", file=sys.stderr)
-                return 1
-            row = json.loads(done.stdout.splitlines()[-1])
+            row = json.loads(own_process(f"ZeRO {stage}", "--work", name, stage))
             planned = stage_memory(stage, cost, 1, args.precision)
             rows.append({"stage": stage, **row, "mfu": row["texts_per_s"] * flops / limit, "planned_bytes": planned.device})
     parameters = f"{cost.num_parameters / 1e6:,.0f} M parameters, {args.precision}, batch {args.batch_size}, {mean} tokens a text"

@@ -8,7 +8,6 @@ time; the plan's speed is what this machine reaches on two layers of such a mode
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from environment import markdown_table, show
 from synthetic import DECODERS, SIZES, make_encoder, make_teacher, make_texts
-from timing import largest_resident_bytes
+from timing import largest_resident_bytes, own_process
 
 from muka_fast.config import PlanConfig
 from muka_fast.data import collate, read_texts, token_budget_batches, tokenize
@@ -71,11 +70,7 @@ def main() -> int:
         make_encoder(folder / "encoder", args.size, found.texts)
         make_teacher(folder / "teacher", str(folder / "encoder"), sorted(set(found.labels))[:4], 0, 1)
         for scope in args.scopes:
-            done = subprocess.run([sys.executable, *sys.argv, "--work", name, scope], capture_output=True, text=True)
-            if done.returncode:
-                print(f"scope {scope} failed:\n{done.stderr[-3000:]}", file=sys.stderr)
-                return 1
-            row = {"scope": scope, **json.loads(done.stdout.splitlines()[-1])}
+            row = {"scope": scope, **json.loads(own_process(f"scope {scope}", "--work", name, scope))}
             options = {"teachers": [str(folder / "teacher")], "student": str(folder / "encoder"), "num_texts": row["texts"]}
             options |= {"tokens_per_text": round(row["tokens"] / row["texts"]), "mc_scope": scope, "mc_samples": args.samples}
             planned = plan(PlanConfig(**options, device=args.device))["teachers"][0]

@@ -6,6 +6,7 @@ And the peak memory of a process.
 import re
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -77,3 +78,14 @@ def largest_resident_bytes() -> int:
         return int(re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) << 10
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def own_process(what: str, *options: str) -> str:
+    """Run the present script once more with further options, for a peak of memory that is its own; the last line that it prints.
+
+    Ends the script where that one fails; `what` says whose failure it was.
+    """
+    done = subprocess.run([sys.executable, *sys.argv, *options], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{what} failed:\n{done.stderr[-3000:]}")
+    return done.stdout.splitlines()[-1]
