@@ -276,7 +276,7 @@ def measure_students(
                 start = time.perf_counter()
                 result = muka_fast.amalgamate(
                     store=stores / row.name, student=args.encoder, texts=args.train, limit=args.texts, output=f"{folder}/run",
-                    seed=seed, mc_samples=args.samples, epochs=args.epochs, device=args.device,
+                    method="muka-soft", seed=seed, mc_samples=args.samples, epochs=args.epochs, device=args.device,
                     learning_rate=args.learning_rate, batch_size=args.batch_size, max_length=args.max_length, **row.options,
                 )  # fmt: skip
                 seconds[row.name].append(time.perf_counter() - start)

@@ -164,8 +164,9 @@ class ScoringOptions(TextOptions, DeviceOptions):
 class RunConfig(ScoringOptions):
     """Options of `muka-fast train` and muka_fast.amalgamate.
 
-    The defaults are the published recipe (arXiv 2112.07327), except mc_scope (last:1 costs a sixteenth of all) and
-    uncertainty (mutual information of the same passes; entropy counts as well what is hard for the text's own teacher).
+    The training's defaults are the published recipe (arXiv 2112.07327). The published method is `muka-soft` with
+    uncertainty predictive_entropy and mc_scope all; `muka-auto` chooses the teacher better (docs/selection.md), and last:1 costs a
+    sixteenth of all.
     """
 
     teachers: list[str] = option([], "teacher folders or hub names", FILES)
@@ -181,14 +182,14 @@ class RunConfig(ScoringOptions):
     label_map: str | None = option(None, "JSON or YAML file that renames, merges or drops (null) labels", FILES)
 
     method: Literal[METHODS] = option(
-        "muka-soft",
+        "muka-auto",
         "amalgamation method; muka-evidence and muka-auto look at the whole pool; supervised and oracle need labels in the texts",
         "Distillation",
     )
-    margin: bool = option(True, "weight each text by the gap of its two best teacher scores", "Distillation")
+    margin: bool = option(True, "muka-soft and muka-hard: weight each text by the gap of its two best teacher scores", "Distillation")
     normalize_margin: bool = option(False, "divide the margin weights by their batch mean", "Distillation")
     score_temperature: float = option(
-        0.2, "temperature tau of the softmax over teacher scores", "Distillation", gt=0, le=1000
+        0.2, "muka-soft: temperature tau of the softmax over teacher scores", "Distillation", gt=0, le=1000
     )
     kd_temperature: float = option(
         1.0, "temperature T of teachers and student in the loss", "Distillation", gt=0, le=1000
@@ -298,6 +299,9 @@ class PlanConfig(ScoringOptions):
 
     teachers: list[str] = option(..., "teacher folders or hub names; only their configurations are read", FILES)
     student: str = option(..., "encoder of the student: folder or hub name; only its configuration is read", FILES)
+    neutral_encoder: str | None = option(
+        None, "encoder that tells muka-evidence and muka-auto which texts are alike: folder or hub name (default: the student)", FILES
+    )
     texts: str | None = option(None, "the texts to train on, to count them and their tokens", FILES)
     num_texts: int | None = option(None, "number of texts, instead of --texts", "Data", ge=1)
     tokens_per_text: int | None = option(

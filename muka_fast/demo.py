@@ -26,31 +26,34 @@ from muka_fast.teach import measure
 if TYPE_CHECKING:
     from rich.table import Table
 
-PUBLISHED = {"uncertainty": "predictive_entropy"}  # the rows are the published methods, whatever the default
+PUBLISHED = {"uncertainty": "predictive_entropy"}  # the muka-hard and muka-soft rows are as published, whatever the default
 # Row of the table -> options of `muka-fast train`, and whether it sees the true labels.
 RUNS = {
     "vanilla KD": ({"method": "vkd"}, False),
     "muka-hard": ({"method": "muka-hard", "margin": False, **PUBLISHED}, False),
     "muka-soft": ({"method": "muka-soft", "margin": False, **PUBLISHED}, False),
     "muka-soft + margin": ({"method": "muka-soft", "margin": True, **PUBLISHED}, False),
+    "muka-auto": ({"method": "muka-auto"}, False),
     "oracle": ({"method": "oracle", **PUBLISHED}, True),
     "supervised": ({"method": "supervised"}, True),
 }
-SHOWN = "muka-soft + margin"  # its student answers the example sentences
+SHOWN = "muka-auto"  # its student answers the example sentences
 
 
 # ---- runs and figures ----
 
 
 def held_out_figures(
-    name: str, sup: Supervision, space: LabelSpace, labels: list[str]
+    config: RunConfig, sup: Supervision, space: LabelSpace, held_out: TextSet
 ) -> tuple[float | None, float | None]:
-    """Target accuracy and teacher-selection accuracy of one row's method on the held-out texts."""
-    options, _ = RUNS[name]
-    if options["method"] == "supervised":
+    """Target accuracy and teacher-selection accuracy of one row's method on the held-out texts. config: with their store."""
+    from muka_fast.train import pool_weights
+
+    if config.method == "supervised":
         return None, None
-    method = build_method(RunConfig(**options), sup, space, labels)
-    return target_accuracy(method, labels, space), selection_accuracy(method, labels, space)
+    weights = pool_weights(config, sup, space, held_out, Path(config.store))
+    method = build_method(config, sup, space, held_out.labels, weights)
+    return target_accuracy(method, held_out.labels, space), selection_accuracy(method, held_out.labels, space)
 
 
 def teacher_rows(prepared: Prepared, held_out: TextSet) -> list[tuple[str, float, float]]:
@@ -75,8 +78,8 @@ def run_all(config: DemoConfig, prepared: Prepared) -> "Table":
     common = {"teachers": prepared.teachers, "student": prepared.student, "seed": config.seed, "eval": prepared.eval}
     held_out = read_texts(prepared.eval, need_labels=True)
     rows = teacher_rows(prepared, held_out)
-    scoring = RunConfig(teachers=prepared.teachers, seed=config.seed, max_length=MAX_LENGTH)
-    sup = fill_store(output / "supervision_held_out", prepared.teachers, held_out, scoring)
+    asked = {"student": prepared.student, "store": str(output / "supervision_held_out"), "seed": config.seed, "max_length": MAX_LENGTH}
+    sup = fill_store(asked["store"], prepared.teachers, held_out, RunConfig(**asked))
     space = build_label_space([(teacher["name"], teacher["labels"]) for teacher in sup.teachers])
 
     table = Table(
@@ -104,7 +107,7 @@ def run_all(config: DemoConfig, prepared: Prepared) -> "Table":
         )
         if result.stopped:
             raise KeyboardInterrupt
-        target, selection = held_out_figures(name, sup, space, held_out.labels)
+        target, selection = held_out_figures(RunConfig(**asked, **options), sup, space, held_out)
         title = f"{name} (sees labels)" if labelled else name
         table.add_row(title, "", percent(result.metrics["student"]["accuracy"]), percent(target), percent(selection))
         if name == SHOWN:

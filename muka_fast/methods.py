@@ -40,6 +40,8 @@ class MukaHard(Composed):
     """muka-hard: the target of the most certain teacher; scores of `--uncertainty`, optionally weighted by the
     teacher margin."""
 
+    options = ("uncertainty", "margin", "normalize_margin")
+
     def __init__(self, config: RunConfig, sup: Supervision, label_space: LabelSpace, label_ids: Tensor | None) -> None:
         super().__init__(config, sup, label_space, label_ids)
         self.weighted = config.margin
@@ -59,6 +61,7 @@ class MukaHard(Composed):
 class MukaSoft(MukaHard):
     """muka-soft: all teachers' targets, mixed by softmax(scores / score_temperature)."""
 
+    options = (*MukaHard.options, "score_temperature")
     soft = True
 
 
@@ -102,6 +105,7 @@ class Oracle(Composed):
     """Upper line: the teacher that owns the true label. Of several owners the one with the highest score, as
     muka-hard would."""
 
+    options = ("uncertainty",)
     needs_labels = True
 
     def __init__(self, config: RunConfig, sup: Supervision, label_space: LabelSpace, label_ids: Tensor | None) -> None:

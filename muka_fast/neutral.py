@@ -25,6 +25,7 @@ from muka_fast.errors import UserError
 from muka_fast.features import Features, read_or_refuse
 from muka_fast.memory import token_budget
 from muka_fast.names import readable
+from muka_fast.shard_queue import ShardQueue
 from muka_fast.store import (
     FEATURES,
     FORMAT,
@@ -55,22 +56,28 @@ log = logging.getLogger("muka_fast")
 ROLE = "neutral encoder"  # in error messages
 
 
-def neutral_features(store: str | Path, encoder: str | Path, texts: TextSet, options: ScoringOptions) -> Features:
+def neutral_features(
+    store: str | Path, encoder: str | Path, texts: TextSet, options: ScoringOptions, queue: ShardQueue | None = None
+) -> Features:
     """The neutral features of the texts, from the store as far as it holds them; missing and damaged shards are computed.
 
-    store: one that was filled with these texts. encoder: folder or hub name. Raises UserError where the
-    encoder cannot be loaded or gives NaN.
+    store: one that was filled with these texts. encoder: folder or hub name. With the queue of a process group every process
+    calls this, and each text goes through the encoder in one of them; by default this process does all.
+    Raises UserError where the encoder cannot be loaded or gives NaN.
     """
-    folder = checkpoint.resolve_folder(encoder, ROLE)
-    tokenizer = load_tokenizer(folder, f"{ROLE} {encoder}")
-    max_length = min(options.max_length, tokenizer.model_max_length)
-    key = neutral_key(encoder, tokenizer, max_length, texts)
-    place = Path(store) / f"neutral-{key}"
-    ranges = shard_ranges(len(texts), read_manifest(Path(store))["shard_size"])
-    remove_leftovers(place)
-    todo = [shard for shard in ranges if not _is_whole(place, shard, key)]
-    if todo:
-        _compute(place, key, folder, tokenizer, texts, max_length, todo, options)
+    queue = queue or ShardQueue()
+    with queue:
+        folder = checkpoint.resolve_folder(encoder, ROLE)
+        tokenizer = load_tokenizer(folder, f"{ROLE} {encoder}")
+        max_length = min(options.max_length, tokenizer.model_max_length)
+        key = neutral_key(encoder, tokenizer, max_length, texts)
+        place = Path(store) / f"neutral-{key}"
+        ranges = shard_ranges(len(texts), read_manifest(Path(store))["shard_size"])
+        remove_leftovers(place)
+        missing = queue.agree(key, lambda: [shard.number for shard in ranges if not _is_whole(place, shard, key)])
+        if missing:
+            todo = [ranges[number] for number in missing]
+            _compute(place, key, folder, tokenizer, texts, max_length, todo, options, queue)
     return Features(ranges, lambda shard: read_or_refuse(place, shard, lambda part: _read(place, part, key))[FEATURES])
 
 
@@ -125,13 +132,14 @@ def _compute(
     max_length: int,
     todo: list[ShardRange],
     options: ScoringOptions,
+    queue: ShardQueue,
 ) -> None:
-    """One pass of the encoder over the texts of the missing shards, each written as soon as it is whole."""
+    """One pass of the encoder over the texts of the missing shards that this process gets, each written as soon as it is whole."""
     model = load_encoder(folder, tokenizer, device_of(options.device))
     tokens = tokenize(tokenizer, texts.texts, min(max_length, token_limit(model, tokenizer)))
     budget = token_budget(options.token_budget, model.device)
     with progress(sum(shard.stop - shard.start for shard in todo), "neutral features") as bar:
-        for shard in todo:
+        for shard in (todo[number] for number in queue.take(key, len(todo))):
             ids = texts.example_ids[shard.start : shard.stop].astype(np.int64)
             features = np.empty((len(ids), 0), np.float32)
             for batch in token_budget_batches(tokens.lengths[shard.start : shard.stop], budget):
@@ -142,7 +150,8 @@ def _compute(
                 if not features.shape[1]:
                     features = np.empty((len(ids), pooled.shape[1]), np.float32)
                 features[batch] = pooled
-                bar.advance(len(batch))
+                bar.advance(queue.advance(key, len(batch)) - bar.done)
+                queue.check()
             write_shard(place, shard, key, {FEATURES: half(features), "example_ids": ids})
 
 

@@ -57,7 +57,7 @@ def read_model(source: str, what: str, classifier: bool = True) -> tuple[PreTrai
 
 
 def store_bytes(teachers: list[tuple[int, int]], num_texts: int, shard_size: int) -> int:
-    """Bytes of all shards. teachers: classes and feature width of each."""
+    """Bytes of the teachers' shards. teachers: classes and feature width of each."""
     total = 0
     for num_classes, width in teachers:
         sizes = [shard.stop - shard.start for shard in shard_ranges(num_texts, shard_size)]
@@ -120,20 +120,25 @@ def plan(options: PlanConfig) -> dict[str, Any]:
     names = teacher_names(options.teachers)
     num_texts, tokens = count_texts(options)
     length = max(1, round(tokens))
+
+    def reading(config: PreTrainedConfig, forwards: float, what: str) -> dict[str, Any]:
+        """That many forwards of a model over all texts, in fp32."""
+        cost, reached = footprint(config, 1, length, "fp32", what), rate(options, config, length, False, what)
+        hours = num_texts * cost.forward_flops * forwards / reached / options.gpus / 3600
+        size = {"parameters": cost.num_parameters, "weights_bytes": 4 * cost.num_parameters}
+        return size | {"forwards": forwards, "flops_per_s": reached, "hours": hours}
+
     teachers, owners, widths = [], [], []
     for path, name in zip(options.teachers, names, strict=True):
         config, labels = read_model(path, f"teacher {path}")
         owners.append((name, labels))
         widths.append((len(labels), config.get_text_config().hidden_size))
-        cost = footprint(config, 1, length, "fp32", f"teacher {path}")
-        reached = rate(options, config, length, False, f"teacher {name}")
-        forwards = scoring_forwards(config, options)
-        hours = num_texts * cost.forward_flops * forwards / reached / options.gpus / 3600
-        teachers.append(
-            {"name": name, "parameters": cost.num_parameters, "classes": len(labels), "weights_bytes": 4 * cost.num_parameters}
-            | {"forwards": forwards, "flops_per_s": reached, "hours": hours}
-        )
+        read = reading(config, scoring_forwards(config, options), f"teacher {path}")
+        teachers.append({"name": name, "classes": len(labels)} | read)
     config, _ = read_model(options.student, f"student {options.student}", classifier=False)
+    encoder = options.neutral_encoder or options.student
+    neutral_config, _ = read_model(encoder, f"neutral encoder {encoder}", classifier=False)
+    neutral = {"name": encoder} | reading(neutral_config, 1.0, f"neutral encoder {encoder}")
     config.num_labels = build_label_space(owners).num_classes
     cost = footprint(config, options.micro_batch, options.max_length, options.precision, f"student {options.student}")
     step = footprint(config, 1, length, options.precision, f"student {options.student}")
@@ -145,6 +150,7 @@ def plan(options: PlanConfig) -> dict[str, Any]:
         "tokens_per_text": tokens,
         "gpus": options.gpus,
         "teachers": teachers,
+        "neutral": neutral,
         "student": {
             "name": options.student,
             "parameters": cost.num_parameters,
@@ -155,6 +161,7 @@ def plan(options: PlanConfig) -> dict[str, Any]:
         "memory": memory(cost, options),
         "disk": {
             "store": store_bytes(widths, num_texts, shard_size),
+            "neutral": num_texts * neutral_config.get_text_config().hidden_size * np.dtype(FEATURE_TYPE).itemsize,
             "checkpoints": CHECKPOINTS * 12 * cost.num_parameters,
             "student": 4 * cost.num_parameters,
         },
@@ -208,20 +215,23 @@ def print_tables(found: dict[str, Any], options: PlanConfig) -> None:
         rows = [[*row, "yes" if figures["fits"] else "no"] for row, figures in zip(rows, found["memory"], strict=True)]
     console.print(fill(new_table(title, *columns), rows))
     source = "as given" if options.flops else f"{UTILISATION:.0%} of its data sheet" if options.gpu else "measured here"
+    readers = {f"scoring {teacher['name']}": teacher for teacher in found["teachers"]}
     rows = [
         [
-            f"scoring {teacher['name']}", f"{teacher['parameters']:,}", size(teacher["weights_bytes"]), f"{teacher['forwards']:.1f}",
-            f"{teacher['flops_per_s'] / 1e12:.3g}", duration(teacher["hours"]),
+            what, f"{read['parameters']:,}", size(read["weights_bytes"]), f"{read['forwards']:.1f}",
+            f"{read['flops_per_s'] / 1e12:.3g}", duration(read["hours"]),
         ]
-        for teacher in found["teachers"]
+        for what, read in (readers | {"neutral features": found["neutral"]}).items()
     ]  # fmt: skip
     rows.append(["training", f"{student['parameters']:,}", "", f"{3 * options.epochs}", f"{student['flops_per_s'] / 1e12:.3g}"])
     rows[-1].append(duration(student["hours"]))
     title = f"Time for {found['texts']:,} texts of {found['tokens_per_text']:.0f} tokens; speed of one GPU {source}"
     console.print(fill(new_table(title, "", "parameters", "weights", "forwards a text", "TFLOP/s", "time"), rows))
     disk = found["disk"]
-    rows = [["supervision store", size(disk["store"])], [f"checkpoints, {CHECKPOINTS} at a time", size(disk["checkpoints"])]]
-    console.print(fill(new_table("Disk", "", "size"), [*rows, ["student", size(disk["student"])]]))
+    checkpoints = f"checkpoints, {CHECKPOINTS} at a time"
+    names = {"store": "supervision store", "neutral": "neutral features", "checkpoints": checkpoints, "student": "student"}
+    rows = [[name, size(disk[what])] for what, name in names.items()]
+    console.print(fill(new_table("Disk", "", "size"), rows))
 
 
 def main(config: PlanConfig) -> int:

@@ -42,6 +42,7 @@ class Method(ABC):
     with weight 0).
     """
 
+    options: tuple[str, ...] = ()  # of RunConfig, those that the method reads and others do not
     needs_labels = False
     needs_features = False  # True: the store must hold the teachers' features
     needs_whole_batch = False  # True: the loss compares the texts of a batch, which must not be split

@@ -13,14 +13,13 @@ if __name__ == "__main__":
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import yaml
 
-from muka_fast import checkpoint, export, runinfo
+from muka_fast import export, runinfo
 from muka_fast.adaptive import sampling_summary
 from muka_fast.aligned import student_part
 from muka_fast.config import EvalConfig, RunConfig, load_config
@@ -29,7 +28,6 @@ from muka_fast.coverage import nobody_weights
 from muka_fast.data import TextSet, read_texts, tokenize
 from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine, init_distributed, resolve_device
-from muka_fast.errors import UserError
 from muka_fast.evaluate import evaluate
 from muka_fast.export import LABELLED_METHODS
 from muka_fast.first_token import first_token_only
@@ -39,11 +37,20 @@ from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label
 from muka_fast.loop import Plan, train
 from muka_fast.methods import METHODS, Method, build_method, selection_accuracy, target_accuracy
 from muka_fast.neutral import name_features, neutral_features
+from muka_fast.preflight import (
+    check_inputs,
+    check_labels,
+    check_layout,
+    check_options,
+    neutral_encoder,
+    output_options,
+    tell_unused_options,
+)
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.snapshots import write_json
 from muka_fast.student import checkpoint_activations, encoder_fingerprint, load_student
-from muka_fast.supervision import Supervision, check_sites, fill_store, open_store, option_values
-from muka_fast.teachers import check_teachers, teacher_names, token_limit
+from muka_fast.supervision import Supervision, fill_store, open_store, option_values
+from muka_fast.teachers import token_limit
 
 log = logging.getLogger("muka_fast")
 STOPPED = 143  # exit code after SIGTERM, by custom 128 + 15
@@ -80,6 +87,7 @@ def run(config: RunConfig) -> RunResult:
     with told_once():
         ds_config, config = prepare_ds_config(config.ds_config, config, world_size, device)
         check_layout(config, ds_config)
+    tell_unused_options(config)
     on_first_process(lambda: export.check_output(*output_options(config)) and None)
     done = on_first_process(lambda: runinfo.complete_run(config, ds_config)) if config.resume else None
     if done is not None:
@@ -154,76 +162,6 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
 # ---- before training ----
 
 
-def check_options(config: RunConfig) -> None:
-    """Raises UserError for options that are missing, before anything slow starts."""
-    for name, what in (("texts", "the texts to train on"), ("student", "an encoder to start from"), ("output", "the run's folder")):
-        if getattr(config, name) is None:
-            raise UserError(f"--{name} is missing: give {what}")
-    if not config.teachers and config.store is None:
-        raise UserError("--teachers is missing: name at least one classifier folder or hub model (or a filled --store)")
-
-
-def check_layout(config: RunConfig, ds_config: dict[str, Any]) -> None:
-    """Raises UserError where the method compares whole batches and the layout splits them."""
-    micro_batch = ds_config["train_micro_batch_size_per_gpu"]
-    if METHODS[config.method].needs_whole_batch and micro_batch != config.batch_size:
-        raise UserError(
-            f"--method {config.method} compares the features of whole batches: run it in one process, with a micro-batch of "
-            f"--batch_size {config.batch_size} (here it is {micro_batch})"
-        )
-
-
-def output_options(config: RunConfig) -> tuple[str, bool, bool, list[str | None]]:
-    """What the guard of the output folder asks for, the files that the run reads included."""
-    inputs = [config.texts, config.eval, config.store, config.student, config.neutral_encoder, config.label_map, config.ds_config]
-    return config.output, config.resume, config.overwrite, [*inputs, *config.teachers]
-
-
-def check_inputs(config: RunConfig, texts: TextSet) -> None:
-    """Refuse broken teachers, student, label map or labelled texts before hours of work, the old run still in its place."""
-    encoders = {"student": config.student, "neutral encoder": neutral_encoder(config)}
-    for role, source in encoders.items():
-        if source is not None:
-            folder = checkpoint.resolve_folder(source, role)
-            checkpoint.check_tokenizer_files(folder, f"{role} {source}")
-            checkpoint.read_tensors(folder, f"{role} {source}")
-    label_map = read_label_map(config.label_map) if config.label_map else None
-    if config.teachers:
-        files = check_teachers(config.teachers, warn=False)
-        names = teacher_names(config.teachers)
-        owners = [{"name": name, "labels": file.labels} for name, file in zip(names, files, strict=True)]
-        space = build_label_space([(owner["name"], owner["labels"]) for owner in owners], label_map)
-        check_labels(config, owners, space, label_map, texts)
-        if config.mc:
-            check_sites(names, files, config)
-    elif config.eval is not None:
-        read_eval(config)
-
-
-def read_eval(config: RunConfig) -> TextSet:
-    """The texts of --eval, as `evaluate` reads them."""
-    columns = {"text_column": config.text_column, "label_column": config.label_column}
-    return read_texts(config.eval, **columns, need_labels=True, split="test")
-
-
-def check_labels(
-    config: RunConfig,
-    teachers: Sequence[Mapping[str, Any]],
-    space: LabelSpace,
-    label_map: LabelMap | None,
-    texts: TextSet | None = None,
-) -> None:
-    """Refuse --eval, and the texts of a method that needs labels, where no label is a class. teachers: name, labels of each."""
-    for option, found in (("eval", read_eval(config) if config.eval is not None else None), ("texts", texts)):
-        if found is None or found.labels is None or (option == "texts" and config.method not in LABELLED_METHODS):
-            continue
-        if not set(rename_labels(found.labels, label_map, teachers)) & set(space.names):
-            raise UserError(
-                f"--{option} {found.source}: none of its labels ({', '.join(sorted(set(found.labels))[:3])}, ...) is a class of the "
-                f"teachers ({', '.join(space.names[:3])}, ...); rename them with --label_map or choose --label_column"
-            )
-
-
 def true_labels(texts: TextSet, label_map: LabelMap | None, sup: Supervision) -> list[str] | None:
     """The labels of the texts under the names of the label space; "" where the map drops one, None where there are none."""
     if texts.labels is None:
@@ -247,21 +185,20 @@ def read_data(config: RunConfig) -> TextSet:
 
 def supervise(config: RunConfig, texts: TextSet, output: Path) -> Supervision:
     """The statistics of all teachers over all texts; every process scores a share of what the store lacks."""
-    store = store_folder(config, output)
-    if not config.teachers:
-        return open_store(store, texts, option_values(config))
-    needs_features = METHODS[config.method].needs_features or config.uncertainty_head
-    return fill_store(store, config.teachers, texts, config, ShardQueue(group=True), needs_features)
+    store, method = store_folder(config, output), METHODS[config.method]
+    if config.teachers:
+        needs_features = method.needs_features or config.uncertainty_head
+        sup = fill_store(store, config.teachers, texts, config, ShardQueue(group=True), needs_features)
+    else:
+        sup = open_store(store, texts, option_values(config))
+    if method.rule is not None:
+        neutral_features(store, neutral_encoder(config), texts, config, ShardQueue(group=True))
+    return sup
 
 
 def store_folder(config: RunConfig, output: Path) -> Path:
     """Where the supervision lies."""
     return Path(config.store) if config.store is not None else output / "supervision"
-
-
-def neutral_encoder(config: RunConfig) -> str | None:
-    """The encoder whose features the method's rule looks at; None where it has no rule."""
-    return None if METHODS[config.method].rule is None else config.neutral_encoder or config.student
 
 
 def pool_weights(

@@ -28,10 +28,9 @@ from muka_fast.errors import UserError
 MODELS = (RunConfig, ScoreConfig, TeachConfig, EvalConfig, DemoConfig, ReportConfig, DoctorConfig)
 
 
-def test_defaults_are_the_published_recipe():
+def test_defaults_are_the_published_recipe_but_for_the_method():
     config = load_config(RunConfig, None, {})
     published = {
-        "method": "muka-soft",
         "margin": True,
         "mc_samples": 16,
         "score_temperature": 0.2,
@@ -44,6 +43,7 @@ def test_defaults_are_the_published_recipe():
         "batch_size": 16,
     }
     assert {name: config.resolved()[name] for name in published} == published
+    assert config.method == "muka-auto"
     assert config.mc_scope == "last:1"
     assert config.mc_dropout_p is None
 

@@ -177,7 +177,7 @@ def test_a_run_without_teachers_gets_the_demos(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # eighteen small runs
+@pytest.mark.timeout(1800)  # twenty-one small runs
 def test_the_demo_prints_its_table_and_continues_where_it_stopped(config, short_recipe, monkeypatch, capsys):
     monkeypatch.setattr(demo, "STUDENT_OPTIONS", material.STUDENT_OPTIONS | {"epochs": 1})
     assert demo.main(config) == 0
@@ -185,7 +185,7 @@ def test_the_demo_prints_its_table_and_continues_where_it_stopped(config, short_
     for row in ("teacher arrays", "teacher symbols", "teacher learning", "vote", *demo.RUNS):
         assert re.search(rf"{re.escape(row)}.*\d", first), row
     assert first.count("-> ") == 3
-    student = material.Path(config.output) / "students" / "muka-soft-margin"
+    student = material.Path(config.output) / "students" / "muka-auto"
     assert transformers.AutoModelForSequenceClassification.from_pretrained(student).config.num_labels == len(
         docstrings.LIBRARIES
     )

@@ -12,6 +12,7 @@ from muka_fast.config import RunConfig
 from muka_fast.data import read_texts
 from muka_fast.errors import UserError
 from muka_fast.neutral import name_features, neutral_features
+from muka_fast.shard_queue import ShardQueue
 from muka_fast.store import merge_manifest
 
 
@@ -86,6 +87,21 @@ def test_they_are_computed_once_and_again_where_a_shard_is_damaged(tmp_path, enc
     shards[2].unlink()
     with pytest.raises(pytest.fail.Exception):
         compute(store, folder, pool)
+
+
+def test_each_process_computes_the_shards_that_it_gets(tmp_path, encoder, pool):
+    class First(ShardQueue):
+        def take(self, _name, _count):
+            yield from (0, 2)
+
+    store, folder = tmp_path / "s", encoder()
+    merge_manifest(store, pool, 4)
+    mine = neutral_features(store, folder, pool, options(), First())
+    assert [path.name for path in sorted(store.glob("neutral-*/*"))] == ["shard-00000.safetensors", "shard-00002.safetensors"]
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors is missing"):
+        values(mine)
+    both = values(neutral_features(store, folder, pool, options()))
+    assert np.array_equal(both, values(compute(tmp_path / "alone", folder, pool)))
 
 
 def test_another_encoder_tokenizer_or_length_has_features_of_its_own(tmp_path, encoder, pool, texts):

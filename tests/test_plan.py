@@ -128,6 +128,12 @@ def test_plan_reads_configurations_alone_and_prints_json(make_teacher, student, 
     assert found["disk"]["student"] == 4 * found["student"]["parameters"]
     step = cost.footprint(transformers.AutoConfig.from_pretrained(student, num_labels=5), 1, 128, "bf16", "x").forward_flops
     assert found["student"]["hours"] == pytest.approx(9 * 1000 * step / 1e9 / 2 / 3600)
+    encoder = cost.footprint(transformers.AutoConfig.from_pretrained(student), 1, 128, "fp32", "x").forward_flops
+    assert found["neutral"]["hours"] == pytest.approx(1000 * encoder / 1e9 / 2 / 3600)
+    assert found["disk"]["neutral"] == 1000 * 64 * 2
+    assert main([*words, "--flops", "1e9", "--neutral_encoder", teachers[0]]) == 0
+    other = json.loads(capsys.readouterr().out)["neutral"]
+    assert other["name"] == teachers[0] and other["parameters"] != found["neutral"]["parameters"]
     assert main([*words, "--flops", "1e9"]) == 0
     alone = json.loads(capsys.readouterr().out)
     assert alone["teachers"][0]["hours"] == pytest.approx(2 * found["teachers"][0]["hours"])

@@ -1,0 +1,106 @@
+"""What must hold before a run begins: options, layout, and every file that it will read. Hours of work come after."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from muka_fast import checkpoint
+from muka_fast.config import RunConfig
+from muka_fast.data import TextSet, read_texts
+from muka_fast.errors import UserError
+from muka_fast.export import LABELLED_METHODS
+from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
+from muka_fast.methods import METHODS
+from muka_fast.supervision import check_sites
+from muka_fast.teachers import check_teachers, teacher_names
+
+log = logging.getLogger("muka_fast")
+
+
+def check_options(config: RunConfig) -> None:
+    """Raises UserError for options that are missing, before anything slow starts."""
+    for name, what in (("texts", "the texts to train on"), ("student", "an encoder to start from"), ("output", "the run's folder")):
+        if getattr(config, name) is None:
+            raise UserError(f"--{name} is missing: give {what}")
+    if not config.teachers and config.store is None:
+        raise UserError("--teachers is missing: name at least one classifier folder or hub model (or a filled --store)")
+
+
+def tell_unused_options(config: RunConfig) -> None:
+    """Say which options were chosen that the method does not look at."""
+    usual, used = RunConfig(mc=config.mc, mc_samples=config.mc_samples), set(METHODS[config.method].options)
+    if config.mc_stop is not None or config.uncertainty_head:
+        used.add("uncertainty")
+    some = dict.fromkeys(name for method in METHODS.values() for name in method.options)
+    chosen = [f"--{name}" for name in some if name not in used and getattr(config, name) != getattr(usual, name)]
+    if chosen:
+        log.warning("%s: --method %s does not look at it", ", ".join(chosen), config.method)
+
+
+def check_layout(config: RunConfig, ds_config: dict[str, Any]) -> None:
+    """Raises UserError where the method compares whole batches and the layout splits them."""
+    micro_batch = ds_config["train_micro_batch_size_per_gpu"]
+    if METHODS[config.method].needs_whole_batch and micro_batch != config.batch_size:
+        raise UserError(
+            f"--method {config.method} compares the features of whole batches: run it in one process, with a micro-batch of "
+            f"--batch_size {config.batch_size} (here it is {micro_batch})"
+        )
+
+
+def output_options(config: RunConfig) -> tuple[str, bool, bool, list[str | None]]:
+    """What the guard of the output folder asks for, the files that the run reads included."""
+    inputs = [config.texts, config.eval, config.store, config.student, config.neutral_encoder, config.label_map, config.ds_config]
+    return config.output, config.resume, config.overwrite, [*inputs, *config.teachers]
+
+
+def check_inputs(config: RunConfig, texts: TextSet) -> None:
+    """Refuse broken teachers, student, label map or labelled texts before hours of work, the old run still in its place."""
+    encoders = {"student": config.student, "neutral encoder": neutral_encoder(config)}
+    for role, source in encoders.items():
+        if source is not None:
+            folder, what = checkpoint.resolve_folder(source, role), f"{role} {source}"
+            checkpoint.read_config(folder, what)
+            checkpoint.check_tokenizer_files(folder, what)
+            checkpoint.read_tensors(folder, what)
+    label_map = read_label_map(config.label_map) if config.label_map else None
+    if config.teachers:
+        files = check_teachers(config.teachers, warn=False)
+        names = teacher_names(config.teachers)
+        owners = [{"name": name, "labels": file.labels} for name, file in zip(names, files, strict=True)]
+        space = build_label_space([(owner["name"], owner["labels"]) for owner in owners], label_map)
+        check_labels(config, owners, space, label_map, texts)
+        if config.mc:
+            check_sites(names, files, config)
+    elif config.eval is not None:
+        read_eval(config)
+
+
+def read_eval(config: RunConfig) -> TextSet:
+    """The texts of --eval, as `evaluate` reads them."""
+    columns = {"text_column": config.text_column, "label_column": config.label_column}
+    return read_texts(config.eval, **columns, need_labels=True, split="test")
+
+
+def check_labels(
+    config: RunConfig,
+    teachers: Sequence[Mapping[str, Any]],
+    space: LabelSpace,
+    label_map: LabelMap | None,
+    texts: TextSet | None = None,
+) -> None:
+    """Refuse --eval, and the texts of a method that needs labels, where no label is a class. teachers: name, labels of each."""
+    for option, found in (("eval", read_eval(config) if config.eval is not None else None), ("texts", texts)):
+        if found is None or found.labels is None or (option == "texts" and config.method not in LABELLED_METHODS):
+            continue
+        if not set(rename_labels(found.labels, label_map, teachers)) & set(space.names):
+            raise UserError(
+                f"--{option} {found.source}: none of its labels ({', '.join(sorted(set(found.labels))[:3])}, ...) is a class of the "
+                f"teachers ({', '.join(space.names[:3])}, ...); rename them with --label_map or choose --label_column"
+            )
+
+
+def neutral_encoder(config: RunConfig) -> str | None:
+    """The encoder whose features the method's rule looks at; None where it has no rule."""
+    return None if METHODS[config.method].rule is None else config.neutral_encoder or config.student

@@ -1,0 +1,27 @@
+"""What is said before a run begins; what is refused there: test_bad_input.py and test_train.py, through the command."""
+
+import pytest
+
+from muka_fast.config import METHODS, RunConfig
+from muka_fast.preflight import tell_unused_options
+
+CHOSEN = {"margin": False, "normalize_margin": True, "score_temperature": 0.5, "uncertainty": "variance"}
+READ = {"muka-soft": set(CHOSEN), "muka-hard": set(CHOSEN) - {"score_temperature"}, "oracle": {"uncertainty"}}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_options_that_the_method_does_not_look_at_are_named(method, caplog):
+    tell_unused_options(RunConfig(method=method))
+    tell_unused_options(RunConfig(method=method, mc=False))  # whose default measure is another
+    assert not caplog.records
+    tell_unused_options(RunConfig(method=method, **CHOSEN))
+    unused = [name for name in CHOSEN if name not in READ.get(method, set())]
+    assert bool(caplog.records) == bool(unused)
+    for name in CHOSEN:
+        assert (f"--{name}" in caplog.text) == (name in unused)
+
+
+@pytest.mark.parametrize("more", [{"uncertainty_head": True}, {"mc_stop": 0.05}])
+def test_the_measure_may_be_for_something_else(more, caplog):
+    tell_unused_options(RunConfig(uncertainty="variance", **more))
+    assert not caplog.records
