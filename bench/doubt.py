@@ -31,8 +31,8 @@ from muka_fast.data import tokenize
 from muka_fast.doubt import UncertaintyHead, auroc, false_positive_rate, with_head
 from muka_fast.evaluate import load_model, predict
 from muka_fast.evidence import RelativeMahalanobis
+from muka_fast.files import write_json
 from muka_fast.selection import UNCERTAINTY
-from muka_fast.snapshots import write_json
 from muka_fast.stored import Supervision, open_store
 from muka_fast.supervision import score
 from muka_fast.teach import teach

@@ -42,10 +42,10 @@ from muka_fast.console import log, setup_logging
 from muka_fast.data import TextSet, read_texts
 from muka_fast.errors import UserError
 from muka_fast.export import LABELLED_METHODS
+from muka_fast.files import write_json
 from muka_fast.labels import LabelSpace, build_label_space
 from muka_fast.methods import build_method, selection_accuracy, target_accuracy
 from muka_fast.selection import label_ids, owners
-from muka_fast.snapshots import write_json
 from muka_fast.supervision import Supervision, open_store, option_values, score
 from muka_fast.teach import teach
 from muka_fast.train import pool_weights

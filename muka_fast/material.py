@@ -5,7 +5,6 @@ All models start from random weights, so they are tiny and far from what pretrai
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from muka_fast.config import DemoConfig, RunConfig
 from muka_fast.console import log
 from muka_fast.docstrings import LIBRARIES, DocTexts, collect
 from muka_fast.errors import UserError
+from muka_fast.files import write_json, write_text
 from muka_fast.teach import Recipe, fine_tune, save_classifier
 
 BEGUN = ".begun-by-muka-fast-demo"  # written first: this folder is the demo's, and may be made anew
@@ -131,11 +131,9 @@ def random_model(auto: Any, config: transformers.PretrainedConfig, seed: int) ->
 
 
 def write_rows(path: Path, docs: DocTexts, rows: Sequence[int], labelled: bool) -> None:
-    """A JSON-lines file of texts, written aside and renamed."""
+    """A JSON-lines file of texts."""
     fields = lambda row: {"text": docs.texts[row]} | ({"label": docs.labels[row]} if labelled else {})
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text("".join(json.dumps(fields(row)) + "\n" for row in rows), encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, "".join(json.dumps(fields(row)) + "\n" for row in rows))
 
 
 def make_teacher(
@@ -196,8 +194,7 @@ def prepare(workdir: str | Path, config: DemoConfig) -> Prepared:
     write_rows(Path(prepared.eval), docs, docs.test, labelled=True)
     with one_thread():
         make_models(prepared, docs, config.seed)
-    (material / (MARKER + ".partial")).write_text(json.dumps(identity), encoding="utf-8")
-    os.replace(material / (MARKER + ".partial"), material / MARKER)
+    write_json(material / MARKER, identity)
     return prepared
 
 

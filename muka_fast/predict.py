@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from muka_fast.data import read_texts, tokenize
 from muka_fast.doubt import UncertaintyHead, with_head
 from muka_fast.errors import UserError
 from muka_fast.evaluate import load_model, predict
+from muka_fast.files import write_text
 from muka_fast.supervision import device_of
 from muka_fast.teachers import token_limit
 
@@ -90,7 +90,5 @@ def main(config: PredictConfig) -> int:
     if output is None:
         sys.stdout.writelines(lines(texts, found))
         return 0
-    aside = output.with_name(output.name + ".partial")
-    aside.write_text("".join(lines(texts, found)), encoding="utf-8")
-    os.replace(aside, output)
+    write_text(output, "".join(lines(texts, found)))
     return 0

@@ -2,7 +2,6 @@
 
 import io
 import logging
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from markupsafe import Markup
 from muka_fast import __version__
 from muka_fast.config import ReportConfig
 from muka_fast.errors import UserError
+from muka_fast.files import write_text
 from muka_fast.runinfo import read_metrics, read_run
 
 log = logging.getLogger("muka_fast")
@@ -46,9 +46,7 @@ def write_report(folder: Path) -> Path:
         page = render(record, read_metrics(folder / "metrics.jsonl"), folder.resolve().name)
     except (KeyError, TypeError, ValueError, AttributeError, jinja2.UndefinedError) as error:
         raise UserError(f"report {folder}: run.json is damaged or of another version ({type(error).__name__}: {error})") from error
-    aside = folder / "report.html.partial"
-    aside.write_text(page, encoding="utf-8")
-    os.replace(aside, folder / "report.html")
+    write_text(folder / "report.html", page)
     return folder / "report.html"
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from muka_fast import __version__
 from muka_fast.errors import UserError
+from muka_fast.files import write_text
 from muka_fast.ops.reference import select_teacher_ref
 from muka_fast.selection import teacher_scores
 
@@ -246,9 +247,7 @@ def truncate_metrics(path: Path, completed_steps: int) -> None:
             continue
         if isinstance(record, dict) and record.get("step", 0) <= completed_steps:
             kept.append(line + "\n")
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text("".join(kept), encoding="utf-8")
-    aside.replace(path)
+    write_text(path, "".join(kept))
 
 
 def read_metrics(path: Path) -> Sequence[dict[str, Any]]:

@@ -14,11 +14,11 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from muka_fast.engine import Engine
 from muka_fast.errors import UserError
 from muka_fast.export import is_write_error, sync_folder
+from muka_fast.files import write_json
 from muka_fast.group import on_first_process, told_once
 
 log = logging.getLogger("muka_fast")
@@ -29,13 +29,6 @@ STEP = re.compile(r"step-(\d{8})")
 def file_digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Written aside, then renamed: a reader sees the old file or the new one."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
 
 
 def snapshots(output: Path) -> list[Path]:

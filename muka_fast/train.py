@@ -30,6 +30,7 @@ from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine, init_distributed, resolve_device
 from muka_fast.evaluate import evaluate
 from muka_fast.export import LABELLED_METHODS
+from muka_fast.files import write_json, write_text
 from muka_fast.first_token import first_token_only
 from muka_fast.fit_doubt import doubt_targets, fit_head
 from muka_fast.group import on_first_process, shut_down, told_once
@@ -47,7 +48,6 @@ from muka_fast.preflight import (
     tell_unused_options,
 )
 from muka_fast.shard_queue import ShardQueue
-from muka_fast.snapshots import write_json
 from muka_fast.student import checkpoint_activations, encoder_fingerprint, load_student
 from muka_fast.supervision import Supervision, fill_store, open_store, option_values
 from muka_fast.teachers import token_limit
@@ -257,8 +257,7 @@ def begin_run(output: Path, config: RunConfig, record: dict[str, Any]) -> None:
     options = {key: value for key, value in record["config"].items() if key not in ("resume", "overwrite") and value is not None}
     if record["identity"]["scheduler"] is not None:
         del options["warmup_ratio"]  # the ds_config's scheduler has its own
-    (output / "run.yaml.partial").write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    (output / "run.yaml.partial").replace(output / "run.yaml")
+    write_text(output / "run.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
     write_json(output / "run.json", record)
 
 
