@@ -154,6 +154,13 @@ def test_differences_are_paired_with_the_best_published_method(bench):
     assert report.paired(without, ["s0", "s1"], "mine", "vkd", "accuracy") == pytest.approx([0.1, 0.2, -0.1])
 
 
+def test_the_way_to_the_oracle_is_of_means(bench):
+    way = bench("paper_report").way_to_oracle
+    found = cells(**{"muka-hard": [[0.4, 0.6], [0.7, 0.7]]}, mine=[[0.6, 0.8], [0.7, 0.7]], oracle=[[0.9, 0.9], [0.7, 0.7]])
+    assert way(found, ["s0", "s1"], "mine") == way(found, ["s0"], "mine") == "50.0" and way(found, ["s0"], "muka-hard") == "0.0"
+    assert way(found, ["s1"], "mine") == way(found, ["s0"], "vkd") == "-"  # nowhere to go; not measured
+
+
 def test_tables_and_plots_hold_every_method(bench, tmp_path):
     report = bench("paper_report")
     found = cells(vkd=[[0.5, 0.6], [0.7, 0.7]], mine=[[0.6, 0.8], [0.6, 0.5]], oracle=[[0.9, 0.9], [0.9, 0.9]])
@@ -161,10 +168,10 @@ def test_tables_and_plots_hold_every_method(bench, tmp_path):
     teacher = {"set": "a", "encoder": "bert", "labels": ["x", "y"], "texts": 5, "accuracy": 0.9}
     seeds = [{"teachers": [teacher], "pool": 10, "test": 5}] * 2
     entry = lambda group: {"what": "what", "group": group, "seeds": seeds}
-    results = {"options": {"seeds": 2, "selection_only": False}, "cells": found}
+    results = {"options": {"seeds": 2, "selection_only": True}, "cells": found}  # students of earlier runs count
     results["settings"] = {"s0": entry("development"), "s1": entry("confirmation")}
     text = report.markdown(results)
-    assert "| mine | - | 70.0 | 70.0 | 70.0 | +15.0 ± 5.0 | +15.0 (s0) |" in text
+    assert "| mine | - | 70.0 | - | 70.0 | 70.0 | +15.0 ± 5.0 | +15.0 (s0) |" in text
     assert text.count("| mean |") == 2  # the development group and its own table, not the confirmation group
     assert "90.0 ± 0.0 % on their texts" in text
     written = report.plots(results, tmp_path / "paper.md")
