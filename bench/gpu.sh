@@ -10,7 +10,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-stages=build,correct,ceilings,tune,ops,predicted,amalgamation,train,matrix
+stages=build,correct,ceilings,tune,ops,predicted,launches,amalgamation,train,matrix
 dry=0 out=bench/results wheels= data= encoders=
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -53,6 +53,7 @@ if [ $dry = 1 ]; then
   run tune 60 "$python" bench/tune.py --device cpu --toy --json "$out/tuning.json"
   run ops 120 "$python" bench/throughput.py --device cpu --toy --json "$out/throughput.json"
   run predicted 30 "$python" bench/predict.py --out "$out"
+  run launches 60 "$python" bench/launches.py --size toy --repetitions 3 --json "$out/launches.json"
   run amalgamation 600 "$python" bench/amalgamation.py --synthetic toy --texts 40 --published_texts 8 --max_length 32 \
     --samples 4 --repetitions 1 --device cpu --workdir "$out/work" --json "$out/amalgamation.json"
   run train 300 "$python" bench/student.py --size toy --stages 0 3 --precision fp32 --device cpu --steps 3 --batch_size 4 \
@@ -69,6 +70,7 @@ else
     machine=${measured##*throughput_}
     [ -f "$measured" ] && run predicted 30 "$python" bench/predict.py --machine "${machine%%_*}" --measured "$measured" --out "$out"
   done
+  run launches 60 "$python" bench/launches.py
   run amalgamation 180 "$python" bench/amalgamation.py --synthetic base --workdir "$out/work"
   run train 120 "$python" bench/student.py --size base
   run large 180 "$python" bench/student.py --size 1b --stages 3 "3 offload" --steps 6 --batch_size 16

@@ -44,10 +44,10 @@ def test_wheels_that_do_not_install_end_it(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_dry_run(tmp_path):
-    stages = ("correct", "ceilings", "tune", "ops", "predicted", "amalgamation", "train", "large", "matrix")
+    stages = ("correct", "ceilings", "tune", "ops", "predicted", "launches", "amalgamation", "train", "large", "matrix")
     done = gpu_script("--dry-run", "--stage", ",".join(stages), "--out", str(tmp_path), "--", "--methods", "vkd", "oracle")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    for name in ("ceilings", "tuning", "throughput", "amalgamation", "student", "teacher"):
+    for name in ("ceilings", "tuning", "throughput", "launches", "amalgamation", "student", "teacher"):
         assert json.loads((tmp_path / f"{name}.json").read_text())
     rows = done.stdout.split("--- bench/gpu.sh")[1].splitlines()[1:]
     assert [row.split()[:2] for row in rows] == [[name, "ok"] for name in stages]

@@ -1,0 +1,140 @@
+"""Does the host keep up with a GPU? Kernels of one scoring step and the host's time to launch them, beside the device's least time.
+
+    python bench/launches.py [--size base] [--machine h200] [--json F]
+
+Kernels are counted where PyTorch dispatches them (views and allocations launch none) and at our own ops. The host's time is measured
+on this machine with one text of a few tokens and a model of as many layers but NARROW values wide, where there is next to nothing to
+compute: a little more than launching takes. The device's is arithmetic: the products of a batch of a GPU's token budget at the rate of
+its exact fp32 units, in which teachers run. While that is the longer one, launches hide behind the work of the step before, and a
+captured graph would save nothing.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import torch
+from environment import markdown_table, show
+from predict import MACHINES
+from synthetic import SIZES, make_encoder, make_teacher, make_texts
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig
+from work import forwards
+
+from muka_fast import packed, trunk
+from muka_fast.data import read_texts
+from muka_fast.footprint import footprint
+from muka_fast.memory import GPU_TOKENS
+from muka_fast.teachers import load_teacher
+from muka_fast.trunk import StochasticTeacher
+
+OURS = {
+    packed: ("dropout_add_layer_norm", "one_query_attention", "packed_attention", "repeat_dropout"),
+    trunk: ("mc_head", "mc_statistics"),
+}
+NARROW = 96
+MEAN_TOKENS = 40  # of a text
+ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided")
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that would launch a kernel on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, _types, args=(), kwargs=None):
+        if not operator.is_view and operator.overloadpacket.__name__ not in ALLOCATIONS:
+            self.count += 1
+        return operator(*args, **kwargs or {})
+
+
+@contextmanager
+def ours_counted(launches: Launches) -> Iterator[None]:
+    """Our ops do not pass PyTorch's dispatcher: each call is one launch, and what it does on a CPU is not counted."""
+
+    def counted(original):
+        def call(*args, **kwargs):
+            before = launches.count
+            result = original(*args, **kwargs)
+            launches.count = before + 1
+            return result
+
+        return call
+
+    originals = {(module, name): getattr(module, name) for module, names in OURS.items() for name in names}
+    for (module, name), original in originals.items():
+        setattr(module, name, counted(original))
+    try:
+        yield
+    finally:
+        for (module, name), original in originals.items():
+            setattr(module, name, original)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=["small", "base"], help="of teachers with random weights")
+    parser.add_argument("--scopes", nargs="+", default=["last:1", "head", "all"])
+    parser.add_argument("--machine", choices=sorted(MACHINES), default="h200")
+    parser.add_argument("--repetitions", type=int, default=30)
+    parser.add_argument("--json", help="write the rows to this file instead of bench/results")
+    return parser.parse_args()
+
+
+def measure(scorer: StochasticTeacher, tokens: int, repetitions: int) -> tuple[int, float]:
+    """Kernels of a step, and median host seconds for one text of so many tokens."""
+    ids = torch.full((1, tokens), 5)
+    batch = ids, torch.ones_like(ids), torch.arange(1)
+    scorer.launch(*batch)
+    with Launches() as launches, ours_counted(launches):
+        scorer.launch(*batch)
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        scorer.launch(*batch)
+        times.append(time.perf_counter() - start)
+    return launches.count, median(times)
+
+
+def main() -> int:
+    args, rows = parse_arguments(), []
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pool = read_texts(make_texts(folder, 200)[0], need_labels=True)
+        for size in args.size:
+            _, layers, heads = SIZES[size]
+            SIZES["narrow"] = (NARROW, layers, heads)
+            encoder = make_encoder(folder / f"narrow-{size}", "narrow", pool.texts)
+            path = make_teacher(folder / f"teacher-{size}", encoder, sorted(set(pool.labels))[:4], 0, 1)
+            config = AutoConfig.from_pretrained(make_encoder(folder / size, size, pool.texts))
+            plain_flops = GPU_TOKENS / MEAN_TOKENS * footprint(config, 1, MEAN_TOKENS, "fp32", size).forward_flops
+            for scope in args.scopes:
+                scorer = StochasticTeacher(load_teacher(path, run_seed=0), mc_scope=scope, mc_samples=16)
+                kernels, host_s = measure(scorer, 3, args.repetitions)
+                device_s = plain_flops * forwards(config, scope, 16) / MACHINES[args.machine].matrix_float32
+                row = {"teacher": size, "scope": scope, "kernels": kernels, "host_ms": 1e3 * host_s, "device_least_ms": 1e3 * device_s}
+                rows.append(row | {"device_times_host": device_s / host_s})
+    shown = {"teacher": "{}", "scope": "{}", "kernels": "{}", "host_ms": "{:.2f}", "device_least_ms": "{:.1f}"}
+    lines = [
+        "# Launching a scoring step against computing it",
+        "",
+        f"Random weights, K = 16, {GPU_TOKENS:,} tokens a step on the device. Nothing here was measured on a GPU: the least time of "
+        f"the {args.machine} is products / rate of its fp32 units. Where that is a multiple of the host's time, which was measured "
+        "here, launches hide behind the work.",
+        "",
+        markdown_table(rows, shown | {"device_times_host": "{:.0f}"}),
+    ]
+    show("launches", rows, "\n".join(lines), "cpu", args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
