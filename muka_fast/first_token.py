@@ -23,7 +23,8 @@ def first_token_only(model: nn.Module) -> Iterator[None]:
 
     All sequence classifiers of the families there read token 0 of what it gives, and nothing else. Weights are reached through their
     modules' calls alone, where ZeRO-3 gathers them, and dropout falls on the same sites with the same p, on other elements. With
-    activation checkpointing this layer keeps its activations: its backward comes first, so they would be recomputed at once.
+    activation checkpointing this layer keeps its activations (transformers 5.23), since its backward comes first, so that they would
+    be recomputed at once, or is recomputed all the same (5.17).
     """
     calls = layer_calls(model) if hasattr(getattr(model, "config", None), "model_type") else None
     if calls is None:
@@ -40,10 +41,10 @@ def first_token_only(model: nn.Module) -> Iterator[None]:
 
     def forward(original: Any, x: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         nonlocal remaining
-        remaining -= 1
+        remaining -= 1  # below 0: a checkpoint's recomputation, which begins with the last call
         # Flash and flex attention bring masks of another form.
         known = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4)
-        if remaining or not known:
+        if remaining not in (0, -1) or not known:
             return original(x, attention_mask, *args, **kwargs)
         bias = None if attention_mask is None else attention_mask[:, :, :1]
         if not is_mpnet:

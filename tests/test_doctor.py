@@ -7,7 +7,6 @@ import sys
 import time
 
 import pytest
-import torch
 
 from muka_fast import doctor
 from muka_fast.config import DoctorConfig
@@ -29,9 +28,9 @@ def state(findings, what):
 def test_a_sound_machine(capsys):
     code, text = run(capsys)
     assert code == 0
-    for word in ("torch", torch.__version__, "transformers", "deepspeed", "threads of torch", "mc_statistics", "GPU"):
+    for word in ("torch", importlib.metadata.version("torch"), "transformers", "deepspeed", "threads of torch", "GPU"):
         assert word in text
-    assert "mc_head" in text and "repeat_dropout" in text and "distill_loss" in text
+    assert all(op in text for op in ("mc_statistics", "mc_head", "repeat_dropout", "distill_loss"))
 
 
 def test_deepspeed_is_not_imported(monkeypatch, capsys):
