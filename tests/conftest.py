@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 from hypothesis import settings
+from runs import go, stop_at, world  # noqa: F401, fixtures
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 torch.set_num_threads(1)

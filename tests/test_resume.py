@@ -1,0 +1,157 @@
+"""A run that was stopped goes on bit for bit, or says why it does not; faults of the loss and of the disk."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from runs import SMOOTH_ADAM, largest_difference, losses, weights
+
+from muka_fast import snapshots
+from muka_fast.errors import UserError
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_sigterm_saves_and_resume_continues_bit_for_bit(go, stop_at, monkeypatch, stage):
+    ds = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 8}
+    whole = go("whole", ds=ds)
+    stop_at(7)
+    stopped = go("cut", ds=ds)
+    assert stopped.stopped and not (stopped.output / "model.safetensors").exists()
+    monkeypatch.undo()
+    resumed = go("cut", ds=ds, resume=True)
+    assert not resumed.stopped and losses(resumed) == losses(whole)
+    assert largest_difference(weights(resumed), weights(whole)) == 0
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_resume_in_another_layout(go, stop_at, monkeypatch, world):
+    options = {"student": str(world / "plain_student")}
+    whole = go("whole", ds=SMOOTH_ADAM, **options)
+    stop_at(7)
+    go("cut", ds={**SMOOTH_ADAM, "zero_optimization": {"stage": 3}}, **options)
+    monkeypatch.undo()
+    resumed = go("cut", ds={**SMOOTH_ADAM, "train_micro_batch_size_per_gpu": 4}, resume=True, **options)
+    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-6, abs=1e-8)
+    assert largest_difference(weights(resumed), weights(whole)) < 1e-6
+
+
+def test_the_last_two_checkpoints_stay_and_a_damaged_one_is_passed_over(go, stop_at, monkeypatch, caplog):
+    whole = go("whole", save_every=2)
+    assert [folder.name for folder in snapshots.snapshots(whole.output)] == ["step-00000014", "step-00000015"]
+    stop_at(9)
+    cut = go("cut", save_every=3)
+    monkeypatch.undo()
+    newest = snapshots.snapshots(cut.output)[-1]
+    assert newest.name == "step-00000010"
+    with open(newest / "state-00000.safetensors", "r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"\x01")
+    (cut.output / "checkpoints" / "step-00000012.partial").mkdir()  # as a kill leaves it
+    caplog.set_level("WARNING", logger="muka_fast")
+    resumed = go("cut", resume=True, save_every=3)
+    assert "step-00000010 is damaged (state-00000.safetensors does not match its checksum)" in caplog.text
+    assert losses(resumed) == losses(whole) and largest_difference(weights(resumed), weights(whole)) == 0
+    assert not list(resumed.output.glob("checkpoints/*.partial"))
+    # The damaged one is kept, and takes no whole one's place.
+    assert {path.name for path in resumed.output.glob("checkpoints/*.damaged")} == {"step-00000010.damaged"}
+    assert [folder.name for folder in snapshots.snapshots(resumed.output)] == ["step-00000012", "step-00000015"]
+
+
+def test_resume_refuses_another_run(go, stop_at, monkeypatch, world, tmp_path):
+    stop_at(3)
+    go("cut")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"learning_rate 0\.001 -> 0\.002.*--overwrite"):
+        go("cut", resume=True, learning_rate=2e-3)
+    with pytest.raises(UserError, match=r"texts [0-9a-f]{12} -> [0-9a-f]{12}"):
+        go("cut", resume=True, limit=70, store=str(tmp_path / "other_store"))
+    with pytest.raises(UserError, match=r"teachers .* labels"):
+        go("cut", resume=True, teachers=[str(world / "news")])
+    assert go("cut", resume=True).output.joinpath("model.safetensors").exists()
+
+
+def test_an_output_folder_with_a_run_is_refused_and_a_complete_one_is_left_alone(go, world):
+    first = go("run", epochs=1)
+    before = {path.name: path.stat().st_mtime_ns for path in first.output.iterdir()}
+    with pytest.raises(UserError, match="already holds a run"):
+        go("run", epochs=1)
+    assert go("run", epochs=1, resume=True).metrics == first.metrics
+    with pytest.raises(UserError, match=r"epochs 1 -> 2.*--overwrite"):
+        go("run", epochs=2, resume=True)
+    with pytest.raises(UserError, match=r"student .*student.* -> .*plain_student"):
+        go("run", epochs=1, resume=True, student=str(world / "plain_student"))
+    with pytest.raises(UserError, match=r"optimizer .* -> "):
+        go("run", epochs=1, resume=True, ds=SMOOTH_ADAM)
+    assert {path.name: path.stat().st_mtime_ns for path in first.output.iterdir()} == before
+
+
+def test_a_damaged_record_stops_a_resume_but_not_an_overwrite(go, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run\.json: cannot be read .*--overwrite"):
+        go("run", epochs=1, resume=True)
+    assert json.loads((go("run", epochs=1, overwrite=True).output / "run.json").read_text())["state"] == "complete"
+
+
+def test_resume_refuses_other_true_labels(go, stop_at, monkeypatch, world, tmp_path):
+    """The texts are the same, so their fingerprint is, too."""
+    rows = [json.loads(line) for line in (world / "texts.jsonl").read_text().splitlines()]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stop_at(3)
+    go("cut", texts=str(texts), method="supervised")
+    monkeypatch.undo()
+    texts.write_text("".join(json.dumps(row | {"label": "bank"}) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"true_labels [0-9a-f]{12} -> [0-9a-f]{12}"):
+        go("cut", texts=str(texts), method="supervised", resume=True)
+
+
+def test_a_run_of_an_older_version_resumes_without_the_new_options(go, stop_at, monkeypatch):
+    stop_at(3)
+    path = go("cut", epochs=1).output / "run.json"
+    monkeypatch.undo()
+    record = json.loads(path.read_text())
+    for name in ("uncertainty_head", "coverage"):
+        del record["identity"][name], record["config"][name]
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="uncertainty_head false -> true"):
+        go("cut", epochs=1, resume=True, uncertainty_head=True)
+    assert not go("cut", epochs=1, resume=True).stopped
+
+
+# ---- faults ----
+
+
+def test_a_loss_that_is_no_number_names_the_texts(go, monkeypatch):
+    from muka_fast.methods import MukaHard
+
+    def poisoned(self, output, rows, _original=MukaHard._loss):
+        return torch.where(rows == 5, float("nan"), _original(self, output, rows))
+
+    monkeypatch.setattr(MukaHard, "_loss", poisoned)
+    # Row 5 is example 6: a blank row before it was skipped, and counts.
+    with pytest.raises(UserError, match=r"loss became nan at step \d+ for the texts with example ids 6 of .*texts\.jsonl"):
+        go("run", method="muka-hard")
+
+
+def test_a_full_disk_keeps_the_last_checkpoints(go, monkeypatch, world, tmp_path):
+    import safetensors.torch
+
+    calls = []
+
+    def save_file(*rest, _original=safetensors.torch.save_file, **options):
+        calls.append(rest)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        return _original(*rest, **options)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
+    with pytest.raises(UserError, match=r"step-00000006: the checkpoint cannot be written .*No space left.*--resume"):
+        go("run", save_every=2)
+    names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert sorted(names) == ["step-00000002", "step-00000004"]
+    monkeypatch.undo()
+    whole = go("whole")
+    assert largest_difference(weights(go("run", resume=True)), weights(whole)) == 0

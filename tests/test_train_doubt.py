@@ -1,0 +1,62 @@
+"""What the student learns besides, its uncertainty head, and texts that it does not learn from: whole runs."""
+
+import json
+
+import pytest
+import torch
+from runs import SMOOTH_ADAM, largest_difference, losses, uncertainty_head, weights
+
+from muka_fast import train
+from muka_fast.errors import UserError
+
+
+def test_the_uncertainty_head_hangs_on_no_layout_and_the_student_feels_nothing(go, world):
+    options = {"student": str(world / "plain_student"), "uncertainty_head": True}
+    whole = go("whole", ds=SMOOTH_ADAM, eval=str(world / "texts.jsonl"), **options)
+    head = uncertainty_head(whole)
+    assert set(whole.metrics["student"]["doubt"]) == {"uncertainty head", "softmax"}
+    for number, layout in enumerate([{"train_micro_batch_size_per_gpu": 4}, {"zero_optimization": {"stage": 3}}]):
+        other = go(f"layout{number}", ds=SMOOTH_ADAM | layout, **options)
+        assert losses(other) == pytest.approx(losses(whole), rel=1e-5, abs=1e-8)
+        found = uncertainty_head(other)
+        torch.testing.assert_close(found["mean"], head["mean"], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found["scale"], head["scale"], atol=1e-2, rtol=1e-2)
+    alone = go("alone", ds=SMOOTH_ADAM, **options | {"uncertainty_head": False})
+    assert largest_difference(weights(whole), weights(alone)) == 0 and losses(whole) == losses(alone)
+    assert not (alone.output / "uncertainty_head.safetensors").exists()
+
+
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_run_with_an_uncertainty_head_resumes_bit_for_bit(go, stop_at, monkeypatch, stage):
+    options = {"ds": {"zero_optimization": {"stage": stage}}, "uncertainty_head": True, "method": "dfa"}
+    whole = go("whole", **options)
+    stop_at(7)
+    assert go("cut", **options).stopped
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="uncertainty_head true -> false"):
+        go("cut", resume=True, **options | {"uncertainty_head": False})
+    with monkeypatch.context() as patch:  # killed between the student and its head
+        patch.setattr(train, "fit_head", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            go("cut", resume=True, **options)
+    assert not (whole.output.parent / "cut" / "uncertainty_head.safetensors").exists()
+    resumed = go("cut", resume=True, **options)
+    assert losses(resumed) == losses(whole) and largest_difference(weights(resumed), weights(whole)) == 0
+    assert largest_difference(uncertainty_head(resumed), uncertainty_head(whole)) == 0
+
+
+def test_texts_that_belong_to_nobody_are_told_and_not_learnt_from(go, monkeypatch, caplog):
+    nobody = lambda sup, weights, neutral, seed: (torch.arange(len(sup)) % 5 == 0).float().numpy()
+    monkeypatch.setattr(train, "nobody_weights", nobody)
+    caplog.set_level("WARNING", logger="muka_fast")
+    result = go("holes", method="muka-evidence", coverage=True, uncertainty_head=True, epochs=1)
+    assert "muka-evidence: 15 of 75 texts belong to no teacher" in caplog.text
+    record = json.loads((result.output / "run.json").read_text())
+    assert record["coverage"]["texts"] == 15 and record["coverage"]["share"] == pytest.approx(0.2)
+    assert [row["example_id"] % 5 in (0, 1) for row in record["coverage"]["examples"]] == [True] * 6  # a blank row comes fourth
+    assert "| texts that belong to no teacher, left out | 15 |" in (result.output / "README.md").read_text()
+    monkeypatch.setattr(train, "nobody_weights", lambda sup, *_: torch.zeros(len(sup)).numpy())
+    again = go("again", method="muka-evidence", coverage=True, epochs=1)
+    assert json.loads((again.output / "run.json").read_text())["coverage"] == {"texts": 0, "share": 0.0, "examples": []}
+    plain = go("plain", method="muka-evidence", epochs=1)
+    assert largest_difference(weights(again), weights(plain)) == 0 and largest_difference(weights(result), weights(plain)) > 0
