@@ -1,4 +1,4 @@
-"""Runs a whole run, then kills copies of it at random moments and resumes them; used by test_train.py.
+"""Runs a whole run, then kills copies of it at random moments and resumes them; used by test_processes.py.
 
     python tests/kill_harness.py OPTIONS.json KILLS SEED [PROCESSES]
 

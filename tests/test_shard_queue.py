@@ -1,4 +1,4 @@
-"""The queue of shards: each number once, one answer for all, nothing left from before. Deaths and faults: tests/test_train.py."""
+"""The queue of shards: each number once, one answer for all, nothing left from before. Deaths and faults: tests/test_processes.py."""
 
 import re
 import threading
