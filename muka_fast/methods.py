@@ -251,6 +251,14 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+def unused_options(config: RunConfig) -> list[str]:
+    """The options of single methods that this run does not look at."""
+    used = set(METHODS[config.method].options)
+    if config.mc_stop is not None or config.uncertainty_head:
+        used.add("uncertainty")
+    return [name for name in dict.fromkeys(name for method in METHODS.values() for name in method.options) if name not in used]
+
+
 def build_method(
     config: RunConfig,
     sup: Supervision,

@@ -12,7 +12,7 @@ from muka_fast.data import TextSet, read_texts
 from muka_fast.errors import UserError
 from muka_fast.export import LABELLED_METHODS
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
-from muka_fast.methods import METHODS
+from muka_fast.methods import METHODS, unused_options
 from muka_fast.supervision import check_sites
 from muka_fast.teachers import check_teachers, teacher_names
 
@@ -30,11 +30,8 @@ def check_options(config: RunConfig) -> None:
 
 def tell_unused_options(config: RunConfig) -> None:
     """Say which options were chosen that the method does not look at."""
-    usual, used = RunConfig(mc=config.mc, mc_samples=config.mc_samples), set(METHODS[config.method].options)
-    if config.mc_stop is not None or config.uncertainty_head:
-        used.add("uncertainty")
-    some = dict.fromkeys(name for method in METHODS.values() for name in method.options)
-    chosen = [f"--{name}" for name in some if name not in used and getattr(config, name) != getattr(usual, name)]
+    usual = RunConfig(mc=config.mc, mc_samples=config.mc_samples)
+    chosen = [f"--{name}" for name in unused_options(config) if getattr(config, name) != getattr(usual, name)]
     if chosen:
         log.warning("%s: --method %s does not look at it", ", ".join(chosen), config.method)
 

@@ -36,7 +36,7 @@ from muka_fast.fit_doubt import doubt_targets, fit_head
 from muka_fast.group import on_first_process, shut_down, told_once
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
 from muka_fast.loop import Plan, train
-from muka_fast.methods import METHODS, Method, build_method, selection_accuracy, target_accuracy
+from muka_fast.methods import METHODS, Method, build_method, selection_accuracy, target_accuracy, unused_options
 from muka_fast.neutral import name_features, neutral_features
 from muka_fast.preflight import (
     check_inputs,
@@ -279,12 +279,13 @@ def card(config: RunConfig, record: dict[str, Any]) -> export.Card:
     """The model card's content."""
     metrics = {name: value for name, value in record["metrics"].items() if name != "student"}
     student = record["metrics"].get("student", {})
+    unused = unused_options(config)
     holes = {"texts that belong to no teacher, left out": record["coverage"]["texts"]} if "coverage" in record else {}
     return export.Card(
         title=Path(config.output).resolve().name,
         base_model=config.student,
         teachers=record["teachers"],
-        options={name: getattr(config, name) for name in runinfo.IDENTITY_OPTIONS},
+        options={name: getattr(config, name) for name in runinfo.IDENTITY_OPTIONS if name not in unused},
         data=record["data"] | holes,
         metrics=metrics | {name: student[name] for name in ("accuracy", "macro_f1", "nll", "ece") if name in student},
     )

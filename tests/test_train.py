@@ -26,6 +26,8 @@ def test_a_run_leaves_a_student_that_plain_transformers_loads(go, world):
     assert record["overlaps"] == ["science"] and [teacher["name"] for teacher in record["teachers"]] == ["news", "home"]
     assert record["data"]["texts"] == 75 and record["data"]["blank"] == 1
     assert {"read texts", "score teachers", "load student", "train", "export", "evaluate"} <= record["seconds"].keys()
+    card = (result.output / "README.md").read_text()
+    assert "| coverage |" in card and "| margin |" not in card  # which muka-auto does not look at
     assert 0 <= result.metrics["student"]["accuracy"] <= 1 and 0 <= result.metrics["target_accuracy"] <= 1
     lines = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 16)) and lines[-1]["epoch"] == 3
