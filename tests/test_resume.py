@@ -27,7 +27,7 @@ def test_sigterm_saves_and_resume_continues_bit_for_bit(go, stop_at, monkeypatch
 
 
 def test_resume_in_another_layout(go, stop_at, monkeypatch, world):
-    options = {"student": str(world / "plain_student")}
+    options = {"student": str(world / "plain_student"), "method": "muka-soft"}  # whose texts have weights
     whole = go("whole", ds=SMOOTH_ADAM, **options)
     stop_at(7)
     go("cut", ds={**SMOOTH_ADAM, "zero_optimization": {"stage": 3}}, **options)
