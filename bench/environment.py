@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from datetime import date
@@ -52,7 +53,7 @@ def environment() -> dict:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": versions(),
         "commit": git("rev-parse", "--short", "HEAD") + ("+" if changed else ""),
-        "command": " ".join(["python", *(Path(arg).name if Path(arg).is_absolute() else arg for arg in sys.argv)]),
+        "command": shlex.join(["python", *(Path(arg).name if Path(arg).is_absolute() else arg for arg in sys.argv)]),
     }
 
 

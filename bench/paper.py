@@ -7,7 +7,8 @@
 DIR holds <set>/train.jsonl and <set>/test.jsonl with `text` and `label`. A seed draws the teachers' texts, the pool, teachers and
 students. Students see the pool without labels (except `supervised` and `oracle`). Texts that also occur in test are left out.
 Every cell (setting, seed, method) is a JSON file in --workdir, under a name that holds the options: a killed run continues, and a
-later one adds settings, methods, seeds and other students. --selection_only trains no student. `dawid-skene` needs crowd-kit.
+later one adds settings, methods, seeds and other students. Of a method without a student there are selection and target alone;
+--selection_only trains none. `dawid-skene` needs crowd-kit.
 """
 
 import argparse
@@ -66,6 +67,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--neutral_encoder", help="folder in --encoders (default: --student)")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="S", help=", ".join(SETTINGS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M", help="; ".join(METHODS))
+    parser.add_argument("--students", nargs="+", choices=METHODS, metavar="M", help="methods whose students are trained (default: all)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--limit", type=int, help="training texts per data set, drawn at random (default: all)")
     parser.add_argument("--test_limit", type=int, help="test texts per data set, drawn at random (default: all)")
@@ -192,7 +194,8 @@ def cell(args: argparse.Namespace, name: str, seed: int, method: str, folder: Pa
         found = {"setting": name, "seed": seed, "method": method}
         found |= supervision_figures(load_config(RunConfig, None, options), method, folder)
         write_json(done, found)
-    if args.selection_only or "accuracy" in found:
+    trained = not args.selection_only and (args.students is None or method in args.students)
+    if not trained or "accuracy" in found:
         return found
     log.info("%s, seed %d, student of %s", name, seed, method)
     if method == "dawid-skene":
