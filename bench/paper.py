@@ -67,7 +67,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--neutral_encoder", help="folder in --encoders (default: --student)")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="S", help=", ".join(SETTINGS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M", help="; ".join(METHODS))
-    parser.add_argument("--students", nargs="+", choices=METHODS, metavar="M", help="methods whose students are trained (default: all)")
+    parser.add_argument("--students", nargs="+", choices=METHODS, metavar="M", help="whose students are trained (default: all)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--limit", type=int, help="training texts per data set, drawn at random (default: all)")
     parser.add_argument("--test_limit", type=int, help="test texts per data set, drawn at random (default: all)")
