@@ -34,7 +34,7 @@ from muka_fast.cli import guarded  # noqa: E402
 from muka_fast.config import RunConfig, load_config  # noqa: E402
 from muka_fast.train import main as train  # noqa: E402
 
-# Where kills aim, and the longest that one waits there, as a share of what the whole run takes.
+# Where kills aim, and the longest that one waits there, as a share of what the whole run takes; every other one strikes at once.
 STAGES = {"scoring": 0.3, "training": 0.2, "saving": 0.01, "exporting": 0.01}
 PATIENCE = 60.0  # seconds; a process that outlives another one's death by more hangs
 
@@ -133,7 +133,7 @@ def main(options: dict, kills: int, seed: int, processes: int) -> dict:
     victim, stages = folder / "victim", itertools.cycle(STAGES)
     while True:
         stage = next(stages) if len(outlived) < kills else None
-        delay = choose.uniform(0.0, STAGES.get(stage, 0.0)) * whole_seconds
+        delay = choose.choice([0.0, choose.uniform(0.0, STAGES.get(stage, 0.0))]) * whole_seconds
         longest = attempt(place(victim), processes, stage, delay, choose)
         if longest is not None:
             outlived.append(longest)

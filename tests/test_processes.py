@@ -120,11 +120,12 @@ def test_a_process_killed_while_scoring_ends_the_job_and_resume_finishes(world, 
     _, told = finish(processes)
     assert "is gone while scoring: stopping" in told
     before = {path: path.stat().st_mtime_ns for path in store.glob("*/shard-*")}
-    assert 4 <= len(before) < 38
+    whole = 3 * 19  # shards of 4 of the 75 texts: two teachers and the neutral features
+    assert 4 <= len(before) < whole
     codes, told = finish(run_processes(options, 2, ("--resume",)))
     assert codes == [0, 0], told
     assert {path: path.stat().st_mtime_ns for path in before} == before  # nothing was scored again
-    assert len(list(store.glob("*/shard-*"))) == 38 and (tmp_path / "run" / "model.safetensors").exists()
+    assert len(list(store.glob("*/shard-*"))) == whole and (tmp_path / "run" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
