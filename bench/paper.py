@@ -49,7 +49,7 @@ from muka_fast.methods import build_method, selection_accuracy, target_accuracy
 from muka_fast.selection import label_ids, owners
 from muka_fast.supervision import Supervision, open_store, option_values, score
 from muka_fast.teach import teach
-from muka_fast.train import pool_weights
+from muka_fast.train import pool_features, pool_weights
 
 # Options that change a number, hence the names of the folders: of teachers and store, and of the cells inside.
 TEACHER_NUMBERS = ("limit", "test_limit", "teacher_epochs", "teacher_learning_rate", "freeze_layers", "mc_scope", "max_length")
@@ -219,7 +219,8 @@ def supervision_figures(config: RunConfig, method: str, folder: Path) -> dict[st
     if method == "dawid-skene":
         return {"selection": None, "recall": None, "target": vote(sup, space, texts, folder)}
     labels = texts.labels if config.method in LABELLED_METHODS else None
-    built = build_method(config, sup, space, labels, pool_weights(config, sup, space, texts, folder))
+    weights = pool_weights(config, sup, space, pool_features(config, texts, folder))
+    built = build_method(config, sup, space, labels, weights)
     return {
         "selection": selection_accuracy(built, texts.labels, space),
         "recall": teacher_recall(built.selected, texts.labels, space),

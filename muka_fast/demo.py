@@ -47,11 +47,11 @@ def held_out_figures(
     config: RunConfig, sup: Supervision, space: LabelSpace, held_out: TextSet
 ) -> tuple[float | None, float | None]:
     """Target accuracy and teacher-selection accuracy of one row's method on the held-out texts. config: with their store."""
-    from muka_fast.train import pool_weights
+    from muka_fast.train import pool_features, pool_weights
 
     if config.method == "supervised":
         return None, None
-    weights = pool_weights(config, sup, space, held_out, Path(config.store))
+    weights = pool_weights(config, sup, space, pool_features(config, held_out, Path(config.store)))
     method = build_method(config, sup, space, held_out.labels, weights)
     return target_accuracy(method, held_out.labels, space), selection_accuracy(method, held_out.labels, space)
 

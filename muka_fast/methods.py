@@ -251,6 +251,11 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+def neutral_encoder(config: RunConfig) -> str | None:
+    """The encoder whose features the method's rule looks at; None where it has no rule."""
+    return None if METHODS[config.method].rule is None else config.neutral_encoder or config.student
+
+
 def unused_options(config: RunConfig) -> list[str]:
     """The options of single methods that this run does not look at."""
     used = set(METHODS[config.method].options)

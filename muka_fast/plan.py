@@ -125,8 +125,8 @@ def plan(options: PlanConfig) -> dict[str, Any]:
         """That many forwards of a model over all texts, in fp32."""
         cost, reached = footprint(config, 1, length, "fp32", what), rate(options, config, length, False, what)
         hours = num_texts * cost.forward_flops * forwards / reached / options.gpus / 3600
-        size = {"parameters": cost.num_parameters, "weights_bytes": 4 * cost.num_parameters}
-        return size | {"forwards": forwards, "flops_per_s": reached, "hours": hours}
+        found = {"parameters": cost.num_parameters, "weights_bytes": 4 * cost.num_parameters}
+        return found | {"forwards": forwards, "flops_per_s": reached, "hours": hours}
 
     teachers, owners, widths = [], [], []
     for path, name in zip(options.teachers, names, strict=True):

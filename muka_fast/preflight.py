@@ -12,7 +12,7 @@ from muka_fast.data import TextSet, read_texts
 from muka_fast.errors import UserError
 from muka_fast.export import LABELLED_METHODS
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
-from muka_fast.methods import METHODS, unused_options
+from muka_fast.methods import METHODS, neutral_encoder, unused_options
 from muka_fast.supervision import check_sites
 from muka_fast.teachers import check_teachers, teacher_names
 
@@ -96,8 +96,3 @@ def check_labels(
                 f"--{option} {found.source}: none of its labels ({', '.join(sorted(set(found.labels))[:3])}, ...) is a class of the "
                 f"teachers ({', '.join(space.names[:3])}, ...); rename them with --label_map or choose --label_column"
             )
-
-
-def neutral_encoder(config: RunConfig) -> str | None:
-    """The encoder whose features the method's rule looks at; None where it has no rule."""
-    return None if METHODS[config.method].rule is None else config.neutral_encoder or config.student

@@ -30,20 +30,28 @@ from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine, init_distributed, resolve_device
 from muka_fast.evaluate import evaluate
 from muka_fast.export import LABELLED_METHODS
+from muka_fast.features import Features
 from muka_fast.files import write_json, write_text
 from muka_fast.first_token import first_token_only
 from muka_fast.fit_doubt import doubt_targets, fit_head
 from muka_fast.group import on_first_process, shut_down, told_once
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
 from muka_fast.loop import Plan, train
-from muka_fast.methods import METHODS, Method, build_method, selection_accuracy, target_accuracy, unused_options
+from muka_fast.methods import (
+    METHODS,
+    Method,
+    build_method,
+    neutral_encoder,
+    selection_accuracy,
+    target_accuracy,
+    unused_options,
+)
 from muka_fast.neutral import name_features, neutral_features
 from muka_fast.preflight import (
     check_inputs,
     check_labels,
     check_layout,
     check_options,
-    neutral_encoder,
     output_options,
     tell_unused_options,
 )
@@ -106,7 +114,7 @@ def run(config: RunConfig) -> RunResult:
 def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: Path, clock: runinfo.Clock) -> RunResult:
     """The walk from the texts on, the output folder taken and the options settled."""
     with clock("score teachers"):
-        sup = supervise(config, texts, output)
+        sup, neutral = supervise(config, texts, output)
     with told_once():
         label_map = read_label_map(config.label_map) if config.label_map else None
         space = build_label_space([(teacher["name"], teacher["labels"]) for teacher in sup.teachers], label_map)
@@ -114,7 +122,7 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
     if not config.teachers:  # else they were checked before the scoring
         on_first_process(lambda: check_labels(config, sup.teachers, space, label_map))
     with clock("select teachers"):
-        weights = on_first_process(lambda: pool_weights(config, sup, space, texts, output))
+        weights = on_first_process(lambda: pool_weights(config, sup, space, neutral))
         doubt = on_first_process(lambda: doubt_targets(config, sup, space))
     with told_once():
         method = build_method(config, sup, space, labels, weights)
@@ -183,17 +191,15 @@ def read_data(config: RunConfig) -> TextSet:
     return read_texts(config.texts, **columns, need_labels=need_labels, limit=config.limit)
 
 
-def supervise(config: RunConfig, texts: TextSet, output: Path) -> Supervision:
-    """The statistics of all teachers over all texts; every process scores a share of what the store lacks."""
-    store, method = store_folder(config, output), METHODS[config.method]
+def supervise(config: RunConfig, texts: TextSet, output: Path) -> tuple[Supervision, Features | None]:
+    """The statistics of all teachers over all texts, and `pool_features`; every process does a share of what the store lacks."""
     if config.teachers:
-        needs_features = method.needs_features or config.uncertainty_head
+        needs_features = METHODS[config.method].needs_features or config.uncertainty_head
+        store = store_folder(config, output)
         sup = fill_store(store, config.teachers, texts, config, ShardQueue(group=True), needs_features)
     else:
-        sup = open_store(store, texts, option_values(config))
-    if method.rule is not None:
-        neutral_features(store, neutral_encoder(config), texts, config, ShardQueue(group=True))
-    return sup
+        sup = open_store(store_folder(config, output), texts, option_values(config))
+    return sup, pool_features(config, texts, output, ShardQueue(group=True))
 
 
 def store_folder(config: RunConfig, output: Path) -> Path:
@@ -201,16 +207,18 @@ def store_folder(config: RunConfig, output: Path) -> Path:
     return Path(config.store) if config.store is not None else output / "supervision"
 
 
-def pool_weights(
-    config: RunConfig, sup: Supervision, space: LabelSpace, texts: TextSet, output: Path
-) -> np.ndarray | None:
-    """The teachers' weights [n, N] by the method's rule over the pool, less that of "no teacher"; None where it has no rule."""
-    rule = METHODS[config.method].rule
-    if rule is None:
-        return None
+def pool_features(config: RunConfig, texts: TextSet, output: Path, queue: ShardQueue | None = None) -> Features | None:
+    """The texts' neutral features, for a method whose rule looks at them; queue: as of `neutral_features`."""
     encoder = neutral_encoder(config)
-    neutral, sup = neutral_features(store_folder(config, output), encoder, texts, config), sup.restrict(space)
-    weights = rule(sup, neutral, config.seed, lambda: name_features(encoder, space.names, config))
+    return None if encoder is None else neutral_features(store_folder(config, output), encoder, texts, config, queue)
+
+
+def pool_weights(config: RunConfig, sup: Supervision, space: LabelSpace, neutral: Features | None) -> np.ndarray | None:
+    """The teachers' weights [n, N] by the method's rule over the pool, less that of "no teacher"; None where it has no rule."""
+    if neutral is None:
+        return None
+    sup, names = sup.restrict(space), lambda: name_features(neutral_encoder(config), space.names, config)
+    weights = METHODS[config.method].rule(sup, neutral, config.seed, names)
     return weights * (1 - nobody_weights(sup, weights, neutral, config.seed)[:, None]) if config.coverage else weights
 
 
