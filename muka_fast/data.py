@@ -172,7 +172,7 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_len
         UserError: max_length leaves no room beside the special tokens.
     """
     limit = getattr(tokenizer, "model_max_length", None) or max_length
-    if max_length > limit:
+    if max_length > limit > 0:
         log.warning("--max_length %d exceeds what the tokenizer allows: texts are cut to %d tokens", max_length, limit)
         max_length = limit
     if max_length <= tokenizer.num_special_tokens_to_add():

@@ -250,12 +250,13 @@ def examine_teachers(paths: Sequence[str]) -> tuple[list[TeacherFacts], list[Fin
 def teacher_facts(path: str, name: str) -> TeacherFacts:
     """Load one teacher and keep what is shown of it. Raises UserError for every fault."""
     from muka_fast.shared import prefixes
-    from muka_fast.sites import active_sites, list_sites
+    from muka_fast.sites import active_sites, list_sites, understood
     from muka_fast.teachers import load_teacher
     from muka_fast.trunk import StochasticTeacher
 
     teacher = load_teacher(path, run_seed=0, name=name)
-    found = list_sites(teacher.model)
+    with understood(teacher.model, f"teacher {name}"):
+        found = list_sites(teacher.model)
     sites = []
     for scope in SCOPES:
         try:

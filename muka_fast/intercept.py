@@ -1,9 +1,10 @@
-"""Rerouting a model's dropout modules, attention probabilities and layer calls to our own code inside a with-block.
+"""Rerouting a model's dropout, attention probabilities and layer calls to our own code inside a with-block.
 
 Nothing is left behind: instance attributes are removed, the attention implementation is restored. The model stays in
 eval() mode.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,6 +97,20 @@ def build_masks_without_waiting(model: nn.Module) -> None:
             config._attn_implementation = SDPA_NAME
 
 
+def build_positions_without_waiting(model: nn.Module) -> None:
+    """MPNet of older transformers builds its relative positions on the CPU, so that a GPU's pass would wait for the copy."""
+    encoder = getattr(model.base_model, "encoder", None)
+    original = getattr(encoder, "compute_position_bias", None)
+    if original is None:
+        return
+
+    def on_the_device(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with x.device:
+            return original(x, *args, **kwargs)
+
+    encoder.compute_position_bias = on_the_device
+
+
 def dropout_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module that drops activations, by path: nn.Dropout, and nn.Identity in the place of a dropout of p = 0."""
     found = {}
@@ -139,15 +154,20 @@ def patched(module: nn.Module, forward: Callable) -> Iterator[None]:
 
 @contextmanager
 def intercept(model: PreTrainedModel, handler: SiteHandler) -> Iterator[None]:
-    """Every dropout module and attention call of `model` goes to `handler` inside the block."""
+    """Every dropout and attention call of `model` goes to `handler` inside the block.
+
+    A call of torch.nn.functional.dropout counts as one of the module in whose forward it stands.
+    """
     if model.training:
         raise RuntimeError("the model must be in eval() mode")
     configs = _configs(model)
     before = [config._attn_implementation for config in configs]
     modules = list(dropout_modules(model).values())
     shadows = [module.__dict__.get("forward") for module in modules]
+    functional = nn.functional.dropout
     _handlers.stack.append(handler)
     try:
+        nn.functional.dropout = lambda input, p=0.5, training=True, inplace=False: handler.apply(_calling_module(), input, p)
         for config in configs:
             config._attn_implementation = ATTENTION_NAME
         for module in modules:
@@ -155,6 +175,7 @@ def intercept(model: PreTrainedModel, handler: SiteHandler) -> Iterator[None]:
         yield
     finally:
         _handlers.stack.pop()
+        nn.functional.dropout = functional
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation = name
         for module, shadow in zip(modules, shadows, strict=True):
@@ -162,6 +183,14 @@ def intercept(model: PreTrainedModel, handler: SiteHandler) -> Iterator[None]:
                 module.__dict__.pop("forward", None)
             else:
                 module.forward = shadow
+
+
+def _calling_module() -> nn.Module:
+    """The innermost module whose method is being executed."""
+    frame = sys._getframe(2)
+    while not isinstance(frame.f_locals.get("self"), nn.Module):
+        frame = frame.f_back
+    return frame.f_locals["self"]
 
 
 def _site_forward(handler: SiteHandler, module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -42,8 +42,10 @@ from muka_fast.student import encoder_fingerprint
 from muka_fast.supervision import device_of
 from muka_fast.teachers import (
     LOADING_ERRORS,
+    check_vocabulary,
     load_tokenizer,
     quiet_transformers,
+    settle_outputs,
     settle_padding,
     token_limit,
     tokenizer_key,
@@ -167,7 +169,10 @@ def load_encoder(
             )
     except LOADING_ERRORS as error:
         raise UserError(f"{what}: transformers cannot load it: {checkpoint.first_line(error)}") from error
+    settle_outputs(model.config)
     settle_padding(model, tokenizer, what)
+    check_vocabulary(model, tokenizer, what)
+    model = model.get_encoder() if model.config.is_encoder_decoder else model
     return model.eval().requires_grad_(False).to(device)
 
 

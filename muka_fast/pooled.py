@@ -48,7 +48,11 @@ def last_feature(model: nn.Module, seen: Tensor, input_ids: Tensor, attention_ma
     seen [B, D] or, of heads that run over all tokens, [B, L, D]; input_ids, attention_mask [B, L].
     """
     pad = model.config.get_text_config().pad_token_id
-    return pool(seen, attention_mask if pad is None else attention_mask * (input_ids != pad), "last")
+    if pad is not None:  # transformers looks for the last token that is not padding; one inside the text is a token
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (position * ((input_ids != pad) & (attention_mask > 0))).amax(1, keepdim=True)
+        attention_mask = (position <= last).long()
+    return pool(seen, attention_mask, "last")
 
 
 @contextmanager

@@ -108,9 +108,10 @@ class PostLayerNormEncoder(LayeredEncoder):
         layers = []
         for index, module in enumerate(calls):
             parts, names = layer_parts(model, module)
-            found = {s.path: s.index for s in sites if s.layer == index}
+            inside = [s for s in sites if s.layer == index]
+            found = {s.path: s.index for s in inside}
             layers.append(PostLayer(*parts, *(found.get(f"{paths[module]}.{name}") for name in names)))
-            if len(found) != sum(bool(name) for name in names) or layers[-1].attention_site is None:
+            if len(inside) != sum(bool(name) for name in names) or layers[-1].attention_site is None:
                 return None
         embeddings = [s.index for s in sites if s.layer is None]
         return cls(model, layers, embeddings[0], reads_last) if len(embeddings) == 1 else None

@@ -95,9 +95,10 @@ class PreLayerNormModel(LayeredEncoder):
         paths, layers = {module: path for path, module in model.named_modules()}, []
         for index, module in enumerate(modules):
             parts, names = parts_of(module)
-            found = {s.path: s.index for s in sites if s.layer == index}
+            inside = [s for s in sites if s.layer == index]
+            found = {s.path: s.index for s in inside}
             layers.append(PreLayer(*parts, *(found.get(f"{paths[module]}.{name}") for name in names)))
-            if len(found) != sum(bool(name) for name in names) or layers[-1].attention_site is None:
+            if len(inside) != sum(bool(name) for name in names) or layers[-1].attention_site is None:
                 return None
         embeddings = [s.index for s in sites if s.layer is None]
         return cls(model, layers, embeddings[0] if embeddings else None, reads_last) if len(embeddings) < 2 else None

@@ -2,8 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
+from muka_fast.checkpoint import first_line
 from muka_fast.errors import UserError
 from muka_fast.intercept import intercept, layer_modules, patched
 from muka_fast.ops.reference import ATTENTION_STRIDE
@@ -27,7 +28,7 @@ class Site:
 
     index: the site id of the mask contract, in order of execution.
     path, occurrence: the module, and which of its calls (0, 1, ...).
-    kind: "activation" [B, L, D] or [B, D], "attention" [B, H, L, L], "shared" [R, D] without a text dimension.
+    kind: "activation" [B, L, D] or [B, D], "tokens" [B * L, D], "attention" [B, H, L, L], "shared" [R, D] without a text dimension.
     p: the model's own dropout probability. layer: None = embeddings, int, or "head". rank: dimensions of the value.
     """
 
@@ -72,17 +73,33 @@ class _Trace:
         if len(shape) == 4 and shape[0] == TRACE_TEXTS and shape[2:] == (TRACE_TOKENS, TRACE_TOKENS):
             return "attention"
         if len(shape) == 2:
-            return "shared"
+            return "tokens" if shape[0] == TRACE_TEXTS * TRACE_TOKENS else "shared"
         raise UserError(f"dropout site {path} masks a value of unknown layout {shape}: architecture not supported")
 
 
 def trace_inputs(model: PreTrainedModel, texts: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask [texts, tokens] of arbitrary tokens, none of which is padding."""
+    """input_ids and attention_mask [texts, tokens] of arbitrary tokens, none of which is padding; the last one ends a text where
+    the model is an encoder with a decoder, whose head looks for it."""
     pad = getattr(model.config, "pad_token_id", None)
-    vocabulary = [i for i in range(min(model.config.vocab_size, 64)) if i != pad]
+    end = model.config.eos_token_id if model.config.is_encoder_decoder else None
+    vocabulary = [i for i in range(min(model.config.vocab_size, 64)) if i not in (pad, end)]
     ids = torch.tensor([vocabulary[(7 * i + 3) % len(vocabulary)] for i in range(texts * tokens)])
     ids = ids.view(texts, tokens).to(input_device(model))
+    if end is not None:
+        ids[:, -1] = end
     return ids, torch.ones_like(ids)
+
+
+@contextmanager
+def understood(model: PreTrainedModel, what: str) -> Iterator[None]:
+    """Inside the block the model's forward is taken apart: whatever an unknown architecture makes of that becomes one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        told = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{what}: this version cannot take {type(model).__name__} apart ({told}); leave it out") from error
 
 
 @torch.inference_mode()
@@ -162,6 +179,10 @@ def active_probabilities(
     chosen = active_sites(sites, scope, teacher)
     p_of_site = {site.index: site.p if mc_dropout_p is None else mc_dropout_p for site in chosen}
     p_of_site = {index: p for index, p in p_of_site.items() if p > 0}
+    if any(p >= 1 for p in p_of_site.values()):
+        raise UserError(f"{teacher}: its configuration drops everything (p = 1); set --mc_dropout_p 0.1")
+    if not chosen:
+        raise UserError(f"{teacher}: no dropout was found in it, so every sample would be the same; use --no-mc")
     if not p_of_site:
         raise UserError(
             f"{teacher}: all {len(chosen)} dropout sites of --mc_scope {scope} have p = 0, so "
@@ -197,7 +218,7 @@ class Masks:
     """SiteHandler that applies the mask contract to K replicas of B texts laid out k-major: [K * B, ...].
 
     Elements (position = column index of a right-padded batch, D = width of the value):
-    [L, D]: position * D + column · [D]: column · attention: (head * 16384 + query) * 16384 + key, head < 128,
+    [L, D], in "tokens" as well: position * D + column · [D]: column · attention: (head * 16384 + query) * 16384 + key, head < 128,
     L <= 16384 · shared: flat index, example id 0xFFFFFFFF, one sample at a time.
     """
 
@@ -248,7 +269,10 @@ class Masks:
         p = self.p_of_site[site.index]
         if site.kind == "shared":
             return self._shared(x, site, p)
-        rows, width = x.shape[1:-1], x.shape[-1]
+        if site.kind == "tokens":
+            rows, width = (len(x) // (self.num_samples * len(self.example_ids)),), x.shape[-1]
+        else:
+            rows, width = x.shape[1:-1], x.shape[-1]
         ids, offsets = self.rows(site.kind, tuple(rows), width, x.device)
         flat = x.reshape(self.num_samples, -1, width)
         masked = repeat_dropout(flat, self.num_samples, p, self.seed, site.index, ids, offsets, self.first_sample)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from muka_fast.intercept import SiteHandler, intercept, layer_modules, patched
+from muka_fast.intercept import SiteHandler, build_positions_without_waiting, intercept, layer_modules, patched
 from muka_fast.sites import Masks, Site, trace_inputs
 
 
@@ -66,8 +66,13 @@ class ModelSplit:
         self._templates: list[Any] = []  # what each layer call returns
         self._embeddings = self._find_embeddings()
         self._embedding_width = 0
+        build_positions_without_waiting(model)
         if self.layers:
             self._probe()
+
+    def leave_whole(self) -> None:
+        """From now on the model has no layers to be cut at."""
+        self.layers, self.depth = None, 0
 
     def _find_embeddings(self) -> nn.Module | None:
         for name in ("embeddings", "embed_tokens"):
@@ -88,7 +93,7 @@ class ModelSplit:
 
         def embeddings_forward(original, *args, **kwargs):
             out = original(*args, **kwargs)
-            self._embedding_width = out.shape[-1]
+            self._embedding_width = (out[0] if isinstance(out, tuple) else out).shape[-1]
             return out
 
         with ExitStack() as stack:

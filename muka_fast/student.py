@@ -18,6 +18,7 @@ from muka_fast.teachers import (
     check_vocabulary,
     load_tokenizer,
     quiet_transformers,
+    settle_outputs,
     settle_padding,
     some,
 )
@@ -50,6 +51,7 @@ def load_student(
             )
             config.id2label, config.label2id = names, {name: index for index, name in names.items()}
             config.problem_type = "single_label_classification" if len(labels) > 1 else None
+            settle_outputs(config)
             model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 config=config,

@@ -26,7 +26,10 @@ from muka_fast.sites import trace_inputs
 log = logging.getLogger("muka_fast")
 
 # What transformers raises for a configuration or weights it cannot use.
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError, StrictDataclassError)
+LOADING_ERRORS = (
+    OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, AssertionError, ImportError,
+    SafetensorError, StrictDataclassError,
+)  # fmt: skip
 NO_LIMIT = 10**6  # a tokenizer without a length limit says 1e30
 
 
@@ -242,6 +245,7 @@ def load_classifier(
     except LOADING_ERRORS as error:
         raise UserError(f"{what}: transformers cannot load it: {checkpoint.first_line(error)}") from error
     check_loading(info, what)
+    settle_outputs(model.config)
     return model
 
 
@@ -302,9 +306,14 @@ def load_tokenizer(folder: Path, what: str) -> transformers.PreTrainedTokenizerB
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, padding_side="right"
             )
-    except (*LOADING_ERRORS, ImportError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(f"{what}: its tokenizer cannot be loaded: {checkpoint.first_line(error)}") from error
     return tokenizer
+
+
+def settle_outputs(config: transformers.PreTrainedConfig) -> None:
+    """Named outputs, and no more than the answer; a saved configuration may ask for something else."""
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
 
 
 def settle_padding(
@@ -312,17 +321,20 @@ def settle_padding(
 ) -> None:
     """Give tokenizer and configuration the same padding token.
 
-    Order of choice: the tokenizer's, the one that config.pad_token_id names, the end-of-text token (usual for
-    decoders; said aloud).
+    Order of choice: the tokenizer's, the one that config.pad_token_id names, the end-of-text token (usual for decoders; said
+    aloud), and where the tokenizer ends every text with that one, which a head that reads the last token would then take for
+    padding, the unknown token.
     """
     config = model.config.get_text_config()
     if tokenizer.pad_token_id is None:
         named = tokenizer.convert_ids_to_tokens(config.pad_token_id) if isinstance(config.pad_token_id, int) else None
-        if named is None and tokenizer.eos_token is None:
-            raise UserError(f"{what}: its tokenizer has no padding token; set tokenizer.pad_token and save it again")
         if named is None:
-            log.warning("%s: no padding token; its end-of-text token %r takes the place", what, tokenizer.eos_token)
-        tokenizer.pad_token = named or tokenizer.eos_token
+            ends = tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]
+            named = tokenizer.unk_token if ends else tokenizer.eos_token
+            if named is None or (ends and named == tokenizer.eos_token):
+                raise UserError(f"{what}: its tokenizer has no padding token; set tokenizer.pad_token and save it again")
+            log.warning("%s: no padding token; %r takes the place", what, named)
+        tokenizer.pad_token = named
     config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
 
 
@@ -330,7 +342,10 @@ def check_vocabulary(
     model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, what: str
 ) -> None:
     """Refuse a tokenizer whose ids the model cannot embed: it belongs to another model."""
-    rows = model.get_input_embeddings().num_embeddings
+    try:
+        rows = model.get_input_embeddings().weight.shape[0]
+    except (NotImplementedError, AttributeError):  # no table of tokens, such as CANINE's hashes of characters
+        return
     beyond = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= rows)
     if not beyond:
         return
@@ -354,7 +369,7 @@ def token_limit(model: transformers.PreTrainedModel, tokenizer: transformers.Pre
             limits.append(module.num_embeddings - first)
     if len(limits) == 1:
         limits.append(getattr(model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT)
-    return int(min(*limits, NO_LIMIT))
+    return int(min(limit for limit in (*limits, NO_LIMIT) if limit > 0))  # XLNet's -1: none
 
 
 def tokenizer_key(tokenizer: transformers.PreTrainedTokenizerBase, max_length: int) -> str:

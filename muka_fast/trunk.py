@@ -18,7 +18,7 @@ from muka_fast.placement import input_device, is_split
 from muka_fast.pooled import head_input, output_layer, pool
 from muka_fast.postln import PostLayerNormEncoder
 from muka_fast.preln import PreLayerNormModel
-from muka_fast.sites import Masks, Site, active_probabilities, list_sites, trace_inputs
+from muka_fast.sites import Masks, Site, active_probabilities, list_sites, trace_inputs, understood
 from muka_fast.split import ModelSplit
 from muka_fast.teachers import Teacher
 
@@ -76,16 +76,17 @@ class StochasticTeacher:
         self.teacher, self.model, self.name = teacher, teacher.model, teacher.name
         self.mc, self.mc_samples = mc, mc_samples
         self.memory_budget_bytes = memory_budget_bytes
-        self.all_sites = list_sites(self.model)
-        self.encoder = ModelSplit(self.model)
-        self.mc_scope = self._checked_scope(mc_scope)
-        self.p_of_site = self._probabilities(mc_dropout_p) if mc else {}
-        self.layer = self._first_stochastic_layer()
-        self.reads = self._probe_read_row()
-        # The fast forms read weights that a split teacher's modules get only when they are called.
-        self.fast = None if is_split(self.model) else self._find_fast_form()
-        self.output_layer = output_layer(self.model, *_check_inputs(self.model))
-        self.fused_head = None if is_split(self.model) else self._find_fused_head()
+        with understood(self.model, f"teacher {self.name}"):
+            self.all_sites = list_sites(self.model)
+            self.encoder = ModelSplit(self.model)
+            self.mc_scope = self._checked_scope(mc_scope)
+            self.p_of_site = self._probabilities(mc_dropout_p) if mc else {}
+            self.layer = self._first_stochastic_layer()
+            self.reads = self._probe_read_row()
+            # The fast forms read weights that a split teacher's modules get only when they are called.
+            self.fast = None if is_split(self.model) else self._find_fast_form()
+            self.output_layer = output_layer(self.model, *_check_inputs(self.model))
+            self.fused_head = None if is_split(self.model) else self._find_fused_head()
 
     @property
     def sites(self) -> list[dict]:
@@ -235,9 +236,10 @@ class StochasticTeacher:
         """Activations of one replica of one text, roughly."""
         config, width = self.model.config, self.model.config.hidden_size
         inner = getattr(config, "intermediate_size", None) or 4 * width
+        heads = getattr(config, "num_attention_heads", 1)
         one_row = self.fast is not None and self.layer >= self.encoder.depth - 1
         rows = 1 if one_row else num_tokens
-        return rows * (10 * width + 3 * inner + 3 * config.num_attention_heads * num_tokens) * self.model.dtype.itemsize
+        return rows * (10 * width + 3 * inner + 3 * heads * num_tokens) * self.model.dtype.itemsize
 
     def _budget(self) -> int:
         return self.memory_budget_bytes or replica_budget_bytes(input_device(self.model))
@@ -247,20 +249,23 @@ class StochasticTeacher:
     def _checked_scope(self, scope: str) -> str:
         """Verify that our attention and the split compute what the model does; without a split only `all` is left."""
         ids, mask = _check_inputs(self.model)
+        architecture = type(self.model).__name__
         with torch.inference_mode():
             plain = self.model(input_ids=ids, attention_mask=mask).logits.float()
+            alone = self.model(input_ids=ids[1:, :4], attention_mask=mask[1:, :4]).logits.float()
+        if not self._agree(alone, plain[1:]):
+            log.warning("teacher %s: padding changes the logits of %s: its scores depend on the batch", self.name, architecture)
         if not self._agree(self.encoder.run_eagerly(ids, mask), plain):
-            architecture = type(self.model).__name__
             raise UserError(f"teacher {self.name}: the attention of {architecture} is not one this version can mask")
-        if scope == "all" or not self.mc:
+        if self.encoder.depth and not self._splits_right(ids, mask, plain):
+            self.encoder.leave_whole()
+        if scope == "all" or not self.mc or self.encoder.depth:
             return scope
-        if self.encoder.depth == 0 or not self._splits_right(ids, mask, plain):
-            log.warning(
-                "teacher %s: %s cannot be split into layers; --mc_scope %s is not available for it, all is used",
-                self.name, type(self.model).__name__, scope,
-            )  # fmt: skip
-            return "all"
-        return scope
+        log.warning(
+            "teacher %s: %s cannot be split into layers; --mc_scope %s is not available for it, all is used",
+            self.name, architecture, scope,
+        )  # fmt: skip
+        return "all"
 
     def _splits_right(self, ids: Tensor, mask: Tensor, plain: Tensor) -> bool:
         for layer in (1, self.encoder.depth - 1, self.encoder.depth):
@@ -386,5 +391,7 @@ def _check_inputs(model: nn.Module) -> tuple[Tensor, Tensor]:
     ids, mask = trace_inputs(model, 2, 6)
     mask[1, 4:] = 0
     pad = getattr(model.config, "pad_token_id", None)
+    if model.config.is_encoder_decoder:
+        ids[1, 3] = ids[1, -1]
     ids[1, 4:] = 0 if pad is None else pad
     return ids, mask

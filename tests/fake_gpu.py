@@ -38,6 +38,10 @@ class _Watch(TorchDispatchMode):
             self._check(args[0].device, torch.device(kwargs.get("device") or args[0].device), kwargs.get("non_blocking", False))
         elif func is torch.ops.aten.copy_.default:
             self._check(args[1].device, args[0].device, bool(args[2]) if len(args) > 2 else kwargs.get("non_blocking", False))
+        elif func.overloadpacket is torch.ops.aten.to:  # in inference mode a copy arrives whole
+            named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+            target = named["other"].device if "other" in named else torch.device(named.get("device") or args[0].device)
+            self._check(args[0].device, target, named.get("non_blocking", False))
         return func(*args, **kwargs)
 
     @staticmethod

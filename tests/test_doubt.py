@@ -109,6 +109,16 @@ def test_the_feature_of_every_family_is_the_row_behind_the_logits(family, make_m
     assert torch.equal(found[:, :3], logits)
 
 
+def test_a_padding_token_inside_a_text_is_a_token(make_model):
+    model = make_model("llama", LABELS)
+    pad = model.config.pad_token_id
+    ids = torch.tensor([[5, 7, pad, 9, 8, pad], [5, 7, 9, pad, pad, pad]])
+    inputs = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]])}
+    with torch.inference_mode():
+        found, logits = with_features(model)(inputs), model(**inputs).logits
+        torch.testing.assert_close(classifier_layer(model)(found[:, 3:]), logits)
+
+
 # ---- beside the exported student ----
 
 

@@ -124,3 +124,19 @@ def test_a_broken_encoder_is_named(tmp_path, encoder, pool, make_model, make_tok
     with pytest.raises(UserError, match=r"neutral encoder .*broken: NaN or infinite for text \d+"):
         compute(tmp_path / "s", folder, pool)
     assert not list((tmp_path / "s").glob("neutral-*/*.safetensors"))
+    make_model("bert", vocab_size=9).base_model.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"neutral encoder .*broken: its tokenizer has token .* the model embeds only 9 tokens"):
+        compute(tmp_path / "s", folder, pool)
+
+
+def test_of_an_encoder_with_a_decoder_the_encoder_is_read(tmp_path, make_tokenizer, pool):
+    folder, tokenizer = tmp_path / "t5", make_tokenizer("bert")
+    config = transformers.T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
+    model = transformers.T5Model(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    found = values(compute(tmp_path / "s", folder, pool))
+    ids = tokenizer(pool.texts[1], return_tensors="pt", truncation=True, max_length=32)["input_ids"]
+    with torch.no_grad():
+        expected = model.encoder(input_ids=ids).last_hidden_state[0].mean(0).numpy()
+    np.testing.assert_allclose(found[1], expected, atol=2e-3, rtol=2e-3)  # fp16

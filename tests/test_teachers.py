@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 from muka_fast import checkpoint, teachers
 from muka_fast.errors import UserError
@@ -439,6 +440,29 @@ def test_a_decoder_without_padding_token_pads_with_end_of_text(make_teacher, cap
         for row, text in enumerate(texts[:5]):
             alone = teacher.model(**teacher.tokenizer(text, return_tensors="pt")).logits[0]
             torch.testing.assert_close(batch[row], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_end_of_text_pads_nothing_where_it_ends_every_text(make_tokenizer, make_model, caplog):
+    """A head that reads the last token that is not padding would read the one before it."""
+    tokenizer, model = make_tokenizer("llama"), make_model("llama", pad_token_id=None)
+    end = tokenizer.eos_token
+    tokenizer.pad_token = None
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    with pytest.raises(UserError, match="no padding token"):
+        teachers.settle_padding(model, tokenizer, "teacher x")
+    tokenizer.unk_token = tokenizer.convert_ids_to_tokens(3)
+    teachers.settle_padding(model, tokenizer, "teacher x")
+    assert tokenizer.pad_token_id == model.config.pad_token_id == 3 and "no padding token" in caplog.text
+
+
+def test_a_configuration_that_asks_for_more_is_answered_as_usual(make_teacher):
+    folder = make_teacher()
+    edit_config(folder, return_dict=False, output_hidden_states=True, output_attentions=True)
+    model = teachers.load_teacher(folder, run_seed=0).model
+    out = model(input_ids=torch.tensor([[2, 5, 3]]))
+    assert out.logits.shape == (1, 2) and out.hidden_states is None and out.attentions is None
 
 
 def test_no_way_to_pad_is_refused(make_teacher):

@@ -91,8 +91,9 @@ def test_teachers_that_share_their_trunk_do_not_wait(on_fake_gpu):
         lambda x: torch.empty(3, dtype=torch.int64).copy_(x),
     ],
 )
-def test_what_waits_is_seen(wait):
-    with fake_gpu(), pytest.raises((*WAITS, WouldWait)):
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_waits_is_seen(wait, inference):
+    with fake_gpu(), torch.inference_mode(inference), pytest.raises((*WAITS, WouldWait)):
         wait(torch.empty(3, dtype=torch.int64, device="cuda"))
 
 

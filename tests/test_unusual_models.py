@@ -1,0 +1,114 @@
+"""Architectures outside the families of conftest.py: dropout called as a function, layers that cannot be cut, heads that read anew."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from muka_fast.errors import UserError
+from muka_fast.intercept import intercept
+from muka_fast.sites import list_sites
+from muka_fast.split import _NoMasks
+from muka_fast.teachers import Teacher
+from muka_fast.trunk import StochasticTeacher
+
+SIZES = {"vocab_size": 60, "pad_token_id": 0, "num_labels": 3}
+COMMON = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 2, **SIZES}
+MODELS = {
+    "OPT": {"ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": 32, **COMMON},
+    "Bloom": {"hidden_dropout": 0.1, "attention_dropout": 0.1, "n_head": 4, "n_layer": 2, "hidden_size": 16, **SIZES},
+    "Starcoder2": {
+        "intermediate_size": 32, "num_key_value_heads": 2, "residual_dropout": 0.1, "embedding_dropout": 0.1,
+        "attention_dropout": 0.1, **COMMON,
+    },
+    "XLM": {"emb_dim": 16, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 32, "pad_index": 0, **SIZES},
+}  # fmt: skip
+
+
+def build(name, **options):
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{name}Config")(initializer_range=0.2, init_std=0.2, embed_init_std=0.2, **MODELS[name], **options)
+    return getattr(transformers, f"{name}ForSequenceClassification")(config).eval()
+
+
+def scorer(model, **options):
+    teacher = Teacher("unusual", "unusual", model, None, "key", ["a", "b", "c"], "fingerprint", 7, 0, 32)
+    return StochasticTeacher(teacher, **options)
+
+
+def a_batch():
+    mask = (torch.arange(9) < torch.tensor([9, 4, 6])[:, None]).long()
+    ids = torch.randint(1, 60, (3, 9)) * mask
+    return ids, mask, np.array([3, 2**32 - 1, 8])
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return build(request.param)
+
+
+def test_nothing_drops_behind_the_handlers_back(model):
+    ids, mask, _ = a_batch()
+    with intercept(model, _NoMasks()):
+        model.train()
+        torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, model(input_ids=ids, attention_mask=mask).logits)
+    logits = [model(input_ids=ids, attention_mask=mask).logits for _ in range(2)]
+    assert not torch.equal(*logits)  # and outside of the block it does
+
+
+def test_functional_sites_are_listed_with_their_probability(model):
+    functional = [site for site in list_sites(model) if site.kind != "attention"]
+    assert len([site for site in functional if site.p == 0.1]) >= 3
+    assert all(site.kind != "shared" for site in functional)
+
+
+@pytest.mark.parametrize("scope", ["last:1", "all"])
+def test_scores_are_those_of_the_model_and_of_the_text(model, scope):
+    ids, mask, names = a_batch()
+    teacher = scorer(model, mc_scope=scope, mc_samples=4)
+    together = teacher.score(ids, mask, names)
+    for row, length in enumerate(mask.sum(1).tolist()):
+        plain = model(input_ids=ids[row : row + 1, :length], attention_mask=mask[row : row + 1, :length]).logits[0]
+        torch.testing.assert_close(together.logits[row], plain, atol=1e-5, rtol=1e-4)
+        alone = teacher.score(ids[row : row + 1, :length], mask[row : row + 1, :length], names[row : row + 1])
+        for name, value in vars(together).items():
+            torch.testing.assert_close(getattr(alone, name)[0], value[row], atol=1e-5, rtol=1e-4)
+    assert (together.var_probs > 0).all()
+
+
+def test_passes_vary_as_much_as_in_training_mode(model):
+    ids, mask, names = a_batch()
+    ours = scorer(model, mc_scope="all", mc_samples=400).score(ids, mask, names).var_probs.sum()
+    model.train()
+    passes = torch.stack([model(input_ids=ids, attention_mask=mask).logits.softmax(-1).detach() for _ in range(400)])
+    assert 0.7 < float(ours / passes.var(0).sum()) < 1.4
+
+
+@pytest.mark.parametrize("options", [{"mc": False}, {"mc_scope": "head"}, {"mc_scope": "last:1"}])
+def test_a_model_that_cannot_be_cut_is_run_whole(options, caplog):
+    """XLM's ModuleLists are parts of layers; its head has a site of its own, after which a cut was tempting."""
+    ids, mask, names = a_batch()
+    model = build("XLM")
+    teacher = scorer(model, mc_samples=4, **options)
+    assert teacher.encoder.depth == 0 and ("cannot be split" in caplog.text) == ("mc" not in options)
+    torch.testing.assert_close(
+        teacher.score(ids, mask, names).logits, model(input_ids=ids, attention_mask=mask).logits, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_a_model_whose_logits_change_with_padding_is_told(caplog):
+    config = transformers.FNetConfig(intermediate_size=32, tpu_short_seq_length=8, **COMMON)
+    scorer(transformers.FNetForSequenceClassification(config).eval(), mc_samples=2)
+    assert "teacher unusual: padding changes the logits of FNetForSequenceClassification" in caplog.text
+
+
+def test_what_cannot_be_taken_apart_is_one_line():
+    config = transformers.BertConfig(intermediate_size=32, chunk_size_feed_forward=4, **COMMON)
+    with pytest.raises(UserError, match=r"teacher unusual: this version cannot take \w+ apart \(ValueError: .*chunk size 4"):
+        scorer(transformers.BertForSequenceClassification(config).eval())
+
+
+def test_a_probability_of_one_is_refused():
+    config = transformers.BertConfig(intermediate_size=32, hidden_dropout_prob=1.0, **COMMON)
+    with pytest.raises(UserError, match="drops everything"):
+        scorer(transformers.BertForSequenceClassification(config).eval())
