@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).resolve().parent / "results"
+BENCH = Path(__file__).resolve().parent
+RESULTS = Path(os.environ.get("BENCH_RESULTS", BENCH / "results"))
 PACKAGES = ("muka-fast", "torch", "transformers", "triton", "deepspeed", "numpy")
 
 
@@ -27,8 +28,11 @@ def cpu_model() -> str:
 
 
 def git(*arguments: str) -> str:
-    """What git prints, or "" outside a checkout."""
-    done = subprocess.run(["git", "-C", str(RESULTS.parent), *arguments], capture_output=True, text=True)
+    """What git prints, or "" outside a checkout and where there is no git."""
+    try:
+        done = subprocess.run(["git", "-C", str(BENCH), *arguments], capture_output=True, text=True)
+    except OSError:
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
@@ -42,15 +46,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def environment() -> dict:
-    """Machine, versions, commit ("+" where the tree was changed) and command, ready for JSON."""
+def environment(device: str = "cpu") -> dict:
+    """Machine, versions, commit ("+" where the tree was changed) and command, ready for JSON; device: what was measured."""
     changed = bool(git("status", "--porcelain", "--untracked-files=no"))
     return {
         "date": date.today().isoformat(),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "versions": versions(),
         "commit": git("rev-parse", "--short", "HEAD") + ("+" if changed else ""),
         "command": shlex.join(["python", *(Path(arg).name if Path(arg).is_absolute() else arg for arg in sys.argv)]),
@@ -92,7 +96,7 @@ def show(stem: str, rows: list[dict], text: str, device: str, json_file: str | N
 
 def keep(stem: str, results: object, markdown: str, device: str = "cpu", folder: Path = RESULTS) -> Path:
     """Write `<stem>_<machine>_<yyyymm>.json` and `.md` with the environment; returns the Markdown's path."""
-    env = environment()
+    env = environment(device)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem}_{machine_name(device)}_{date.today():%Y%m}.md"
     path.with_suffix(".json").write_text(json.dumps({"environment": env, "results": results}, indent=1) + "\n")

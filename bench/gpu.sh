@@ -1,22 +1,25 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: build, tests marked gpu, ceilings, microbenchmarks, end to end, the experiment matrix.
 #
-#   bench/gpu.sh [--stage build,correct,...] [--dry-run] [--out DIR] [--wheels DIR] [--data DIR --encoders DIR] [-- paper.py's options]
+#   bench/gpu.sh [--stage build,correct,...] [--dry-run] [--out DIR] [--archive FILE] [--wheels DIR] [--data DIR --encoders DIR] [-- paper.py's options]
 #
-# Every stage has a time limit, writes its own files at once and never stops the others; the last lines printed are a table.
-# --dry-run: every stage at toy size on the CPU, so that CI tests this script. --wheels: a folder of wheels to install first
-# (deepspeed, datasets, ... where the machine has no network). --data, --encoders: the matrix (bench/paper.py) runs where both are given.
-# --stage large: a student and a teacher of a billion parameters, not among the default stages, which are meant to take nine minutes.
+# Every stage has a time limit, keeps its results at once in --out (default bench/results) and stops no other; the last lines printed
+# are a table. The default stages are meant to take nine minutes. Others:
+#   sanitize   compute-sanitizer over the ops           launches   the host's time to launch a scoring step (no GPU needed)
+#   large      a student and a teacher of a billion parameters       matrix   bench/paper.py, where --data and --encoders are given
+# --archive: all of --out in one .tar.gz, written anew after every stage. --wheels: a folder of wheels to install first, for a machine
+# without a network (bench/fetch_wheels.sh). --dry-run: every stage at toy size on the CPU, so that CI tests this script.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-stages=build,correct,ceilings,tune,ops,predicted,launches,amalgamation,train,matrix
-dry=0 out=bench/results wheels= data= encoders=
+stages=build,correct,ceilings,tune,ops,predicted,amalgamation,train,matrix
+dry=0 out=bench/results archive='' wheels='' data='' encoders=''
 while [ $# -gt 0 ]; do
   case "$1" in
     --stage) stages=$2; shift 2 ;;
     --dry-run) dry=1; shift ;;
     --out) out=$2; shift 2 ;;
+    --archive) archive=$2; shift 2 ;;
     --wheels) wheels=$2; shift 2 ;;
     --data) data=$2; shift 2 ;;
     --encoders) encoders=$2; shift 2 ;;
@@ -25,15 +28,29 @@ while [ $# -gt 0 ]; do
   esac
 done
 mkdir -p "$out"
+export BENCH_RESULTS="$out" PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 if [ -n "$wheels" ]; then
-  site=$(mktemp -d)
-  "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$wheels"/*.whl || exit 1
-  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+  "$python" -m pip install -q --no-index --no-deps --no-compile --target "$work/site" "$wheels"/*.whl || exit 1
+  export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 # The checkout itself, with the extension built in place by the first stage.
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-if [ $dry = 1 ]; then device=cpu; else device=cuda; fi
+if [ $dry = 0 ]; then
+  # Without a GPU tests would be skipped and benchmarks run on the CPU; without a package most stages would fail one by one.
+  "$python" - <<'PY' || exit 1
+import importlib.util, sys, torch
+needed = "transformers triton deepspeed datasets pydantic hypothesis pytest pytest_timeout".split()
+missing = [name for name in needed if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(f"gpu.sh: not installed: {', '.join(missing)} (--wheels, bench/fetch_wheels.sh)")
+if not torch.cuda.is_available():
+    sys.exit("gpu.sh: torch finds no usable CUDA device (--dry-run rehearses on the CPU)")
+print(f"gpu.sh: {torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+PY
+fi
 
 table=
 run() { # name, limit in seconds, command...
@@ -44,41 +61,48 @@ run() { # name, limit in seconds, command...
   timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$out/gpu_$name.log" | tail -n 40
   code=${PIPESTATUS[0]}
   table+="$(printf '%-14s %-8s %5ds' "$name" "$([ "$code" = 0 ] && echo ok || echo "rc $code")" $((SECONDS - start)))"$'\n'
+  printf '%s' "$table" >"$out/gpu_stages.txt"
+  [ -z "$archive" ] || tar -czf "$archive" -C "$out" .
 }
 
 if [ $dry = 1 ]; then
   run build 300 "$python" setup.py -q build_ext --inplace
   run correct 120 "$python" -m pytest -q -m "gpu or not gpu" tests/test_gpu.py
+  run sanitize 60 "$python" -m pytest -q -m "gpu or not gpu" tests/test_sanitizer.py
   run ceilings 60 "$python" bench/ceilings.py --device cpu --toy --json "$out/ceilings.json"
   run tune 60 "$python" bench/tune.py --device cpu --toy --json "$out/tuning.json"
   run ops 120 "$python" bench/throughput.py --device cpu --toy --json "$out/throughput.json"
   run predicted 30 "$python" bench/predict.py --out "$out"
   run launches 60 "$python" bench/launches.py --size toy --repetitions 3 --json "$out/launches.json"
   run amalgamation 600 "$python" bench/amalgamation.py --synthetic toy --texts 40 --published_texts 8 --max_length 32 \
-    --samples 4 --repetitions 1 --device cpu --workdir "$out/work" --json "$out/amalgamation.json"
+    --samples 4 --repetitions 1 --device cpu --workdir "$work/amalgamation" --json "$out/amalgamation.json"
   run train 300 "$python" bench/student.py --size toy --stages 0 3 --precision fp32 --device cpu --steps 3 --batch_size 4 \
     --json "$out/student.json"
   run large 300 "$python" bench/teacher.py --size toy --texts 40 --samples 4 --device cpu --json "$out/teacher.json"
-  run matrix 300 "$python" bench/paper.py --quick --device cpu --workdir "$out/matrix" --results "$out" "$@"
+  run matrix 300 "$python" bench/paper.py --quick --device cpu --workdir "$work/matrix" --results "$out" "$@"
 else
-  run build 150 "$python" setup.py -q build_ext --inplace
-  run correct 180 "$python" -m pytest -q -m gpu --continue-on-collection-errors tests  # a missing package fails its own tests only
+  parallel=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 6")  # most of the time goes into compiling kernels
+  run build 90 "$python" setup.py -q build_ext --inplace
+  # shellcheck disable=SC2086
+  run correct 150 "$python" -m pytest -q -m gpu $parallel tests/test_gpu.py
   run ceilings 30 "$python" bench/ceilings.py
-  run tune 60 "$python" bench/tune.py --write --json "$out/tuning.json"
-  run ops 100 "$python" bench/throughput.py --device "$device" --seconds 1
-  for measured in bench/results/throughput_h[12]00_*.json; do
+  run tune 75 "$python" bench/tune.py --write --json "$out/tuning.json"
+  cp kernels/ops/tuning.py "$out/tuning.py"
+  run ops 120 "$python" bench/throughput.py --device cuda --seconds 0.5
+  for measured in "$out"/throughput_h[12]00_*.json; do
     machine=${measured##*throughput_}
     [ -f "$measured" ] && run predicted 30 "$python" bench/predict.py --machine "${machine%%_*}" --measured "$measured" --out "$out"
   done
-  run launches 60 "$python" bench/launches.py
-  run amalgamation 180 "$python" bench/amalgamation.py --synthetic base --workdir "$out/work"
+  run amalgamation 200 "$python" bench/amalgamation.py --synthetic base --texts 2048 --workdir "$work/amalgamation"
   run train 120 "$python" bench/student.py --size base
+  run sanitize 300 "$python" -m pytest -q -m gpu tests/test_sanitizer.py
+  run launches 60 "$python" bench/launches.py
   run large 180 "$python" bench/student.py --size 1b --stages 3 "3 offload" --steps 6 --batch_size 16
   run large 240 "$python" bench/teacher.py --size 1b
   if [ -n "$data" ] && [ -n "$encoders" ]; then
     run matrix 86400 "$python" bench/paper.py --data "$data" --encoders "$encoders" --workdir "$out/matrix" --results "$out" "$@"
   fi
 fi
-echo "--- bench/gpu.sh on $device"
+echo "--- bench/gpu.sh on $([ $dry = 1 ] && echo cpu || echo cuda)"
 printf '%s' "$table"
 case "$table" in *" rc "*) exit 1 ;; esac

@@ -25,7 +25,7 @@ KNOWN_KEYS = (
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown",
     "activation_checkpointing", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
     "sparse_gradients", "comms_logger", "tensorboard", "wandb", "csv_monitor", "flops_profiler", "autotuning",
-    "data_types", "aio", "checkpoint", "dump_state",
+    "data_types", "aio", "checkpoint", "dump_state", "timers",
 )
 ADAM_DEFAULTS = {"betas": [0.9, 0.999], "eps": 1e-8}
 
@@ -97,6 +97,7 @@ def prepare_ds_config(
         # We hand over torch's fused AdamW; DeepSpeed's own CPU Adam would be compiled at the first run.
         ds.setdefault("zero_force_ds_cpu_optimizer", False)
     ds.setdefault("steps_per_print", 2**31)  # we print the metrics
+    ds.setdefault("timers", {"throughput": {"enabled": False}})  # its own would make every step wait for the device
     return ds, config
 
 

@@ -1,9 +1,6 @@
-"""On a CUDA device (bench/gpu.sh): ops against float64, masks and scores against the CPU's, graphs, waiting, memory, sanitizer."""
+"""On a CUDA device (bench/gpu.sh): ops against float64, masks and scores against the CPU's, graphs, waiting, memory."""
 
 import os
-import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +16,7 @@ from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine, init_distributed
 from muka_fast.loop import train_step
 from muka_fast.methods import METHODS
+from muka_fast.ops import table
 from muka_fast.ops.distill_loss import distill_loss
 from muka_fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from muka_fast.ops.mc_head import mc_head
@@ -49,6 +47,12 @@ SHAPES = [
     (3, 0, [5, 3]),
     (5, 63, [1, 63, 1271]),
 ]
+
+
+@pytest.mark.parametrize("op", sorted(table.TABLE))
+def test_the_fused_form_runs(op):
+    """Where it cannot, the reference takes its place, and every other test here would pass."""
+    assert table.TABLE[op]["cuda"] == "triton"
 
 
 def offsets_of(counts):
@@ -232,7 +236,7 @@ def test_no_scoring_step_waits_for_the_device(family, scope, make_teacher):
         scores = scorer.launch(*batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert not any(value.isnan().any() for value in vars(scores).values())
+    assert scorer.fast is not None and not any(value.isnan().any() for value in vars(scores).values())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -263,20 +267,6 @@ def test_no_training_step_of_ours_waits_for_the_device(precision, make_model):
     waits = {f"{warning.filename}:{warning.lineno}" for warning in told if "synchroniz" in str(warning.message)}
     ours = tuple(str(Path(package.__file__).parent) + os.sep for package in (muka_fast, muka_fast.ops))
     assert not [place for place in waits if place.startswith(ours)], waits
-
-
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer_finds_nothing(tool):
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if sanitizer is None:
-        pytest.skip("compute-sanitizer is not installed on this machine")
-    chosen = "contract or tail_ops or 256-768-77-dtype0 or counts2-63 or counts6-dtype0 or packed_attention"
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
-    command += [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "-k", chosen, __file__]
-    # PyTorch's allocator hides overruns inside its own blocks.
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stdout[-4000:]
 
 
 @pytest.mark.parametrize("scope", ["last:1", "all"])

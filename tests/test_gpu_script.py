@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,10 +43,25 @@ def test_wheels_that_do_not_install_end_it(tmp_path):
     assert "---" not in done.stdout
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device, on which everything would run")
+def test_without_a_device_nothing_is_measured(tmp_path):
+    done = gpu_script("--stage", "ceilings", "--out", str(tmp_path))
+    assert done.returncode == 1 and "torch finds no usable CUDA device" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_lie_where_they_were_asked_for_and_in_one_archive(tmp_path):
+    out, archive = tmp_path / "out", tmp_path / "all.tar.gz"
+    done = gpu_script("--dry-run", "--stage", "ceilings", "--out", str(out), "--archive", str(archive))
+    assert done.returncode == 0, done.stdout + done.stderr
+    with tarfile.open(archive) as packed:
+        assert {"./ceilings.json", "./gpu_ceilings.log", "./gpu_stages.txt"} <= set(packed.getnames())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_dry_run(tmp_path):
-    stages = ("correct", "ceilings", "tune", "ops", "predicted", "launches", "amalgamation", "train", "large", "matrix")
+    stages = ("correct", "sanitize", "ceilings", "tune", "ops", "predicted", "launches", "amalgamation", "train", "large", "matrix")
     done = gpu_script("--dry-run", "--stage", ",".join(stages), "--out", str(tmp_path), "--", "--methods", "vkd", "oracle")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     for name in ("ceilings", "tuning", "throughput", "launches", "amalgamation", "student", "teacher"):
