@@ -5,10 +5,12 @@
     python bench/amalgamation.py --encoder DIR ... --scaling       shared layers; peak memory against teachers and passes
 
 Teachers are fine-tuned first (kept in --workdir); the pool is a random part of --train. Scoring times are medians of interleaved
-repetitions. The published procedure pads every text to one length, so its cost per text and per step is constant: it is timed on
---published_texts texts and --published_steps steps and scaled, which the result says. Its students are trained for real, by its
-own code over all texts and steps, on batches padded to their longest text: the same procedure, not its time. Correctness
-first: in every scope the deterministic targets must equal the plain model's.
+repetitions; on a GPU every row runs once before, untimed, which compiles. The published procedure pads every text to one length,
+so its cost per text and per step is constant: it is timed on --published_texts texts and --published_steps steps and scaled,
+which the result says; loading its teachers, which a row's time holds as well, is added once. Its students are trained for real,
+by its own code over all texts and steps, on batches padded to their longest text: the same procedure, not its time. Correctness
+first: in every scope the deterministic targets must equal the plain model's. The file is rewritten after every row, as unfinished
+until the last.
 """
 
 import argparse
@@ -16,13 +18,13 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from environment import keep, markdown_table
-from published import deterministic_logits, load_plain, normalized_entropy, padded_batches, soft_targets, train_step
+from environment import keep, markdown_table, show
+from published import load_plain, load_published, published_scores, published_seconds, published_student
 from settings import draw, read_rows, write_rows
 from synthetic import SIZES, make_encoder, make_teacher, make_texts
 from timing import largest_resident_bytes, own_process
@@ -36,6 +38,7 @@ from muka_fast.config import ScoreConfig, TeachConfig, load_config
 from muka_fast.data import TextSet, collate, read_texts, token_budget_batches, tokenize
 from muka_fast.evaluate import metrics, predict
 from muka_fast.labels import LabelSpace, build_label_space
+from muka_fast.memory import token_budget
 from muka_fast.supervision import Supervision, fill_store
 from muka_fast.teachers import Teacher, load_teacher
 
@@ -128,65 +131,17 @@ def prepare(args: argparse.Namespace) -> list[str]:
 
 
 def plain_pass(teachers: list[Teacher], texts: TextSet, max_length: int) -> list[Tensor]:
-    """The yardstick: one ordinary length-bucketed forward of every teacher, tokenisation included."""
+    """The yardstick: one ordinary length-bucketed forward of every teacher in batches of our size, tokenisation included."""
     out = []
     with torch.inference_mode():
         for teacher in teachers:
             tokens = tokenize(teacher.tokenizer, texts.texts, max_length)
             logits = torch.empty(len(tokens), len(teacher.labels))
-            for rows in token_budget_batches(tokens.lengths, 8192):
+            for rows in token_budget_batches(tokens.lengths, token_budget(None, teacher.model.device)):
                 batch = {name: value.to(teacher.model.device) for name, value in collate(tokens, rows, teacher.pad_id).items()}
                 logits[torch.as_tensor(rows)] = teacher.model(**batch).logits.cpu()
             out.append(logits)
     return out
-
-
-def published_scores(args: argparse.Namespace, paths: list[str], texts: list[str], padding: str = "max_length") -> Tensor:
-    """K sequential forwards in training mode per teacher, padded: teacher scores [n, N]."""
-    columns = []
-    for path in paths:
-        model, tokenizer = load_plain(path, args.device), AutoTokenizer.from_pretrained(path)
-        batches = padded_batches(tokenizer, texts, args.max_length, args.batch_size, padding, args.device)
-        columns.append(1 - torch.cat([normalized_entropy(model, batch, args.samples) for batch in batches]).cpu())
-    return torch.stack(columns, -1)
-
-
-def published_student(
-    args: argparse.Namespace,
-    paths: list[str],
-    texts: list[str],
-    scores: Tensor,
-    space: LabelSpace,
-    seed: int,
-    padding: str = "longest",
-    max_steps: int | None = None,
-) -> tuple:
-    """Train the student as published, every teacher run again in every step: student, tokenizer, seconds of a step (median)."""
-    torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.encoder)
-    student = load_plain(args.encoder, args.device, num_labels=space.num_classes)
-    teachers = [load_plain(path, args.device) for path in paths]
-    scores = scores.to(args.device)
-    to_union = [torch.as_tensor(space.teacher_to_union[a:b]) for a, b in zip(space.offsets, space.offsets[1:], strict=False)]
-    optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, weight_decay=0.01)
-    steps = args.epochs * -(-len(texts) // args.batch_size)
-    warm_up = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
-    )
-    top = scores.topk(2, -1).values if scores.shape[1] > 1 else None
-    margin = scores.new_ones(len(scores)) if top is None else top[:, 0] - top[:, 1]
-    order = [rows for _ in range(args.epochs) for rows in torch.randperm(len(texts)).split(args.batch_size)]
-    seconds = []
-    for rows in order[:max_steps]:
-        start = time.perf_counter()
-        batch = padded_batches(tokenizer, [texts[i] for i in rows], args.max_length, len(rows), padding, args.device)[0]
-        logits = [deterministic_logits(teacher, batch) for teacher in teachers]
-        q = soft_targets(logits, scores[rows], to_union, space.num_classes, tau=0.2)
-        train_step(student, optimizer, batch, q, margin[rows] + 1e-6)
-        schedule.step()
-        seconds.append(time.perf_counter() - start)
-    return student.eval(), tokenizer, statistics.median(seconds)
 
 
 def accuracy(student, tokenizer, evaluation: TextSet, space: LabelSpace, max_length: int) -> float:
@@ -222,14 +177,17 @@ def agreement(a: Tensor, b: Tensor) -> float:
 
 
 def measure_scoring(args: argparse.Namespace, paths: list[str], texts: TextSet, stores: Path) -> dict:
-    """Interleaved medians of plain pass and rows, the published procedure on a part, and the selections of each row.
+    """The published procedure on a part, interleaved medians of plain pass and rows, and the selections of each row.
 
     Repetition r has run seed r; the scores of the first are kept in `stores` for the students.
     """
     teachers = [load_teacher(path, run_seed=0, device=args.device) for path in paths]
     plain = torch.cat(plain_pass(teachers, texts, args.max_length), -1)
+    published_s = published_seconds(args, paths, texts.texts)
     times: dict[str, list[float]] = {name: [] for name in ["plain", *(row.name for row in args.rows)]}
     found: dict[tuple[str, int], Supervision] = {}
+    for row in args.rows if args.device == "cuda" else ():
+        score_with(args, paths, texts, row)
     for repetition in range(args.repetitions):
         times["plain"].append(clock(lambda: plain_pass(teachers, texts, args.max_length)))
         for row in args.rows:
@@ -242,11 +200,10 @@ def measure_scoring(args: argparse.Namespace, paths: list[str], texts: TextSet, 
                 raise SystemExit(f"{row.name}: deterministic logits differ from the plain model's by {error:.1e}: no times are shown")
             if repetition < 2:
                 found[row.name, repetition] = scored
+            write_unfinished(args, timed_so_far(times, published_s), note(args, texts, paths, None))
     # Without the row `all` nothing is compared with it: it costs more than all others together.
     seeds = range(2) if "all" in args.scopes else ()
     full = [found.get(("all", seed)) or score_with(args, paths, texts, Row("all"), seed) for seed in seeds]
-    sample = texts.texts[: args.published_texts]
-    published_s = clock(lambda: published_scores(args, paths, sample)) * len(texts.texts) / len(sample)
     chosen = [selections(scored) for scored in full]
     sampled = {row.name: found[row.name, 0].num_samples for row in args.rows}
     samples = {name: args.samples if n is None else n.double().mean().item() for name, n in sampled.items()}
@@ -262,35 +219,56 @@ def measure_scoring(args: argparse.Namespace, paths: list[str], texts: TextSet, 
     }
 
 
+def timed_so_far(times: dict[str, list[float]], published_s: float) -> list[dict]:
+    """Rows of what is known while they are still being timed."""
+    plain = statistics.median(times["plain"])
+    seconds = {name: statistics.median(values) for name, values in times.items() if values and name != "plain"}
+    return [
+        {"scope": name, "scoring_s": s, "plain_forward_s": plain, "published_s": published_s, "cost_in_plain_forwards": s / plain}
+        for name, s in seconds.items()
+    ]
+
+
 def measure_students(
     args: argparse.Namespace, paths: list[str], texts: TextSet, evaluation: TextSet, space: LabelSpace, stores: Path
-) -> tuple[dict, dict]:
-    """Accuracies over the seeds and median seconds of a training, per row (from its scores) and of the published procedure."""
+) -> Iterator[tuple[dict, dict]]:
+    """Accuracies over the seeds and median seconds of a training, per row (from its scores) and of the published procedure; anew
+    after every seed."""
     accuracies: dict[str, list[float]] = {name: [] for name in [*(row.name for row in args.rows), "published"]}
     seconds: dict[str, list[float]] = {row.name: [] for row in args.rows}
-    scores = published_scores(args, paths, texts.texts, padding="longest")
+    scores = published_scores(args, load_published(paths, args.device), texts.texts, padding="longest")
+    step_s = published_student(args, paths, texts.texts, scores, space, 0, "max_length", args.published_steps)[2]
+    published_s = step_s * args.epochs * -(-len(texts.texts) // args.batch_size)
     measure = lambda student, tokenizer: accuracy(student, tokenizer, evaluation, space, args.max_length)
+
+    def train(row: Row, seed: int, folder: str, epochs: int) -> str:
+        return muka_fast.amalgamate(
+            store=stores / row.name, student=args.encoder, texts=args.train, limit=args.texts, output=f"{folder}/run",
+            method="muka-soft", seed=seed, mc_samples=args.samples, epochs=epochs, device=args.device,
+            learning_rate=args.learning_rate, batch_size=args.batch_size, max_length=args.max_length, **row.options,
+        ).output  # fmt: skip
+
+    if args.device == "cuda":  # compiles
+        with tempfile.TemporaryDirectory() as folder:
+            train(args.rows[0], 0, folder, epochs=1)
     for seed in range(args.seeds):
         for row in args.rows:
             with tempfile.TemporaryDirectory() as folder:
                 start = time.perf_counter()
-                result = muka_fast.amalgamate(
-                    store=stores / row.name, student=args.encoder, texts=args.train, limit=args.texts, output=f"{folder}/run",
-                    method="muka-soft", seed=seed, mc_samples=args.samples, epochs=args.epochs, device=args.device,
-                    learning_rate=args.learning_rate, batch_size=args.batch_size, max_length=args.max_length, **row.options,
-                )  # fmt: skip
+                output = train(row, seed, folder, args.epochs)
                 seconds[row.name].append(time.perf_counter() - start)
-                student = load_plain(result.output, args.device).eval()
-                accuracies[row.name].append(measure(student, AutoTokenizer.from_pretrained(result.output)))
+                student = load_plain(output, args.device).eval()
+                accuracies[row.name].append(measure(student, AutoTokenizer.from_pretrained(output)))
         student, tokenizer, _ = published_student(args, paths, texts.texts, scores, space, seed)
         accuracies["published"].append(measure(student, tokenizer))
-    step_s = published_student(args, paths, texts.texts, scores, space, 0, "max_length", args.published_steps)[2]
-    spent = {name: statistics.median(values) for name, values in seconds.items()}
-    return accuracies, spent | {"published": step_s * args.epochs * -(-len(texts.texts) // args.batch_size)}
+        yield accuracies, {name: statistics.median(values) for name, values in seconds.items()} | {"published": published_s}
 
 
 def peak_bytes(paths: list[str], row: Row, samples: int, *more: str) -> int:
-    """Largest resident set of a process of its own that scores once, libraries included; more: further options of this script."""
+    """Peak of a process of its own that scores once: what it allocates on a GPU, else its resident set, libraries included.
+
+    more: further options of this script.
+    """
     spec = json.dumps({"teachers": paths, "scope": row.scope, "mc_stop": row.mc_stop, "samples": samples})
     return int(own_process(f"measuring the memory of {row.name}", *more, "--peak_of", spec))
 
@@ -298,10 +276,11 @@ def peak_bytes(paths: list[str], row: Row, samples: int, *more: str) -> int:
 def print_peak(args: argparse.Namespace, texts: TextSet) -> None:
     args.samples = args.peak_of["samples"]
     score_with(args, args.peak_of["teachers"], texts, Row(args.peak_of["scope"], args.peak_of["mc_stop"]))
-    print(largest_resident_bytes())
+    print(torch.cuda.max_memory_allocated() if args.device == "cuda" else largest_resident_bytes())
 
 
-def rows_of(args: argparse.Namespace, paths: list[str], scoring: dict, students: tuple[dict, dict] | None) -> list[dict]:
+def rows_of(args: argparse.Namespace, scoring: dict, students: tuple[dict, dict] | None) -> list[dict]:
+    """All figures but the peaks of memory."""
     rows = []
     for row in args.rows:
         seconds, plain = scoring["times"][row.name], scoring["times"]["plain"]
@@ -319,7 +298,7 @@ def rows_of(args: argparse.Namespace, paths: list[str], scoring: dict, students:
             "agreement_all_vs_all": scoring["agreement_all_vs_all"],
             "end_to_end_speedup": None,
             "student_accuracy": None,
-            "peak_bytes": peak_bytes(paths, row, args.samples),
+            "peak_bytes": None,
         }
         if students is not None:
             accuracies, spent = students
@@ -352,8 +331,9 @@ def note(args: argparse.Namespace, texts: TextSet, paths: list[str], students: t
     """What the table's figures are of."""
     count = len(texts.texts)
     told = f"{count} texts, {len(paths)} teachers, K = {args.samples}, {args.repetitions} interleaved repetitions."
+    told += " On a GPU: every row ran once before; peaks are of its memory." if args.device == "cuda" else ""
     if args.published_texts < count:
-        told += f" Published scoring timed on {args.published_texts} texts and scaled."
+        told += f" Published scoring timed on {args.published_texts} texts and scaled, plus loading its teachers once."
     if students is None:
         return told
     spread = "; ".join(f"{name} {', '.join(f'{value:.1%}' for value in values)}" for name, values in students[0].items())
@@ -362,6 +342,18 @@ def note(args: argparse.Namespace, texts: TextSet, paths: list[str], students: t
         "padded to their longest text. End to end is scoring plus the median training from its scores. "
         f"Student accuracy by seed: {spread}."
     )
+
+
+def page(rows: list[dict], told: str) -> str:
+    return f"# muka_fast against the published procedure\n\n{told}\n\n{table(rows)}"
+
+
+def write_unfinished(args: argparse.Namespace, rows: list[dict], told: str) -> None:
+    """Rewrites the file with what is measured so far, for a run that is cut off."""
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    else:
+        keep(args.stem, rows, page(rows, f"Unfinished. {told}"), args.device)
 
 
 def main() -> None:
@@ -374,20 +366,21 @@ def main() -> None:
     if args.scaling:
         from scaling import measure_scaling
 
-        stem, (rows, markdown) = "scaling", measure_scaling(args, texts)
+        show("scaling", *measure_scaling(args, texts), args.device, args.json)
     else:
         evaluation = read_texts(args.eval, need_labels=True)
         space = build_label_space([(Path(p).name, load_teacher(p, run_seed=0).labels) for p in paths], None)
         with tempfile.TemporaryDirectory() as stores:
             scoring = measure_scoring(args, paths, texts, Path(stores))
-            students = measure_students(args, paths, texts, evaluation, space, Path(stores)) if args.seeds else None
-        stem, rows = args.stem, rows_of(args, paths, scoring, students)
-        markdown = f"# muka_fast against the published procedure\n\n{note(args, texts, paths, students)}\n\n{table(rows)}"
-    print(markdown)
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
-    else:
-        print("kept in", keep(stem, rows, markdown))
+            rows, told = rows_of(args, scoring, None), note(args, texts, paths, None)
+            write_unfinished(args, rows, told)
+            for students in measure_students(args, paths, texts, evaluation, space, Path(stores)) if args.seeds else ():
+                rows, told = rows_of(args, scoring, students), note(args, texts, paths, students)
+                write_unfinished(args, rows, told)
+        for row, figures in zip(args.rows, rows, strict=True):
+            figures["peak_bytes"] = peak_bytes(paths, row, args.samples)
+            write_unfinished(args, rows, told)
+        show(args.stem, rows, page(rows, told), args.device, args.json)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,36 @@ Bandwidth counts bytes read plus bytes written; products are on random data, sin
 
 import argparse
 import json
-import time
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from environment import keep
+from timing import seconds_per_call
 
+from muka_fast.ops import philox
 from muka_fast.ops.repeat_dropout import repeat_dropout
+
+CALLS, COUNTED_SAMPLES, P = 128, 64, 0.1  # of count_lanes_kernel
+if philox.triton is not None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kept(words, threshold):
+        return ((words & 0xFFFF) >= threshold).to(tl.int32) + ((words >> 16) >= threshold).to(tl.int32)
+
+    @triton.jit(do_not_specialize=["seed", "site", "first_sample", "threshold", "K"])
+    def count_lanes_kernel(p_count, seed, site, first_sample, threshold, K, CALLS: tl.constexpr):
+        """Lanes of K samples of CALLS * 8 elements a program; one number is written: how many are kept."""
+        b_call, b_zero = tl.arange(0, CALLS).to(tl.uint32), tl.zeros([CALLS], tl.uint32)
+        b_site, b_id = b_zero + site.to(tl.uint32), b_zero + tl.program_id(0).to(tl.uint32)
+        b_count = tl.zeros([CALLS], tl.int32)
+        for k in range(K):
+            w0, w1, w2, w3 = tl.philox(seed, b_call, b_zero + (first_sample + k).to(tl.uint32), b_site, b_id)
+            b_count += kept(w0, threshold) + kept(w1, threshold) + kept(w2, threshold) + kept(w3, threshold)
+        tl.store(p_count + tl.program_id(0), tl.sum(b_count))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -26,23 +48,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def median_seconds(run: Callable[[], object], device: str, repetitions: int = 11) -> float:
-    """Median of single calls after two warm-ups; device events on CUDA."""
+    """Median of single calls after two warm-ups."""
     for _ in range(2):
         run()
-    seconds = []
-    for _ in range(repetitions):
-        if device == "cuda":
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            stop.record()
-            stop.synchronize()
-            seconds.append(start.elapsed_time(stop) / 1e3)
-        else:
-            begin = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - begin)
-    return sorted(seconds)[repetitions // 2]
+    return statistics.median(seconds_per_call(run, device, 1) for _ in range(repetitions))
 
 
 def copy_bytes_per_s(device: str, toy: bool) -> float:
@@ -60,12 +69,17 @@ def gemm_flops_per_s(device: str, toy: bool, dtype: torch.dtype) -> float:
 
 
 def philox_lanes_per_s(device: str, toy: bool) -> float:
-    """Masked elements of repeat_dropout over a row block that stays in cache."""
-    rows = 64 if toy else (4096 if device == "cuda" else 512)
-    x = torch.randn(rows, 1024, device=device)
-    ids = torch.arange(rows, device=device)
-    seconds = median_seconds(lambda: repeat_dropout(x, 16, 0.1, 7, 0, ids, ids * 1024), device)
-    return 16 * x.numel() / seconds
+    """Elements of masks: on a GPU counted in registers, on a CPU repeat_dropout into 2 MiB, which stay in cache."""
+    if device == "cuda":
+        counts = torch.empty(64 if toy else 16_384, dtype=torch.int32, device=device)
+        arguments = counts, 7, 0, 0, philox.mask_parameters(P)[0], COUNTED_SAMPLES
+        seconds = median_seconds(lambda: count_lanes_kernel[(len(counts),)](*arguments, CALLS=CALLS), device)
+        lanes = len(counts) * CALLS * 8 * COUNTED_SAMPLES
+        if abs(counts.sum().item() / lanes - (1 - P)) > 1e-3:
+            raise SystemExit(f"{counts.sum().item() / lanes:.4f} of the lanes are kept, not {1 - P}: no rate is shown")
+        return lanes / seconds
+    x, ids = torch.randn(32, 1024), torch.arange(32)
+    return 16 * x.numel() / median_seconds(lambda: repeat_dropout(x, 16, P, 7, 0, ids, ids * 1024), device)
 
 
 def main() -> None:

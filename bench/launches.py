@@ -1,12 +1,12 @@
 """Does the host keep up with a GPU? Kernels of one scoring step and the host's time to launch them, beside the device's least time.
 
-    python bench/launches.py [--size base] [--machine h200] [--json F]
+    python bench/launches.py [--size base] [--machine h100|h200] [--json F]
 
 Kernels are counted where PyTorch dispatches them (views and allocations launch none) and at our own ops. The host's time is measured
 on this machine with one text of a few tokens and a model of as many layers but NARROW values wide, where there is next to nothing to
-compute: a little more than launching takes. The device's is arithmetic: the products of a batch of a GPU's token budget at the rate of
-its exact fp32 units, in which teachers run. While that is the longer one, launches hide behind the work of the step before, and a
-captured graph would save nothing.
+compute: a little more than launching takes. The device's is arithmetic: the products of a batch of the tokens that --machine (by
+default the card present, else an H200) takes, at the rate of its exact fp32 units, in which teachers run. While that is the
+longer one, launches hide behind the work of the step before, and a captured graph would save nothing.
 """
 
 import argparse
@@ -17,19 +17,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import torch
-from environment import markdown_table, show
+from environment import machine_name, markdown_table, show
 from predict import MACHINES
 from synthetic import SIZES, make_encoder, make_teacher, make_texts
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 from work import forwards
 
-from muka_fast import packed, trunk
+from muka_fast import memory, packed, trunk
 from muka_fast.data import read_texts
 from muka_fast.footprint import footprint
-from muka_fast.memory import GPU_TOKENS
 from muka_fast.teachers import load_teacher
 from muka_fast.trunk import StochasticTeacher
 
@@ -79,13 +79,20 @@ def ours_counted(launches: Launches) -> Iterator[None]:
 
 
 def parse_arguments() -> argparse.Namespace:
+    present = machine_name("cuda") if torch.cuda.is_available() else ""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["small", "base"], help="of teachers with random weights")
     parser.add_argument("--scopes", nargs="+", default=["last:1", "head", "all"])
-    parser.add_argument("--machine", choices=sorted(MACHINES), default="h200")
+    parser.add_argument("--machine", choices=sorted(MACHINES), default=present if present in MACHINES else "h200")
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument("--json", help="write the rows to this file instead of bench/results")
     return parser.parse_args()
+
+
+def tokens_of(machine: str) -> int:
+    """Padded tokens of a scoring step where the card's memory is free."""
+    with mock.patch.object(memory, "free_bytes", return_value=MACHINES[machine].memory_bytes):
+        return memory.token_budget(None, "cuda")
 
 
 def measure(scorer: StochasticTeacher, tokens: int, repetitions: int) -> tuple[int, float]:
@@ -105,6 +112,7 @@ def measure(scorer: StochasticTeacher, tokens: int, repetitions: int) -> tuple[i
 
 def main() -> int:
     args, rows = parse_arguments(), []
+    batch_tokens = tokens_of(args.machine)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -115,7 +123,7 @@ def main() -> int:
             encoder = make_encoder(folder / f"narrow-{size}", "narrow", pool.texts)
             path = make_teacher(folder / f"teacher-{size}", encoder, sorted(set(pool.labels))[:4], 0, 1)
             config = AutoConfig.from_pretrained(make_encoder(folder / size, size, pool.texts))
-            plain_flops = GPU_TOKENS / MEAN_TOKENS * footprint(config, 1, MEAN_TOKENS, "fp32", size).forward_flops
+            plain_flops = batch_tokens / MEAN_TOKENS * footprint(config, 1, MEAN_TOKENS, "fp32", size).forward_flops
             for scope in args.scopes:
                 scorer = StochasticTeacher(load_teacher(path, run_seed=0), mc_scope=scope, mc_samples=16)
                 kernels, host_s = measure(scorer, 3, args.repetitions)
@@ -126,9 +134,9 @@ def main() -> int:
     lines = [
         "# Launching a scoring step against computing it",
         "",
-        f"Random weights, K = 16, {GPU_TOKENS:,} tokens a step on the device. Nothing here was measured on a GPU: the least time of "
-        f"the {args.machine} is products / rate of its fp32 units. Where that is a multiple of the host's time, which was measured "
-        "here, launches hide behind the work.",
+        f"Random weights, K = 16, {batch_tokens:,} tokens a step, as an {args.machine} takes them. Nothing here was measured on "
+        "one: its least time is products / rate of its fp32 units. Where that is a multiple of the host's time, which was "
+        "measured here, launches hide behind the work.",
         "",
         markdown_table(rows, shown | {"device_times_host": "{:.0f}"}),
     ]

@@ -21,18 +21,23 @@ LAUNCH_S = 2.5e-6  # device time of a launch that does nothing, back to back in 
 
 
 class Machine(NamedTuple):
-    """Rates per second. copy and matrix_16bit were measured on the card; the others are units x clock, from the data sheet."""
+    """Rates per second. copy and matrix_16bit were measured on the card; the others are units x clock, from the data sheet.
+
+    memory_bytes: of the data sheet as well.
+    """
 
     copy_bytes: float
     matrix_16bit: float
     matrix_float32: float  # exact products on the ordinary units: 2 x 128 per SM and cycle
     instructions: float  # 128 lanes per SM and cycle
     exponentials: float  # 16 per SM and cycle
+    memory_bytes: int
 
 
 SMS, CLOCK = 132, 1.83e9  # H200 SXM; the clock under load lies below the boost of 1.98 GHz
 UNITS = (SMS * 256 * CLOCK, SMS * 128 * CLOCK, SMS * 16 * CLOCK)
-MACHINES = {"h100": Machine(3.0e12, 790e12, *UNITS), "h200": Machine(4.3e12, 790e12, *UNITS)}  # one chip, two memories
+# One chip, two memories.
+MACHINES = {"h100": Machine(3.0e12, 790e12, *UNITS, 80 * 10**9), "h200": Machine(4.3e12, 790e12, *UNITS, 141 * 10**9)}
 # Instructions per random lane: ten rounds of two wide products (two issue slots each) and two xors, the key's two additions, an
 # eighth of that each, plus unpacking, comparing and selecting.
 LANE_INSTRUCTIONS = 10 * (2 * 2 + 2 + 2) / 8 + 3

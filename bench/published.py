@@ -1,14 +1,22 @@
 """The published procedure, written plainly: the baseline of bench/amalgamation.py, not part of the product.
 
 MUKA/MUKI (arXiv 2112.07327, 2210.05230) as their authors ran it: every teacher makes K forwards in training mode over texts padded
-to one length, then each training step runs every teacher once more for its targets. Plain transformers and torch.
+to one length, then each training step runs every teacher once more for its targets. Plain transformers and torch. `args` are the
+options of bench/amalgamation.py.
 """
 
+import argparse
 import math
+import statistics
+import time
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from muka_fast.labels import LabelSpace
+
+Loaded = list[tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 def load_plain(path: str, device: str, **options: object) -> PreTrainedModel:
@@ -73,3 +81,67 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     return loss.item()
+
+
+def load_published(paths: list[str], device: str) -> Loaded:
+    return [(load_plain(path, device), AutoTokenizer.from_pretrained(path)) for path in paths]
+
+
+def published_scores(args: argparse.Namespace, teachers: Loaded, texts: list[str], padding: str = "max_length") -> Tensor:
+    """K sequential forwards in training mode per teacher, padded: teacher scores [n, N]."""
+    columns = []
+    for model, tokenizer in teachers:
+        batches = padded_batches(tokenizer, texts, args.max_length, args.batch_size, padding, args.device)
+        columns.append(1 - torch.cat([normalized_entropy(model, batch, args.samples) for batch in batches]).cpu())
+    return torch.stack(columns, -1)
+
+
+def published_seconds(args: argparse.Namespace, paths: list[str], texts: list[str]) -> float:
+    """Of the published scoring: loading its teachers, plus --published_texts texts, tokenisation included, scaled to all."""
+    start = time.perf_counter()
+    teachers = load_published(paths, args.device)
+    loading_s = time.perf_counter() - start
+    sample = texts[: args.published_texts]
+    if args.device == "cuda":
+        published_scores(args, teachers, sample)  # untimed, as that of the rows
+    start = time.perf_counter()
+    published_scores(args, teachers, sample)
+    return loading_s + (time.perf_counter() - start) * len(texts) / len(sample)
+
+
+def published_student(
+    args: argparse.Namespace,
+    paths: list[str],
+    texts: list[str],
+    scores: Tensor,
+    space: LabelSpace,
+    seed: int,
+    padding: str = "longest",
+    max_steps: int | None = None,
+) -> tuple:
+    """Train the student as published, every teacher run again in every step: student, tokenizer, seconds of a step (median)."""
+    torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.encoder)
+    student = load_plain(args.encoder, args.device, num_labels=space.num_classes)
+    teachers = [load_plain(path, args.device) for path in paths]
+    scores = scores.to(args.device)
+    to_union = [torch.as_tensor(space.teacher_to_union[a:b]) for a, b in zip(space.offsets, space.offsets[1:], strict=False)]
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, weight_decay=0.01)
+    steps = args.epochs * -(-len(texts) // args.batch_size)
+    warm_up = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
+    )
+    top = scores.topk(2, -1).values if scores.shape[1] > 1 else None
+    margin = scores.new_ones(len(scores)) if top is None else top[:, 0] - top[:, 1]
+    order = [rows for _ in range(args.epochs) for rows in torch.randperm(len(texts)).split(args.batch_size)]
+    seconds = []
+    for rows in order[:max_steps]:
+        start = time.perf_counter()
+        batch = padded_batches(tokenizer, [texts[i] for i in rows], args.max_length, len(rows), padding, args.device)[0]
+        logits = [deterministic_logits(teacher, batch) for teacher in teachers]
+        q = soft_targets(logits, scores[rows], to_union, space.num_classes, tau=0.2)
+        train_step(student, optimizer, batch, q, margin[rows] + 1e-6)
+        schedule.step()
+        seconds.append(time.perf_counter() - start)
+    return student.eval(), tokenizer, statistics.median(seconds)

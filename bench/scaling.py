@@ -33,10 +33,11 @@ def measure_scaling(args: argparse.Namespace, texts: TextSet) -> tuple[list[dict
     cost = {"scope": "{}", "shared_layers": "{}", "layers": "{}", "one_s": "{:.2f}", "two_s": "{:.2f}", "ratio": "{:.2f}"}
     memory = {"scope": "{}", "teachers": "{}", "samples": "{}", "peak_bytes": "{:,}"}
     parts = [[row for row in rows if row["what"] == what] for what in ("sharing", "memory")]
+    counted = "of the card's" if args.device == "cuda" else "interpreter and torch included"
     return rows, (
         f"# Scoring against teachers, shared layers and passes\n\n{len(texts.texts)} texts, {args.repetitions} interleaved "
         f"repetitions; ratio: two teachers over one.\n\n{markdown_table(parts[0], cost)}\n"
-        f"Peak memory of a process that scores {MEMORY_TEXTS} of the texts once, interpreter and torch included; teachers share no "
+        f"Peak memory of a process that scores {MEMORY_TEXTS} of the texts once, {counted}; teachers share no "
         f"layer.\n\n{markdown_table(parts[1], memory)}"
     )
 

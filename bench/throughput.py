@@ -4,7 +4,8 @@
                                [--compare eager,compile,ours] [--threads 1] [--base REF] [--json F] [--plot F] [--toy]
 
 Every round calls each implementation once, in turn; medians, 20th and 80th percentiles are over rounds. The limit is the larger of
-bytes / measured copy bandwidth and products / measured matrix-product rate. Results go to bench/results/ unless --json is given.
+bytes / measured copy bandwidth and products / measured matrix-product rate. A GPU's cache is faster than the first, so that no
+share is given of bytes that it holds ("in L2"). Results go to bench/results/ unless --json is given, after every op and shape.
 """
 
 import argparse
@@ -83,13 +84,14 @@ def run_case(case: Case, args: argparse.Namespace, rates: dict[str, float], core
         torch.set_num_threads(cores)
         seconds |= {f"ours, {cores} threads": interleaved({"ours": problem.ours}, args.device, budget / 4)["ours"]}
         torch.set_num_threads(args.threads)
-    limit = max(problem.bytes_moved / rates["copy_bytes_per_s"], problem.flops / rates["gemm_flops_per_s"])
+    bytes_s, products_s = problem.bytes_moved / rates["copy_bytes_per_s"], problem.flops / rates["gemm_flops_per_s"]
+    in_cache = products_s < bytes_s and problem.bytes_moved < rates.get("l2_bytes", 0)
     rows = []
     for name, values in seconds.items():
         median, p20, p80 = spread(values)
         row = base | {"impl": name, "median_ms": 1e3 * median, "p20_ms": 1e3 * p20, "p80_ms": 1e3 * p80}
         row["ratio_vs_eager"] = ratio(seconds["eager"], values) if "eager" in seconds else None
-        row |= {"share_of_limit": limit / median, "correct": True}
+        row |= {"share_of_limit": None if in_cache else max(bytes_s, products_s) / median, "correct": True}
         keys = {"x loop": "eager loop", "x compile": "compile"}
         others = {column: ratio(seconds[key], values) for column, key in keys.items() if key in seconds}
         what, count = problem.counted
@@ -109,7 +111,7 @@ def markdown(rows: list[dict], header: str) -> str:
         number = lambda value, digits=2: "" if value is None else f"{value:.{digits}f}"
         times = [f"{row[name]:.4g}" for name in ("median_ms", "p20_ms", "p80_ms")]
         ratios = [number(row["ratio_vs_eager"]), number(more.get("x loop")), number(more.get("x compile"))]
-        share = f"{100 * row['share_of_limit']:.0f} %"
+        share = "in L2" if row["share_of_limit"] is None else f"{100 * row['share_of_limit']:.0f} %"
         cells = [row["op"], row["shape"], row["impl"], *times, *ratios, number(more.get("GB/s")), share, more.get("work", "")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -149,19 +151,28 @@ def loss_limit(device: str) -> str:
         student.grad = None
         distill_loss.WithGradient.apply(student, loss, grad, True).mean().backward()
 
-    seconds = interleaved({"ours": built.ours, "eager": built.eager["eager"], "autograd": step}, device, 2.0)
+    # Host time on either device, as above: the kernels of so small a step end sooner.
+    seconds = interleaved({"ours": built.ours, "eager": built.eager["eager"], "autograd": step}, "cpu", 2.0)
+    if device == "cuda":
+        torch.cuda.synchronize()
     ours, eager, autograd = (1e6 * spread(seconds[name]).median for name in ("ours", "eager", "autograd"))
+    host = " of the host" if device == "cuda" else ""
     return (
-        f"One step of distill_loss at B256 N4 C77: {ours:.0f} us, eager {eager:.0f} us; {autograd:.0f} us of ours remain without any "
-        "kernel (Function, mean, backward, one product)."
+        f"One step of distill_loss at B256 N4 C77: {ours:.0f} us{host}, eager {eager:.0f} us; {autograd:.0f} us of ours remain "
+        "without any kernel (Function, mean, backward, one product)."
     )
 
 
 def measure_rates(device: str, toy: bool, dtype: torch.dtype) -> dict[str, float]:
-    """The limits, in this run and with this number of threads; the rate of torch.exp in cache for scale."""
-    values, out = torch.randn(1 << 12, device=device), torch.empty(1 << 12, device=device)
-    each = min(seconds_per_call(lambda: torch.exp(values, out=out), device, 200) for _ in range(20))
-    return {
+    """The limits, in this run and with this number of threads; the rate of torch.exp in cache for scale.
+
+    On a GPU these are 32 MiB, enough to fill it: the rate of its L2 cache rather than of the units for exponentials.
+    """
+    elements, calls = (1 << 22, 20) if device == "cuda" else (1 << 12, 200)
+    values, out = torch.randn(elements, device=device), torch.empty(elements, device=device)
+    each = min(seconds_per_call(lambda: torch.exp(values, out=out), device, calls) for _ in range(20))
+    cache = {"l2_bytes": torch.cuda.get_device_properties(0).L2_cache_size} if device == "cuda" else {}
+    return cache | {
         "copy_bytes_per_s": copy_bytes_per_s(device, toy),
         "gemm_flops_per_s": gemm_flops_per_s(device, toy, dtype),
         "exp_per_s": values.numel() / each,
@@ -172,11 +183,10 @@ def timed_elsewhere(tree: Path, args: argparse.Namespace, file: Path) -> dict[tu
     """Milliseconds of `ours` by op and shape, measured by the script of that tree with its own package in a process of its own."""
     command = [sys.executable, tree / "bench" / "throughput.py", "--compare", "ours", "--json", file, "--op", args.op]
     command += ["--device", args.device, "--dtype", args.dtype, "--threads", args.threads, "--seconds", args.seconds / BASE_ROUNDS]
-    file.unlink(missing_ok=True)
     env = os.environ | {"PYTHONPATH": str(tree)}
     done = subprocess.run([str(word) for word in (*command, *(["--toy"] if args.toy else []))], cwd=tree, env=env, capture_output=True)
-    if not file.exists():
-        sys.exit(f"bench/throughput.py of {tree} ended with {done.returncode}: {done.stderr.decode()[-1000:]}")
+    if done.returncode:  # the file may hold a part
+        sys.exit(f"bench/throughput.py of {tree} ended with {done.returncode}: {(done.stdout + done.stderr).decode()[-1000:]}")
     return {(row["op"], row["shape"]): row["median_ms"] for row in json.loads(file.read_text()) if row["impl"] == "ours"}
 
 
@@ -226,6 +236,15 @@ def plot(rows: list[dict], path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
+def save(args: argparse.Namespace, rates: dict[str, float], rows: list[dict], report: str) -> Path:
+    """Rewrites the file with what is measured so far: a run that is cut off loses no more than one op and shape."""
+    plain = [{name: value for name, value in row.items() if name != "_table"} for row in rows]
+    if not args.json:
+        return keep("throughput", {"rates": rates, "rows": plain}, report, args.device)
+    Path(args.json).write_text(json.dumps(plain, indent=1) + "\n")
+    return Path(args.json)
+
+
 def main() -> int:
     args = parse_arguments()
     begin, cores = time.perf_counter(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -238,23 +257,23 @@ def main() -> int:
         f"torch.exp in cache {rates['exp_per_s'] / 1e9:.2f} G/s"
         + (f" ({args.threads} thread{'s' if args.threads > 1 else ''})." if args.device == "cpu" else ".")
     )
+    if "l2_bytes" in rates:
+        header += f' "in L2": less than the {rates["l2_bytes"] / 1e6:.0f} MB of that cache, which copy bandwidth does not limit.'
     rows = []
     for case in CASES:
         if case.op in args.op.split(",") and args.device in case.devices and (case.toy or not args.toy):
             new = run_case(case, args, rates, cores)
             print(markdown(new, "").strip() if not rows else "\n".join(markdown(new, "").strip().splitlines()[2:]), flush=True)
             rows += new
+            save(args, rates, rows, markdown(rows, f"{header} Unfinished."))
     overheads = [call_overhead(args.device)] + ([] if args.toy else [loss_limit(args.device)])
     report = markdown(rows, header) + "\n" + "\n\n".join(overheads) + "\n"
     report += against_base(args) if args.base else ""
-    print(f"\n{header}\n" + report.split("\n\n", 3)[-1] + environment_lines(environment()) + f"\n{time.perf_counter() - begin:.0f} s")
+    print(f"\n{header}\n" + report.split("\n\n", 3)[-1] + environment_lines(environment(args.device)))
+    print(f"{time.perf_counter() - begin:.0f} s")
     if args.plot:
         plot(rows, args.plot)
-    plain = [{name: value for name, value in row.items() if name != "_table"} for row in rows]
-    if args.json:
-        Path(args.json).write_text(json.dumps(plain, indent=1) + "\n")
-    else:
-        print("kept in", keep("throughput", {"rates": rates, "rows": plain}, report, args.device))
+    print("kept in", save(args, rates, rows, report))
     return 0 if all(row["correct"] for row in rows) else 1
 
 

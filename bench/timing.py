@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 import torch
 
+WAITS = (10**6, 10**7, 5 * 10**7)  # cycles of a GPU: about 0.5, 5 and 25 ms
+MOST_CALLS = {"cpu": 1000, "cuda": 50}  # in a row: a GPU takes about a thousand launches ahead, and a call may be a dozen
+
 
 class Spread(NamedTuple):
     """Seconds of one call."""
@@ -31,14 +34,23 @@ def spread(seconds: list[float]) -> Spread:
 
 
 def seconds_per_call(run: Callable[[], object], device: str, calls: int) -> float:
-    """Mean of `calls` calls in a row; device events on CUDA, so that only the device's time counts."""
+    """Mean of `calls` calls in a row. On CUDA the device's time alone: the calls are queued behind a wait of the device.
+
+    The wait is repeated longer where it ended before the host had launched all. Calls that the longest does not cover, such as
+    those that wait for the device themselves, count with the gaps that the host leaves.
+    """
     if device == "cuda":
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            run()
-        stop.record()
-        stop.synchronize()
+        for cycles in WAITS:
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(cycles)
+            start.record()
+            for _ in range(calls):
+                run()
+            stop.record()
+            queued = not start.query()
+            stop.synchronize()
+            if queued:
+                break
         return start.elapsed_time(stop) / 1e3 / calls
     begin = time.perf_counter()
     for _ in range(calls):
@@ -49,12 +61,13 @@ def seconds_per_call(run: Callable[[], object], device: str, calls: int) -> floa
 def interleaved(runs: Mapping[str, Callable[[], object]], device: str, budget_s: float) -> dict[str, list[float]]:
     """Seconds per call of every implementation in every round; a round times each of them once, one after the other.
 
-    Short calls are timed several at a time (1 ms together). As many rounds as fit the budget, 3 to 101.
+    Short calls are timed several at a time (1 ms together, at most MOST_CALLS). As many rounds as fit the budget, 3 to 101.
     """
     calls = {}
     for name, run in runs.items():
         run()
-        calls[name] = max(1, min(1000, int(1e-3 / max(seconds_per_call(run, device, 1), 1e-7))))
+        fitting = int(1e-3 / max(seconds_per_call(run, device, 1), 1e-7))
+        calls[name] = max(1, min(MOST_CALLS[device], fitting))
     begin, rounds = time.perf_counter(), 0
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     while rounds < 3 or (rounds < 101 and time.perf_counter() - begin < budget_s):

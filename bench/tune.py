@@ -4,6 +4,7 @@
     python bench/tune.py --device cpu --toy --json F        proves the script: the C++ ops know no candidates
 
 A candidate counts only where its result is correct, and replaces the default only where its median is more than 2 % below.
+Both files are rewritten after every class of shape, so that a run which is cut off loses no more than one.
 """
 
 import argparse
@@ -88,12 +89,22 @@ def best(times: dict[tuple[int, ...], float], default: tuple[int, ...]) -> tuple
 
 def with_table(text: str, arch: str, found: dict[str, dict[str, tuple[int, ...]]], told: str) -> str:
     """tuning.py with what an architecture has measured put in the place of what it had measured before."""
-    measured = {**tuning.MEASURED, arch: tuning.MEASURED.get(arch, {}) | found}
+    before = tuning.MEASURED.get(arch, {})
+    measured = {**tuning.MEASURED, arch: before | {op: before.get(op, {}) | shapes for op, shapes in found.items()}}
     sources = {**tuning.SOURCES, arch: told}
     block = f"MEASURED: dict[str, dict[str, dict[str, Entry]]] = {pprint.pformat(measured, width=110)}\n"
     block += f"SOURCES: dict[str, str] = {pprint.pformat(sources, width=110)}\n"
     head, tail = "# -- written by bench/tune.py --\n", "# -- end --\n"
     return re.sub(f"{re.escape(head)}.*{re.escape(tail)}", lambda _: head + block + tail, text, flags=re.DOTALL)
+
+
+def write_table(found: dict[str, dict[str, tuple[int, ...]]]) -> None:
+    """Puts what was found on the card present into kernels/ops/tuning.py."""
+    arch, where = tuning.architecture(torch.device("cuda")), environment("cuda")
+    told = f"python bench/tune.py --write; {where.get('gpu') or arch}, torch {torch.__version__}, {time.strftime('%Y-%m')}"
+    aside = FILE.with_suffix(".new")
+    aside.write_text(with_table(FILE.read_text(), arch, found, told))
+    aside.replace(FILE)
 
 
 def main() -> None:
@@ -114,12 +125,11 @@ def main() -> None:
             note = "taken" if entry == found[op][shape] else ""
             rows.append({"op": op, "shape": shape, "size": size, "dtype": dtype, "entry": entry, "ms": ms, "taken": bool(note)})
             print(f"{op:<24}{shape:<16}{entry!s:<18}{ms:10.4f} ms  {'default ' if entry == default else ''}{note}", flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+        if args.json:
+            Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+        if args.write:
+            write_table(found)
     if args.write:
-        arch, where = tuning.architecture(torch.device("cuda")), environment()
-        told = f"python bench/tune.py --write; {where.get('gpu') or arch}, torch {torch.__version__}, {time.strftime('%Y-%m')}"
-        FILE.write_text(with_table(FILE.read_text(), arch, found, told))
         print("written to", FILE)
 
 

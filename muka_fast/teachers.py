@@ -343,7 +343,8 @@ def check_vocabulary(
 ) -> None:
     """Refuse a tokenizer whose ids the model cannot embed: it belongs to another model."""
     try:
-        rows = model.get_input_embeddings().weight.shape[0]
+        table = model.get_input_embeddings()
+        rows = table.num_embeddings if hasattr(table, "num_embeddings") else len(table.weight)  # ZeRO-3 partitions the weight
     except (NotImplementedError, AttributeError):  # no table of tokens, such as CANINE's hashes of characters
         return
     beyond = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= rows)

@@ -1,6 +1,7 @@
 """bench/amalgamation.py without a measurement: its rows, the keys of its figures, its tables."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +35,6 @@ def test_rows(bench, monkeypatch):
 
 def test_figures_of_a_row(bench, monkeypatch):
     args = arguments(bench, monkeypatch, "--scopes", "all", "--samples", "16")
-    monkeypatch.setattr(bench, "peak_bytes", lambda paths, row, samples: 1000)
     names = [row.name for row in args.rows]
     scoring = {
         "texts": 100,
@@ -48,18 +48,46 @@ def test_figures_of_a_row(bench, monkeypatch):
     }
     accuracies = {names[0]: [0.7, 0.72], names[1]: [0.71, 0.7], "published": [0.7, 0.7]}
     spent = {names[0]: 10.0, names[1]: 12.0, "published": 80.0}
-    full, early = bench.rows_of(args, ["a", "b"], scoring, (accuracies, spent))
+    full, early = bench.rows_of(args, scoring, (accuracies, spent))
     assert full.keys() >= KEYS and early.keys() >= KEYS
     assert (early["speedup_vs_published"], early["cost_in_plain_forwards"], early["texts_per_s"]) == (15.0, 4.0, 12.5)
     assert (early["mc_tokens_per_s"], early["share_of_gemm"], early["plain_share_of_gemm"]) == (625.0, 0.3, 0.2)
     assert early["end_to_end_speedup"] == 200 / 20 and full["student_accuracy"] == pytest.approx(0.71)
-    without = bench.rows_of(args, ["a", "b"], scoring, None)[0]
+    without = bench.rows_of(args, scoring, None)[0]
     assert without.keys() >= KEYS and without["student_accuracy"] is None
     page = bench.table([full, without])
-    assert "| all | 20.00 | 5.0 |" in page and page.count("–") == 3
+    assert "| all | 20.00 | 5.0 |" in page and page.count("–") == 5  # the peaks come last
     texts = SimpleNamespace(texts=["x"] * 100)
     told = bench.note(args, texts, ["a", "b"], (accuracies, spent))
-    assert "timed on 32 texts and scaled" in told and "timed on 6 steps and scaled" in told and "70.0%, 72.0%" in told
+    assert "timed on 32 texts and scaled, plus loading its teachers once" in told and "On a GPU" not in told
+    assert "timed on 6 steps and scaled" in told and "70.0%, 72.0%" in told
+
+
+def test_what_is_timed_is_written_before_the_end(bench, monkeypatch, tmp_path):
+    rows = bench.timed_so_far({"plain": [2.0, 4.0], "head": [6.0], "all": []}, 30.0)
+    figures = {"scoring_s": 6.0, "plain_forward_s": 3.0, "published_s": 30.0, "cost_in_plain_forwards": 2.0}
+    assert rows == [{"scope": "head"} | figures]
+    file = tmp_path / "rows.json"
+    bench.write_unfinished(arguments(bench, monkeypatch, "--json", str(file)), rows, "")
+    assert json.loads(file.read_text()) == rows
+    kept = []
+    monkeypatch.setattr(bench, "keep", lambda *given: kept.append(given))
+    args = arguments(bench, monkeypatch)
+    args.device = "cuda"
+    bench.write_unfinished(args, rows, "100 texts.")
+    ((stem, same, page, device),) = kept
+    assert (stem, same, device) == ("amalgamation", rows, "cuda")
+    assert "Unfinished. 100 texts." in page and "| head | 6.00 |" in page
+
+
+def test_published_seconds_count_loading_once(bench, monkeypatch):
+    published = importlib.import_module("published")
+    now = iter([0.0, 5.0, 10.0, 12.0])  # loading takes 5 s, the part of the texts 2 s
+    monkeypatch.setattr(published.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(published, "load_published", lambda paths, device: [])
+    monkeypatch.setattr(published, "published_scores", lambda *given: None)
+    args = arguments(bench, monkeypatch, "--published_texts", "8", "--device", "cpu")
+    assert published.published_seconds(args, ["a"], ["x"] * 40) == 5 + 2 * 5
 
 
 def test_forwards_of_a_scope(bench):

@@ -1,6 +1,7 @@
 """The tuning table: entries are candidates, launches take what is chosen, and bench/tune.py writes what it says."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -57,6 +58,35 @@ def test_the_written_table_reads_as_what_was_found(tune):
     exec(compile(twice, "tuning.py", "exec"), names)
     assert names["MEASURED"]["sm_90"]["repeat_dropout"]["any"] == (256, 4) and names["SOURCES"]["sm_90"] == "another's"
     assert names["CANDIDATES"] == tuning.CANDIDATES and twice.count("MEASURED: dict") == 1
+
+
+def test_what_was_measured_before_stays(tune, monkeypatch):
+    monkeypatch.setattr(tuning, "MEASURED", {"sm_90": {"mc_statistics": {"64": (16, 2)}, "repeat_dropout": {"any": (256, 4)}}})
+    text, names = tune.with_table(tune.FILE.read_text(), "sm_90", {"mc_statistics": {"256": (16, 8)}}, ""), {}
+    exec(compile(text, "tuning.py", "exec"), names)
+    assert names["MEASURED"]["sm_90"] == {"mc_statistics": {"64": (16, 2), "256": (16, 8)}, "repeat_dropout": {"any": (256, 4)}}
+
+
+def test_a_run_that_is_cut_off_keeps_what_it_has_measured(tune, monkeypatch, tmp_path):
+    """The second class of shape ends it."""
+    file, table = tmp_path / "tuning.json", tmp_path / "tuning.py"
+    table.write_text(tune.FILE.read_text())
+    results = iter([{(16, 16, 4): 2.0, (32, 16, 4): 1.0}])
+    monkeypatch.setattr(tune, "FILE", table)
+    monkeypatch.setattr(tune, "time_candidates", lambda *given: next(results))
+    monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "environment", lambda device: {"gpu": "a card"})
+    monkeypatch.setattr(sys, "argv", ["tune.py", "--toy", "--device", "cpu", "--json", str(file)])
+    args = tune.parse_arguments()
+    args.write = True
+    monkeypatch.setattr(tune, "parse_arguments", lambda: args)
+    with pytest.raises(StopIteration):
+        tune.main()
+    assert [(row["entry"], row["taken"]) for row in json.loads(file.read_text())] == [([16, 16, 4], False), ([32, 16, 4], True)]
+    names: dict = {}
+    exec(compile(table.read_text(), "tuning.py", "exec"), names)
+    assert names["MEASURED"]["sm_90"] == {"packed_attention": {"32 bit d64": (32, 16, 4)}}
+    assert "a card" in names["SOURCES"]["sm_90"]
 
 
 def test_every_class_that_is_timed_has_a_choice(tune):

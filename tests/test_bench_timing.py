@@ -1,0 +1,95 @@
+"""bench/timing.py, throughput.py and ceilings.py without a GPU: what is timed there is what they say."""
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+COUNTED = """
+import torch
+from ceilings import CALLS, P, count_lanes_kernel
+from muka_fast.ops import philox, reference
+
+counts = torch.empty(3, dtype=torch.int32)
+count_lanes_kernel[(3,)](counts, 7, 0, 0, philox.mask_parameters(P)[0], 5, CALLS=CALLS)
+ones, ids, zeros = torch.ones(3, CALLS * 8), torch.arange(3), torch.zeros(3, dtype=torch.int64)
+assert counts.tolist() == reference.repeat_dropout_ref(ones, 5, P, 7, 0, ids, zeros).count_nonzero((0, 2)).tolist()
+"""
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """bench("timing") -> the module bench/timing.py."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module
+
+
+class Card:
+    """A device whose waits end after as many calls of the host as they have cycles for."""
+
+    def __init__(self, monkeypatch, cycles_a_call):
+        self.waits, self.called, self.cycles_a_call = [], 0, cycles_a_call
+        card = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            record = synchronize = lambda self: None
+
+            def query(self):
+                return card.called * card.cycles_a_call > card.waits[-1]
+
+            def elapsed_time(self, stop):
+                return 1e3 * card.called
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+
+    def sleep(self, cycles):
+        self.waits.append(cycles)
+        self.called = 0
+
+    def run(self):
+        self.called += 1
+
+
+def test_a_wait_of_the_device_covers_all_launches(bench, monkeypatch):
+    timing = bench("timing")
+    for cycles_a_call, waits in ((1e3, 1), (1e5, 2), (1e6, 3), (1e8, 3)):  # the last is never covered
+        card = Card(monkeypatch, cycles_a_call)
+        assert timing.seconds_per_call(card.run, "cuda", 20) == 1.0
+        assert card.waits == list(timing.WAITS[:waits])
+
+
+def test_a_gpu_is_given_few_calls_at_a_time(bench, monkeypatch):
+    timing, calls = bench("timing"), []
+    monkeypatch.setattr(timing, "seconds_per_call", lambda run, device, count: calls.append((device, count)) or 1e-6)
+    for device in ("cpu", "cuda"):
+        timing.interleaved({"one": lambda: None}, device, 0)
+    assert max(count for device, count in calls if device == "cuda") == 50
+    assert max(count for device, count in calls if device == "cpu") > 900
+
+
+def test_no_share_of_copy_bandwidth_for_what_the_cache_holds(bench):
+    throughput = bench("throughput")
+    case = next(case for case in throughput.CASES if case.op == "repeat_dropout" and case.toy)
+    args = argparse.Namespace(device="cpu", dtype="float32", toy=True, compare="ours", threads=1)
+    rates = {"copy_bytes_per_s": 1e10, "gemm_flops_per_s": 1e11}
+    for more, shown in (({}, " % |"), ({"l2_bytes": 100}, " % |"), ({"l2_bytes": 50e6}, "| in L2 |")):
+        rows = throughput.run_case(case, args, rates | more, cores=1)
+        assert all((row["share_of_limit"] is None) == (shown == "| in L2 |") for row in rows)
+        assert shown in throughput.markdown(rows, "")
+
+
+def test_the_lanes_that_are_counted_are_those_of_the_masks():
+    pytest.importorskip("triton", reason="Triton is not on this platform")
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(BENCH), str(BENCH.parent)])}
+    done = subprocess.run([sys.executable, "-c", COUNTED], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
