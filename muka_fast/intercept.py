@@ -167,7 +167,7 @@ def intercept(model: PreTrainedModel, handler: SiteHandler) -> Iterator[None]:
     functional = nn.functional.dropout
     _handlers.stack.append(handler)
     try:
-        nn.functional.dropout = lambda input, p=0.5, training=True, inplace=False: handler.apply(_calling_module(), input, p)
+        nn.functional.dropout = _functional_dropout(handler, functional)
         for config in configs:
             config._attn_implementation = ATTENTION_NAME
         for module in modules:
@@ -191,6 +191,15 @@ def _calling_module() -> nn.Module:
     while not isinstance(frame.f_locals.get("self"), nn.Module):
         frame = frame.f_back
     return frame.f_locals["self"]
+
+
+def _functional_dropout(handler: SiteHandler, original: Callable) -> Callable:
+    def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if handler not in _handlers.stack:  # another thread's
+            return original(input, p, training, inplace)
+        return handler.apply(_calling_module(), input, p)
+
+    return dropout
 
 
 def _site_forward(handler: SiteHandler, module: nn.Module) -> Callable[[Tensor], Tensor]:

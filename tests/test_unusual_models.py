@@ -1,5 +1,7 @@
 """Architectures outside the families of conftest.py: dropout called as a function, layers that cannot be cut, heads that read anew."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,15 @@ def test_nothing_drops_behind_the_handlers_back(model):
         torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, model(input_ids=ids, attention_mask=mask).logits)
     logits = [model(input_ids=ids, attention_mask=mask).logits for _ in range(2)]
     assert not torch.equal(*logits)  # and outside of the block it does
+
+
+def test_another_thread_drops_as_ever():
+    dropped = []
+    with intercept(build("OPT"), _NoMasks()):
+        other = threading.Thread(target=lambda: dropped.append(torch.nn.functional.dropout(torch.ones(1000), 0.5)))
+        other.start()
+        other.join()
+    assert 300 < (dropped[0] == 0).sum() < 700
 
 
 def test_functional_sites_are_listed_with_their_probability(model):
