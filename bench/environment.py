@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 BENCH = Path(__file__).resolve().parent
+# gpu.sh --out sets the variable, for all scripts at once.
 RESULTS = Path(os.environ.get("BENCH_RESULTS", BENCH / "results"))
 PACKAGES = ("muka-fast", "torch", "transformers", "triton", "deepspeed", "numpy")
 

@@ -72,14 +72,14 @@ if [ $dry = 1 ]; then
   run ceilings 60 "$python" bench/ceilings.py --device cpu --toy --json "$out/ceilings.json"
   run tune 60 "$python" bench/tune.py --device cpu --toy --json "$out/tuning.json"
   run ops 120 "$python" bench/throughput.py --device cpu --toy --json "$out/throughput.json"
-  run predicted 30 "$python" bench/predict.py --out "$out"
+  run predicted 30 "$python" bench/predict.py
   run launches 60 "$python" bench/launches.py --size toy --repetitions 3 --json "$out/launches.json"
   run amalgamation 600 "$python" bench/amalgamation.py --synthetic toy --texts 40 --published_texts 8 --max_length 32 \
     --samples 4 --repetitions 1 --device cpu --workdir "$work/amalgamation" --json "$out/amalgamation.json"
   run train 300 "$python" bench/student.py --size toy --stages 0 3 --precision fp32 --device cpu --steps 3 --batch_size 4 \
     --json "$out/student.json"
   run large 300 "$python" bench/teacher.py --size toy --texts 40 --samples 4 --device cpu --json "$out/teacher.json"
-  run matrix 300 "$python" bench/paper.py --quick --device cpu --workdir "$work/matrix" --results "$out" "$@"
+  run matrix 300 "$python" bench/paper.py --quick --device cpu --workdir "$work/matrix" "$@"
 else
   parallel=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 6")  # most of the time goes into compiling kernels
   run build 90 "$python" setup.py -q build_ext --inplace
@@ -91,7 +91,7 @@ else
   run ops 120 "$python" bench/throughput.py --device cuda --seconds 0.5
   for measured in "$out"/throughput_h[12]00_*.json; do
     machine=${measured##*throughput_}
-    [ -f "$measured" ] && run predicted 30 "$python" bench/predict.py --machine "${machine%%_*}" --measured "$measured" --out "$out"
+    [ -f "$measured" ] && run predicted 30 "$python" bench/predict.py --machine "${machine%%_*}" --measured "$measured"
   done
   run amalgamation 200 "$python" bench/amalgamation.py --synthetic base --texts 2048 --workdir "$work/amalgamation"
   run train 120 "$python" bench/student.py --size base
@@ -100,7 +100,7 @@ else
   run large 180 "$python" bench/student.py --size 1b --stages 3 "3 offload" --steps 6 --batch_size 16
   run large 240 "$python" bench/teacher.py --size 1b
   if [ -n "$data" ] && [ -n "$encoders" ]; then
-    run matrix 86400 "$python" bench/paper.py --data "$data" --encoders "$encoders" --workdir "$out/matrix" --results "$out" "$@"
+    run matrix 86400 "$python" bench/paper.py --data "$data" --encoders "$encoders" --workdir "$out/matrix" "$@"
   fi
 fi
 echo "--- bench/gpu.sh on $([ $dry = 1 ] && echo cpu || echo cuda)"

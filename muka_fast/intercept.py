@@ -1,7 +1,7 @@
 """Rerouting a model's dropout, attention probabilities and layer calls to our own code inside a with-block.
 
-Nothing is left behind: instance attributes are removed, the attention implementation is restored. The model stays in
-eval() mode.
+Nothing is left behind by a block: instance attributes are removed, the attention implementation is restored. The model stays in
+eval() mode. What `build_..._without_waiting` changes stays.
 """
 
 import sys
@@ -101,7 +101,7 @@ def build_positions_without_waiting(model: nn.Module) -> None:
     """MPNet of older transformers builds its relative positions on the CPU, so that a GPU's pass would wait for the copy."""
     encoder = getattr(model.base_model, "encoder", None)
     original = getattr(encoder, "compute_position_bias", None)
-    if original is None:
+    if original is None or "compute_position_bias" in vars(encoder):
         return
 
     def on_the_device(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

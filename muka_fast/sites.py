@@ -40,6 +40,11 @@ class Site:
     layer: int | str | None
     rank: int
 
+    @property
+    def per_text(self) -> bool:
+        """Whether the value has one row per text, which does not depend on the tokens around it."""
+        return self.kind == "activation" and self.rank == 2
+
     def record(self, p: float) -> dict:
         """For manifests: the fields, and the probability `p` in use (0 = not active)."""
         return {**asdict(self), "active_p": p}

@@ -342,10 +342,9 @@ def check_vocabulary(
     model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, what: str
 ) -> None:
     """Refuse a tokenizer whose ids the model cannot embed: it belongs to another model."""
-    try:
-        table = model.get_input_embeddings()
-        rows = table.num_embeddings if hasattr(table, "num_embeddings") else len(table.weight)  # ZeRO-3 partitions the weight
-    except (NotImplementedError, AttributeError):  # no table of tokens, such as CANINE's hashes of characters
+    rows = embedded_tokens(model)
+    if rows is None:
+        log.info("%s: has no table of tokens that its tokenizer could be compared with", what)
         return
     beyond = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= rows)
     if not beyond:
@@ -358,6 +357,18 @@ def check_vocabulary(
         f"{what}: its tokenizer has token {beyond[0][1]!r} with id {beyond[0][0]}, but the model embeds only {rows} tokens; "
         "copy the tokenizer that the model was trained with"
     )
+
+
+def embedded_tokens(model: transformers.PreTrainedModel) -> int | None:
+    """Rows of the table of tokens; None for a model without one: CANINE hashes characters, Perceiver begins with a projection."""
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:  # how transformers says so
+        return None
+    if isinstance(table, torch.nn.Embedding):
+        return table.num_embeddings  # ZeRO-3 leaves no rows in its weight
+    weight = getattr(table, "weight", None)  # I-BERT's table is a class of its own
+    return None if weight is None else len(weight)
 
 
 def token_limit(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> int:

@@ -329,7 +329,7 @@ class StochasticTeacher:
 
     def _can_cut(self) -> bool:
         """Whether the head may be given one row: the elements of a mask over tokens would change with their positions."""
-        return self.reads is not None and all(site.rank == 2 for site in self.all_sites if site.layer == "head")
+        return self.reads is not None and all(site.per_text for site in self.all_sites if site.layer == "head")
 
     @torch.inference_mode()
     def _find_fast_form(self) -> LayeredEncoder | None:
@@ -355,7 +355,7 @@ class StochasticTeacher:
     def _find_fused_head(self) -> tuple[Site, nn.Linear] | None:
         """The site and the layer of a tail that is exactly `linear(dropout(features))`; None for any other tail."""
         active = [site for site in self.all_sites if site.index in self.p_of_site]
-        if len(active) != 1 or active[0].layer != "head" or active[0].rank != 2 or self.encoder.depth == 0:
+        if len(active) != 1 or active[0].layer != "head" or not active[0].per_text or self.encoder.depth == 0:
             return None
         features, logits = self.encoder.site_input(*_check_inputs(self.model), active[0])
         for module in self.model.modules():
@@ -387,7 +387,7 @@ def _threshold(p: float) -> int:
 
 
 def _check_inputs(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Two texts of six and four tokens, padded on the right."""
+    """Two texts of six and four tokens, padded on the right; both end as those of `trace_inputs` do."""
     ids, mask = trace_inputs(model, 2, 6)
     mask[1, 4:] = 0
     pad = getattr(model.config, "pad_token_id", None)

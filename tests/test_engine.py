@@ -199,6 +199,12 @@ def make(ds: dict, total_steps: int = 10) -> Engine:
     return Engine.create(Tiny(), config, ds, total_steps)
 
 
+def test_deepspeeds_own_timer_is_off_unless_asked_for():
+    """It makes the host wait for the device in every step."""
+    assert not make({}).ds.tput_timer.config.enabled
+    assert make({"timers": {"throughput": {"enabled": True}}}).ds.tput_timer.config.enabled
+
+
 @pytest.mark.parametrize(
     "ds", [{}, {"zero_optimization": {"stage": 2}}, {"scheduler": {"type": "WarmupDecayLR"}}], ids=["0", "2", "scheduler"]
 )

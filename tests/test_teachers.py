@@ -465,6 +465,37 @@ def test_a_configuration_that_asks_for_more_is_answered_as_usual(make_teacher):
     assert out.logits.shape == (1, 2) and out.hidden_states is None and out.attentions is None
 
 
+class QuantisedTable(torch.nn.Module):
+    """As that of I-BERT: no torch.nn.Embedding."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(rows, 4))
+
+
+def test_the_vocabulary_is_compared_with_whatever_table_there_is(make_model, make_tokenizer, caplog):
+    model, tokenizer = make_model(), make_tokenizer()
+    model.set_input_embeddings(QuantisedTable(len(tokenizer)))
+    teachers.check_vocabulary(model, tokenizer, "teacher x")
+    model.set_input_embeddings(QuantisedTable(9))
+    with pytest.raises(UserError, match="the model embeds only 9 tokens"):
+        teachers.check_vocabulary(model, tokenizer, "teacher x")
+    small = {"vocab_size": 9, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 16}
+    for without in (
+        transformers.CanineForSequenceClassification(transformers.CanineConfig(num_hash_buckets=16, **small)),
+        transformers.PerceiverForSequenceClassification(
+            transformers.PerceiverConfig(
+                num_latents=2, d_latents=8, d_model=8, num_blocks=1, num_self_attends_per_block=1, vocab_size=9,
+                num_self_attention_heads=1, num_cross_attention_heads=1, max_position_embeddings=16,
+            )
+        ),
+    ):  # fmt: skip
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="muka_fast"):
+            teachers.check_vocabulary(without, tokenizer, "teacher x")
+        assert caplog.messages == ["teacher x: has no table of tokens that its tokenizer could be compared with"]
+
+
 def test_no_way_to_pad_is_refused(make_teacher):
     folder = make_teacher("llama", pad_token_id=None)
     settings = json.loads((folder / "tokenizer_config.json").read_text())

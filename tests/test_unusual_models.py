@@ -9,7 +9,7 @@ import transformers
 
 from muka_fast.errors import UserError
 from muka_fast.intercept import intercept
-from muka_fast.sites import list_sites
+from muka_fast.sites import Site, list_sites
 from muka_fast.split import _NoMasks
 from muka_fast.teachers import Teacher
 from muka_fast.trunk import StochasticTeacher
@@ -105,6 +105,24 @@ def test_a_model_that_cannot_be_cut_is_run_whole(options, caplog):
     torch.testing.assert_close(
         teacher.score(ids, mask, names).logits, model(input_ids=ids, attention_mask=mask).logits, atol=1e-5, rtol=1e-4
     )
+
+
+def test_an_encoder_with_a_decoder_is_read_at_its_end_token():
+    sizes = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_layers": 2, "decoder_layers": 2}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "init_std": 0.2, "max_position_embeddings": 32}
+    torch.manual_seed(1)
+    model = transformers.BartForSequenceClassification(transformers.BartConfig(d_model=16, **sizes, **heads, **SIZES)).eval()
+    ids, mask, names = a_batch()
+    ids[ids == model.config.eos_token_id] = 5
+    ids[torch.arange(3), mask.sum(1) - 1] = model.config.eos_token_id
+    scores = scorer(model, mc_scope="all", mc_samples=4).score(ids, mask, names)
+    torch.testing.assert_close(scores.logits, model(input_ids=ids, attention_mask=mask).logits, atol=1e-5, rtol=1e-4)
+    assert (scores.var_probs > 0).all()
+
+
+@pytest.mark.parametrize(("kind", "rank", "expected"), [("activation", 2, True), ("activation", 3, False), ("tokens", 2, False)])
+def test_only_one_row_per_text_may_be_cut_out(kind, rank, expected):
+    assert Site(0, "head.dropout", 0, kind, 0.1, "head", rank).per_text is expected
 
 
 def test_a_model_whose_logits_change_with_padding_is_told(caplog):

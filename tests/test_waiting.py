@@ -16,6 +16,7 @@ from muka_fast.memory import send
 from muka_fast.methods import METHODS
 from muka_fast.optim import clip_gradients
 from muka_fast.shared import score_together, trunk_tree
+from muka_fast.split import ModelSplit
 from muka_fast.teachers import Teacher
 from muka_fast.trunk import StochasticTeacher
 
@@ -62,6 +63,12 @@ def test_scoring_does_not_wait(family, scope, budget, on_fake_gpu):
         assert all(value.device.type == "cuda" and len(value) == 4 for value in vars(scores).values())
         with pytest.raises(WouldWait):  # but whoever looks at the scores does
             teacher.score(*batch)
+
+
+def test_positions_are_rerouted_once(make_model):
+    model = make_model("mpnet")
+    found = [ModelSplit(model).model.base_model.encoder.compute_position_bias for _ in range(2)]
+    assert found[0] is found[1] and "compute_position_bias" in vars(model.base_model.encoder)
 
 
 def test_teachers_that_share_their_trunk_do_not_wait(on_fake_gpu):
