@@ -4,11 +4,11 @@
     python bench/paper.py --data DIR --encoders encoders [--settings ...] [--methods ...] [--seeds 3] [--limit 2000]
     python bench/paper.py --quick
 
-DIR holds <set>/train.jsonl and <set>/test.jsonl with `text` and `label`. A seed draws the teachers' texts, the pool, teachers and
-students. Students see the pool without labels (except `supervised` and `oracle`). Texts that also occur in test are left out.
-Every cell (setting, seed, method) is a JSON file in --workdir, under a name that holds the options: a killed run continues, and a
-later one adds settings, methods, seeds and other students. Of a method without a student there are selection and target alone;
---selection_only trains none. `dawid-skene` needs crowd-kit.
+DIR holds <set>/train.jsonl and <set>/test.jsonl with `text` and `label`; bench/fetch_sets.py makes two such sets. A seed draws the
+teachers' texts, the pool, teachers and students. Students see the pool without labels (except `supervised` and `oracle`). Texts
+that also occur in test are left out. Every cell (setting, seed, method) is a JSON file in --workdir, under a name that holds the
+options: a killed run continues, and a later one adds settings, methods, seeds and other students. Of a method without a student
+there are selection and target alone; --selection_only trains none. `dawid-skene` needs crowd-kit.
 """
 
 import argparse
@@ -65,7 +65,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mpnet", default="all-mpnet-base-v2", help="folder in --encoders of the MPNet-type encoder")
     parser.add_argument("--student", help="folder in --encoders of the students' encoder (default: --bert)")
     parser.add_argument("--neutral_encoder", help="folder in --encoders (default: --student)")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="S", help=", ".join(SETTINGS))
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, metavar="S", help=f"(default: all whose sets are in --data) {', '.join(SETTINGS)}"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M", help="; ".join(METHODS))
     parser.add_argument("--students", nargs="+", choices=METHODS, metavar="M", help="whose students are trained (default: all)")
     parser.add_argument("--seeds", type=int, default=3)
@@ -91,6 +93,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         quick_arguments(args)
     elif args.data is None or args.encoders is None:
         parser.error("--data and --encoders are required, unless --quick")
+    if args.settings is None:
+        args.settings = [name for name, setting in SETTINGS.items() if all((args.data / part).is_dir() for part, _ in setting.blocks)]
     args.student = args.student or args.bert
     args.neutral_encoder = args.neutral_encoder or args.student
     return args

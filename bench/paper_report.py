@@ -8,7 +8,11 @@ from typing import Any
 from settings import BASELINES, UPPER_LINES
 
 Cells = list[dict[str, Any]]
-GROUPS = ("development", "confirmation")
+GROUPS = {
+    "development": "rules and numbers may be chosen here",
+    "confirmation": "what was seen of these sets: docs/selection.md",
+    "kept-aside": "nothing was chosen or tried on these sets",
+}
 
 
 def percent(share: float | None) -> str:
@@ -163,10 +167,9 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         "Options: " + ", ".join(f"{name} {value}" for name, value in options.items() if value is not None) + ".",
     ]
-    for group in GROUPS:
+    for group, told in GROUPS.items():
         names = [name for name, entry in settings.items() if entry["group"] == group]
         if names:
-            told = "rules and numbers may be chosen here" if group == GROUPS[0] else "what was seen of these sets: docs/selection.md"
             lines += ["", f"## Mean over the {group} settings ({told}): {', '.join(names)}", ""]
             lines += summary(cells, names, score_key(results))
     for name, entry in settings.items():

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import lzma
 import subprocess
 import sys
 from collections import Counter
@@ -28,6 +29,42 @@ def settings(bench):
 def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows), encoding="utf-8")
+
+
+# ---- data sets ----
+
+
+def test_sets_made_of_debian_files(bench, monkeypatch, tmp_path):
+    sets = bench("fetch_sets")
+    data = "  1 licence\n0001 05 n 01 cat 0 000 @ | a small animal  \n0002 03 n 01 entity 0 000 | what is  \n"
+    files = tmp_path / "usr" / "share" / "wordnet"
+    files.mkdir(parents=True)
+    (files / "data.noun").write_text(data)
+    subprocess.run(["tar", "cJf", "data.tar.xz", "./usr"], cwd=tmp_path, check=True)
+    subprocess.run(["ar", "rc", "package.deb", "data.tar.xz"], cwd=tmp_path, check=True)
+    packages = "Package: a\nDescription: a: game\n of chess\nSection: games\n\nPackage: b\nSection: net\n\n"
+    loaded = {sets.WORDNET: (tmp_path / "package.deb").read_bytes(), sets.PACKAGES: lzma.compress(packages.encode())}
+    monkeypatch.setattr(sets, "load", loaded.get)
+    assert list(sets.wordnet()) == [("a small animal", "animal"), ("what is", "tops")]
+    assert list(sets.debian()) == [("a: game", "games")]
+
+
+def test_sets_hold_distinct_texts_of_topical_classes(bench):
+    sets = bench("fetch_sets")
+    counts = {"games": 700, "net": 400, "rust": 399, "libs": 900}
+    rows = [(f"{label} {i}", label) for label, count in counts.items() for i in range(count)]
+    train, test = sets.split(iter([*rows, *rows[:50], ("games 0", "net")]))  # repeated, and once with another label
+    assert Counter(label for _, label in test) == {"games": 100, "net": 100}
+    assert Counter(label for _, label in train) == {"games": 500, "net": 300}
+    assert len({text for text, _ in train + test}) == 1000 and "games 0" not in dict(train + test)
+
+
+def test_settings_whose_sets_are_missing_are_left_out(bench, tmp_path):
+    paper = bench("paper")
+    (tmp_path / "trec6").mkdir()
+    known = ["--data", str(tmp_path), "--encoders", "encoders"]
+    assert paper.parse_arguments(known).settings == ["trec6_2", "trec6_bert_mpnet", "trec6_85", "trec6_same"]
+    assert paper.parse_arguments([*known, "--settings", "debian_3"]).settings == ["debian_3"]
 
 
 # ---- labels and texts ----
@@ -74,10 +111,11 @@ def test_teachers_get_the_texts_of_their_labels_and_the_pool_is_as_the_setting_s
     assert len(set(pool)) == len(pool) and [label in "ab" for _, label in pool[:20]] != [True] * 20
 
 
-def test_every_setting_is_reported_in_one_group_and_named_methods_exist(settings):
+def test_every_setting_is_reported_in_one_group_and_named_methods_exist(settings, bench):
     groups = {name: setting.group for name, setting in settings.SETTINGS.items()}
     assert groups["google_snippets_2"] == groups["google_snippets_clinc150"] == "development"
-    assert groups["ag_news_banking77"] == "confirmation" and set(groups.values()) == {"development", "confirmation"}
+    assert groups["ag_news_banking77"] == "confirmation" and set(groups.values()) == set(bench("paper_report").GROUPS)
+    assert groups["wordnet_debian"] == "kept-aside"
     from muka_fast.config import METHODS, RunConfig
 
     for name, options in settings.METHODS.items():
