@@ -26,7 +26,7 @@ from muka_fast.teachers import (
     check_vocabulary,
     load_classifier,
     load_tokenizer,
-    settle_padding,
+    settle_tokenizer,
     token_limit,
 )
 
@@ -59,7 +59,7 @@ def load_model(
         model = load_classifier(folder, torch.float32, what)
         tokenizer = load_tokenizer(folder, what)
     check_finite(model, what)
-    settle_padding(model, tokenizer, what)
+    settle_tokenizer(model, tokenizer, what)
     check_vocabulary(model, tokenizer, what)
     return model.eval().to(device), tokenizer, labels
 

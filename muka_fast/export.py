@@ -26,7 +26,7 @@ import yaml
 
 from muka_fast import __version__
 from muka_fast.errors import UserError
-from muka_fast.teachers import settle_padding, token_limit
+from muka_fast.teachers import settle_tokenizer, token_limit
 
 if TYPE_CHECKING:
     from muka_fast.doubt import UncertaintyHead
@@ -255,7 +255,7 @@ def clean_tokenizer(
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-    settle_padding(model, tokenizer, "student")
+    settle_tokenizer(model, tokenizer, "student")
     tokenizer.model_max_length = token_limit(model, tokenizer)
     return tokenizer
 

@@ -48,24 +48,34 @@ def _attention(
     attention_mask: Tensor | None,  # additive [B, 1 | H, Lq, Lk]
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,  # [1 | B, H, Lq, Lk]
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it; probabilities pass through the handler. Returns [B, Lq, H, d]."""
+    """Attention as transformers calls it; probabilities pass through the handler. Returns [B, Lq, H, d].
+
+    softcap: scores become softcap * tanh(score / softcap) (Gemma 2, arXiv 2408.00118). position_bias: added to them (T5).
+    """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is not None:
         attention_mask = attention_mask[..., : key.shape[-2]]
+    if position_bias is not None:
+        attention_mask = position_bias if attention_mask is None else position_bias + attention_mask
     handler = _handlers.stack[-1] if _handlers.stack else None
-    if handler is None or not handler.wants(module):
+    masked = handler is not None and handler.wants(module)
+    if not masked and softcap is None:
         out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
     else:
         scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         if attention_mask is not None:
             scores = scores + attention_mask
         probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-        out = torch.matmul(handler.apply(module, probs, dropout), value)
+        out = torch.matmul(handler.apply(module, probs, dropout) if masked else probs, value)
     return out.transpose(1, 2).contiguous(), None
 
 

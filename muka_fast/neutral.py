@@ -46,7 +46,7 @@ from muka_fast.teachers import (
     load_tokenizer,
     quiet_transformers,
     settle_outputs,
-    settle_padding,
+    settle_tokenizer,
     token_limit,
     tokenizer_key,
 )
@@ -170,7 +170,7 @@ def load_encoder(
     except LOADING_ERRORS as error:
         raise UserError(f"{what}: transformers cannot load it: {checkpoint.first_line(error)}") from error
     settle_outputs(model.config)
-    settle_padding(model, tokenizer, what)
+    settle_tokenizer(model, tokenizer, what)
     check_vocabulary(model, tokenizer, what)
     model = model.get_encoder() if model.config.is_encoder_decoder else model
     return model.eval().requires_grad_(False).to(device)

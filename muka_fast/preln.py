@@ -1,4 +1,4 @@
-"""Pre-LN models with rotary positions layer by layer: ModernBERT, Llama, Qwen2 and Qwen3."""
+"""Pre-LN models with rotary positions layer by layer: ModernBERT, Llama, Mistral, Qwen2 and Qwen3."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ def _decoder_layer(layer: nn.Module) -> tuple[tuple, tuple[str, ...]]:
 
 
 # model_type -> parts of a layer in the order of PreLayer, and the paths of its three sites inside it ("" = no such site)
-LAYERS = {"modernbert": _modernbert_layer, **dict.fromkeys(("llama", "qwen2", "qwen3"), _decoder_layer)}
+LAYERS = {"modernbert": _modernbert_layer, **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _decoder_layer)}
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # rotary tables that depend on the longest text of a batch
 
 
@@ -110,7 +110,10 @@ class PreLayerNormModel(LayeredEncoder):
 
     def layer_type(self, index: int) -> str:
         types = getattr(self.config, "layer_types", None)
-        return "full_attention" if types is None else types[index]
+        if types is not None:
+            return types[index]
+        window = self.config.model_type == "mistral" and self.config.sliding_window is not None  # Llama has no window
+        return "sliding_attention" if window else "full_attention"
 
     def context(self, packed: Packed) -> dict[str, tuple[Tensor, Tensor, Bias]]:
         """Of each kind of layer: cosine and sine [longest, d] and the positions that a query does not see."""

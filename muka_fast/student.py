@@ -19,7 +19,7 @@ from muka_fast.teachers import (
     load_tokenizer,
     quiet_transformers,
     settle_outputs,
-    settle_padding,
+    settle_tokenizer,
     some,
 )
 
@@ -74,7 +74,7 @@ def load_student(
         raise UserError(f"{what}: its files hold no weights for {some(random)}; give a pretrained encoder")
     if random:
         log.info("%s: starts with random weights for %s", what, some(random))
-    settle_padding(model, tokenizer, what)
+    settle_tokenizer(model, tokenizer, what)
     check_vocabulary(model, tokenizer, what)
     return model, tokenizer
 

@@ -144,7 +144,7 @@ def rehearse(folder: Path, what: str, _state: tuple) -> None:
         tokenizer = load_tokenizer(folder, what)
         if importlib.util.find_spec("accelerate") is not None:
             model = load_classifier(folder, torch.float32, what, device_map="meta")
-            settle_padding(model, tokenizer, what)
+            settle_tokenizer(model, tokenizer, what)
             check_vocabulary(model, tokenizer, what)
     finally:
         log.disabled = False
@@ -189,7 +189,7 @@ def load_teacher(
         model = model.to(device)
     check_finite(model, what)
     tokenizer = load_tokenizer(tokenizer_folder, what)
-    settle_padding(model, tokenizer, what)
+    settle_tokenizer(model, tokenizer, what)
     check_vocabulary(model, tokenizer, what)
     max_length = token_limit(model, tokenizer)
     return Teacher(
@@ -316,13 +316,13 @@ def settle_outputs(config: transformers.PreTrainedConfig) -> None:
     config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
 
 
-def settle_padding(
+def settle_tokenizer(
     model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, what: str
 ) -> None:
-    """Give tokenizer and configuration the same padding token.
+    """Give tokenizer and configuration the same padding token, and keep texts from spelling an end token that the head looks for.
 
-    Order of choice: the tokenizer's, the one that config.pad_token_id names, the end-of-text token (usual for decoders; said
-    aloud), and where the tokenizer ends every text with that one, which a head that reads the last token would then take for
+    Order of choice for padding: the tokenizer's, the one that config.pad_token_id names, the end-of-text token (usual for decoders;
+    said aloud), and where the tokenizer ends every text with that one, which a head that reads the last token would then take for
     padding, the unknown token.
     """
     config = model.config.get_text_config()
@@ -336,6 +336,8 @@ def settle_padding(
             log.warning("%s: no padding token; %r takes the place", what, named)
         tokenizer.pad_token = named
     config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    # An encoder with a decoder (BART, T5) refuses a batch whose texts hold "</s>" in different numbers, as HTML does.
+    tokenizer.split_special_tokens |= model.config.is_encoder_decoder
 
 
 def check_vocabulary(
@@ -392,5 +394,5 @@ def tokenizer_key(tokenizer: transformers.PreTrainedTokenizerBase, max_length: i
         content |= {"padding": None, "truncation": None}
     else:
         content = [type(tokenizer).__name__, tokenizer.get_vocab(), sorted(map(str, tokenizer.init_kwargs.items()))]
-    behaviour = [content, tokenizer.truncation_side, max_length, tokenizer.pad_token_id]
+    behaviour = [content, tokenizer.truncation_side, max_length, tokenizer.pad_token_id, tokenizer.split_special_tokens]
     return hashlib.sha256(json.dumps(behaviour, sort_keys=True).encode()).hexdigest()

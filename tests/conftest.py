@@ -81,7 +81,7 @@ TEXTS = (
 )
 
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "albert", "mpnet", "deberta-v2", "modernbert")
-DECODERS = ("llama", "qwen2", "qwen3")
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 FAMILIES = ENCODERS + DECODERS
 MAX_LENGTH = 256
 
@@ -97,6 +97,7 @@ CLASSES = {
     "deberta-v2": ("DebertaV2Config", "DebertaV2ForSequenceClassification"),
     "modernbert": ("ModernBertConfig", "ModernBertForSequenceClassification"),
     "llama": ("LlamaConfig", "LlamaForSequenceClassification"),
+    "mistral": ("MistralConfig", "MistralForSequenceClassification"),
     "qwen2": ("Qwen2Config", "Qwen2ForSequenceClassification"),
     "qwen3": ("Qwen3Config", "Qwen3ForSequenceClassification"),
 }

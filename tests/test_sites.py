@@ -22,6 +22,7 @@ EXPECTED = {
     "deberta-v2": ("shared attention activation activation", 2),
     "modernbert": ("attention activation activation", 1),
     "llama": ("attention", 0),
+    "mistral": ("attention", 0),
     "qwen2": ("attention", 0),
     "qwen3": ("attention", 0),
 }
@@ -35,7 +36,7 @@ def tokens(make_tokenizer, texts, family, count=4):
 def test_every_site_is_listed_in_order(family, make_model):
     sites = list_sites(make_model(family, "abc", layers=LAYERS, dropout=0.25))
     kinds, head = EXPECTED[family]
-    embeddings = [] if family in ("llama", "qwen2", "qwen3") else [("activation", None)]
+    embeddings = [] if family in ("llama", "mistral", "qwen2", "qwen3") else [("activation", None)]
     layers = [(kind, layer) for layer in range(LAYERS) for kind in kinds.split()]
     assert [(s.kind, s.layer) for s in sites] == embeddings + layers + [("activation", "head")] * head
     assert [s.index for s in sites] == list(range(len(sites)))

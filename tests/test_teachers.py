@@ -1,5 +1,6 @@
 """Teachers as they come: every family loads as transformers loads it, and every fault is one line that names the teacher."""
 
+import itertools
 import json
 import logging
 import shutil
@@ -10,9 +11,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
+from transformers import BartConfig, BartForSequenceClassification
 
 from muka_fast import checkpoint, teachers
+from muka_fast.data import tokenize
 from muka_fast.errors import UserError
+from muka_fast.evaluate import predict
+
+HTML = "was <s>dear</s>, now cheap"  # struck out in HTML, the marks of a text's ends in many tokenizers
 
 
 def edit_config(folder, **changes):
@@ -451,10 +457,26 @@ def test_end_of_text_pads_nothing_where_it_ends_every_text(make_tokenizer, make_
         single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
     )
     with pytest.raises(UserError, match="no padding token"):
-        teachers.settle_padding(model, tokenizer, "teacher x")
+        teachers.settle_tokenizer(model, tokenizer, "teacher x")
     tokenizer.unk_token = tokenizer.convert_ids_to_tokens(3)
-    teachers.settle_padding(model, tokenizer, "teacher x")
+    teachers.settle_tokenizer(model, tokenizer, "teacher x")
     assert tokenizer.pad_token_id == model.config.pad_token_id == 3 and "no padding token" in caplog.text
+
+
+def test_a_text_cannot_spell_the_end_token_that_a_head_looks_for(make_tokenizer):
+    """BART refuses a batch whose texts hold it in different numbers; elsewhere it is read as plain transformers read it."""
+    tokenizer = make_tokenizer("roberta")
+    key, plain = teachers.tokenizer_key(tokenizer, 32), tokenizer(HTML).input_ids
+    assert plain.count(tokenizer.eos_token_id) == 2
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "vocab_size": len(tokenizer)}
+    config = BartConfig(d_model=16, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sizes)
+    model = BartForSequenceClassification(config).eval()
+    teachers.settle_tokenizer(model, tokenizer, "teacher x")
+    tokens = tokenize(tokenizer, [HTML, "plain"], 32)
+    rows = [tokens.ids[a:b].tolist() for a, b in itertools.pairwise(tokens.offsets)]
+    assert [row.count(tokenizer.eos_token_id) for row in rows] == [1, 1]
+    assert predict(model, tokens, pad_id=tokenizer.pad_token_id).shape == (2, 3)
+    assert teachers.tokenizer_key(tokenizer, 32) != key  # RoBERTa's tokenizer is the same file
 
 
 def test_a_configuration_that_asks_for_more_is_answered_as_usual(make_teacher):

@@ -28,11 +28,12 @@ VARIANTS = {
     "albert": {"num_hidden_groups": 3, "inner_group_num": 2},
     "llama": {"attention_bias": True, "num_key_value_heads": 4, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
     "qwen3": {"head_dim": 8, "num_key_value_heads": 1},
+    "mistral": {"sliding_window": 4},
     "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     "electra": {"embedding_size": 16},
     "bert": {"hidden_act": "relu", "num_attention_heads": 2},
 }
-DECODERS = ("llama", "qwen2", "qwen3")
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @pytest.fixture

@@ -23,6 +23,10 @@ MODELS = {
         "intermediate_size": 32, "num_key_value_heads": 2, "residual_dropout": 0.1, "embedding_dropout": 0.1,
         "attention_dropout": 0.1, **COMMON,
     },
+    "Gemma2": {
+        "intermediate_size": 32, "num_key_value_heads": 2, "head_dim": 4, "attention_dropout": 0.1, "sliding_window": 4,
+        "attn_logit_softcapping": 0.5, **COMMON,
+    },
     "XLM": {"emb_dim": 16, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 32, "pad_index": 0, **SIZES},
 }  # fmt: skip
 
@@ -67,7 +71,9 @@ def test_another_thread_drops_as_ever():
     assert 300 < (dropped[0] == 0).sum() < 700
 
 
-def test_functional_sites_are_listed_with_their_probability(model):
+@pytest.mark.parametrize("name", ["OPT", "Bloom", "Starcoder2", "XLM"])
+def test_functional_sites_are_listed_with_their_probability(name):
+    model = build(name)
     functional = [site for site in list_sites(model) if site.kind != "attention"]
     assert len([site for site in functional if site.p == 0.1]) >= 3
     assert all(site.kind != "shared" for site in functional)
@@ -107,17 +113,26 @@ def test_a_model_that_cannot_be_cut_is_run_whole(options, caplog):
     )
 
 
-def test_an_encoder_with_a_decoder_is_read_at_its_end_token():
+@pytest.mark.parametrize("name", ["Bart", "T5"])
+def test_an_encoder_with_a_decoder_is_read_at_its_end_token(name):
+    """T5 besides adds its position bias to the scores, and hands it from the first layer to the others: it runs whole."""
     sizes = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_layers": 2, "decoder_layers": 2}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "init_std": 0.2, "max_position_embeddings": 32}
+    if name == "T5":
+        sizes, heads = {"d_ff": 32, "d_kv": 4}, {"num_heads": 4, "num_layers": 2}
     torch.manual_seed(1)
-    model = transformers.BartForSequenceClassification(transformers.BartConfig(d_model=16, **sizes, **heads, **SIZES)).eval()
+    config = getattr(transformers, f"{name}Config")(d_model=16, eos_token_id=2, decoder_start_token_id=0, **sizes, **heads, **SIZES)
+    model = getattr(transformers, f"{name}ForSequenceClassification")(config).eval()
     ids, mask, names = a_batch()
-    ids[ids == model.config.eos_token_id] = 5
-    ids[torch.arange(3), mask.sum(1) - 1] = model.config.eos_token_id
-    scores = scorer(model, mc_scope="all", mc_samples=4).score(ids, mask, names)
+    ids[ids == 2] = 5
+    ids[torch.arange(3), mask.sum(1) - 1] = 2
+    teacher = scorer(model, mc_scope="all", mc_samples=400)
+    assert (teacher.encoder.depth == 0) == (name == "T5")
+    scores = teacher.score(ids, mask, names)
     torch.testing.assert_close(scores.logits, model(input_ids=ids, attention_mask=mask).logits, atol=1e-5, rtol=1e-4)
-    assert (scores.var_probs > 0).all()
+    model.train()
+    passes = torch.stack([model(input_ids=ids, attention_mask=mask).logits.softmax(-1).detach() for _ in range(400)])
+    assert 0.7 < float(scores.var_probs.sum() / passes.var(0).sum()) < 1.4
 
 
 @pytest.mark.parametrize(("kind", "rank", "expected"), [("activation", 2, True), ("activation", 3, False), ("tokens", 2, False)])
