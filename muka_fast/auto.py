@@ -50,10 +50,10 @@ def auto_weights(
 ) -> np.ndarray:
     """The weight of each teacher for each text, fp32 [n, N]; rows sum to 1.
 
-    sup: with features, restricted to the label space (else every column is a class of its own). neutral: [n, d]. seed,
-    sample: which texts, and how many of them at most, everything is fitted on. names: the neutral features of the C class
-    names, [C, d]; None: they are not looked at. A function of the texts and teachers as sets: their order changes nothing but
-    rounding.
+    sup: with features, restricted to the label space (else every column is a class of its own). neutral: [n, d + e], the first d
+    an encoder's, whatever comes after them. seed, sample: which texts, and how many of them at most, everything is fitted on.
+    names: what the encoder gives for the C class names, [C, d]; None: they are not looked at. A function of the texts and teachers
+    as sets: their order changes nothing but rounding.
     """
     by_teacher = evidence_weights(sup, neutral, seed, sample)
     if len(sup.teachers) == 1 or len(sup) < FEWEST_TEXTS:
@@ -64,9 +64,10 @@ def auto_weights(
     answers = {"class": by_class, "teacher": by_teacher, "logits": by_logits}
     pooled = sum(power * np.log(answers[name] + FLOOR) for name, power in POWERS.items())
     if names is not None:
-        answer = NameAnswer.fit(b, names, softmax(2 * own[rows], axis=1), probs(sup, rows), classes)
+        width = names.shape[1]
+        answer = NameAnswer.fit(unit(b[:, :width]), names, softmax(2 * own[rows], axis=1), probs(sup, rows), classes)
         for part, chunk in neutral.chunks():
-            pooled[part] += NAMES_POWER * answer.trust * np.log(answer(unit(chunk)) + FLOOR)
+            pooled[part] += NAMES_POWER * answer.trust * np.log(answer(unit(chunk[:, :width])) + FLOOR)
     return softmax(pooled / sum(POWERS.values()), axis=1).astype(np.float32)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from muka_fast import checkpoint
 from muka_fast.console import progress
-from muka_fast.data import TextSet, collate, token_budget_batches, tokenize
+from muka_fast.data import TextSet, Tokens, collate, token_budget_batches, tokenize
 from muka_fast.errors import UserError
 from muka_fast.features import Features, read_or_refuse
 from muka_fast.memory import token_budget
@@ -81,6 +81,12 @@ def neutral_features(
             todo = [ranges[number] for number in missing]
             _compute(place, key, folder, tokenizer, texts, max_length, todo, options, queue)
     return Features(ranges, lambda shard: read_or_refuse(place, shard, lambda part: _read(place, part, key))[FEATURES])
+
+
+def neutral_tokens(encoder: str | Path, texts: TextSet, options: ScoringOptions) -> Tokens:
+    """The texts as the neutral encoder's tokenizer cuts them, special tokens included."""
+    tokenizer = load_tokenizer(checkpoint.resolve_folder(encoder, ROLE), f"{ROLE} {encoder}")
+    return tokenize(tokenizer, texts.texts, min(options.max_length, tokenizer.model_max_length))
 
 
 @torch.inference_mode()

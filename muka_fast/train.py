@@ -29,6 +29,7 @@ from muka_fast.data import TextSet, read_texts, tokenize
 from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine, init_distributed, resolve_device
 from muka_fast.evaluate import evaluate
+from muka_fast.evidence import SAMPLE, sample_rows
 from muka_fast.export import LABELLED_METHODS
 from muka_fast.features import Features
 from muka_fast.files import write_json, write_text
@@ -46,7 +47,7 @@ from muka_fast.methods import (
     target_accuracy,
     unused_options,
 )
-from muka_fast.neutral import name_features, neutral_features
+from muka_fast.neutral import name_features, neutral_features, neutral_tokens
 from muka_fast.preflight import (
     check_inputs,
     check_labels,
@@ -59,6 +60,7 @@ from muka_fast.shard_queue import ShardQueue
 from muka_fast.student import checkpoint_activations, encoder_fingerprint, load_student
 from muka_fast.supervision import Supervision, fill_store, open_store, option_values
 from muka_fast.teachers import token_limit
+from muka_fast.words import with_words
 
 log = logging.getLogger("muka_fast")
 STOPPED = 143  # exit code after SIGTERM, by custom 128 + 15
@@ -122,7 +124,7 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
     if not config.teachers:  # else they were checked before the scoring
         on_first_process(lambda: check_labels(config, sup.teachers, space, label_map))
     with clock("select teachers"):
-        weights = on_first_process(lambda: pool_weights(config, sup, space, neutral))
+        weights = on_first_process(lambda: pool_weights(config, sup, space, texts, neutral))
         doubt = on_first_process(lambda: doubt_targets(config, sup, space))
     with told_once():
         method = build_method(config, sup, space, labels, weights)
@@ -213,12 +215,16 @@ def pool_features(config: RunConfig, texts: TextSet, output: Path, queue: ShardQ
     return None if encoder is None else neutral_features(store_folder(config, output), encoder, texts, config, queue)
 
 
-def pool_weights(config: RunConfig, sup: Supervision, space: LabelSpace, neutral: Features | None) -> np.ndarray | None:
+def pool_weights(
+    config: RunConfig, sup: Supervision, space: LabelSpace, texts: TextSet, neutral: Features | None
+) -> np.ndarray | None:
     """The teachers' weights [n, N] by the method's rule over the pool, less that of "no teacher"; None where it has no rule."""
     if neutral is None:
         return None
-    sup, names = sup.restrict(space), lambda: name_features(neutral_encoder(config), space.names, config)
-    weights = METHODS[config.method].rule(sup, neutral, config.seed, names)
+    sup, encoder = sup.restrict(space), neutral_encoder(config)
+    sample = sample_rows(texts.example_ids, config.seed, SAMPLE)
+    view = with_words(neutral, neutral_tokens(encoder, texts, config), sample, config.seed)
+    weights = METHODS[config.method].rule(sup, view, config.seed, lambda: name_features(encoder, space.names, config))
     return weights * (1 - nobody_weights(sup, weights, neutral, config.seed)[:, None]) if config.coverage else weights
 
 
