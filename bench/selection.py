@@ -2,9 +2,9 @@
 
     python bench/selection.py [--texts 25000 50000 100000] [--teachers 5] [--json F]
 
-Synthetic statistics, and features on disk as a store holds them: teacher i knows topic i, its features show its classes there and
-noise elsewhere. Correctness first: nearly all texts must go to the teacher of their topic. Each size runs in a process of its own; its
-memory is the largest resident set while it chooses, the libraries and all teachers' statistics included.
+Synthetic statistics and tokens, and features on disk as a store holds them: teacher i knows topic i, its features show its classes
+there and noise elsewhere. Correctness first: nearly all texts must go to the teacher of their topic. Each size runs in a process of
+its own; its memory is the largest resident set while it chooses, the libraries and all teachers' statistics included.
 """
 
 import argparse
@@ -20,15 +20,18 @@ from environment import markdown_table, show
 from timing import largest_resident_bytes, own_process
 
 from muka_fast.auto import auto_weights
-from muka_fast.evidence import evidence_weights
+from muka_fast.data import Tokens
+from muka_fast.evidence import SAMPLE, evidence_weights, sample_rows
 from muka_fast.features import Features
 from muka_fast.labels import build_label_space
 from muka_fast.ops.mc_statistics import mc_statistics
 from muka_fast.store import FEATURE_TYPE, ShardRange, default_shard_size, shard_ranges
 from muka_fast.stored import Supervision
+from muka_fast.words import with_words
 
 RULES = {"muka-evidence": evidence_weights, "muka-auto": auto_weights}
 LEAST_ACCURACY = 0.9
+VOCABULARY = 30_000  # tokens
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,8 +62,17 @@ def make_features(path: Path, rng: np.random.Generator, means: np.ndarray) -> Fe
     return Features(ranges, read)
 
 
-def make_pool(args: argparse.Namespace, count: int, folder: Path) -> tuple[Supervision, Features, np.ndarray]:
-    """Supervision, neutral features and the topic of each text."""
+def make_tokens(rng: np.random.Generator, topic: np.ndarray) -> Tokens:
+    """Texts of 8 to 24 tokens, rare ones rarely: every third token is of the text's topic."""
+    offsets = np.concatenate([[0], np.cumsum(rng.integers(8, 25, len(topic)))])
+    ids = np.minimum(rng.zipf(1.3, offsets[-1]), VOCABULARY - 1)
+    own = rng.random(len(ids)) < 1 / 3
+    ids[own] = (ids + 997 * (1 + np.repeat(topic, np.diff(offsets))))[own] % VOCABULARY
+    return Tokens(ids.astype(np.int32), offsets)
+
+
+def make_pool(args: argparse.Namespace, count: int, folder: Path) -> tuple[Supervision, Features, Tokens, np.ndarray]:
+    """Supervision, neutral features, tokens and the topic of each text."""
     rng = np.random.default_rng(0)
     topic = rng.integers(0, args.teachers, count)
     logits, features = [], []
@@ -82,15 +94,15 @@ def make_pool(args: argparse.Namespace, count: int, folder: Path) -> tuple[Super
     sup = Supervision(z, **parts, example_ids=torch.arange(count), teachers=teachers, offsets=offsets, features=features)
     neutral = 3 * rng.standard_normal((args.teachers, args.width), np.float32)[topic]
     space = build_label_space([(teacher["name"], teacher["labels"]) for teacher in teachers])
-    return sup.restrict(space), make_features(folder / "neutral", rng, neutral), topic
+    return sup.restrict(space), make_features(folder / "neutral", rng, neutral), make_tokens(rng, topic), topic
 
 
 def work(args: argparse.Namespace, rule: str, count: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        sup, neutral, topic = make_pool(args, count, Path(folder))
+        sup, neutral, tokens, topic = make_pool(args, count, Path(folder))
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
         start = time.perf_counter()
-        weights = RULES[rule](sup, neutral)
+        weights = RULES[rule](sup, with_words(neutral, tokens, sample_rows(sup.example_ids.numpy(), 0, SAMPLE), 0))
         seconds = time.perf_counter() - start
     right = float((weights.argmax(1) == topic).mean())
     if right < LEAST_ACCURACY:

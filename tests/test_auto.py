@@ -117,6 +117,19 @@ def test_class_names_join_the_pool_with_six_times_the_trust_that_they_have_earne
     assert trust[0] > max(0.2, 2 * trust[1]) and moved[0] > moved[1]
 
 
+def test_names_are_compared_with_the_encoders_features_alone():
+    """Whatever stands behind them: here columns that tell the owner."""
+    sup, neutral, owner = make_pool(90, (3, 4), seed=2, separation=1.5)
+    sup, b = restricted(sup), unit(matrix(neutral).astype(np.float32))
+    names = np.random.default_rng(1).standard_normal((7, b.shape[1])).astype(np.float32)
+    view = Features.of(np.concatenate([b, np.eye(2, dtype=np.float32)[owner]], axis=1))
+    w = softmax(2 * own_scores(sup, np.arange(90), CERTAINTY), axis=1)
+    answer = NameAnswer.fit(b, names, w, probs(sup, np.arange(90)), Classes.of(sup))
+    expected = softmax(np.log(auto_weights(sup, view)) + 6 * answer.trust / 3.5 * np.log(answer(b) + 1e-4), axis=1)
+    found = auto_weights(sup, view, names=names)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 def test_the_ridge_regression_leaves_each_text_out():
     rng = np.random.default_rng(0)
     b, target = rng.standard_normal((40, 6)).astype(np.float32), rng.random((40, 3)).astype(np.float32)
