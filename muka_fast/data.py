@@ -4,9 +4,10 @@ Shapes: n texts; B texts of a batch; L tokens of its longest text.
 """
 
 import hashlib
+import json
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -43,6 +44,7 @@ class TextSet:
         source: file or data set name as given.
         fingerprint: SHA-256 (hex) over example ids and texts.
         num_blank: rows skipped because their text is empty, white space or null.
+        tokenized: what `tokens` has made.
     """
 
     texts: list[str]
@@ -51,9 +53,17 @@ class TextSet:
     source: str
     fingerprint: str
     num_blank: int
+    tokenized: dict[str, "Tokens"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def tokens(self, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> "Tokens":
+        """`tokenize`, done once for every distinct tokenizer and length: teachers, neutral encoder and student often have the same."""
+        key = tokenizer_key(tokenizer, max_length)
+        if key not in self.tokenized:
+            self.tokenized[key] = tokenize(tokenizer, self.texts, max_length)
+        return self.tokenized[key]
 
 
 def read_texts(
@@ -161,6 +171,20 @@ class Tokens:
     def lengths(self) -> np.ndarray:
         """int64 [n], tokens of each text, special tokens included."""
         return np.diff(self.offsets)
+
+
+def tokenizer_key(tokenizer: "PreTrainedTokenizerBase", max_length: int) -> str:
+    """sha256 (hex) of all that decides a text's token ids: vocabulary, rules, special tokens, truncation."""
+    if tokenizer.is_fast:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        # State left by the latest call, not a property of the tokenizer.
+        content |= {"padding": None, "truncation": None}
+    else:
+        content = [type(tokenizer).__name__, tokenizer.get_vocab(), sorted(map(str, tokenizer.init_kwargs.items()))]
+    behaviour = [content, tokenizer.truncation_side, max_length, tokenizer.pad_token_id]
+    if tokenizer.split_special_tokens:  # else the key is that of stores written before it was looked at
+        behaviour.append("split_special_tokens")
+    return hashlib.sha256(json.dumps(behaviour, sort_keys=True).encode()).hexdigest()
 
 
 def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_length: int) -> Tokens:

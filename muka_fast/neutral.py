@@ -20,7 +20,7 @@ from torch import Tensor
 
 from muka_fast import checkpoint
 from muka_fast.console import progress
-from muka_fast.data import TextSet, Tokens, collate, token_budget_batches, tokenize
+from muka_fast.data import TextSet, Tokens, collate, token_budget_batches, tokenize, tokenizer_key
 from muka_fast.errors import UserError
 from muka_fast.features import Features, read_or_refuse
 from muka_fast.memory import token_budget
@@ -48,7 +48,6 @@ from muka_fast.teachers import (
     settle_outputs,
     settle_tokenizer,
     token_limit,
-    tokenizer_key,
 )
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def neutral_features(
 def neutral_tokens(encoder: str | Path, texts: TextSet, options: ScoringOptions) -> Tokens:
     """The texts as the neutral encoder's tokenizer cuts them, special tokens included."""
     tokenizer = load_tokenizer(checkpoint.resolve_folder(encoder, ROLE), f"{ROLE} {encoder}")
-    return tokenize(tokenizer, texts.texts, min(options.max_length, tokenizer.model_max_length))
+    return texts.tokens(tokenizer, min(options.max_length, tokenizer.model_max_length))
 
 
 @torch.inference_mode()
@@ -144,7 +143,7 @@ def _compute(
 ) -> None:
     """One pass of the encoder over the texts of the missing shards that this process gets, each written as soon as it is whole."""
     model = load_encoder(folder, tokenizer, device_of(options.device))
-    tokens = tokenize(tokenizer, texts.texts, min(max_length, token_limit(model, tokenizer)))
+    tokens = texts.tokens(tokenizer, min(max_length, token_limit(model, tokenizer)))
     budget = token_budget(options.token_budget, model.device)
     with progress(sum(shard.stop - shard.start for shard in todo), "neutral features") as bar:
         for shard in (todo[number] for number in queue.take(key, len(todo))):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import torch
 
 from muka_fast.adaptive import Crew, run_waves, token_batches
 from muka_fast.console import progress
-from muka_fast.data import TextSet, Tokens, collate, token_budget_batches, tokenize
+from muka_fast.data import TextSet, Tokens, collate, token_budget_batches
 from muka_fast.errors import UserError
 from muka_fast.memory import replica_budget_bytes
 from muka_fast.shard_queue import ShardQueue
@@ -55,7 +55,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Scoring:
-    """What all teachers of one scoring run have in common; tokens: each distinct tokenizer's, kept."""
+    """What all teachers of one scoring run have in common."""
 
     store: Path
     texts: TextSet
@@ -64,13 +64,9 @@ class Scoring:
     token_budget: int
     queue: ShardQueue
     need_features: bool
-    tokens: dict[str, Tokens] = field(default_factory=dict)
 
     def tokens_of(self, teacher: Teacher) -> Tokens:
-        if teacher.tokenizer_key not in self.tokens:  # the key covers the teacher's own limit
-            max_length = min(self.max_length, teacher.max_length)
-            self.tokens[teacher.tokenizer_key] = tokenize(teacher.tokenizer, self.texts.texts, max_length)
-        return self.tokens[teacher.tokenizer_key]
+        return self.texts.tokens(teacher.tokenizer, min(self.max_length, teacher.max_length))
 
     def missing_shards(self, key: str, entry: dict[str, Any]) -> list[ShardRange]:
         """The shards of a teacher that are not there, or damaged (those are named), or lack features that are needed."""

@@ -7,7 +7,6 @@ tokenizer, or a LoRA adapter of one. Whatever else is met ends in a UserError th
 import contextlib
 import hashlib
 import importlib.util
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from muka_fast import adapters, checkpoint, placement
+from muka_fast.data import tokenizer_key
 from muka_fast.errors import UserError
 from muka_fast.sites import trace_inputs
 
@@ -384,15 +384,3 @@ def token_limit(model: transformers.PreTrainedModel, tokenizer: transformers.Pre
     if len(limits) == 1:
         limits.append(getattr(model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT)
     return int(min(limit for limit in (*limits, NO_LIMIT) if limit > 0))  # XLNet's -1: none
-
-
-def tokenizer_key(tokenizer: transformers.PreTrainedTokenizerBase, max_length: int) -> str:
-    """sha256 (hex) of all that decides a text's token ids: vocabulary, rules, special tokens, truncation."""
-    if tokenizer.is_fast:
-        content = json.loads(tokenizer.backend_tokenizer.to_str())
-        # State left by the latest call, not a property of the tokenizer.
-        content |= {"padding": None, "truncation": None}
-    else:
-        content = [type(tokenizer).__name__, tokenizer.get_vocab(), sorted(map(str, tokenizer.init_kwargs.items()))]
-    behaviour = [content, tokenizer.truncation_side, max_length, tokenizer.pad_token_id, tokenizer.split_special_tokens]
-    return hashlib.sha256(json.dumps(behaviour, sort_keys=True).encode()).hexdigest()

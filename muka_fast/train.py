@@ -25,7 +25,7 @@ from muka_fast.aligned import student_part
 from muka_fast.config import EvalConfig, RunConfig, load_config
 from muka_fast.console import log_file, setup_logging
 from muka_fast.coverage import nobody_weights
-from muka_fast.data import TextSet, read_texts, tokenize
+from muka_fast.data import TextSet, read_texts
 from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine, init_distributed, resolve_device
 from muka_fast.evaluate import evaluate
@@ -133,7 +133,7 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
         model, tokenizer = load_student(config.student, space.names, config.seed, ds_config)
         if config.activation_checkpointing:
             checkpoint_activations(model, f"student {config.student}")
-        tokens = tokenize(tokenizer, texts.texts, min(config.max_length, token_limit(model, tokenizer)))
+        tokens = texts.tokens(tokenizer, min(config.max_length, token_limit(model, tokenizer)))
     plan = Plan(tokens.lengths, config)
     record = begin_record(config, ds_config, texts, sup, space, labels)
     on_first_process(lambda: begin_run(output, config, record))

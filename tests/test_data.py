@@ -244,6 +244,16 @@ def test_tokens_are_those_of_the_tokenizer(make_tokenizer, texts, family):
         assert tokens.ids.dtype == np.int32 and tokens.offsets.dtype == np.int64
 
 
+def test_texts_are_tokenised_once_for_every_distinct_tokenizer_and_length(make_tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("a first text\nand another one")
+    texts = read_texts(tmp_path / "a.txt")
+    tokens = texts.tokens(make_tokenizer("bert"), 8)
+    assert texts.tokens(make_tokenizer("bert"), 8) is tokens
+    np.testing.assert_array_equal(tokens.ids, tokenize(make_tokenizer("bert"), texts.texts, 8).ids)
+    others = [texts.tokens(make_tokenizer("bert"), 4), texts.tokens(make_tokenizer("roberta"), 8)]
+    assert others[0].lengths.max() == 4 and len({id(found) for found in (tokens, *others)}) == 3
+
+
 @pytest.mark.parametrize("family", ["bert", "roberta", "deberta-v2", "llama"])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_very_long_texts_are_cut_before_tokenising(make_tokenizer, texts, family, side):

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from muka_fast import scoring, supervision
+from muka_fast import data, supervision
 from muka_fast import store as store_module
 from muka_fast.config import RunConfig
 from muka_fast.data import TextSet, Tokens
@@ -96,7 +96,8 @@ def stage(monkeypatch):
     monkeypatch.setattr(supervision, "check_sites", lambda names, files, options: None)
     monkeypatch.setattr(supervision, "family_of", lambda path: path)
     monkeypatch.setattr(supervision, "load_teacher", stage.load_teacher)
-    monkeypatch.setattr(scoring, "tokenize", stage.tokenize)
+    monkeypatch.setattr(data, "tokenize", stage.tokenize)
+    monkeypatch.setattr(data, "tokenizer_key", lambda tokenizer, max_length: str(max_length))
     monkeypatch.setattr(supervision, "StochasticTeacher", stage.make_scorer)
     return stage
 

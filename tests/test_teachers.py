@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BartConfig, BartForSequenceClassification
 
 from muka_fast import checkpoint, teachers
-from muka_fast.data import tokenize
+from muka_fast.data import tokenize, tokenizer_key
 from muka_fast.errors import UserError
 from muka_fast.evaluate import predict
 
@@ -149,9 +149,9 @@ def test_tokenizer_key_is_about_behaviour(make_teacher, make_tokenizer):
     assert teachers.load_teacher(make_teacher("roberta"), run_seed=0).tokenizer_key != key
     used = make_tokenizer("bert")
     used(["a b c", "d"], padding=True, truncation=True, max_length=8)
-    assert teachers.tokenizer_key(used, 256) == teachers.tokenizer_key(make_tokenizer("bert"), 256)
+    assert tokenizer_key(used, 256) == tokenizer_key(make_tokenizer("bert"), 256)
     used.add_tokens(["muka"])
-    assert teachers.tokenizer_key(used, 256) != teachers.tokenizer_key(make_tokenizer("bert"), 256)
+    assert tokenizer_key(used, 256) != tokenizer_key(make_tokenizer("bert"), 256)
 
 
 # The list of teachers
@@ -466,7 +466,7 @@ def test_end_of_text_pads_nothing_where_it_ends_every_text(make_tokenizer, make_
 def test_a_text_cannot_spell_the_end_token_that_a_head_looks_for(make_tokenizer):
     """BART refuses a batch whose texts hold it in different numbers; elsewhere it is read as plain transformers read it."""
     tokenizer = make_tokenizer("roberta")
-    key, plain = teachers.tokenizer_key(tokenizer, 32), tokenizer(HTML).input_ids
+    key, plain = tokenizer_key(tokenizer, 32), tokenizer(HTML).input_ids
     assert plain.count(tokenizer.eos_token_id) == 2
     sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "vocab_size": len(tokenizer)}
     config = BartConfig(d_model=16, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sizes)
@@ -476,7 +476,7 @@ def test_a_text_cannot_spell_the_end_token_that_a_head_looks_for(make_tokenizer)
     rows = [tokens.ids[a:b].tolist() for a, b in itertools.pairwise(tokens.offsets)]
     assert [row.count(tokenizer.eos_token_id) for row in rows] == [1, 1]
     assert predict(model, tokens, pad_id=tokenizer.pad_token_id).shape == (2, 3)
-    assert teachers.tokenizer_key(tokenizer, 32) != key  # RoBERTa's tokenizer is the same file
+    assert tokenizer_key(tokenizer, 32) != key  # RoBERTa's tokenizer is the same file
 
 
 def test_a_configuration_that_asks_for_more_is_answered_as_usual(make_teacher):
