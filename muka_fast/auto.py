@@ -13,7 +13,8 @@ By class, with p_ic the probability that teacher i gives union class c, and e_i 
    teachers, share_i = sum_c mean q_c over its classes, stay (squared: they start too equal); summing to 1 over c;
    w_i ~ exp(e_i) (sum_c p_ic g_c) sqrt(K_i / mean w_i), K_i the mean of w_i over the k nearest neighbours.
 
-Figures, and what did not help: docs/selection.md. Letters as in evidence.py, and C union classes, S kept teacher columns.
+Figures, and what did not help: docs/selection.md. Letters as in evidence.py, and C union classes, S kept teacher columns. The neutral
+features are an encoder's (neutral.py) with those of the texts' words beside them (words.py).
 A class of several owners counts for each of them in equal parts (share_i and g_c alike).
 """
 

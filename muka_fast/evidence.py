@@ -4,7 +4,7 @@
    2021), and -ln mutual information, or the energy logsumexp(z) (Liu et al., 2020) where there was a single pass.
 2. Both on one scale, assuming nothing about the teachers' shares: A(s) = 4 ((s - q_a) / (q_{1-a} - q_a) - 1/2), q its
    quantiles over the pool. Evidence e_i [n, N]: their mean.
-3. Start: 2 e, smoothed over the k-nearest-neighbour graph of the neutral features b.
+3. Start: 2 e, smoothed over the k-nearest-neighbour graph of the neutral features b (neutral.py, words.py).
 4. R times: t = argmax w; logistic regression of t on b / |b|, weighted by the top-2 gap of w, whose intercepts learn the
    shares; w = softmax(ln p(i | b) + lambda e).
 
