@@ -254,6 +254,8 @@ def teacher_recall(selected: torch.Tensor | None, labels: Sequence[str], space: 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All cells that were asked for, seed by seed, so that an early end leaves whole tables of fewer seeds."""
+    if not args.settings:
+        raise UserError(f"--data {args.data}: holds none of the data sets; bench/fetch_sets.py makes two")
     settings: dict[str, dict[str, Any]] = {}
     cells = []
     wanted = [method for method in args.methods if method != "dawid-skene" or INSTALLED]

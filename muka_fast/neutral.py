@@ -68,8 +68,7 @@ def neutral_features(
     """
     queue = queue or ShardQueue()
     with queue:
-        folder = checkpoint.resolve_folder(encoder, ROLE)
-        tokenizer = load_tokenizer(folder, f"{ROLE} {encoder}")
+        folder, tokenizer = find(encoder)
         max_length = min(options.max_length, tokenizer.model_max_length)
         key = neutral_key(encoder, tokenizer, max_length, texts)
         place = Path(store) / f"neutral-{key}"
@@ -82,17 +81,22 @@ def neutral_features(
     return Features(ranges, lambda shard: read_or_refuse(place, shard, lambda part: _read(place, part, key))[FEATURES])
 
 
+def find(encoder: str | Path) -> tuple[Path, transformers.PreTrainedTokenizerBase]:
+    """The folder of an encoder, from the hub where it is none, and its tokenizer."""
+    folder = checkpoint.resolve_folder(encoder, ROLE)
+    return folder, load_tokenizer(folder, f"{ROLE} {encoder}")
+
+
 def neutral_tokens(encoder: str | Path, texts: TextSet, options: ScoringOptions) -> Tokens:
     """The texts as the neutral encoder's tokenizer cuts them, special tokens included."""
-    tokenizer = load_tokenizer(checkpoint.resolve_folder(encoder, ROLE), f"{ROLE} {encoder}")
+    _, tokenizer = find(encoder)
     return texts.tokens(tokenizer, min(options.max_length, tokenizer.model_max_length))
 
 
 @torch.inference_mode()
 def name_features(encoder: str | Path, names: Sequence[str], options: ScoringOptions) -> np.ndarray:
     """The neutral features of class names, read as words, fp32 [C, d]."""
-    folder = checkpoint.resolve_folder(encoder, ROLE)
-    tokenizer = load_tokenizer(folder, f"{ROLE} {encoder}")
+    folder, tokenizer = find(encoder)
     model = load_encoder(folder, tokenizer, device_of(options.device))
     limit = min(options.max_length, token_limit(model, tokenizer))
     tokens = tokenize(tokenizer, [readable(name) for name in names], limit)

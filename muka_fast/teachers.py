@@ -365,7 +365,7 @@ def embedded_tokens(model: transformers.PreTrainedModel) -> int | None:
     """Rows of the table of tokens; None for a model without one: CANINE hashes characters, Perceiver begins with a projection."""
     try:
         table = model.get_input_embeddings()
-    except NotImplementedError:  # how transformers says so
+    except NotImplementedError:  # raised by transformers for a model that has none; `check_vocabulary` tells it
         return None
     if isinstance(table, torch.nn.Embedding):
         return table.num_embeddings  # ZeRO-3 leaves no rows in its weight

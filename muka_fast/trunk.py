@@ -268,15 +268,12 @@ class StochasticTeacher:
         return "all"
 
     def _splits_right(self, ids: Tensor, mask: Tensor, plain: Tensor) -> bool:
+        halves = lambda layer: self.encoder.run(ids, mask, start=layer, hidden=self.encoder.run(ids, mask, stop=layer))
         try:
-            for layer in (1, self.encoder.depth - 1, self.encoder.depth):
-                hidden = self.encoder.run(ids, mask, stop=layer)
-                if not self._agree(self.encoder.run(ids, mask, start=layer, hidden=hidden), plain):
-                    return False
+            return all(self._agree(halves(layer), plain) for layer in (1, self.encoder.depth - 1, self.encoder.depth))
         except Exception as error:  # whatever a layer does without those below it: T5's needs the position bias of the first
             log.debug("teacher %s: cannot be cut (%s)", self.name, error)
             return False
-        return True
 
     def _probabilities(self, mc_dropout_p: float | None) -> dict[int, float]:
         """Site index -> p of the active sites. Raises UserError where nothing would be random."""

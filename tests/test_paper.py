@@ -59,12 +59,15 @@ def test_sets_hold_distinct_texts_of_topical_classes(bench):
     assert len({text for text, _ in train + test}) == 1000 and "games 0" not in dict(train + test)
 
 
-def test_settings_whose_sets_are_missing_are_left_out(bench, tmp_path):
+def test_settings_whose_sets_are_missing_are_left_out(bench, tmp_path, capsys):
     paper = bench("paper")
     (tmp_path / "trec6").mkdir()
     known = ["--data", str(tmp_path), "--encoders", "encoders"]
     assert paper.parse_arguments(known).settings == ["trec6_2", "trec6_bert_mpnet", "trec6_85", "trec6_same"]
     assert paper.parse_arguments([*known, "--settings", "debian_3"]).settings == ["debian_3"]
+    (tmp_path / "trec6").rmdir()
+    assert paper.main(known) == 2
+    assert "holds none of the data sets" in capsys.readouterr().err
 
 
 # ---- labels and texts ----

@@ -3,13 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from runs import SMOOTH_ADAM, largest_difference, losses, weights, word_tokenizer
 
-from muka_fast import train
+from muka_fast import data, train
 from muka_fast.errors import UserError
+from muka_fast.evidence import unit
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -215,6 +217,42 @@ def test_another_neutral_encoder_changes_who_is_trusted_and_a_resume_with_it_is_
     assert largest_difference(weights(other), weights(named)) > 0
     with pytest.raises(UserError, match="neutral_encoder"):
         go("run", **options, resume=True)
+
+
+def test_the_rule_sees_encoder_and_words_and_the_coverage_the_encoder_alone(go, monkeypatch):
+    seen = {}
+    rule, nobody = train.METHODS["muka-auto"].rule, train.nobody_weights
+
+    def watched_rule(sup, view, seed, names):
+        seen["view"], seen["names"] = view, names()
+        return rule(sup, view, seed, names)
+
+    def watched_nobody(sup, weights, neutral, seed):
+        seen["neutral"] = neutral
+        return nobody(sup, weights, neutral, seed)
+
+    monkeypatch.setattr(train.METHODS["muka-auto"], "rule", staticmethod(watched_rule))
+    monkeypatch.setattr(train, "nobody_weights", watched_nobody)
+    go("run", method="muka-auto", coverage=True, epochs=1)
+    rows = np.arange(sum(len(part) for _, part in seen["neutral"].chunks()))
+    view, neutral = seen["view"].rows(rows), seen["neutral"].rows(rows)
+    width = neutral.shape[1]
+    assert view.shape[1] > width == seen["names"].shape[1]
+    np.testing.assert_allclose(view[:, :width], unit(neutral), atol=1e-6)
+    lengths = np.linalg.norm(view[:, width:], axis=1)
+    assert (lengths > 0.99).mean() > 0.9  # a text of rare words alone has none
+
+
+def test_no_text_is_tokenised_twice_alike(go, monkeypatch):
+    calls, tokenize = [], data.tokenize
+
+    def watched(tokenizer, texts, max_length):
+        calls.append((len(texts), data.tokenizer_key(tokenizer, max_length)))
+        return tokenize(tokenizer, texts, max_length)
+
+    monkeypatch.setattr(data, "tokenize", watched)
+    go("run", method="muka-auto", epochs=1)
+    assert len(calls) == len(set(calls)) < 4  # teachers, neutral features, words and student ask
 
 
 def test_mean_is_refused_for_teachers_of_different_labels(go):
