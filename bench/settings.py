@@ -14,8 +14,8 @@ from pathlib import Path
 from muka_fast.data import read_texts
 
 # Rules and their numbers may be chosen on settings of these sets; settings without any of them are for reporting.
-DEVELOPMENT = ("google_snippets", "clinc150", "trec6")
-KEPT_ASIDE = ("wordnet", "debian")  # bench/fetch_sets.py: nothing was ever chosen, tried or corrected on these
+DEVELOPMENT = ("google_snippets", "clinc150", "trec6", "wordnet", "debian")
+KEPT_ASIDE = ("gcide", "foldoc")  # bench/fetch_sets.py: nothing was ever chosen, tried or corrected on these
 BERT, MPNET = "bert", "mpnet"  # which encoder stands behind these words is an option of the script
 
 Rows = list[tuple[str, str]]  # (text, label)
@@ -78,6 +78,10 @@ SETTINGS = {
     "debian_3": Setting("debian, three teachers", (("debian", 3),)),
     "debian_overlap": _two("debian", overlap=6),
     "wordnet_debian": Setting("wordnet and debian", (("wordnet", 1), ("debian", 1))),
+    "gcide_2": _two("gcide"),
+    "gcide_unseen": _two("gcide", unseen=True),
+    "foldoc_3": Setting("foldoc, three teachers", (("foldoc", 3),)),
+    "gcide_foldoc": Setting("gcide and foldoc", (("gcide", 1), ("foldoc", 1))),
 }
 
 PUBLISHED = {"uncertainty": "predictive_entropy"}

@@ -1,6 +1,7 @@
 """bench/paper.py: how texts are dealt, what a cell holds, the tables, and (slow) the whole matrix at toy size."""
 
 import importlib
+import gzip
 import json
 import lzma
 import subprocess
@@ -34,26 +35,53 @@ def write(path, rows):
 # ---- data sets ----
 
 
+def package(folder, name: str, data: bytes) -> bytes:
+    """A Debian package that holds one file."""
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_bytes(data)
+    subprocess.run(["tar", "cJf", "data.tar.xz", f"./{name}"], cwd=folder, check=True)
+    subprocess.run(["ar", "rc", "package.deb", "data.tar.xz"], cwd=folder, check=True)
+    return (folder / "package.deb").read_bytes()
+
+
 def test_sets_made_of_debian_files(bench, monkeypatch, tmp_path):
     sets = bench("fetch_sets")
-    data = "  1 licence\n0001 05 n 01 cat 0 000 @ | a small animal  \n0002 03 n 01 entity 0 000 | what is  \n"
-    files = tmp_path / "usr" / "share" / "wordnet"
-    files.mkdir(parents=True)
-    (files / "data.noun").write_text(data)
-    subprocess.run(["tar", "cJf", "data.tar.xz", "./usr"], cwd=tmp_path, check=True)
-    subprocess.run(["ar", "rc", "package.deb", "data.tar.xz"], cwd=tmp_path, check=True)
-    packages = "Package: a\nDescription: a: game\n of chess\nSection: games\n\nPackage: b\nSection: net\n\n"
-    loaded = {sets.WORDNET: (tmp_path / "package.deb").read_bytes(), sets.PACKAGES: lzma.compress(packages.encode())}
+    nouns = b"  1 licence\n0001 05 n 01 cat 0 000 @ | a small animal  \n0002 03 n 01 entity 0 000 | what is  \n"
+    webster = b"""Abaca \\Ab"a*ca\\, n.
+   1. (Bot.) The Manila-hemp plant
+      of {Luzon}.
+      [1913 Webster]
+
+   2. (Fig.) A figure of some kind.
+
+Aker \\A"ker\\, n. (Law) See Acre.
+
+Actor, n. (Law) One who institutes a suit. -- {Actress}, n.
+"""
+    computing = b"""Actor
+
+   1. <programming> An {object} which exists twice.
+
+   <storage, standard> Two subjects and many words.
+"""
+    loaded = {
+        sets.WORDNET: package(tmp_path / "w", "usr/share/wordnet/data.noun", nouns),
+        sets.GCIDE: package(tmp_path / "g", "usr/share/dictd/gcide.dict.dz", gzip.compress(webster)),
+        sets.FOLDOC: package(tmp_path / "f", "usr/share/dictd/foldoc.dict.dz", gzip.compress(computing)),
+        sets.PACKAGES: lzma.compress(b"Package: a\nDescription: a: game\n of chess\nSection: games\n\nPackage: b\nSection: net\n\n"),
+    }
     monkeypatch.setattr(sets, "load", loaded.get)
     assert list(sets.wordnet()) == [("a small animal", "animal"), ("what is", "tops")]
     assert list(sets.debian()) == [("a: game", "games")]
+    assert list(sets.gcide()) == [("The Manila-hemp plant of Luzon.", "botany"), ("One who institutes a suit.", "law")]
+    assert list(sets.foldoc()) == [("An object which exists twice.", "programming")]
 
 
 def test_sets_hold_distinct_texts_of_topical_classes(bench):
     sets = bench("fetch_sets")
     counts = {"games": 700, "net": 400, "rust": 399, "libs": 900}
     rows = [(f"{label} {i}", label) for label, count in counts.items() for i in range(count)]
-    train, test = sets.split(iter([*rows, *rows[:50], ("games 0", "net")]))  # repeated, and once with another label
+    train, test = sets.split(iter([*rows, *rows[:50], ("games 0", "net")]), 400)  # repeated, and once with another label
     assert Counter(label for _, label in test) == {"games": 100, "net": 100}
     assert Counter(label for _, label in train) == {"games": 500, "net": 300}
     assert len({text for text, _ in train + test}) == 1000 and "games 0" not in dict(train + test)
@@ -118,7 +146,7 @@ def test_every_setting_is_reported_in_one_group_and_named_methods_exist(settings
     groups = {name: setting.group for name, setting in settings.SETTINGS.items()}
     assert groups["google_snippets_2"] == groups["google_snippets_clinc150"] == "development"
     assert groups["ag_news_banking77"] == "confirmation" and set(groups.values()) == set(bench("paper_report").GROUPS)
-    assert groups["wordnet_debian"] == "kept-aside"
+    assert groups["gcide_foldoc"] == "kept-aside" and groups["wordnet_debian"] == "development"
     from muka_fast.config import METHODS, RunConfig
 
     for name, options in settings.METHODS.items():
