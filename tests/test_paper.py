@@ -1,7 +1,7 @@
 """bench/paper.py: how texts are dealt, what a cell holds, the tables, and (slow) the whole matrix at toy size."""
 
-import importlib
 import gzip
+import importlib
 import json
 import lzma
 import subprocess
