@@ -1,17 +1,20 @@
-"""muka-auto: whose text is this? A log-linear pool of four answers, w_i ~ prod_a (w_ai + 1e-4)^(power_a / 3.5).
+"""muka-auto: whose text is this? A log-linear pool of three answers, w_i ~ prod_a (w_ai + 1e-4)^(power_a / 3).
 
-By class, power 2 (below); by teacher, power 1 (muka-evidence, evidence.py); by the teachers' shares of the softmax over all
-concatenated logits, power 1/2 (vkd's own selection); by the names of the classes, power 6 times the trust that they have earned
-(names.py). No label of a text, and no further forward of a teacher.
+By class, power 2 (below); by teacher, power 1 (muka-evidence, evidence.py); by the names of the classes (names.py), power 6 times
+the trust that they have earned: as far as they find the teachers' own classes, times as far as they find the owners that the other
+two answers agree on. No label of a text, and no further forward of a teacher.
 
-By class, with p_ic the probability that teacher i gives union class c, and e_i its relative Mahalanobis distance (Ren et al.,
-2021), anchored, its Gaussians fitted with weights (max_c p_ic)^4: texts that a teacher does not know blur its classes.
+By class, with p_ic the probability that teacher i gives union class c, and e_i (1 + slope_i) how much it takes a text for its own:
+e_i its relative Mahalanobis distance (Ren et al., 2021), anchored, its Gaussians fitted with weights (max_c p_ic)^4: texts that a
+teacher does not know blur its classes; slope_i how far own and foreign texts lie apart, in log-odds per unit of e_i: where teachers
+know the pool by heart, the distance decides, where it hardly tells, the rest does.
 
-1. Start: w = softmax(2 e).
-2. R times: q_c = sum_i w_i p_ic, the composed target; f_c, its ridge regression on the neutral features, leave-one-out;
-   g_c ~ (share_i^2 / C_i) max(f_c / mean q_c, 0.1)^2, so that no class swallows another of its teacher, while the shares of the
-   teachers, share_i = sum_c mean q_c over its classes, stay (squared: they start too equal); summing to 1 over c;
-   w_i ~ exp(e_i) (sum_c p_ic g_c) sqrt(K_i / mean w_i), K_i the mean of w_i over the k nearest neighbours.
+1. Start: w = softmax(e (1 + slope)).
+2. R times: q_c = sum_i w_i p_ic, the composed target; f_c, its ridge regression, leave-one-out, on the neutral features with the
+   teachers' own beside them (Views); g_c ~ (share_i^2 / C_i) max(f_c / mean q_c, 0.1)^2, so that no class swallows another of its
+   teacher, while the shares of the teachers, share_i = sum_c mean q_c over its classes, stay (squared: they start too equal);
+   summing to 1 over c; w_i ~ exp(e_i (1 + slope_i)) (sum_c p_ic g_c) sqrt(K_i / mean w_i), K_i the mean of w_i over the k nearest
+   neighbours by the neutral features.
 
 Figures, and what did not help: docs/selection.md. Letters as in evidence.py, and C union classes, S kept teacher columns. The neutral
 features are an encoder's (neutral.py) with those of the texts' words beside them (words.py).
@@ -20,6 +23,8 @@ A class of several owners counts for each of them in equal parts (share_i and g_
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,18 +33,21 @@ import torch
 from scipy.sparse import csr_array
 from scipy.special import softmax
 
-from muka_fast.evidence import NEIGHBOURS, SAMPLE, energies, evidence_weights, neighbours, own_scores, sample_rows, unit
-from muka_fast.names import NameAnswer
+from muka_fast.evidence import NEIGHBOURS, SAMPLE, evidence_weights, neighbours, own_scores, sample_rows, unit
+from muka_fast.names import NameAnswer, cohens_kappa
 
 if TYPE_CHECKING:
     from muka_fast.features import Features
     from muka_fast.stored import Supervision
 
-POWERS = {"class": 2.0, "teacher": 1.0, "logits": 0.5}
+POWERS = {"class": 2.0, "teacher": 1.0}
 NAMES_POWER = 6.0  # times the trust in the names
 FLOOR = 1e-4  # of an answer in the pool: none can veto a teacher
 CERTAINTY = 4.0  # power of the top probability in the weights of the Gaussians
+STEEPEST = 4.0  # slope: scores of a few values only must not decide alone
 ROUNDS = 5  # R
+VIEW_LENGTH = 0.6  # of all teachers' features together, where encoder and words have length 1 each
+VIEW_WIDTH, VIEWS_WIDTH = 32, 1024  # principal directions of a teacher's features, and at most of all teachers'
 PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # of the ridge regression, per text
 LEAST = 0.1  # of f_c / mean q_c: ridge regression gives negative probabilities as well
 SMALLEST_SHARE = 0.02  # added to K_i and to mean w_i
@@ -61,25 +69,37 @@ def auto_weights(
         return by_teacher
     rows = sample_rows(sup.example_ids.numpy(), seed, sample)
     own, classes, b = own_scores(sup, rows, CERTAINTY), Classes.of(sup), unit(neutral.rows(rows))
-    by_class, by_logits = class_weights(sup, neutral, rows, own, classes, b), softmax(energies(sup), axis=1)
-    answers = {"class": by_class, "teacher": by_teacher, "logits": by_logits}
+    own *= 1 + slopes(own[rows])
+    answers = {"class": class_weights(sup, neutral, rows, own, classes, b), "teacher": by_teacher}
     pooled = sum(power * np.log(answers[name] + FLOOR) for name, power in POWERS.items())
     if names is not None:
         width = names.shape[1]
-        answer = NameAnswer.fit(unit(b[:, :width]), names, softmax(2 * own[rows], axis=1), probs(sup, rows), classes)
-        for part, chunk in neutral.chunks():
-            pooled[part] += NAMES_POWER * answer.trust * np.log(answer(unit(chunk[:, :width])) + FLOOR)
+        answer = NameAnswer.fit(unit(b[:, :width]), names, softmax(own[rows], axis=1), probs(sup, rows), classes)
+        named = np.concatenate([answer(unit(chunk[:, :width])) for _, chunk in neutral.chunks()])
+        owners = cohens_kappa(named[rows].argmax(1), pooled[rows].argmax(1), len(sup.teachers))
+        pooled += NAMES_POWER * answer.trust * owners * np.log(named + FLOOR)
     return softmax(pooled / sum(POWERS.values()), axis=1).astype(np.float32)
+
+
+def slopes(e: np.ndarray) -> np.ndarray:
+    """(mean of e_i over a teacher's own texts - mean over the others) / variance within them, [N]; own as far as w = softmax(2 e)
+    says, [m, N]. For two normal distributions of one variance the log-odds of "own" grow by this much per unit of e_i. In
+    [0, STEEPEST]."""
+    w = softmax(2 * e.astype(np.float64), axis=1)
+    own, other = ((weights * e).sum(0) / np.maximum(weights.sum(0), 1e-12) for weights in (w, 1 - w))
+    within = (w * (e - own) ** 2 + (1 - w) * (e - other) ** 2).mean(0)
+    return np.clip((own - other) / np.maximum(within, 1e-12), 0, STEEPEST)
 
 
 def class_weights(
     sup: Supervision, neutral: Features, rows: np.ndarray, own: np.ndarray, classes: Classes, b: np.ndarray
 ) -> np.ndarray:
-    """The answer by class, fp32 [n, N], from each text's own scores e = own [n, N]; fitted on the texts `rows`, at least two, whose
-    neutral features are the unit rows b. They keep their leave-one-out answer, all others get the regression's prediction, in a
-    stream."""
-    p, e, near, ridge = probs(sup, rows), own[rows], neighbours(b, NEIGHBOURS), Ridge.of(b)
-    w = softmax(2 * e, axis=1)
+    """The answer by class, fp32 [n, N], from each text's own scores e (1 + slope) = own [n, N]; fitted on the texts `rows`, at least
+    two, whose neutral features are the unit rows b. They keep their leave-one-out answer, all others get the regression's
+    prediction, in a stream."""
+    views = Views.fit(sup.features, rows)
+    p, e, near, ridge = probs(sup, rows), own[rows], neighbours(b, NEIGHBOURS), Ridge.of(views.beside(b, rows))
+    w = softmax(e, axis=1)
     penalty = ridge.best_penalty(classes.compose(w, p))
     for _ in range(ROUNDS):
         q = classes.compose(w, p)
@@ -94,7 +114,8 @@ def class_weights(
     for part, chunk in neutral.chunks():
         at = np.flatnonzero(rest[part])
         others, here = unit(chunk[at]), part.start + at
-        out[here] = answer(probs(sup, here), own[here], fitted(others), neighbours(others, NEIGHBOURS, among=b))
+        f = fitted(views.beside(others, here))
+        out[here] = answer(probs(sup, here), own[here], f, neighbours(others, NEIGHBOURS, among=b))
     return out
 
 
@@ -132,6 +153,34 @@ class Classes:
     def expect(self, values: np.ndarray, p: np.ndarray) -> np.ndarray:
         """sum_c p_ic values_c: [.., C] and [.., S] -> [.., N]."""
         return np.add.reduceat(p * values[:, self.union], self.starts, axis=1)
+
+
+@dataclass(frozen=True)
+class Views:
+    """The teachers' features as they stand beside the neutral ones: along their principal directions, unit rows, all together of
+    length VIEW_LENGTH. What a teacher knows by heart lies apart in its own features."""
+
+    features: Sequence[Features]
+    means: list[np.ndarray]  # of each teacher's features [D]
+    directions: list[np.ndarray]  # [D, <= VIEW_WIDTH]
+
+    @classmethod
+    def fit(cls, features: Sequence[Features], rows: np.ndarray) -> Views:
+        """On these texts."""
+        width, means, directions = min(VIEW_WIDTH, max(VIEWS_WIDTH // len(features), 1)), [], []
+        for teacher in features:
+            values = teacher.rows(rows).astype(np.float64)
+            means.append(values.mean(0))
+            _, vectors = np.linalg.eigh(np.cov(values, rowvar=False, bias=True).reshape(values.shape[1], -1))
+            directions.append(vectors[:, -width:].astype(np.float32))
+        return cls(features, means, directions)
+
+    def beside(self, b: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Unit rows [len(rows), d + sum of the widths] of the texts `rows`, whose neutral features are the unit rows b."""
+        length, parts = VIEW_LENGTH / math.sqrt(len(self.features)), [b]
+        for teacher, mean, directions in zip(self.features, self.means, self.directions, strict=True):
+            parts.append(length * unit((teacher.rows(rows) - mean).astype(np.float32) @ directions))
+        return unit(np.concatenate(parts, axis=1))
 
 
 @dataclass(frozen=True)

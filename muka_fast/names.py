@@ -78,10 +78,15 @@ def calibrate(s: np.ndarray, w: np.ndarray, p: np.ndarray, classes: Classes) -> 
         similar, probs, share = s[:, classes.union[start:stop]], p[:, start:stop], float(w[:, i].mean())
         weight = w[:, i] * probs.max(1)
         weight = weight / max(float(weight.sum()), 1e-30)
-        named, said = similar.argmax(1), probs.argmax(1)
-        by_chance = np.bincount(named, weight, C) @ np.bincount(said, weight, C)
-        kappa = float(np.clip((weight @ (named == said) - by_chance) / max(1 - by_chance, 1e-9), 0, 1))
+        kappa = cohens_kappa(similar.argmax(1), probs.argmax(1), C, weight)
         kappas.append(kappa)
         wanted += share * (1 / C + (1 - 1 / C) * kappa)
         sure += share * np.array([weight @ softmax(t * similar, axis=1).max(1) for t in TEMPERATURES])
     return kappas, float(np.interp(wanted, sure, TEMPERATURES))
+
+
+def cohens_kappa(one: np.ndarray, other: np.ndarray, count: int, weights: np.ndarray | None = None) -> float:
+    """How far two answers in [0, count) agree beyond chance, in [0, 1], at least 0; weights of the texts sum to 1 (None: equal)."""
+    weights = np.full(len(one), 1 / len(one)) if weights is None else weights
+    by_chance = np.bincount(one, weights, count) @ np.bincount(other, weights, count)
+    return float(np.clip((weights @ (one == other) - by_chance) / max(1 - by_chance, 1e-9), 0, 1))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 from test_evidence import make_pool, matrix, o_anchor, o_rmd, o_weights, restricted
 
-from muka_fast.auto import CERTAINTY, Answer, Classes, Ridge, auto_weights, probs
+from muka_fast.auto import CERTAINTY, Answer, Classes, Ridge, Views, auto_weights, class_weights, probs, slopes
 from muka_fast.evidence import RelativeMahalanobis, evidence_weights, neighbours, own_scores, unit
 from muka_fast.features import Features
 from muka_fast.names import NameAnswer
@@ -57,6 +57,19 @@ def o_ridge(b, target, penalty):
     return np.stack(out)
 
 
+def o_slope(e, w):
+    own, other = np.average(e, weights=w), np.average(e, weights=1 - w)
+    within = np.mean([a * (x - own) ** 2 + (1 - a) * (x - other) ** 2 for a, x in zip(w, e, strict=True)])
+    return min(max((own - other) / within, 0), 4)
+
+
+def o_view(F, length, width=32):
+    """Along the principal directions, each text of the same length."""
+    left, values, _ = np.linalg.svd(F - F.mean(0), full_matrices=False)
+    along = (left * values)[:, :width]
+    return length * along / np.linalg.norm(along, axis=1, keepdims=True)
+
+
 def o_auto(sup, neutral, teacher_labels):
     names = list(dict.fromkeys(label for labels in teacher_labels for label in labels))
     owners = {c: [i for i, labels in enumerate(teacher_labels) if c in labels] for c in names}
@@ -70,7 +83,10 @@ def o_auto(sup, neutral, teacher_labels):
     )
     b = matrix(neutral) / np.linalg.norm(matrix(neutral), axis=1, keepdims=True)
     near = np.argsort(-(b @ b.T - 9 * np.eye(n)), axis=1)[:, :15]
-    w, penalty = softmax(2 * e, axis=1), None
+    e = e * (1 + np.array([o_slope(e[:, i], softmax(2 * e, axis=1)[:, i]) for i in range(N)]))
+    b = np.concatenate([b, *[o_view(matrix(F), 0.6 / math.sqrt(N)) for F in sup.features]], axis=1)
+    b /= np.linalg.norm(b, axis=1, keepdims=True)
+    w, penalty = softmax(e, axis=1), None
     for _ in range(5):
         q = np.einsum("ni,nic->nc", w, p)
         if penalty is None:
@@ -84,9 +100,7 @@ def o_auto(sup, neutral, teacher_labels):
             found = [math.exp(e[text, i]) * (p[text, i] @ g / g.sum() + 1e-9) * math.sqrt(around[i]) for i in range(N)]
             after[text] = np.array(found) / sum(found)
         w = after
-    shares = softmax(np.log(np.stack([np.exp(block).sum(1) for block in z], 1)), axis=1)
-    pooled = (w + 1e-4) ** 2 * (o_weights(sup, neutral) + 1e-4) * (shares + 1e-4) ** 0.5
-    pooled = pooled ** (1 / 3.5)
+    pooled = ((w + 1e-4) ** 2 * (o_weights(sup, neutral) + 1e-4)) ** (1 / 3)
     return pooled / pooled.sum(1, keepdims=True)
 
 
@@ -101,17 +115,30 @@ def test_weights_are_those_of_the_definition(labels, mc):
     np.testing.assert_allclose(found, expected, atol=0.01)
 
 
+def joined(plain, answer, named):
+    """The pool with the names' answer in it: six times the trust, times Cohen's kappa of its owners and the pool's, of three."""
+    one, other = named.argmax(1), plain.argmax(1)
+    by_chance = sum((one == i).mean() * (other == i).mean() for i in range(plain.shape[1]))
+    kappa = max(((one == other).mean() - by_chance) / (1 - by_chance), 0)
+    return softmax(np.log(plain) + 6 * answer.trust * kappa / 3 * np.log(named + 1e-4), axis=1), kappa
+
+
+def start_of(sup):
+    e = own_scores(sup, np.arange(len(sup)), CERTAINTY)
+    return softmax(e * (1 + slopes(e)), axis=1)
+
+
 def test_class_names_join_the_pool_with_six_times_the_trust_that_they_have_earned():
     """Names that lie where their class's texts lie, as far as the predictions tell, and names that lie anywhere."""
     sup, neutral, _ = make_pool(90, (3, 4), seed=2, separation=1.5)
     sup, b = restricted(sup), unit(matrix(neutral).astype(np.float32))
-    p, w, plain = probs(sup, np.arange(90)), softmax(2 * own_scores(sup, np.arange(90), CERTAINTY), axis=1), auto_weights(sup, neutral)
+    p, w, plain = probs(sup, np.arange(90)), start_of(sup), auto_weights(sup, neutral)
     told = (p * np.repeat(w, (3, 4), axis=1)).T @ b
     trust, moved = [], []
     for names in (told, np.random.default_rng(1).standard_normal(told.shape).astype(np.float32)):
         answer = NameAnswer.fit(b, names, w, p, Classes.of(sup))
-        trust.append(answer.trust)
-        expected = softmax(np.log(plain) + 6 * answer.trust / 3.5 * np.log(answer(b) + 1e-4), axis=1)
+        expected, kappa = joined(plain, answer, answer(b))
+        trust.append(answer.trust * kappa)
         moved.append(np.abs(expected - plain).max())
         np.testing.assert_allclose(auto_weights(sup, neutral, names=names), expected, atol=1e-4)
     assert trust[0] > max(0.2, 2 * trust[1]) and moved[0] > moved[1]
@@ -121,13 +148,42 @@ def test_names_are_compared_with_the_encoders_features_alone():
     """Whatever stands behind them: here columns that tell the owner."""
     sup, neutral, owner = make_pool(90, (3, 4), seed=2, separation=1.5)
     sup, b = restricted(sup), unit(matrix(neutral).astype(np.float32))
-    names = np.random.default_rng(1).standard_normal((7, b.shape[1])).astype(np.float32)
+    p, w = probs(sup, np.arange(90)), start_of(sup)
+    names = (p * np.repeat(w, (3, 4), axis=1)).T @ b
     view = Features.of(np.concatenate([b, np.eye(2, dtype=np.float32)[owner]], axis=1))
-    w = softmax(2 * own_scores(sup, np.arange(90), CERTAINTY), axis=1)
-    answer = NameAnswer.fit(b, names, w, probs(sup, np.arange(90)), Classes.of(sup))
-    expected = softmax(np.log(auto_weights(sup, view)) + 6 * answer.trust / 3.5 * np.log(answer(b) + 1e-4), axis=1)
-    found = auto_weights(sup, view, names=names)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    answer = NameAnswer.fit(b, names, w, p, Classes.of(sup))
+    expected, kappa = joined(auto_weights(sup, view), answer, answer(b))
+    assert kappa > 0.1
+    np.testing.assert_allclose(auto_weights(sup, view, names=names), expected, atol=1e-4)
+
+
+def test_the_slope_is_the_log_odds_of_two_normal_distributions_per_unit():
+    rng, own = np.random.default_rng(0), np.arange(40_000) % 2 == 0
+    e = np.where(own, 1.5, -0.5) + rng.standard_normal(40_000)  # log-odds (1.5 + 0.5) / 1 per unit
+    certain = np.where(own, -30.0, 30.0)  # of the other teacher: w is 0 or 1, and nothing varies within
+    assert slopes(np.stack([e, certain], 1).astype(np.float32)) == pytest.approx([2, 4], rel=0.03)
+    assert np.array_equal(slopes(np.zeros((5, 2), np.float32)), [0, 0])
+
+
+def test_what_lies_apart_in_the_teachers_features_counts_although_no_neutral_feature_tells_it():
+    sup, _, owner = make_pool(300, (3, 3), seed=3)
+    sup, rows = restricted(sup), np.arange(300)
+    b = unit(np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32))  # noise
+    weak = (np.eye(2)[owner] + 1.5 * np.random.default_rng(1).standard_normal((300, 2))).astype(np.float32)
+    right = []
+    for features in (sup.features, [Features.of(np.ones((300, 1), np.float32))] * 2):
+        seen = Supervision(**{**vars(sup), "features": features})
+        right.append((class_weights(seen, Features.of(b), rows, weak, Classes.of(sup), b).argmax(1) == owner).mean())
+    assert right[0] > right[1] + 0.05
+
+
+def test_views_are_unit_rows_of_bounded_width():
+    rng = np.random.default_rng(0)
+    features, b = [Features.of(rng.standard_normal((60, 40)).astype(np.float32)) for _ in range(64)], np.eye(60, 5, dtype=np.float32)
+    seen = Views.fit(features, np.arange(0, 60, 2)).beside(b, np.arange(60))
+    assert seen.shape == (60, 5 + 64 * 16) and seen[:5].any()
+    np.testing.assert_allclose(np.linalg.norm(seen, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(seen[:5, 5:], axis=1) / seen[:5, :5].max(1), 0.6, rtol=1e-5)
 
 
 def test_the_ridge_regression_leaves_each_text_out():
