@@ -52,8 +52,8 @@ METHOD_TEXTS = {
     "muka-hard": f"{MUKA}: the prediction of the most certain teacher.",
     "muka-evidence": "Knowledge amalgamation by evidence of the whole pool: all teachers' predictions, weighted by how well each "
     "text fits a teacher's features and the neighbourhood that it owns.",
-    "muka-auto": "Knowledge amalgamation by a pool of four answers to whose text it is: all teachers' predictions, weighted by how "
-    "well each text fits a class, a teacher, the softmax over all teachers' logits, and the names of the classes.",
+    "muka-auto": "Knowledge amalgamation by a pool of three answers to whose text it is: all teachers' predictions, weighted by how "
+    "well each text fits a class, a teacher, and the names of the classes.",
     "vkd": "Distillation of the softmax over all teachers' concatenated logits.",
     "uhc": "Each teacher's prediction against the student's, restricted to that teacher's classes.",
     "dfa": "Distillation of all teachers' concatenated logits, the student's features drawn to a code of the teachers' features.",

@@ -96,7 +96,7 @@ class MukaEvidence(RuledSoft):
 
 
 class MukaAuto(RuledSoft):
-    """muka-auto: weights from a pool of four answers, by class, teacher, logits and class names (muka_fast/auto.py)."""
+    """muka-auto: weights from a pool of three answers, by class, teacher and class names (muka_fast/auto.py)."""
 
     rule = staticmethod(lambda sup, neutral, seed, names: auto_weights(sup, neutral, seed, names=names()))
 
