@@ -4,11 +4,11 @@
     python bench/paper.py --data DIR --encoders encoders [--settings ...] [--methods ...] [--seeds 3] [--limit 2000]
     python bench/paper.py --quick
 
-DIR holds <set>/train.jsonl and <set>/test.jsonl with `text` and `label`; bench/fetch_sets.py makes four such sets. A seed draws the
-teachers' texts, the pool, teachers and students. Students see the pool without labels (except `supervised` and `oracle`). Texts
-that also occur in test are left out. Every cell (setting, seed, method) is a JSON file in --workdir, under a name that holds the
-options: a killed run continues, and a later one adds settings, methods, seeds and other students. Of a method without a student
-there are selection and target alone; --selection_only trains none. `dawid-skene` needs crowd-kit.
+DIR holds <set>/train.jsonl and <set>/test.jsonl with `text` and `label`: your own sets, or the four that bench/fetch_sets.py makes. A
+seed draws the teachers' texts, the pool, teachers and students. Students see the pool without labels (except `supervised` and
+`oracle`). Texts that also occur in test are left out. Every cell (setting, seed, method) is a JSON file in --workdir, under a name
+that holds the options: a killed run continues, and a later one adds settings, methods, seeds and other students. Of a method without
+a student there are selection and target alone; --selection_only trains none. `dawid-skene` needs crowd-kit.
 """
 
 import argparse
@@ -28,9 +28,11 @@ from settings import (
     BERT,
     METHODS,
     MPNET,
+    OF_ANY_SET,
     SETTINGS,
     deal,
     draw,
+    find_settings,
     label_blocks,
     methods_of,
     read_rows,
@@ -66,7 +68,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--student", help="folder in --encoders of the students' encoder (default: --bert)")
     parser.add_argument("--neutral_encoder", help="folder in --encoders (default: --student)")
     parser.add_argument(
-        "--settings", nargs="+", choices=SETTINGS, metavar="S", help=f"(default: all whose sets are in --data) {', '.join(SETTINGS)}"
+        "--settings", nargs="+", metavar="S", help=f"{', '.join(SETTINGS)}; or of any set: {OF_ANY_SET} (default: all of --data)"
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M", help="; ".join(METHODS))
     parser.add_argument("--students", nargs="+", choices=METHODS, metavar="M", help="whose students are trained (default: all)")
@@ -93,8 +95,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         quick_arguments(args)
     elif args.data is None or args.encoders is None:
         parser.error("--data and --encoders are required, unless --quick")
-    if args.settings is None:
-        args.settings = [name for name, setting in SETTINGS.items() if all((args.data / part).is_dir() for part, _ in setting.blocks)]
+    else:
+        args.settings = find_settings(args.settings, args.data)
     args.student = args.student or args.bert
     args.neutral_encoder = args.neutral_encoder or args.student
     return args
@@ -106,8 +108,7 @@ def quick_arguments(args: argparse.Namespace) -> None:
 
     args.workdir = args.workdir / "quick"
     args.data, args.encoders = make_material(args.workdir / "material")
-    SETTINGS.update(QUICK)
-    args.settings, args.seeds, args.bert, args.mpnet, args.student = list(QUICK), 1, "modernbert", "distilbert", None
+    args.settings, args.seeds, args.bert, args.mpnet, args.student = QUICK, 1, "modernbert", "distilbert", None
     if args.methods == list(METHODS):
         args.methods = ["muka-hard", "muka-soft, mutual information", "muka-evidence", "vkd", "dfa", "cfl", "mean", "oracle"]
     args.epochs, args.learning_rate, args.batch_size = 1, 2e-3, 32
@@ -119,7 +120,7 @@ def quick_arguments(args: argparse.Namespace) -> None:
 
 def seed_folder(args: argparse.Namespace, name: str, seed: int) -> Path:
     """One folder per setting, set of options that change a number of the teachers, and seed."""
-    folder = args.workdir / f"{name}-{digest([repr(SETTINGS[name]), numbers(args, TEACHER_NUMBERS)])}" / f"seed{seed}"
+    folder = args.workdir / f"{name}-{digest([repr(args.settings[name]), numbers(args, TEACHER_NUMBERS)])}" / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -144,7 +145,7 @@ def prepare(args: argparse.Namespace, name: str, seed: int, folder: Path) -> dic
     done = folder / "teachers.json"
     if done.is_file():
         return json.loads(done.read_text(encoding="utf-8"))
-    setting, teachers = SETTINGS[name], []
+    setting, teachers = args.settings[name], []
     blocks, rows, tests = label_blocks(setting, args.data), {}, []
     for data_set, _ in setting.blocks:
         test = read_rows(args.data / data_set / "test.jsonl")
@@ -255,15 +256,15 @@ def teacher_recall(selected: torch.Tensor | None, labels: Sequence[str], space: 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All cells that were asked for, seed by seed, so that an early end leaves whole tables of fewer seeds."""
     if not args.settings:
-        raise UserError(f"--data {args.data}: holds none of the data sets; bench/fetch_sets.py makes four")
+        raise UserError(f"--data {args.data}: holds no folder with a train.jsonl; bench/fetch_sets.py makes four")
     settings: dict[str, dict[str, Any]] = {}
     cells = []
     wanted = [method for method in args.methods if method != "dawid-skene" or INSTALLED]
     if len(wanted) < len(args.methods):
         log.warning("dawid-skene is left out: it needs crowd-kit (pip install crowd-kit)")
     for seed in range(args.seeds):
-        for name in args.settings:
-            folder, setting = seed_folder(args, name, seed), SETTINGS[name]
+        for name, setting in args.settings.items():
+            folder = seed_folder(args, name, seed)
             found = prepare(args, name, seed, folder)
             entry = settings.setdefault(name, {"what": setting.what, "group": setting.group, "seeds": []})
             entry["seeds"].append(found)

@@ -6,16 +6,18 @@ A setting is drawn anew for every seed: the teachers' texts, the pool and (throu
 import itertools
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from muka_fast.data import read_texts
+from muka_fast.errors import UserError
 
 # Rules and their numbers may be chosen on settings of these sets; settings without any of them are for reporting.
 DEVELOPMENT = ("google_snippets", "clinc150", "trec6", "wordnet", "debian")
-KEPT_ASIDE = ("gcide", "foldoc")  # bench/fetch_sets.py: nothing was ever chosen, tried or corrected on these
+CONFIRMATION = ("ag_news_8k", "5abstracts", "banking77")  # looked at now and then; on all other sets nothing was ever chosen or tried
 BERT, MPNET = "bert", "mpnet"  # which encoder stands behind these words is an option of the script
 
 Rows = list[tuple[str, str]]  # (text, label)
@@ -40,10 +42,10 @@ class Setting:
 
     @property
     def group(self) -> str:
-        names = {name for name, _ in self.blocks}
-        if names <= set(KEPT_ASIDE):
-            return "kept-aside"
-        return "development" if names & set(DEVELOPMENT) else "confirmation"
+        names = _sets(self)
+        if names & set(DEVELOPMENT):
+            return "development"
+        return "confirmation" if names & set(CONFIRMATION) else "kept-aside"
 
 
 def _two(name: str, **more) -> Setting:
@@ -84,6 +86,46 @@ SETTINGS = {
     "gcide_foldoc": Setting("gcide and foldoc", (("gcide", 1), ("foldoc", 1))),
 }
 
+OF_ANY_SET = "SET_2 to SET_9 (teachers), SET_15 (percent of the first), SET_overlap2, SET_unseen, SET_same, SET_bert_mpnet, ONE+OTHER"
+PARTS = r"((?P<teachers>[2-9])|(?P<share>[1-9]\d)|overlap(?P<overlap>\d+)|(?P<unseen>unseen)|(?P<same>same)|(?P<mixed>bert_mpnet))"
+
+
+def find_settings(names: Sequence[str] | None, data: Path) -> dict[str, Setting]:
+    """The named ones, of SETTINGS or (OF_ANY_SET) of the sets in `data`; none named: those of SETTINGS whose sets are there, and
+    SET_2 of all other sets. Raises UserError for a name that is neither, or whose sets are not there."""
+    there = sorted(file.parent.name for file in data.glob("*/train.jsonl"))
+    if names is None:
+        known = {name: setting for name, setting in SETTINGS.items() if _sets(setting) <= set(there)}
+        return known | {f"{name}_2": _two(name) for name in there if not any(name in _sets(setting) for setting in known.values())}
+    found = {name: SETTINGS.get(name) or _of_any_set(name, there) for name in names}
+    for name, setting in found.items():
+        if setting is None or not _sets(setting) <= set(there):
+            raise UserError(
+                f"--settings {name}: {data} holds {', '.join(there) or 'no set'}; of any set there are {OF_ANY_SET}, of those that "
+                f"this project uses {', '.join(SETTINGS)}"
+            )
+    return found
+
+
+def _sets(setting: Setting) -> set[str]:
+    return {name for name, _ in setting.blocks}
+
+
+def _of_any_set(name: str, there: Sequence[str]) -> Setting | None:
+    parts = name.split("+")
+    if len(parts) > 1:
+        return Setting(" and ".join(parts), tuple((part, 1) for part in parts))
+    for part in there:
+        if found := re.fullmatch(re.escape(part) + "_" + PARTS, name):
+            given = {key: int(value) if value.isdigit() else True for key, value in found.groupdict().items() if value}
+            if "teachers" in given:
+                return Setting(f"{part}, {given['teachers']} teachers", ((part, given["teachers"]),))
+            if "mixed" in given:
+                return Setting(f"{part}, a BERT and an MPNet teacher", ((part, 2),), (BERT, MPNET))
+            return _two(part, **given | ({"share": given["share"] / 100} if "share" in given else {}))
+    return None
+
+
 PUBLISHED = {"uncertainty": "predictive_entropy"}
 # Row of the tables -> options of `muka-fast train`. "dawid-skene" is no method of ours: it is trained on the labels of the vote.
 METHODS = {
@@ -122,6 +164,8 @@ def label_blocks(setting: Setting, data: Path) -> list[tuple[str, list[str]]]:
     blocks = []
     for name, count in setting.blocks:
         labels = sorted(set(read_texts(data / name / "train.jsonl", need_labels=True).labels))
+        if len(labels) < count:
+            raise UserError(f"{data / name / 'train.jsonl'}: {len(labels)} labels are too few for {count} teachers")
         edges = [0, len(labels)] * count if setting.same else [round(i * len(labels) / count) for i in range(count + 1)]
         parts = [(edges[2 * i], edges[2 * i + 1]) for i in range(count)] if setting.same else itertools.pairwise(edges)
         blocks += [(name, labels[a : b + (setting.overlap if b < len(labels) else 0)]) for a, b in parts]

@@ -87,15 +87,25 @@ def test_sets_hold_distinct_texts_of_topical_classes(bench):
     assert len({text for text, _ in train + test}) == 1000 and "games 0" not in dict(train + test)
 
 
-def test_settings_whose_sets_are_missing_are_left_out(bench, tmp_path, capsys):
+def test_settings_of_the_sets_that_are_there(bench, settings, tmp_path, capsys):
     paper = bench("paper")
-    (tmp_path / "trec6").mkdir()
     known = ["--data", str(tmp_path), "--encoders", "encoders"]
-    assert paper.parse_arguments(known).settings == ["trec6_2", "trec6_bert_mpnet", "trec6_85", "trec6_same"]
-    assert paper.parse_arguments([*known, "--settings", "debian_3"]).settings == ["debian_3"]
-    (tmp_path / "trec6").rmdir()
-    assert paper.main(known) == 2
-    assert "holds none of the data sets" in capsys.readouterr().err
+    assert paper.main(known) == 2 and "no folder with a train.jsonl" in capsys.readouterr().err
+    for name in ("trec6", "mine_2", "mine"):
+        write(tmp_path / name / "train.jsonl", [("x", "a"), ("y", "b"), ("z", "c")])
+    named = lambda *names: paper.parse_arguments([*known, *(["--settings", *names] if names else [])]).settings
+    assert list(named()) == ["trec6_2", "trec6_bert_mpnet", "trec6_85", "trec6_same", "mine_2", "mine_2_2"]
+    parts = ("3", "2_3", "15", "overlap12", "unseen", "same", "bert_mpnet")
+    found = list(named("trec6_85", *(f"mine_{part}" for part in parts), "mine+trec6").values())
+    assert found[0] is settings.SETTINGS["trec6_85"] and found[1].blocks == (("mine", 3),) and found[2].blocks == (("mine_2", 3),)
+    assert (found[3].share, found[4].overlap, found[5].unseen, found[6].same) == (0.15, 12, True, True)
+    assert found[7].encoders == (settings.BERT, settings.MPNET) and found[8].blocks == (("mine", 1), ("trec6", 1))
+    assert [setting.group for setting in found[-2:]] == ["kept-aside", "development"]
+    for wrong in ("debian_3", "mine_1", "mine", "mine_overlap", "mine+yours"):
+        assert paper.main([*known, "--settings", wrong]) == 2
+        assert f"--settings {wrong}: " in capsys.readouterr().err
+    with pytest.raises(settings.UserError, match="3 labels are too few for 5 teachers"):
+        settings.label_blocks(named("mine_5")["mine_5"], tmp_path)
 
 
 # ---- labels and texts ----
@@ -162,7 +172,8 @@ def test_every_setting_is_reported_in_one_group_and_named_methods_exist(settings
 
 def test_other_teachers_get_another_folder_and_other_students_another_cell(bench, tmp_path):
     paper = bench("paper")
-    common = ["--data", "d", "--encoders", "e", "--workdir", str(tmp_path)]
+    write(tmp_path / "trec6" / "train.jsonl", [("x", "a")])
+    common = ["--data", str(tmp_path), "--encoders", "e", "--workdir", str(tmp_path / "work")]
     folder = lambda *more: paper.seed_folder(paper.parse_arguments([*common, *more]), "trec6_2", 0)
     folders = {folder(*more) for more in ([], ["--limit", "9"], ["--teacher_epochs", "1"], ["--bert", "x"])}
     assert len(folders) == 4
