@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from muka_fast.features import Features
     from muka_fast.stored import Supervision
 
-POWERS = {"class": 2.0, "teacher": 1.0}
+CLASS_POWER, TEACHER_POWER = 2.0, 1.0
 NAMES_POWER = 6.0  # times the trust in the names
 FLOOR = 1e-4  # of an answer in the pool: none can veto a teacher
 CERTAINTY = 4.0  # power of the top probability in the weights of the Gaussians
@@ -70,15 +70,15 @@ def auto_weights(
     rows = sample_rows(sup.example_ids.numpy(), seed, sample)
     own, classes, b = own_scores(sup, rows, CERTAINTY), Classes.of(sup), unit(neutral.rows(rows))
     own *= 1 + slopes(own[rows])
-    answers = {"class": class_weights(sup, neutral, rows, own, classes, b), "teacher": by_teacher}
-    pooled = sum(power * np.log(answers[name] + FLOOR) for name, power in POWERS.items())
+    by_class = class_weights(sup, neutral, rows, own, classes, b)
+    pooled = CLASS_POWER * np.log(by_class + FLOOR) + TEACHER_POWER * np.log(by_teacher + FLOOR)
     if names is not None:
         width = names.shape[1]
         answer = NameAnswer.fit(unit(b[:, :width]), names, softmax(own[rows], axis=1), probs(sup, rows), classes)
         named = np.concatenate([answer(unit(chunk[:, :width])) for _, chunk in neutral.chunks()])
         owners = cohens_kappa(named[rows].argmax(1), pooled[rows].argmax(1), len(sup.teachers))
         pooled += NAMES_POWER * answer.trust * owners * np.log(named + FLOOR)
-    return softmax(pooled / sum(POWERS.values()), axis=1).astype(np.float32)
+    return softmax(pooled / (CLASS_POWER + TEACHER_POWER), axis=1).astype(np.float32)
 
 
 def slopes(e: np.ndarray) -> np.ndarray:
@@ -113,6 +113,8 @@ def class_weights(
     rest[rows] = False
     for part, chunk in neutral.chunks():
         at = np.flatnonzero(rest[part])
+        if not len(at):
+            continue
         others, here = unit(chunk[at]), part.start + at
         f = fitted(views.beside(others, here))
         out[here] = answer(probs(sup, here), own[here], f, neighbours(others, NEIGHBOURS, among=b))

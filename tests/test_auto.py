@@ -16,6 +16,7 @@ from muka_fast.auto import CERTAINTY, Answer, Classes, Ridge, Views, auto_weight
 from muka_fast.evidence import RelativeMahalanobis, evidence_weights, neighbours, own_scores, unit
 from muka_fast.features import Features
 from muka_fast.names import NameAnswer
+from muka_fast.store import ShardRange
 from muka_fast.stored import Supervision
 
 
@@ -259,6 +260,13 @@ def test_a_sample_decides_nearly_as_the_whole_pool_does():
     assert (whole == part.argmax(1)).mean() > 0.97 and (part.argmax(1) == topic).mean() > 0.97
     assert np.array_equal(part, auto_weights(sup, neutral, sample=800))
     assert not np.array_equal(part, auto_weights(sup, neutral, seed=1, sample=800))
+
+
+def test_shards_that_lie_in_the_sample_as_a_whole():
+    sup, neutral, _ = make_pool(60, (3, 3), seed=4)
+    single = Features([ShardRange(j, j, j + 1) for j in range(60)], lambda shard: matrix(neutral)[shard.start : shard.stop])
+    found, expected = (auto_weights(sup, features, sample=50) for features in (single, neutral))
+    np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def test_neighbours_among_others():
