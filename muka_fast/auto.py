@@ -97,8 +97,8 @@ def class_weights(
     """The answer by class, fp32 [n, N], from each text's own scores e (1 + slope) = own [n, N]; fitted on the texts `rows`, at least
     two, whose neutral features are the unit rows b. They keep their leave-one-out answer, all others get the regression's
     prediction, in a stream."""
-    views = Views.fit(sup.features, rows)
-    p, e, near, ridge = probs(sup, rows), own[rows], neighbours(b, NEIGHBOURS), Ridge.of(views.beside(b, rows))
+    views, seen = Views.fit(sup.features, rows)
+    p, e, near, ridge = probs(sup, rows), own[rows], neighbours(b, NEIGHBOURS), Ridge.of(beside(b, seen))
     w = softmax(e, axis=1)
     penalty = ridge.best_penalty(classes.compose(w, p))
     for _ in range(ROUNDS):
@@ -116,7 +116,7 @@ def class_weights(
         if not len(at):
             continue
         others, here = unit(chunk[at]), part.start + at
-        f = fitted(views.beside(others, here))
+        f = fitted(beside(others, views(here)))
         out[here] = answer(probs(sup, here), own[here], f, neighbours(others, NEIGHBOURS, among=b))
     return out
 
@@ -158,31 +158,49 @@ class Classes:
 
 
 @dataclass(frozen=True)
-class Views:
-    """The teachers' features as they stand beside the neutral ones: along their principal directions, unit rows, all together of
-    length VIEW_LENGTH. What a teacher knows by heart lies apart in its own features."""
+class View:
+    """One teacher's features along their principal directions, rows of length `length`."""
 
-    features: Sequence[Features]
-    means: list[np.ndarray]  # of each teacher's features [D]
-    directions: list[np.ndarray]  # [D, <= VIEW_WIDTH]
+    mean: np.ndarray  # of the features [D]
+    directions: np.ndarray  # [D, <= VIEW_WIDTH]
+    length: float
 
     @classmethod
-    def fit(cls, features: Sequence[Features], rows: np.ndarray) -> Views:
-        """On these texts."""
-        width, means, directions = min(VIEW_WIDTH, max(VIEWS_WIDTH // len(features), 1)), [], []
-        for teacher in features:
-            values = teacher.rows(rows).astype(np.float64)
-            means.append(values.mean(0))
-            _, vectors = np.linalg.eigh(np.cov(values, rowvar=False, bias=True).reshape(values.shape[1], -1))
-            directions.append(vectors[:, -width:].astype(np.float32))
-        return cls(features, means, directions)
+    def fit(cls, values: np.ndarray, width: int, length: float) -> View:
+        """values [m, D]."""
+        _, vectors = np.linalg.eigh(np.cov(values.astype(np.float64), rowvar=False, bias=True).reshape(values.shape[1], -1))
+        return cls(values.mean(0, dtype=np.float64), vectors[:, -width:].astype(np.float32), length)
 
-    def beside(self, b: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Unit rows [len(rows), d + sum of the widths] of the texts `rows`, whose neutral features are the unit rows b."""
-        length, parts = VIEW_LENGTH / math.sqrt(len(self.features)), [b]
-        for teacher, mean, directions in zip(self.features, self.means, self.directions, strict=True):
-            parts.append(length * unit((teacher.rows(rows) - mean).astype(np.float32) @ directions))
-        return unit(np.concatenate(parts, axis=1))
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        return self.length * unit((values - self.mean).astype(np.float32) @ self.directions)
+
+
+@dataclass(frozen=True)
+class Views:
+    """The teachers' features as they stand beside the neutral ones, all together of length VIEW_LENGTH. What a teacher knows by
+    heart lies apart in its own features."""
+
+    features: Sequence[Features]
+    views: list[View]
+
+    @classmethod
+    def fit(cls, features: Sequence[Features], rows: np.ndarray) -> tuple[Views, np.ndarray]:
+        """On these texts, and what it gives for them; of each teacher they are read once."""
+        width, views, seen = min(VIEW_WIDTH, max(VIEWS_WIDTH // len(features), 1)), [], []
+        for teacher in features:
+            values = teacher.rows(rows)
+            views.append(View.fit(values, width, VIEW_LENGTH / math.sqrt(len(features))))
+            seen.append(views[-1](values))
+        return cls(features, views), np.concatenate(seen, axis=1)
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """[len(rows), sum of the widths] of the texts `rows`."""
+        return np.concatenate([view(teacher.rows(rows)) for view, teacher in zip(self.views, self.features, strict=True)], axis=1)
+
+
+def beside(b: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Unit rows [.., d + width] of neutral features b (unit rows) and the teachers' views of the same texts."""
+    return unit(np.concatenate([b, seen], axis=1))
 
 
 @dataclass(frozen=True)

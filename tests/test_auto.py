@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 from test_evidence import make_pool, matrix, o_anchor, o_rmd, o_weights, restricted
 
-from muka_fast.auto import CERTAINTY, Answer, Classes, Ridge, Views, auto_weights, class_weights, probs, slopes
+from muka_fast.auto import CERTAINTY, Answer, Classes, Ridge, Views, auto_weights, beside, class_weights, probs, slopes
 from muka_fast.evidence import RelativeMahalanobis, evidence_weights, neighbours, own_scores, unit
 from muka_fast.features import Features
 from muka_fast.names import NameAnswer
@@ -181,7 +181,9 @@ def test_what_lies_apart_in_the_teachers_features_counts_although_no_neutral_fea
 def test_views_are_unit_rows_of_bounded_width():
     rng = np.random.default_rng(0)
     features, b = [Features.of(rng.standard_normal((60, 40)).astype(np.float32)) for _ in range(64)], np.eye(60, 5, dtype=np.float32)
-    seen = Views.fit(features, np.arange(0, 60, 2)).beside(b, np.arange(60))
+    views, fitted = Views.fit(features, np.arange(0, 60, 2))
+    seen = beside(b, views(np.arange(60)))
+    np.testing.assert_allclose(views(np.arange(0, 60, 2)), fitted, atol=1e-6)
     assert seen.shape == (60, 5 + 64 * 16) and seen[:5].any()
     np.testing.assert_allclose(np.linalg.norm(seen, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(seen[:5, 5:], axis=1) / seen[:5, :5].max(1), 0.6, rtol=1e-5)
