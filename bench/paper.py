@@ -47,7 +47,7 @@ from muka_fast.errors import UserError
 from muka_fast.export import LABELLED_METHODS
 from muka_fast.files import write_json
 from muka_fast.labels import LabelSpace, build_label_space
-from muka_fast.methods import build_method, selection_accuracy, target_accuracy
+from muka_fast.methods import Method, build_method, selection_accuracy, target_accuracy
 from muka_fast.selection import label_ids, owners
 from muka_fast.supervision import Supervision, open_store, option_values, score
 from muka_fast.teach import teach
@@ -184,17 +184,25 @@ def prepare(args: argparse.Namespace, name: str, seed: int, folder: Path) -> dic
 # ---- one cell ----
 
 
-def cell(args: argparse.Namespace, name: str, seed: int, method: str, folder: Path) -> dict[str, Any]:
-    """Figures of one method: selection and target on the pool, and of its student on the test texts. Kept at once."""
+def cell_name(args: argparse.Namespace, method: str) -> str:
     slug = "".join(letter if letter.isalnum() else "-" for letter in method)
-    part = digest(numbers(args, STUDENT_NUMBERS))
-    done = folder / f"cell-{slug}-{part}.json"
-    found = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
+    return f"{slug}-{digest(numbers(args, STUDENT_NUMBERS))}"
+
+
+def run_options(args: argparse.Namespace, seed: int, method: str, folder: Path) -> dict[str, Any]:
+    """Those of `muka-fast train` for the student of one cell."""
     options = {"store": folder / "store", "student": args.encoders / args.student, "texts": folder / "pool.jsonl"}
     options |= {"neutral_encoder": args.encoders / args.neutral_encoder}
     options |= numbers(args, ("epochs", "learning_rate", "batch_size", "mc_scope", "max_length"))
-    options |= {"seed": seed, "device": args.device, "eval": folder / "test.jsonl", "output": folder / f"student-{slug}-{part}"}
-    options |= METHODS[method]
+    options |= {"seed": seed, "device": args.device, "eval": folder / "test.jsonl"}
+    return options | {"output": folder / f"student-{cell_name(args, method)}"} | METHODS[method]
+
+
+def cell(args: argparse.Namespace, name: str, seed: int, method: str, folder: Path) -> dict[str, Any]:
+    """Figures of one method: selection and target on the pool, and of its student on the test texts. Kept at once."""
+    done = folder / f"cell-{cell_name(args, method)}.json"
+    found = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
+    options = run_options(args, seed, method, folder)
     if "target" not in found:
         found = {"setting": name, "seed": seed, "method": method}
         found |= supervision_figures(load_config(RunConfig, None, options), method, folder)
@@ -217,15 +225,24 @@ def cell(args: argparse.Namespace, name: str, seed: int, method: str, folder: Pa
 
 
 def supervision_figures(config: RunConfig, method: str, folder: Path) -> dict[str, Any]:
-    """Selection accuracy, recall of each teacher and target accuracy on the pool; None where the method has no such thing."""
-    texts = read_texts(config.texts, need_labels=True)
-    sup = open_store(config.store, texts, option_values(config))
-    space = build_label_space([(teacher["name"], teacher["labels"]) for teacher in sup.teachers])
+    """Those of `figures`, of a method by its name in the tables."""
+    texts, sup, space = open_pool(config)
     if method == "dawid-skene":
         return {"selection": None, "recall": None, "target": vote(sup, space, texts, folder)}
     labels = texts.labels if config.method in LABELLED_METHODS else None
     weights = pool_weights(config, sup, space, texts, pool_features(config, texts, folder))
-    built = build_method(config, sup, space, labels, weights)
+    return figures(build_method(config, sup, space, labels, weights), texts, space)
+
+
+def open_pool(config: RunConfig) -> tuple[TextSet, Supervision, LabelSpace]:
+    """The labelled texts of a run, and what its teachers said of them."""
+    texts = read_texts(config.texts, need_labels=True)
+    sup = open_store(config.store, texts, option_values(config))
+    return texts, sup, build_label_space([(teacher["name"], teacher["labels"]) for teacher in sup.teachers])
+
+
+def figures(built: Method, texts: TextSet, space: LabelSpace) -> dict[str, Any]:
+    """Selection accuracy, recall of each teacher and target accuracy on the pool; None where the method has no such thing."""
     return {
         "selection": selection_accuracy(built, texts.labels, space),
         "recall": teacher_recall(built.selected, texts.labels, space),

@@ -1,4 +1,4 @@
-"""bench/paper.py: how texts are dealt, what a cell holds, the tables, and (slow) the whole matrix at toy size."""
+"""bench/paper.py and its like: how texts are dealt, what a cell holds, the tables, and (slow) the whole matrix at toy size."""
 
 import gzip
 import importlib
@@ -11,8 +11,11 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from muka_fast.labels import build_label_space
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
@@ -215,8 +218,6 @@ def test_other_teachers_get_another_folder_and_other_students_another_cell(bench
 
 
 def test_teacher_recall_counts_any_owner(bench):
-    from muka_fast.labels import build_label_space
-
     space = build_label_space([("x", ["a", "b"]), ("y", ["b", "c"])])
     selected = torch.tensor([0, 1, 1, 0, 0])
     labels = ["a", "a", "b", "c", "nobody's"]
@@ -289,6 +290,17 @@ def test_tables_and_plots_hold_every_method(bench, tmp_path):
     assert all("<svg" in path.read_text() for path in written)
 
 
+def test_owners_are_learned_from_other_texts(bench):
+    headroom, draw = bench("headroom"), np.random.default_rng(0)
+    owner = draw.integers(0, 2, 300) * 2  # teacher 1 owns nothing
+    telling, noise = owner[:, None] + 0.3 * draw.normal(size=(300, 2)), draw.normal(size=(300, 200))
+    found = headroom.learn(telling, owner, 3)
+    assert found.shape == (300, 3) and (found.argmax(1) == owner).mean() > 0.95 and not found[:, 1].any()
+    assert abs((headroom.learn(noise, owner, 3).argmax(1) == owner).mean() - 0.5) < 0.15  # it would know 300 seen texts by heart
+    space = build_label_space([("one", ["a", "b"]), ("two", ["b", "c"])])
+    assert headroom.first_owner(["c", "b", "a"], space).tolist() == [1, 0, 0]
+
+
 @pytest.mark.slow
 def test_the_matrix_runs_offline_and_continues(tmp_path):
     command = [sys.executable, str(BENCH / "paper.py"), "--quick", "--workdir", str(tmp_path), "--results", str(tmp_path / "r")]
@@ -304,3 +316,14 @@ def test_the_matrix_runs_offline_and_continues(tmp_path):
     again = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert again.returncode == 0 and "student of" not in again.stderr
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cell-*.json")} == written and table.is_file()
+
+
+@pytest.mark.slow
+def test_headroom_above_the_rule(tmp_path):
+    command = [sys.executable, str(BENCH / "headroom.py"), "--quick", "--workdir", str(tmp_path / "work"), "--results", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    (stored,) = tmp_path.glob("headroom_quick_*.json")
+    cells = {cell["method"]: cell for cell in json.loads(stored.read_text())["results"]["cells"]}
+    assert list(cells) == ["muka-hard", "muka-evidence", "muka-auto", "owners learned", "oracle"]
+    assert cells["muka-hard"]["target"] < cells["owners learned"]["target"] <= cells["oracle"]["target"]
