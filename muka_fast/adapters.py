@@ -141,6 +141,8 @@ def load_merged(folder: Path, labels: list[str], dtype: "torch.dtype", what: str
             if wanted - supplied:
                 lost = teachers.some(sorted(wanted - supplied))
                 raise UserError(f"{what}: the adapter lacks {lost}, which would be random; save it again")
-            return adapted.merge_and_unload()
+            merged = adapted.merge_and_unload()
     except teachers.LOADING_ERRORS as error:
         raise UserError(f"{what}: the adapter cannot be loaded: {checkpoint.first_line(error)}") from error
+    teachers.settle_forward(merged)
+    return merged

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from muka_fast.checkpoint import first_line
 from muka_fast.errors import UserError
 from muka_fast.sites import AnyValue
+from muka_fast.teachers import settle_forward
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STAGES = ("0", "1", "2", "3", "3 offload")
@@ -51,12 +52,19 @@ class StageMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
 
 
+def unloaded(config: PreTrainedConfig, precision: str) -> PreTrainedModel:
+    """The classifier that a configuration describes, as a run would use it, with random weights."""
+    model = AutoModelForSequenceClassification.from_config(config, dtype=DTYPES[precision], trust_remote_code=False)
+    settle_forward(model)
+    return model
+
+
 def footprint(config: PreTrainedConfig, texts: int, tokens: int, precision: str, what: str) -> Footprint:
     """Run a classifier in training mode over `texts` x `tokens` on the meta device. Raises UserError where it cannot."""
     kept: dict[int, torch.UntypedStorage] = {}
     try:
         with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config, dtype=DTYPES[precision], trust_remote_code=False).train()
+            model = unloaded(config, precision).train()
             ids = torch.zeros(texts, tokens, dtype=torch.int64)
         weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
@@ -111,8 +119,7 @@ def measured_flops(config: PreTrainedConfig, texts: int, tokens: int, precision:
     cost = footprint(small, 1, tokens, precision, what)
     texts = max(1, min(texts, int(MEASURED_FLOPS / max(cost.forward_flops, 1))))
     try:
-        model = AutoModelForSequenceClassification.from_config(small, dtype=DTYPES[precision], trust_remote_code=False)
-        model = model.to(device).train(train)
+        model = unloaded(small, precision).to(device).train(train)
         ids = torch.ones(texts, tokens, dtype=torch.int64, device=device)
 
         def work() -> None:

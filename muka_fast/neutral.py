@@ -45,7 +45,7 @@ from muka_fast.teachers import (
     check_vocabulary,
     load_tokenizer,
     quiet_transformers,
-    settle_outputs,
+    settle_forward,
     settle_tokenizer,
     token_limit,
 )
@@ -178,7 +178,7 @@ def load_encoder(
             )
     except LOADING_ERRORS as error:
         raise UserError(f"{what}: transformers cannot load it: {checkpoint.first_line(error)}") from error
-    settle_outputs(model.config)
+    settle_forward(model)
     settle_tokenizer(model, tokenizer, what)
     check_vocabulary(model, tokenizer, what)
     model = model.get_encoder() if model.config.is_encoder_decoder else model

@@ -18,7 +18,7 @@ from muka_fast.teachers import (
     check_vocabulary,
     load_tokenizer,
     quiet_transformers,
-    settle_outputs,
+    settle_forward,
     settle_tokenizer,
     some,
 )
@@ -51,7 +51,6 @@ def load_student(
             )
             config.id2label, config.label2id = names, {name: index for index, name in names.items()}
             config.problem_type = "single_label_classification" if len(labels) > 1 else None
-            settle_outputs(config)
             model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 config=config,
@@ -64,6 +63,7 @@ def load_student(
             )
     except LOADING_ERRORS as error:
         raise UserError(f"{what}: transformers cannot load it: {checkpoint.first_line(error)}") from error
+    settle_forward(model)
     # ZeRO-3 loading records even legacy renamings (LayerNorm.gamma), and saving would apply them backwards.
     if ds_config["zero_optimization"]["stage"] == 3:
         vars(model).pop("_weight_conversions", None)

@@ -245,7 +245,7 @@ def load_classifier(
     except LOADING_ERRORS as error:
         raise UserError(f"{what}: transformers cannot load it: {checkpoint.first_line(error)}") from error
     check_loading(info, what)
-    settle_outputs(model.config)
+    settle_forward(model)
     return model
 
 
@@ -311,9 +311,14 @@ def load_tokenizer(folder: Path, what: str) -> transformers.PreTrainedTokenizerB
     return tokenizer
 
 
-def settle_outputs(config: transformers.PreTrainedConfig) -> None:
-    """Named outputs, and no more than the answer; a saved configuration may ask for something else."""
+def settle_forward(model: transformers.PreTrainedModel) -> None:
+    """Named outputs and no more than the answer, whatever a saved configuration asks for; feed-forward layers in one piece: cut into
+    chunks, which changes no number, they take only texts whose length divides by the chunk's."""
+    config = model.config
     config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
+    for part in (config, *model.modules()):
+        if getattr(part, "chunk_size_feed_forward", 0):
+            part.chunk_size_feed_forward = 0
 
 
 def settle_tokenizer(

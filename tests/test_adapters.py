@@ -66,6 +66,15 @@ def test_without_own_config_the_head_decides_and_the_tokenizer_is_the_bases(make
         torch.testing.assert_close(teacher.model(**tokens).logits, model(**tokens).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_a_base_that_asks_for_more_is_answered_as_usual(make_adapter):
+    folder, _, base = make_adapter()
+    for file in (folder / "config.json", base / "config.json"):
+        wish = {"return_dict": False, "output_attentions": True, "chunk_size_feed_forward": 2}
+        file.write_text(json.dumps(json.loads(file.read_text()) | wish))
+    out = teachers.load_teacher(folder, run_seed=0).model(input_ids=torch.tensor([[2, 5, 3]]))
+    assert out.logits.shape == (1, 3) and out.attentions is None
+
+
 def test_same_head_size_keeps_the_names_of_the_base(make_adapter):
     folder, *_ = make_adapter(config=False, labels=("c", "d"))
     assert teachers.read_labels(folder) == ["a", "b"]

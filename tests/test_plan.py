@@ -91,6 +91,14 @@ def test_flops_are_those_of_the_formula():
     assert cost.footprint(config, texts, tokens, "fp32", "x").forward_flops == expected
 
 
+def test_a_configuration_that_asks_for_more_costs_the_same():
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    wish = {"chunk_size_feed_forward": 4, "output_attentions": True, "return_dict": False}
+    plain, asking = (transformers.BertConfig(**small, **more) for more in ({}, wish))
+    assert cost.footprint(asking, 2, 7, "fp32", "x") == cost.footprint(plain, 2, 7, "fp32", "x")
+    assert cost.measured_flops(asking, 1, 7, "fp32", "cpu", False, "x") > 0
+
+
 @pytest.mark.parametrize(
     ("scope", "samples", "forwards"), [("head", 16, 1), ("last:1", 16, 1), ("last:2", 8, 3), ("all", 16, 17), ("last:99", 2, 3)]
 )

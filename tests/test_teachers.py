@@ -17,6 +17,7 @@ from muka_fast import checkpoint, teachers
 from muka_fast.data import tokenize, tokenizer_key
 from muka_fast.errors import UserError
 from muka_fast.evaluate import predict
+from muka_fast.student import load_student
 
 HTML = "was <s>dear</s>, now cheap"  # struck out in HTML, the marks of a text's ends in many tokenizers
 
@@ -485,6 +486,15 @@ def test_a_configuration_that_asks_for_more_is_answered_as_usual(make_teacher):
     model = teachers.load_teacher(folder, run_seed=0).model
     out = model(input_ids=torch.tensor([[2, 5, 3]]))
     assert out.logits.shape == (1, 2) and out.hidden_states is None and out.attentions is None
+
+
+def test_chunked_layers_take_texts_of_any_length(make_teacher):
+    folder, ids = make_teacher(), torch.tensor([[2, 5, 3]])
+    plain = teachers.load_teacher(folder, run_seed=0).model(input_ids=ids).logits
+    edit_config(folder, chunk_size_feed_forward=2)
+    assert torch.equal(teachers.load_teacher(folder, run_seed=0).model(input_ids=ids).logits, plain)
+    student, _ = load_student(folder, ["a", "b", "c"], 0, {"zero_optimization": {"stage": 0}})
+    assert student(input_ids=ids).logits.shape == (1, 3) and student.config.chunk_size_feed_forward == 0
 
 
 class QuantisedTable(torch.nn.Module):
