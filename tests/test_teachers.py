@@ -1,4 +1,4 @@
-"""Teachers as they come: every family loads as transformers loads it, and every fault is one line that names the teacher."""
+"""Teachers as they come: every family loads as transformers loads it, whatever its tokenizer and padding."""
 
 import itertools
 import json
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from teacher_folders import edit_config, edit_weights, refusal
 from tokenizers.processors import TemplateProcessing
 from transformers import BartConfig, BartForSequenceClassification
 
@@ -20,37 +21,6 @@ from muka_fast.evaluate import predict
 from muka_fast.student import load_student
 
 HTML = "was <s>dear</s>, now cheap"  # struck out in HTML, the marks of a text's ends in many tokenizers
-
-
-def edit_config(folder, **changes):
-    """Change entries of config.json; None removes one."""
-    file = folder / "config.json"
-    config = json.loads(file.read_text())
-    for key, value in changes.items():
-        config.pop(key, None)
-        if value is not None:
-            config[key] = value
-    file.write_text(json.dumps(config))
-
-
-def edit_weights(folder, change):
-    """Apply `change(tensors)` to model.safetensors in place."""
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-def refusal(path, *words):
-    """The one-line UserError of loading `path`; every word must be in it, and the teacher's path."""
-    with pytest.raises(UserError) as caught:
-        teachers.load_teacher(path, run_seed=0)
-    line = str(caught.value)
-    assert "\n" not in line
-    assert str(path) in line
-    for word in words:
-        assert word in line, line
-    return line
 
 
 def test_every_family_loads_as_transformers_loads_it(family, make_teacher, texts):
@@ -208,224 +178,6 @@ def test_labels_are_read_without_weights(make_teacher):
     assert teachers.read_labels(folder) == ["LABEL_0", "LABEL_1"]
     edit_config(folder, num_labels=4)
     assert teachers.read_labels(folder) == ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"]
-
-
-# Faults of a folder
-
-
-@pytest.mark.parametrize("path", ["nowhere", "nobody/nothing", "/no/such/folder", "./here", "a b"])
-def test_missing_folder(path):
-    refusal(path, "no such folder", "check the path")
-
-
-def test_a_file_instead_of_a_folder(make_teacher):
-    refusal(make_teacher("bert") / "model.safetensors", "give the folder")
-
-
-def test_no_config(make_teacher):
-    folder = make_teacher("bert")
-    (folder / "config.json").unlink()
-    refusal(folder, "no config.json", "save_pretrained")
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "\udcff"])
-def test_broken_config(make_teacher, content):
-    folder = make_teacher("bert")
-    (folder / "config.json").write_bytes(content.encode(errors="surrogateescape"))
-    refusal(folder, "config.json", "save the model again")
-
-
-def test_no_tokenizer(make_teacher):
-    folder = make_teacher("bert")
-    (folder / "tokenizer.json").unlink()
-    refusal(folder, "no tokenizer", "tokenizer.save_pretrained")
-
-
-def test_broken_tokenizer(make_teacher):
-    folder = make_teacher("bert")
-    (folder / "tokenizer.json").write_text('{"version": "1.0"')
-    refusal(folder, "tokenizer cannot be loaded")
-
-
-def test_tokenizer_of_another_model(make_teacher, make_tokenizer):
-    folder = make_teacher("bert")
-    make_tokenizer("roberta").save_pretrained(folder)
-    refusal(folder, "embeds only 240 tokens", "copy the tokenizer")
-
-
-def test_only_a_pickle_is_never_opened(make_teacher):
-    folder = make_teacher("bert")
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    refusal(folder, "pickle", "pytorch_model.bin", "save_pretrained")
-
-
-def test_no_weights(make_teacher):
-    folder = make_teacher("bert")
-    (folder / "model.safetensors").unlink()
-    refusal(folder, "no model.safetensors")
-
-
-@pytest.mark.parametrize("keep", [0, 4, 8, 100, 0.5, -1])
-def test_truncated_weights(make_teacher, keep):
-    file = make_teacher("bert") / "model.safetensors"
-    content = file.read_bytes()
-    file.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
-    refusal(file.parent, str(file), "truncated or corrupt")
-
-
-def test_corrupt_header(make_teacher):
-    file = make_teacher("bert") / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[20] ^= 0xFF
-    file.write_bytes(content)
-    refusal(file.parent, str(file), "truncated or corrupt")
-
-
-def test_a_grown_file(make_teacher):
-    file = make_teacher("bert") / "model.safetensors"
-    file.write_bytes(file.read_bytes() + b"1234")
-    refusal(file.parent, str(file), "truncated or corrupt")
-
-
-def sharded(make_model, make_tokenizer, folder):
-    make_model("bert").save_pretrained(folder, max_shard_size="20KB")
-    make_tokenizer("bert").save_pretrained(folder)
-    return sorted(folder.glob("model-*.safetensors"))
-
-
-def test_a_missing_shard(make_model, make_tokenizer, tmp_path):
-    shards = sharded(make_model, make_tokenizer, tmp_path)
-    shards[0].unlink()
-    refusal(tmp_path, str(shards[0]), "missing")
-
-
-def test_an_index_that_lists_a_lost_tensor_or_leaves_the_folder(make_model, make_tokenizer, tmp_path):
-    sharded(make_model, make_tokenizer, tmp_path)
-    file = tmp_path / "model.safetensors.index.json"
-    index = json.loads(file.read_text())
-    shard = next(iter(index["weight_map"].values()))
-    file.write_text(json.dumps(index | {"weight_map": index["weight_map"] | {"ghost.weight": shard}}))
-    refusal(tmp_path, "ghost.weight")
-    shutil.copy(tmp_path / shard, tmp_path.parent / "outside.safetensors")
-    file.write_text(
-        json.dumps(index | {"weight_map": index["weight_map"] | {"ghost.weight": "../outside.safetensors"}})
-    )
-    refusal(tmp_path, "missing")
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_infinite_weights(make_teacher, value):
-    folder = make_teacher("bert")
-    edit_weights(folder, lambda tensors: tensors["bert.pooler.dense.weight"][3, 2].fill_(value))
-    refusal(folder, "bert.pooler.dense.weight", "NaN")
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_a_nan_is_found_before_any_model_is_loaded(make_teacher, dtype):
-    folder = make_teacher("bert")
-
-    def spoil(tensors):
-        for name in tensors:
-            tensors[name] = tensors[name].to(dtype)
-        tensors["classifier.bias"][1] = -torch.tensor(float("nan"), dtype=dtype)
-
-    edit_weights(folder, spoil)
-    with pytest.raises(UserError, match=r"classifier\.bias holds NaN"):
-        teachers.check_teachers([folder])
-
-
-@pytest.mark.parametrize("value", [float("inf"), -float("inf"), 3e38, -0.0])
-def test_only_a_nan_is_a_nan(value):
-    for dtype in (torch.float32, torch.bfloat16):
-        block = torch.tensor([value], dtype=dtype).view(torch.uint8).numpy().tobytes()
-        assert not checkpoint.has_nan(block, "F32" if dtype == torch.float32 else "BF16")
-
-
-def test_overflow_of_a_narrow_dtype_is_found(make_teacher):
-    folder = make_teacher("bert")
-    edit_weights(folder, lambda tensors: tensors["classifier.bias"].fill_(1e30))
-    teachers.load_teacher(folder, run_seed=0)
-    with pytest.raises(UserError, match=r"classifier\.bias"):
-        teachers.load_teacher(folder, run_seed=0, dtype=torch.float16)
-
-
-def test_a_head_that_would_be_random(family, make_teacher):
-    folder = make_teacher(family)
-    head = "score.weight" if "score.weight" in load_file(folder / "model.safetensors") else "classifier"
-
-    def drop(tensors):
-        for name in [name for name in tensors if name.startswith(head)]:
-            del tensors[name]
-
-    edit_weights(folder, drop)
-    refusal(folder, "the weights lack", head, "random")
-
-
-def test_unused_weights_are_mentioned(make_teacher, caplog):
-    folder = make_teacher("bert")
-    edit_weights(folder, lambda tensors: tensors.update({"cls.predictions.decoder.weight": torch.ones(2)}))
-    with caplog.at_level(logging.WARNING, logger="muka_fast"):
-        teachers.load_teacher(folder, run_seed=0)
-    assert "cls.predictions.decoder.weight" in caplog.text
-
-
-def test_more_labels_than_the_head_has(make_teacher):
-    folder = make_teacher("bert")
-    edit_config(folder, id2label={"0": "a", "1": "b", "2": "c"})
-    refusal(folder, "classifier.bias has shape [2]", "asks for [3]", "id2label")
-
-
-def test_num_labels_that_contradicts_the_names(make_teacher):
-    folder = make_teacher("bert")
-    edit_config(folder, num_labels=5)
-    refusal(folder, "num_labels 5", "2 labels")
-
-
-@pytest.mark.parametrize(
-    "id2label", [{"0": "a", "2": "b"}, {"1": "a", "2": "b"}, {}, {"x": "a"}, ["a", "b"], {"0": "a", "1": " "}]
-)
-def test_id2label_with_gaps_or_nonsense(make_teacher, id2label):
-    folder = make_teacher("bert")
-    edit_config(folder, id2label=id2label)
-    refusal(folder, "id2label")
-
-
-def test_regression_heads(make_teacher):
-    refusal(make_teacher("bert", ["LABEL_0"]), "regression")
-    refusal(make_teacher("bert", problem_type="regression"), "regression")
-
-
-def test_one_named_class_is_a_teacher(make_teacher):
-    assert teachers.load_teacher(make_teacher("bert", ["spam"]), run_seed=0).labels == ["spam"]
-
-
-def test_multi_label_head(make_teacher):
-    refusal(make_teacher("bert", problem_type="multi_label_classification"), "multi-label")
-
-
-def test_another_kind_of_model(make_teacher):
-    folder = make_teacher("bert")
-    edit_config(folder, architectures=["BertForMaskedLM"])
-    refusal(folder, "BertForMaskedLM", "muka-fast teach")
-
-
-def test_an_unknown_model_type(make_teacher):
-    folder = make_teacher("bert")
-    edit_config(folder, model_type="flux_capacitor")
-    refusal(folder, "transformers cannot load it")
-
-
-def test_code_of_the_repository_is_never_run(make_teacher):
-    folder = make_teacher("bert")
-    (folder / "modeling_evil.py").write_text("raise SystemExit('ran')")
-    edit_config(folder, auto_map={"AutoModelForSequenceClassification": "modeling_evil.Evil"})
-    refusal(folder, "auto_map", "never run")
-    edit_config(folder, auto_map=None)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["auto_map"] = {"AutoTokenizer": ["modeling_evil.Evil", None]}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    refusal(folder, "auto_map", "never run")
 
 
 # Padding
