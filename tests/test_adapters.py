@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from teacher_folders import refusal
 
 from muka_fast import adapters, teachers
-from muka_fast.errors import UserError
 
 peft = pytest.importorskip("peft", reason="the optional extra peft is not installed")
 
@@ -94,15 +94,6 @@ def test_fingerprint_sees_the_adapter_and_the_base(make_adapter):
     content[-1] ^= 1
     file.write_bytes(content)
     assert len({first, second, teachers.inspect(folder).fingerprint}) == 3
-
-
-def refusal(folder, *words):
-    with pytest.raises(UserError) as caught:
-        teachers.load_teacher(folder, run_seed=0)
-    line = str(caught.value)
-    assert "\n" not in line
-    for word in (str(folder), *words):
-        assert word in line, line
 
 
 def test_peft_missing_names_the_extra(make_adapter, monkeypatch):
