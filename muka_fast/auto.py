@@ -33,7 +33,16 @@ import torch
 from scipy.sparse import csr_array
 from scipy.special import softmax
 
-from muka_fast.evidence import NEIGHBOURS, SAMPLE, evidence_weights, neighbours, own_scores, sample_rows, unit
+from muka_fast.evidence import (
+    NEIGHBOURS,
+    SAMPLE,
+    evidence_weights,
+    neighbours,
+    own_scores,
+    owner_weights,
+    sample_rows,
+    unit,
+)
 from muka_fast.names import NameAnswer, cohens_kappa
 
 if TYPE_CHECKING:
@@ -64,13 +73,13 @@ def auto_weights(
     names: what the encoder gives for the C class names, [C, d]; None: they are not looked at. A function of the texts and teachers
     as sets: their order changes nothing but rounding.
     """
-    by_teacher = evidence_weights(sup, neutral, seed, sample)
     if len(sup.teachers) == 1 or len(sup) < FEWEST_TEXTS:
-        return by_teacher
+        return evidence_weights(sup, neutral, seed, sample)
     rows = sample_rows(sup.example_ids.numpy(), seed, sample)
     own, classes, b = own_scores(sup, rows, CERTAINTY), Classes.of(sup), unit(neutral.rows(rows))
     own *= 1 + slopes(own[rows])
-    by_class = class_weights(sup, neutral, rows, own, classes, b)
+    near = neighbours(b, NEIGHBOURS)
+    by_teacher, by_class = owner_weights(sup, neutral, rows, b, near), class_weights(sup, neutral, rows, own, classes, b, near)
     pooled = CLASS_POWER * np.log(by_class + FLOOR) + TEACHER_POWER * np.log(by_teacher + FLOOR)
     if names is not None:
         width = names.shape[1]
@@ -92,13 +101,13 @@ def slopes(e: np.ndarray) -> np.ndarray:
 
 
 def class_weights(
-    sup: Supervision, neutral: Features, rows: np.ndarray, own: np.ndarray, classes: Classes, b: np.ndarray
+    sup: Supervision, neutral: Features, rows: np.ndarray, own: np.ndarray, classes: Classes, b: np.ndarray, near: np.ndarray
 ) -> np.ndarray:
     """The answer by class, fp32 [n, N], from each text's own scores e (1 + slope) = own [n, N]; fitted on the texts `rows`, at least
-    two, whose neutral features are the unit rows b. They keep their leave-one-out answer, all others get the regression's
+    two, b and near as in evidence.owner_weights. They keep their leave-one-out answer, all others get the regression's
     prediction, in a stream."""
     views, seen = Views.fit(sup.features, rows)
-    p, e, near, ridge = probs(sup, rows), own[rows], neighbours(b, NEIGHBOURS), Ridge.of(beside(b, seen))
+    p, e, ridge = probs(sup, rows), own[rows], Ridge.of(beside(b, seen))
     w = softmax(e, axis=1)
     penalty = ridge.best_penalty(classes.compose(w, p))
     for _ in range(ROUNDS):

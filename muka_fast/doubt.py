@@ -32,7 +32,7 @@ from muka_fast.errors import UserError
 from muka_fast.pooled import classifier_layer, head_input, last_feature
 
 FILE = "uncertainty_head.safetensors"
-FORMAT = "muka_fast uncertainty head 1"
+FORMAT = "muka_fast uncertainty head 2"
 CERTAINTY = 4.0  # power of the top probability in the weights of the Gaussians, as for the teachers'
 STEPS = 50  # of Newton's method, which needs about six
 
@@ -41,10 +41,10 @@ STEPS = 50  # of Newton's method, which needs about six
 class UncertaintyHead:
     """The Gaussians of a student's features and the map to doubt, fp32."""
 
-    mean: Tensor  # mu [D]
-    within: Tensor  # W [D, D], W W^T = S^-1
-    background: Tensor  # [D, D], W W^T = S0^-1
-    class_means: Tensor  # (mu_c - mu) W [G, D]
+    mean: Tensor  # [D], this and the next three as in evidence.RelativeMahalanobis
+    form: Tensor  # [D, D]
+    pull: Tensor  # [D, G]
+    offset: Tensor  # [G]
     scale: Tensor  # m, d, a, c [4]
 
     @classmethod
@@ -57,17 +57,14 @@ class UncertaintyHead:
         top = np.exp(logits.max(1) - np.logaddexp.reduce(logits.astype(np.float64), axis=1)) ** CERTAINTY
         used = np.ones(len(logits), bool) if counts is None else counts > 0
         gaussians = RelativeMahalanobis.fit(features[used], logits[used].argmax(1), top[used])
-        parts = (gaussians.mean, gaussians.within, gaussians.background, gaussians.class_means)
-        scale = logistic_scale(-gaussians.scores(features.astype(np.float32)), ranks)
-        return cls(*map(torch.from_numpy, parts), torch.from_numpy(scale.astype(np.float32)))
+        scale = logistic_scale(-gaussians.scores(features.astype(np.float32)), ranks).astype(np.float32)
+        return cls(*map(torch.from_numpy, (gaussians.mean, gaussians.form, gaussians.pull, gaussians.offset, scale)))
 
     def __call__(self, features: Tensor) -> Tensor:
         """doubt [B] in [0, 1]; features [B, D] of any float type."""
-        mean, within, background, classes, scale = (getattr(self, field.name).to(features.device) for field in fields(self))
-        centred = features.float() - mean
-        inside = centred @ within
-        nearest = inside.square().sum(1) + (classes.square().sum(1) - 2 * inside @ classes.T).amin(1)
-        distance = nearest - (centred @ background).square().sum(1)
+        mean, form, pull, offset, scale = (getattr(self, field.name).to(features.device) for field in fields(self))
+        x = features.float() - mean
+        distance = -((x @ form) * x).sum(1) - (x @ pull - offset).amax(1)
         return torch.sigmoid(scale[2] * torch.asinh((distance - scale[0]) / scale[1]) + scale[3])
 
     def save(self, folder: Path) -> None:
@@ -94,8 +91,8 @@ class UncertaintyHead:
         if told.get("format") != FORMAT:
             raise UserError(f"{path}: is no uncertainty head of this version ({FORMAT}); remove it, or export the student again")
         layer = classifier_layer(model)
-        D, G = layer.in_features, len(tensors["class_means"]) if tensors.get("class_means", torch.zeros(())).ndim else 0
-        expected = {"mean": (D,), "within": (D, D), "background": (D, D), "class_means": (G, D), "scale": (4,)}
+        D, G = layer.in_features, tensors["offset"].numel() if "offset" in tensors else 0
+        expected = {"mean": (D,), "form": (D, D), "pull": (D, G), "offset": (G,), "scale": (4,)}
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if shapes != expected or not 1 <= G <= layer.out_features:
             raise UserError(f"{path}: its tensors {shapes} do not fit a student of {D} features; it is another student's")

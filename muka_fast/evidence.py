@@ -51,15 +51,20 @@ def evidence_weights(sup: Supervision, neutral: Features, seed: int = 0, sample:
     sup: with features, restricted to the label space. neutral: [n, d]. seed, sample: which texts, and how many of them at
     most, everything is fitted on. A function of the texts and teachers as sets: their order changes nothing but rounding.
     """
-    n, num_teachers = len(sup), len(sup.teachers)
-    if num_teachers == 1:
-        return np.ones((n, 1), np.float32)
+    if len(sup.teachers) == 1:
+        return np.ones((len(sup), 1), np.float32)
     rows = sample_rows(sup.example_ids.numpy(), seed, sample)
+    b = unit(neutral.rows(rows))
+    return owner_weights(sup, neutral, rows, b, neighbours(b, NEIGHBOURS))
+
+
+def owner_weights(sup: Supervision, neutral: Features, rows: np.ndarray, b: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """The weights [n, N] of at least two teachers, fitted on the texts `rows`: b [m, d], their neutral features as unit rows, and
+    near int [m, k], the neighbours of each among them."""
     second = second_scores(sup)
     anchored = [Anchors.of(scores[rows])(scores) for scores in second.T]
     evidence = ((own_scores(sup, rows) + np.stack(anchored, axis=1)) / 2).astype(np.float32)
-    b = unit(neutral.rows(rows))
-    owner = fit_owner(b, evidence[rows])
+    owner = fit_owner(b, near, evidence[rows])
     for part, chunk in neutral.chunks():
         evidence[part] = softmax(owner.log_probs(unit(chunk)) + EVIDENCE_WEIGHT * evidence[part], axis=1)
     return evidence
@@ -131,13 +136,16 @@ class Anchors:
 
 @dataclass(frozen=True)
 class RelativeMahalanobis:
-    """RMD(F) = -(min_c maha(F, mu_c, S) - maha(F, mu, S0)), squared distances: how much more a text looks like one of the
-    teacher's classes (mean mu_c, pooled covariance S) than like any text of the pool (mu, S0)."""
+    """RMD(F) = maha(F, mu, S0) - min_c maha(F, mu_c, S), squared distances: how much more a text looks like one of the teacher's
+    classes (mean mu_c, pooled covariance S) than like any text of the pool (mu, S0).
+
+    With x = F - mu and m_c = mu_c - mu it is x^T (S0^-1 - S^-1) x + max_c (2 x^T S^-1 m_c - m_c^T S^-1 m_c). All fp32.
+    """
 
     mean: np.ndarray  # mu [D]
-    within: np.ndarray  # [D, D], W W^T = S^-1
-    background: np.ndarray  # [D, D], W W^T = S0^-1
-    class_means: np.ndarray  # (mu_c - mu) W [classes predicted at all, D]
+    form: np.ndarray  # S0^-1 - S^-1 [D, D]
+    pull: np.ndarray  # 2 S^-1 m_c [D, G], G classes that are predicted at all
+    offset: np.ndarray  # m_c^T S^-1 m_c [G]
 
     @classmethod
     def fit(cls, features: np.ndarray, predicted: np.ndarray, weights: np.ndarray | None = None) -> RelativeMahalanobis:
@@ -150,24 +158,22 @@ class RelativeMahalanobis:
         np.add.at(sums, inverse, weights[:, None] * centred)
         means = sums / np.bincount(inverse, weights)[:, None]
         root = np.sqrt(weights)[:, None]
-        within, background = whitening(root * (centred - means[inverse])), whitening(root * centred)
-        return cls(mean.astype(np.float32), within, background, (means @ within).astype(np.float32))
+        within, background = precision(root * (centred - means[inverse])), precision(root * centred)
+        toward = within @ means.T
+        parts = mean, background - within, 2 * toward, (means.T * toward).sum(0)
+        return cls(*(part.astype(np.float32) for part in parts))
 
     def scores(self, features: np.ndarray) -> np.ndarray:
         """RMD of features [.., D]."""
-        centred = features - self.mean
-        inside = centred @ self.within
-        to_class = (self.class_means**2).sum(1) - 2 * inside @ self.class_means.T
-        nearest = (inside**2).sum(1) + to_class.min(1)
-        return ((centred @ self.background) ** 2).sum(1) - nearest
+        x = features - self.mean
+        return ((x @ self.form) * x).sum(1) + (x @ self.pull - self.offset).max(1)
 
 
-def whitening(deviations: np.ndarray) -> np.ndarray:
-    """W [D, D] fp32 with W W^T = (cov + SHRINK mean(diag cov) I)^-1; deviations from their mean, fp64 [m, D]."""
+def precision(deviations: np.ndarray) -> np.ndarray:
+    """(cov + SHRINK mean(diag cov) I)^-1 [D, D]; deviations from their mean, fp64 [m, D]."""
     covariance = deviations.T @ deviations / len(deviations)
     ridge = max(SHRINK * covariance.diagonal().mean(), 1e-12)
-    values, vectors = np.linalg.eigh(covariance + ridge * np.eye(len(covariance)))
-    return (vectors / np.sqrt(np.maximum(values, ridge))).astype(np.float32)
+    return np.linalg.inv(covariance + ridge * np.eye(len(covariance)))
 
 
 # ---- the neutral view ----
@@ -218,9 +224,9 @@ class Owner:
         return log_softmax(out, axis=1)
 
 
-def fit_owner(b: np.ndarray, evidence: np.ndarray) -> Owner:
-    """Steps 3 and 4 on the sample: b unit rows [m, d], evidence [m, N]."""
-    w = softmax(smooth(2 * evidence, neighbours(b, NEIGHBOURS)), axis=1)
+def fit_owner(b: np.ndarray, near: np.ndarray, evidence: np.ndarray) -> Owner:
+    """Steps 3 and 4 on the sample: b unit rows [m, d], near int [m, k], evidence [m, N]."""
+    w = softmax(smooth(2 * evidence, near), axis=1)
     b = b.astype(np.float64)
     for _ in range(ROUNDS):
         owner = regress(b, w)

@@ -154,16 +154,16 @@ def test_a_student_without_head_tells_no_doubt(make_teacher, texts):
 
 def rewrite(path, metadata=None, **changes):
     tensors = {name: value for name, value in (load_file(path) | changes).items() if value is not None}
-    save_file(tensors, path, {"format": "muka_fast uncertainty head 1"} | (metadata or {}))
+    save_file(tensors, path, {"format": "muka_fast uncertainty head 2"} | (metadata or {}))
 
 
 DAMAGE = {
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:-3]), "truncated or corrupt"),
     "no header": (lambda path: path.write_bytes(b"x"), "no safetensors header"),
-    "width": (lambda path: rewrite(path, within=torch.zeros(15, 15)), "another student's"),
-    "classes": (lambda path: rewrite(path, class_means=torch.zeros(4, 16)), "another student's"),
-    "no class": (lambda path: rewrite(path, class_means=torch.zeros(0, 16)), "another student's"),
-    "scalar": (lambda path: rewrite(path, class_means=torch.zeros(())), "another student's"),
+    "width": (lambda path: rewrite(path, form=torch.zeros(15, 15)), "another student's"),
+    "classes": (lambda path: rewrite(path, pull=torch.zeros(16, 4), offset=torch.zeros(4)), "another student's"),
+    "no class": (lambda path: rewrite(path, pull=torch.zeros(16, 0), offset=torch.zeros(0)), "another student's"),
+    "scalar": (lambda path: rewrite(path, offset=torch.zeros(())), "another student's"),
     "name": (lambda path: rewrite(path, scale=None, other=torch.zeros(4)), "another student's"),
     "version": (lambda path: rewrite(path, {"format": "2"}), "no uncertainty head of this version"),
     "nan": (lambda path: rewrite(path, scale=torch.full((4,), math.nan)), "not finite fp32"),
