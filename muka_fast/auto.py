@@ -36,11 +36,11 @@ from scipy.special import softmax
 from muka_fast.evidence import (
     NEIGHBOURS,
     SAMPLE,
+    Sample,
     evidence_weights,
     neighbours,
     own_scores,
     owner_weights,
-    sample_rows,
     unit,
 )
 from muka_fast.names import NameAnswer, cohens_kappa
@@ -75,15 +75,14 @@ def auto_weights(
     """
     if len(sup.teachers) == 1 or len(sup) < FEWEST_TEXTS:
         return evidence_weights(sup, neutral, seed, sample)
-    rows = sample_rows(sup.example_ids.numpy(), seed, sample)
-    own, classes, b = own_scores(sup, rows, CERTAINTY), Classes.of(sup), unit(neutral.rows(rows))
+    drawn = Sample.draw(sup, neutral, seed, sample)
+    own, classes, rows = own_scores(sup, drawn.rows, CERTAINTY), Classes.of(sup), drawn.rows
     own *= 1 + slopes(own[rows])
-    near = neighbours(b, NEIGHBOURS)
-    by_teacher, by_class = owner_weights(sup, neutral, rows, b, near), class_weights(sup, neutral, rows, own, classes, b, near)
+    by_teacher, by_class = owner_weights(sup, neutral, drawn), class_weights(sup, neutral, drawn, own, classes)
     pooled = CLASS_POWER * np.log(by_class + FLOOR) + TEACHER_POWER * np.log(by_teacher + FLOOR)
     if names is not None:
         width = names.shape[1]
-        answer = NameAnswer.fit(unit(b[:, :width]), names, softmax(own[rows], axis=1), probs(sup, rows), classes)
+        answer = NameAnswer.fit(unit(drawn.b[:, :width]), names, softmax(own[rows], axis=1), probs(sup, rows), classes)
         named = np.concatenate([answer(unit(chunk[:, :width])) for _, chunk in neutral.chunks()])
         owners = cohens_kappa(named[rows].argmax(1), pooled[rows].argmax(1), len(sup.teachers))
         pooled += NAMES_POWER * answer.trust * owners * np.log(named + FLOOR)
@@ -100,12 +99,10 @@ def slopes(e: np.ndarray) -> np.ndarray:
     return np.clip((own - other) / np.maximum(within, 1e-12), 0, STEEPEST)
 
 
-def class_weights(
-    sup: Supervision, neutral: Features, rows: np.ndarray, own: np.ndarray, classes: Classes, b: np.ndarray, near: np.ndarray
-) -> np.ndarray:
-    """The answer by class, fp32 [n, N], from each text's own scores e (1 + slope) = own [n, N]; fitted on the texts `rows`, at least
-    two, b and near as in evidence.owner_weights. They keep their leave-one-out answer, all others get the regression's
-    prediction, in a stream."""
+def class_weights(sup: Supervision, neutral: Features, drawn: Sample, own: np.ndarray, classes: Classes) -> np.ndarray:
+    """The answer by class, fp32 [n, N], from each text's own scores e (1 + slope) = own [n, N]. The texts of the sample, at least two,
+    keep their leave-one-out answer, all others get the regression's prediction, in a stream."""
+    rows, b, near = drawn.rows, drawn.b, drawn.near
     views, seen = Views.fit(sup.features, rows)
     p, e, ridge = probs(sup, rows), own[rows], Ridge.of(beside(b, seen))
     w = softmax(e, axis=1)

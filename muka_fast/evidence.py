@@ -53,18 +53,30 @@ def evidence_weights(sup: Supervision, neutral: Features, seed: int = 0, sample:
     """
     if len(sup.teachers) == 1:
         return np.ones((len(sup), 1), np.float32)
-    rows = sample_rows(sup.example_ids.numpy(), seed, sample)
-    b = unit(neutral.rows(rows))
-    return owner_weights(sup, neutral, rows, b, neighbours(b, NEIGHBOURS))
+    return owner_weights(sup, neutral, Sample.draw(sup, neutral, seed, sample))
 
 
-def owner_weights(sup: Supervision, neutral: Features, rows: np.ndarray, b: np.ndarray, near: np.ndarray) -> np.ndarray:
-    """The weights [n, N] of at least two teachers, fitted on the texts `rows`: b [m, d], their neutral features as unit rows, and
-    near int [m, k], the neighbours of each among them."""
+@dataclass(frozen=True)
+class Sample:
+    """The texts that everything is fitted on."""
+
+    rows: np.ndarray  # int [m], ascending
+    b: np.ndarray  # their neutral features, unit rows fp32 [m, d]
+    near: np.ndarray  # int [m, k], the neighbours of each among them
+
+    @classmethod
+    def draw(cls, sup: Supervision, neutral: Features, seed: int, limit: int) -> Sample:
+        rows = sample_rows(sup.example_ids.numpy(), seed, limit)
+        b = unit(neutral.rows(rows))
+        return cls(rows, b, neighbours(b, NEIGHBOURS))
+
+
+def owner_weights(sup: Supervision, neutral: Features, sample: Sample) -> np.ndarray:
+    """The weights of at least two teachers, fp32 [n, N]."""
     second = second_scores(sup)
-    anchored = [Anchors.of(scores[rows])(scores) for scores in second.T]
-    evidence = ((own_scores(sup, rows) + np.stack(anchored, axis=1)) / 2).astype(np.float32)
-    owner = fit_owner(b, near, evidence[rows])
+    anchored = [Anchors.of(scores[sample.rows])(scores) for scores in second.T]
+    evidence = ((own_scores(sup, sample.rows) + np.stack(anchored, axis=1)) / 2).astype(np.float32)
+    owner = fit_owner(sample.b, sample.near, evidence[sample.rows])
     for part, chunk in neutral.chunks():
         evidence[part] = softmax(owner.log_probs(unit(chunk)) + EVIDENCE_WEIGHT * evidence[part], axis=1)
     return evidence

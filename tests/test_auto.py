@@ -13,7 +13,7 @@ from scipy.special import softmax
 from test_evidence import make_pool, matrix, o_anchor, o_rmd, o_weights, restricted
 
 from muka_fast.auto import CERTAINTY, Answer, Classes, Ridge, Views, auto_weights, beside, class_weights, probs, slopes
-from muka_fast.evidence import RelativeMahalanobis, evidence_weights, neighbours, own_scores, unit
+from muka_fast.evidence import RelativeMahalanobis, Sample, evidence_weights, neighbours, own_scores, unit
 from muka_fast.features import Features
 from muka_fast.names import NameAnswer
 from muka_fast.store import ShardRange
@@ -174,7 +174,7 @@ def test_what_lies_apart_in_the_teachers_features_counts_although_no_neutral_fea
     right = []
     for features in (sup.features, [Features.of(np.ones((300, 1), np.float32))] * 2):
         seen = Supervision(**{**vars(sup), "features": features})
-        found = class_weights(seen, Features.of(b), rows, weak, Classes.of(sup), b, neighbours(b, 15))
+        found = class_weights(seen, Features.of(b), Sample(rows, b, neighbours(b, 15)), weak, Classes.of(sup))
         right.append((found.argmax(1) == owner).mean())
     assert right[0] > right[1] + 0.05
 
