@@ -34,6 +34,7 @@ from scipy.sparse import csr_array
 from scipy.special import softmax
 
 from muka_fast.evidence import (
+    CERTAINTY,
     NEIGHBOURS,
     SAMPLE,
     Sample,
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
 CLASS_POWER, TEACHER_POWER = 2.0, 1.0
 NAMES_POWER = 6.0  # times the trust in the names
 FLOOR = 1e-4  # of an answer in the pool: none can veto a teacher
-CERTAINTY = 4.0  # power of the top probability in the weights of the Gaussians
 STEEPEST = 4.0  # slope: scores of a few values only must not decide alone
 ROUNDS = 5  # R
 VIEW_LENGTH = 0.6  # of all teachers' features together, where encoder and words have length 1 each

@@ -24,6 +24,7 @@ import numpy as np
 from scipy.special import expit, logit
 
 from muka_fast.evidence import (
+    CERTAINTY,
     NEIGHBOURS,
     SAMPLE,
     Anchors,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from muka_fast.features import Features
     from muka_fast.stored import Supervision
 
-CERTAINTY = 4.0  # power of the top probability in the weights of the Gaussians
 START = 0.05  # nobody's weight before anything is known
 SURE = 0.01  # no neighbourhood is surer than this
 BIAS = 0.25  # more finds more, and takes texts from teachers that own them
@@ -144,15 +144,16 @@ def fit(e: np.ndarray, owner: np.ndarray, near: np.ndarray) -> tuple[Familiar, n
 
 def doubt_ranks(sup: Supervision, uncertainty: str, seed: int = 0, sample: int = SAMPLE) -> np.ndarray:
     """Ranks of the pool's texts, fp32 [n, 2] in (0, 1), high = doubtful: by the uncertainty of the least uncertain teacher, and by the
-    distance to the classes of the nearest one, -max_i A_i(RMD). Equal texts get equal ranks.
+    distance to the classes of the nearest one, -max_i A_i(RMD). Equal texts get equal ranks. Teachers of one class, which are never
+    in doubt, are not asked; where there are no others, all texts are equal.
 
     sup: with features, restricted to the label space. uncertainty: a measure of selection.py. seed, sample: which texts, and how
     many at most, the Gaussians are fitted on. A function of the texts as a set. Raises UserError for a measure that a single pass
     does not give, and for a store without features.
     """
-    rows = sample_rows(sup.example_ids.numpy(), seed, sample)
-    uncertain = uncertainties(sup, uncertainty).numpy().min(1)
-    far = -own_scores(sup, rows, CERTAINTY).max(1)
+    rows, asked = sample_rows(sup.example_ids.numpy(), seed, sample), np.array(sup.class_counts) > 1
+    uncertain = uncertainties(sup, uncertainty).numpy().min(1, where=asked, initial=np.inf)
+    far = -own_scores(sup, rows, CERTAINTY).max(1, where=asked, initial=-np.inf)
     return np.stack([ranks(uncertain), ranks(far)], axis=1).astype(np.float32)
 
 

@@ -27,6 +27,8 @@ from scipy.special import log_softmax, softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
+from muka_fast.selection import sampled
+
 if TYPE_CHECKING:
     from muka_fast.features import Features
     from muka_fast.stored import Supervision
@@ -39,8 +41,10 @@ EVIDENCE_WEIGHT = 1.0  # lambda
 ROUNDS = 5  # R
 C = 1.0  # inverse strength of the L2 penalty
 SHRINK = 0.1  # of covariances, towards the identity
+CERTAINTY = 4.0  # power of the top probability by which a text counts in the Gaussians, where muka-auto, coverage and doubt fit them
+LEAST_WITHIN = 1e-4  # of S, of the mean variance: fp32 holds no distances to classes without any spread
 MI_FLOOR = 1e-6
-LARGEST = 20.0  # of |A|: a score that is the same for most texts has almost no span, and must not outvote the others
+LARGEST = 20.0  # of |A|: a score that is almost the same for most texts has almost no span, and must not outvote the others
 SAMPLE = 20_000
 GRAPH_BLOCK = 1024
 
@@ -113,7 +117,7 @@ def own_scores(sup: Supervision, rows: np.ndarray, power: float = 0.0) -> np.nda
 
 def second_scores(sup: Supervision) -> np.ndarray:
     """-ln(MI / ln C_i), MI / ln C_i >= 1e-6, where every teacher was sampled, else logsumexp of the logits; fp32 [n, N]."""
-    if all(teacher["mc"] and teacher["mc_samples"] > 1 for teacher in sup.teachers):
+    if all(map(sampled, sup.teachers)):
         upper = np.array([math.log(count) or math.inf for count in sup.class_counts], np.float32)
         return -np.log(np.maximum(sup.mutual_information.numpy() / upper, MI_FLOOR))
     return energies(sup)
@@ -127,7 +131,7 @@ def energies(sup: Supervision) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Anchors:
-    """A(s): -2 at the lower quantile of a score, 2 at the upper one; 0 where the score tells no two texts apart."""
+    """A(s): -2 at the lower quantile of a score, 2 at the upper one; 0 where the score is the same for most texts."""
 
     low: float
     span: float
@@ -136,9 +140,9 @@ class Anchors:
     def of(cls, scores: np.ndarray) -> Anchors:
         low, high = np.quantile(scores.astype(np.float64), [QUANTILE, 1 - QUANTILE])
         rounding = 1e-5 * float(np.abs(scores).max())
-        # Nothing but rounding: a teacher of one class, or one that predicts one class only.
-        useless = float(np.ptp(scores)) <= rounding
-        return cls(float(low), math.inf if useless else max(float(high - low), rounding, 1e-12))
+        # For a teacher of one class or one that predicts one class only; where it tells a few texts apart, the scale is unknown.
+        useless = high - low <= max(rounding, 1e-12)
+        return cls(float(low), math.inf if useless else float(high - low))
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
         if math.isinf(self.span):
@@ -170,9 +174,12 @@ class RelativeMahalanobis:
         np.add.at(sums, inverse, weights[:, None] * centred)
         means = sums / np.bincount(inverse, weights)[:, None]
         root = np.sqrt(weights)[:, None]
-        within, background = precision(root * (centred - means[inverse])), precision(root * centred)
-        toward = within @ means.T
-        parts = mean, background - within, 2 * toward, (means.T * toward).sum(0)
+        background, within = root * centred, root * (centred - means[inverse])
+        outer, inner = precision(background, 0.0), precision(within, LEAST_WITHIN * (background**2).mean())
+        toward = inner @ means.T
+        parts = mean, outer - inner, 2 * toward, (means.T * toward).sum(0)
+        if len(classes) == 1:  # S = S0 and m_c = 0: rounding would be all there is
+            parts = mean, *(np.zeros_like(part) for part in parts[1:])
         return cls(*(part.astype(np.float32) for part in parts))
 
     def scores(self, features: np.ndarray) -> np.ndarray:
@@ -181,10 +188,10 @@ class RelativeMahalanobis:
         return ((x @ self.form) * x).sum(1) + (x @ self.pull - self.offset).max(1)
 
 
-def precision(deviations: np.ndarray) -> np.ndarray:
-    """(cov + SHRINK mean(diag cov) I)^-1 [D, D]; deviations from their mean, fp64 [m, D]."""
+def precision(deviations: np.ndarray, least: float) -> np.ndarray:
+    """(cov + ridge I)^-1 [D, D], ridge = SHRINK mean(diag cov), at least `least`; deviations from their mean, fp64 [m, D]."""
     covariance = deviations.T @ deviations / len(deviations)
-    ridge = max(SHRINK * covariance.diagonal().mean(), 1e-12)
+    ridge = max(SHRINK * covariance.diagonal().mean(), least, 1e-12)
     return np.linalg.inv(covariance + ridge * np.eye(len(covariance)))
 
 

@@ -86,6 +86,7 @@ def build_label_space(teachers: Sequence[tuple[str, Sequence[str]]], label_map: 
             raise UserError(f"teacher '{name}' has no labels: its config.json needs id2label")
         if repeated := [label for label, count in Counter(labels).items() if count > 1]:
             log.warning("teacher %s names several of its classes %r: they become one", name, repeated[0])
+    _check_map(teachers, label_map or {})
     shared, own = _split_map(teachers, label_map or {})
 
     union: dict[str, int] = {}
@@ -125,9 +126,9 @@ def build_label_space(teachers: Sequence[tuple[str, Sequence[str]]], label_map: 
 
 def _union_name(teacher: str, label: str, shared: Mapping, own: Mapping) -> str | None:
     """Name of a raw label in the union; None drops it. The entry for this teacher wins."""
-    for table, key in ((own, label), (shared, f"{teacher}/{label}"), (shared, label)):
-        if key in table:
-            return table[key]
+    for table in (own, shared):
+        if label in table:
+            return table[label]
     return f"{teacher}/{label}" if DEFAULT_NAME.fullmatch(label) else label
 
 
@@ -171,9 +172,7 @@ def rename_labels(
     The entries of the map that hold for all teachers are applied, and those for single teachers where every teacher that
     owns the old name has it renamed alike. teachers: dicts with name and labels (those of the teacher itself, in any order).
     """
-    label_map = label_map or {}
-    shared = {old: new for old, new in label_map.items() if not isinstance(new, Mapping)}
-    own = {name: table for name, table in label_map.items() if isinstance(table, Mapping)}
+    shared, own = _split_map([(teacher["name"], teacher["labels"]) for teacher in teachers], label_map or {})
     renamed = dict(shared)
     for old in {old for table in own.values() for old in table}:
         found = [own.get(teacher["name"], {}).get(old, shared.get(old, old)) for teacher in teachers if old in teacher["labels"]]
@@ -198,16 +197,29 @@ def _new_name(value: object, path: Path) -> str | None:
 def _split_map(
     teachers: Sequence[tuple[str, Sequence[str]]], label_map: LabelMap
 ) -> tuple[dict[str, str | None], dict[str, dict[str, str | None]]]:
-    """The entries for all teachers and those for one; every old name and every teacher in them exists."""
-    own_labels = {name: set(labels) for name, labels in teachers}
-    all_labels = set().union(*own_labels.values()) | {f"{name}/{x}" for name, labels in teachers for x in labels}
+    """The entries for all teachers, and those for one, spelled either way."""
+    spelled = {f"{name}/{label}": (name, label) for name, labels in teachers for label in labels}
     shared: dict[str, str | None] = {}
     own: dict[str, dict[str, str | None]] = {}
+    for key, value in label_map.items():
+        if isinstance(value, Mapping):
+            own[key] = own.get(key, {}) | dict(value)
+            continue
+        shared[key] = value
+        if key in spelled:
+            teacher, label = spelled[key]
+            own[teacher] = {label: value} | own.get(teacher, {})
+    return shared, own
+
+
+def _check_map(teachers: Sequence[tuple[str, Sequence[str]]], label_map: LabelMap) -> None:
+    """Raises UserError where an old name or a teacher of the map does not exist."""
+    own_labels = {name: set(labels) for name, labels in teachers}
+    all_labels = set().union(*own_labels.values()) | {f"{name}/{x}" for name, labels in teachers for x in labels}
     for key, value in label_map.items():
         if not isinstance(value, Mapping):
             if key not in all_labels:
                 raise UserError(f"label map: no teacher has a label '{key}'{_nearest(key, all_labels)}")
-            shared[key] = value
             continue
         if key not in own_labels:
             raise UserError(f"label map: no teacher is called '{key}'{_nearest(key, own_labels)}")
@@ -215,8 +227,6 @@ def _split_map(
             if old not in own_labels[key]:
                 hint = _nearest(old, own_labels[key])
                 raise UserError(f"label map: teacher '{key}' has no label '{old}'{hint}")
-        own[key] = dict(value)
-    return shared, own
 
 
 def _nearest(name: str, names: Sequence[str] | set[str] | Mapping[str, object]) -> str:

@@ -21,7 +21,7 @@ from muka_fast.errors import UserError
 from muka_fast.evidence import evidence_weights
 from muka_fast.memory import send
 from muka_fast.ops.reference import select_teacher_ref
-from muka_fast.selection import NEEDS_SAMPLES, choices, label_ids, owners, teacher_scores
+from muka_fast.selection import choices, label_ids, owners, sampled, teacher_scores
 from muka_fast.store import half
 from muka_fast.targets import Composed, Method, tempered_softmax
 
@@ -40,7 +40,7 @@ class MukaHard(Composed):
     """muka-hard: the target of the most certain teacher; scores of `--uncertainty`, optionally weighted by the
     teacher margin."""
 
-    options = ("uncertainty", "margin", "normalize_margin")
+    options = (*Composed.options, "uncertainty", "margin", "normalize_margin")
 
     def __init__(self, config: RunConfig, sup: Supervision, label_space: LabelSpace, label_ids: Tensor | None) -> None:
         super().__init__(config, sup, label_space, label_ids)
@@ -68,6 +68,7 @@ class MukaSoft(MukaHard):
 class RuledSoft(Composed):
     """All teachers' targets, mixed by weights w [n, N] that a rule drew from the whole pool: q = sum_i w_i pad(p^_i)."""
 
+    options = (*Composed.options, "neutral_encoder")
     soft = True
     needs_features = True
 
@@ -102,15 +103,15 @@ class MukaAuto(RuledSoft):
 
 
 class Oracle(Composed):
-    """Upper line: the teacher that owns the true label. Of several owners the one with the highest score, as
-    muka-hard would."""
+    """Upper line: the teacher that owns the true label. Of several owners the one with the highest score, as muka-hard would;
+    after a single pass by predictive entropy."""
 
-    options = ("uncertainty",)
+    options = (*Composed.options, "uncertainty")
     needs_labels = True
 
     def __init__(self, config: RunConfig, sup: Supervision, label_space: LabelSpace, label_ids: Tensor | None) -> None:
         super().__init__(config, sup, label_space, label_ids)
-        measure = config.uncertainty if config.uncertainty not in NEEDS_SAMPLES else "predictive_entropy"
+        measure = config.uncertainty if all(map(sampled, sup.teachers)) else "predictive_entropy"
         owned = owners(label_space)[:, label_ids.clamp_min(0)].T  # [n, N]
         best = select_teacher_ref(torch.where(owned, teacher_scores(sup, measure), -1.0))[0]
         self._trust(torch.nn.functional.one_hot(best, len(sup.teachers)).float())
@@ -120,6 +121,8 @@ class Oracle(Composed):
 class VanillaKD(Composed):
     """vkd: KL x T^2 to one distribution over all teachers' columns, softmax(all logits / T); overlapping classes add
     up."""
+
+    options = ("kd_temperature",)
 
     def __init__(self, config: RunConfig, sup: Supervision, label_space: LabelSpace, label_ids: Tensor | None) -> None:
         super().__init__(config, sup, label_space, label_ids)
@@ -169,6 +172,8 @@ class CFL(TiedFeatures):
 class MeanLogits(Composed):
     """mean: KL x T^2 to softmax(mean over teachers of z_i / T), for teachers of one label set, in whatever order each has it."""
 
+    options = ("kd_temperature",)
+
     def __init__(self, config: RunConfig, sup: Supervision, label_space: LabelSpace, label_ids: Tensor | None) -> None:
         super().__init__(config, sup, label_space, label_ids)
         num_classes, everything = label_space.num_classes, set(label_space.names)
@@ -200,6 +205,8 @@ class UnifiedHead(Method):
     Vongkulbhisal et al., 2019, "Unifying heterogeneous classifiers with distillation". It never says which teacher is
     right: no selection, and no composed target.
     """
+
+    options = ("kd_temperature",)
 
     def __init__(self, config: RunConfig, sup: Supervision, label_space: LabelSpace, label_ids: Tensor | None) -> None:
         super().__init__(config, sup, label_space, label_ids)

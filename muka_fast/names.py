@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,12 +29,20 @@ if TYPE_CHECKING:
 
 TEMPERATURES = np.array([0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40], np.float32)  # of t
 ROUNDS = 20  # of expectation-maximisation
-SEPARATORS = re.compile(r"[\W_]+|(?<=[a-z])(?=[A-Z])")
+CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+TELLING = "+#<>=%"  # C and C++, <5 and >5
 
 
 def readable(name: str) -> str:
     """A class name as words: card_arrival, Sci/Tech, bookHotel -> "card arrival", "Sci Tech", "book Hotel"."""
-    return SEPARATORS.sub(" ", name).strip() or name
+    kept = [letter if of_a_word(letter) else " " for letter in CAMEL.sub(" ", unicodedata.normalize("NFC", name))]
+    sign = "-" if re.match(r"-\d", name) else ""
+    return sign + " ".join("".join(kept).split()) or name
+
+
+def of_a_word(letter: str) -> bool:
+    """Letters, digits, what joins them in other scripts (marks, joiners), and TELLING signs."""
+    return letter.isalnum() or letter in TELLING or unicodedata.category(letter) in ("Mn", "Mc", "Me", "Cf")
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def neutral_features(
     """
     queue = queue or ShardQueue()
     with queue:
-        folder, tokenizer = find(encoder)
+        folder, tokenizer = find_encoder(encoder)
         max_length = min(options.max_length, tokenizer.model_max_length)
         key = neutral_key(encoder, tokenizer, max_length, texts)
         place = Path(store) / f"neutral-{key}"
@@ -81,7 +81,7 @@ def neutral_features(
     return Features(ranges, lambda shard: read_or_refuse(place, shard, lambda part: _read(place, part, key))[FEATURES])
 
 
-def find(encoder: str | Path) -> tuple[Path, transformers.PreTrainedTokenizerBase]:
+def find_encoder(encoder: str | Path) -> tuple[Path, transformers.PreTrainedTokenizerBase]:
     """The folder of an encoder, from the hub where it is none, and its tokenizer."""
     folder = checkpoint.resolve_folder(encoder, ROLE)
     return folder, load_tokenizer(folder, f"{ROLE} {encoder}")
@@ -89,14 +89,14 @@ def find(encoder: str | Path) -> tuple[Path, transformers.PreTrainedTokenizerBas
 
 def neutral_tokens(encoder: str | Path, texts: TextSet, options: ScoringOptions) -> Tokens:
     """The texts as the neutral encoder's tokenizer cuts them, special tokens included."""
-    _, tokenizer = find(encoder)
+    _, tokenizer = find_encoder(encoder)
     return texts.tokens(tokenizer, min(options.max_length, tokenizer.model_max_length))
 
 
 @torch.inference_mode()
 def name_features(encoder: str | Path, names: Sequence[str], options: ScoringOptions) -> np.ndarray:
     """The neutral features of class names, read as words, fp32 [C, d]."""
-    folder, tokenizer = find(encoder)
+    folder, tokenizer = find_encoder(encoder)
     model = load_encoder(folder, tokenizer, device_of(options.device))
     limit = min(options.max_length, token_limit(model, tokenizer))
     tokens = tokenize(tokenizer, [readable(name) for name in names], limit)

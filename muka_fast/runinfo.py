@@ -95,8 +95,8 @@ def identity(
 ) -> dict[str, Any]:
     """Everything that the final weights depend on, besides rounding.
 
-    encoders: fingerprints of the student and, where one is named, of the neutral encoder. labels: the true label of each text,
-    where the method learns from them.
+    encoders: fingerprints and tokenizer keys of the student and, where one is named, of the neutral encoder. labels: the true label
+    of each text, where the method learns from them.
     """
     learnt = {} if labels is None else {"true_labels": hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest()}
     return {
@@ -105,6 +105,7 @@ def identity(
         **learnt,
         "texts": texts.fingerprint,
         "teachers": [teacher["fingerprint"] for teacher in sup.teachers],
+        "tokenizers": [teacher["tokenizer_key"] for teacher in sup.teachers],
         "labels": list(space.names),
         "teacher_labels": [list(labels) for labels in space.teacher_labels],
         **encoders,
@@ -182,9 +183,9 @@ def supervision_summary(method: "Method", sup: "Supervision", space: "LabelSpace
 
     Methods without a selection of their own (uhc, supervised, oracle) get that of muka-hard with predictive entropy.
     """
-    selected, margin, source = method.selected, method.margin, method.config.method
+    selected, margin, source, sup = method.selected, method.margin, method.config.method, sup.restrict(space)
     if selected is None or margin is None:
-        selected, margin = select_teacher_ref(teacher_scores(sup.restrict(space), "predictive_entropy"))
+        selected, margin = select_teacher_ref(teacher_scores(sup, "predictive_entropy"))
         source = "predictive entropy"
     counts = torch.bincount(selected, minlength=len(space.teacher_names)).tolist()
     histogram = torch.histc(margin.float(), MARGIN_BINS, 0.0, 1.0).int().tolist()
@@ -219,10 +220,10 @@ def shorten(text: str) -> str:
 def example(
     row: int, selected: Tensor, margin: Tensor, sup: "Supervision", space: "LabelSpace", texts: "TextSet"
 ) -> dict[str, Any]:
-    """One text with its most trusted teacher and what that teacher says."""
+    """One text with its most trusted teacher and what that teacher says; sup: restricted to the label space."""
     teacher = int(selected[row])
     start, stop = space.offsets[teacher], space.offsets[teacher + 1]
-    probs = torch.softmax(sup.restrict(space).logits[row, start:stop], -1)
+    probs = torch.softmax(sup.logits[row, start:stop], -1)
     best = int(probs.argmax())
     return {
         "example_id": int(texts.example_ids[row]),

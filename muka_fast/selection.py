@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -56,12 +56,17 @@ def uncertainties(sup: Supervision, uncertainty: str) -> Tensor:
         raise UserError(f"unknown --uncertainty {uncertainty!r}: choose {choices(uncertainty, UNCERTAINTY)}")
     if uncertainty in NEEDS_SAMPLES:
         for teacher in sup.teachers:
-            if not teacher["mc"] or teacher["mc_samples"] < 2:
+            if not sampled(teacher):
                 raise UserError(
                     f"--uncertainty {uncertainty} needs two Monte-Carlo passes, but teacher {teacher['name']!r} "
                     "was scored by one: use --mc with --mc_samples 2 or more, or --uncertainty predictive_entropy"
                 )
     return UNCERTAINTY[uncertainty](sup)
+
+
+def sampled(teacher: dict[str, Any]) -> bool:
+    """Whether a store's teacher was scored by several Monte-Carlo passes."""
+    return teacher["mc"] and teacher["mc_samples"] > 1
 
 
 def choices(given: str, table: Iterable[str]) -> str:

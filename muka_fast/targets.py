@@ -130,6 +130,7 @@ class Composed(Method):
     """A target composed from teacher probabilities [B, S] and scores [n, N]: KL(q, softmax(student / T)) (MUKA, eq. 3
     to 6)."""
 
+    options = ("target", "kd_temperature")
     soft = False
     weighted = False  # times (teacher margin + 1e-6)
     loss_scale = 1.0

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import transformers
 import yaml
 
 from muka_fast import export, runinfo
@@ -25,7 +26,7 @@ from muka_fast.aligned import student_part
 from muka_fast.config import EvalConfig, RunConfig, load_config
 from muka_fast.console import log_file, setup_logging
 from muka_fast.coverage import nobody_weights
-from muka_fast.data import TextSet, read_texts
+from muka_fast.data import TextSet, read_texts, tokenizer_key
 from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine, init_distributed, resolve_device
 from muka_fast.evaluate import evaluate
@@ -47,7 +48,7 @@ from muka_fast.methods import (
     target_accuracy,
     unused_options,
 )
-from muka_fast.neutral import name_features, neutral_features, neutral_tokens
+from muka_fast.neutral import find_encoder, name_features, neutral_features, neutral_tokens
 from muka_fast.preflight import (
     check_inputs,
     check_labels,
@@ -135,7 +136,7 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
             checkpoint_activations(model, f"student {config.student}")
         tokens = texts.tokens(tokenizer, min(config.max_length, token_limit(model, tokenizer)))
     plan = Plan(tokens.lengths, config)
-    record = begin_record(config, ds_config, texts, sup, space, labels)
+    record = begin_record(config, ds_config, texts, sup, space, labels, tokenizer)
     on_first_process(lambda: begin_run(output, config, record))
     trained = method.wrap(model)
     engine = Engine.create(trained, config, ds_config, plan.total_steps)
@@ -201,7 +202,8 @@ def supervise(config: RunConfig, texts: TextSet, output: Path) -> tuple[Supervis
         sup = fill_store(store, config.teachers, texts, config, ShardQueue(group=True), needs_features)
     else:
         sup = open_store(store_folder(config, output), texts, option_values(config))
-    return sup, pool_features(config, texts, output, ShardQueue(group=True))
+    alone = len(sup.teachers) == 1  # it owns every text, whatever they look like
+    return sup, None if alone else pool_features(config, texts, output, ShardQueue(group=True))
 
 
 def store_folder(config: RunConfig, output: Path) -> Path:
@@ -219,8 +221,10 @@ def pool_weights(
     config: RunConfig, sup: Supervision, space: LabelSpace, texts: TextSet, neutral: Features | None
 ) -> np.ndarray | None:
     """The teachers' weights [n, N] by the method's rule over the pool, less that of "no teacher"; None where it has no rule."""
-    if neutral is None:
+    if METHODS[config.method].rule is None:
         return None
+    if len(sup.teachers) == 1:
+        return np.ones((len(sup), 1), np.float32)
     sup, encoder = sup.restrict(space), neutral_encoder(config)
     sample = sample_rows(texts.example_ids, config.seed, SAMPLE)
     view = with_words(neutral, neutral_tokens(encoder, texts, config), sample, config.seed)
@@ -235,17 +239,19 @@ def begin_record(
     sup: Supervision,
     space: LabelSpace,
     labels: list[str] | None,
+    tokenizer: transformers.PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
-    """run.json as far as it is known before training."""
+    """run.json as far as it is known before training; tokenizer: the student's."""
     teachers = [
         {"name": teacher["name"], "fingerprint": teacher["fingerprint"], "labels": list(dict.fromkeys(names))}
         | {"own_labels": teacher["labels"]}
         for teacher, names in zip(sup.teachers, space.teacher_labels, strict=True)
     ]
     needed = labels if config.method in LABELLED_METHODS else None
-    encoders = {"student": encoder_fingerprint(config.student)}
+    encoders = {"student": encoder_fingerprint(config.student), "student_tokenizer": tokenizer_key(tokenizer, config.max_length)}
     if config.neutral_encoder is not None and METHODS[config.method].rule is not None:
         encoders["neutral_encoder"] = encoder_fingerprint(config.neutral_encoder, "neutral encoder")
+        encoders["neutral_tokenizer"] = tokenizer_key(find_encoder(config.neutral_encoder)[1], config.max_length)
     return {
         "state": "training",
         "config": config.resolved(),

@@ -31,6 +31,7 @@ class WordFeatures:
     """Features [.., e] of rows of `tokens`."""
 
     tokens: Tokens
+    width: int  # largest token id + 1
     known: np.ndarray  # ids of the tokens that count, int [T]
     tf_idf: TfidfTransformer
     directions: np.ndarray  # V [T, e]
@@ -38,30 +39,31 @@ class WordFeatures:
     @classmethod
     def fit(cls, tokens: Tokens, rows: np.ndarray, seed: int) -> WordFeatures:
         """On the texts `rows`. Their order changes nothing but rounding: the SVD draws its random start per token."""
-        every = count(tokens, rows)
+        width = int(tokens.ids.max(initial=-1)) + 1
+        every = count(tokens, rows, width)
         frequency = np.bincount(every.indices, minlength=every.shape[1])
         known = np.flatnonzero((frequency >= 2) & (frequency < len(rows)))
         tf_idf = TfidfTransformer(sublinear_tf=True)
         if not len(known):
-            return cls(tokens, known, tf_idf, np.empty((0, 0), np.float32))
+            return cls(tokens, width, known, tf_idf, np.empty((0, 0), np.float32))
         x = tf_idf.fit_transform(every[:, known])
         _, _, directions = randomized_svd(x, min(DIMENSIONS, *x.shape), transpose=False, random_state=seed)
-        return cls(tokens, known, tf_idf, directions.T.astype(np.float32))
+        return cls(tokens, width, known, tf_idf, directions.T.astype(np.float32))
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """Unit rows fp32 [len(rows), e]; zeros for a text without known tokens."""
         if not len(self.known):
             return np.empty((len(rows), 0), np.float32)
-        x = self.tf_idf.transform(count(self.tokens, rows)[:, self.known])
+        x = self.tf_idf.transform(count(self.tokens, rows, self.width)[:, self.known])
         return unit(np.asarray(x @ self.directions, np.float32))
 
 
-def count(tokens: Tokens, rows: np.ndarray) -> csr_array:
-    """How often each token occurs in each of the texts, fp32 [len(rows), largest id + 1]."""
+def count(tokens: Tokens, rows: np.ndarray, width: int) -> csr_array:
+    """How often each token id below `width` occurs in each of the texts, fp32 [len(rows), width]."""
     starts, stops = tokens.offsets[rows], tokens.offsets[rows + 1]
     ids = np.concatenate([tokens.ids[start:stop] for start, stop in zip(starts, stops, strict=True)])
     ends = np.concatenate([[0], np.cumsum(stops - starts)])
-    counts = csr_array((np.ones(len(ids), np.float32), ids, ends), shape=(len(rows), int(tokens.ids.max()) + 1))
+    counts = csr_array((np.ones(len(ids), np.float32), ids, ends), shape=(len(rows), width))
     counts.sum_duplicates()
     return counts
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import softmax
-from test_evidence import make_pool, matrix, o_anchor, o_rmd, o_weights, restricted
+from test_evidence import make_pool, matrix, o_anchor, o_rmd, o_weights, restricted, shuffle
 
 from muka_fast.auto import CERTAINTY, Answer, Classes, Ridge, Views, auto_weights, beside, class_weights, probs, slopes
 from muka_fast.evidence import RelativeMahalanobis, Sample, evidence_weights, neighbours, own_scores, unit
@@ -18,20 +18,6 @@ from muka_fast.features import Features
 from muka_fast.names import NameAnswer
 from muka_fast.store import ShardRange
 from muka_fast.stored import Supervision
-
-
-def shuffle(sup, neutral, rows, order):
-    """The same pool with its texts and teachers in another order."""
-    columns = [c for i in order for c in range(sup.offsets[i], sup.offsets[i + 1])]
-    moved = Supervision(
-        logits=sup.logits[rows][:, columns], mean_probs=sup.mean_probs[rows][:, columns], var_probs=sup.var_probs[rows][:, columns],
-        predictive_entropy=sup.predictive_entropy[rows][:, order], expected_entropy=sup.expected_entropy[rows][:, order],
-        example_ids=sup.example_ids[rows], teachers=[sup.teachers[i] for i in order],
-        offsets=[0, *np.cumsum([len(sup.teachers[i]["labels"]) for i in order]).tolist()],
-        features=[Features.of(matrix(sup.features[i])[rows].astype(np.float32)) for i in order],
-    )  # fmt: skip
-    return moved, Features.of(matrix(neutral)[rows].astype(np.float32))
-
 
 # ---- the definition, in float64, one text, one class and one target at a time ----
 

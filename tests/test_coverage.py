@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, logit
-from test_evidence import make_pool, matrix, o_anchor, restricted
+from test_evidence import make_pool, matrix, o_anchor, restricted, shuffle
 
 from muka_fast.config import RULED_METHODS, RunConfig
 from muka_fast.coverage import FEWEST, familiarity, nobody_weights
@@ -37,15 +37,6 @@ def weights_of(sup, neutral, **options):
     sup = restricted(sup)
     rule = evidence_weights(sup, neutral)
     return rule, nobody_weights(sup, rule, neutral, **options)
-
-
-def shuffled(sup, neutral, order):
-    rows = torch.from_numpy(order)
-    names = ("logits", "mean_probs", "var_probs", "predictive_entropy", "expected_entropy", "example_ids")
-    parts = {name: getattr(sup, name)[rows] for name in names}
-    features = [Features.of(matrix(one)[order].astype(np.float32)) for one in sup.features]
-    moved = Supervision(**parts, teachers=sup.teachers, offsets=sup.offsets, features=features)
-    return moved, Features.of(matrix(neutral)[order].astype(np.float32))
 
 
 # ---- the definition, straightforward and slow ----
@@ -126,7 +117,7 @@ def test_any_pool_gives_weights_in_the_unit_interval_whatever_its_order(seed, nu
     if num_teachers == 1 or n <= 2 * FEWEST:
         assert (found == 0).all()
     order = np.random.default_rng(seed).permutation(n)
-    moved, moved_neutral = shuffled(sup, neutral, order)
+    moved, moved_neutral = shuffle(sup, neutral, order, range(len(sup.teachers)))
     again = nobody_weights(restricted(moved), rule[order], moved_neutral)
     np.testing.assert_allclose(again, found[order], atol=5e-3)
 
@@ -136,7 +127,7 @@ def test_a_large_pool_is_fitted_on_a_sample_and_the_rest_follows_in_any_order():
     rule, found = weights_of(sup, neutral, sample=400)
     assert (found[topic < 0] > 0.5).mean() > 0.7 and (found[topic >= 0] > 0.5).mean() < 0.02
     order = np.random.default_rng(0).permutation(900)
-    moved, moved_neutral = shuffled(sup, neutral, order)
+    moved, moved_neutral = shuffle(sup, neutral, order, range(len(sup.teachers)))
     again = nobody_weights(restricted(moved), rule[order], moved_neutral, sample=400)
     np.testing.assert_allclose(again, found[order], atol=5e-3)
     assert not np.array_equal(nobody_weights(restricted(sup), rule, neutral, seed=1, sample=400), found)

@@ -42,7 +42,7 @@ def test_ranks_lie_inside_the_unit_interval_and_hang_on_values_alone(values, ran
 
 def test_a_doubtful_text_is_uncertain_and_far_from_every_teacher():
     from test_coverage import foreign_pool
-    from test_evidence import restricted
+    from test_evidence import make_pool, restricted
 
     sup, _, topic = foreign_pool(seed=1)
     found = doubt_ranks(restricted(sup), "mutual_information")
@@ -50,6 +50,10 @@ def test_a_doubtful_text_is_uncertain_and_far_from_every_teacher():
     share = sup.mutual_information / torch.tensor(sup.class_counts).log()
     np.testing.assert_allclose(found[:, 0], ranks(share.min(-1).values.numpy()), atol=1e-3)
     assert auroc(found[:, 1], topic < 0) > 0.65
+    alone = restricted(make_pool(60, (3, 3, 1))[0])
+    for column in doubt_ranks(alone, "mutual_information").T:  # the teacher of one class, never in doubt, is not asked
+        assert len(np.unique(column)) == 60
+    assert (doubt_ranks(restricted(make_pool(60, (1, 1))[0]), "mutual_information") == 0.5).all()
     with pytest.raises(UserError, match="needs two Monte-Carlo passes"):
         doubt_ranks(restricted(foreign_pool(mc=False)[0]), "mutual_information")
 

@@ -62,6 +62,19 @@ def matrix(features):
     return np.concatenate([chunk for _, chunk in features.chunks()]).astype(np.float64)
 
 
+def shuffle(sup, neutral, rows, order):
+    """The same pool with its texts and teachers in another order."""
+    columns = [c for i in order for c in range(sup.offsets[i], sup.offsets[i + 1])]
+    moved = Supervision(
+        logits=sup.logits[rows][:, columns], mean_probs=sup.mean_probs[rows][:, columns], var_probs=sup.var_probs[rows][:, columns],
+        predictive_entropy=sup.predictive_entropy[rows][:, order], expected_entropy=sup.expected_entropy[rows][:, order],
+        example_ids=sup.example_ids[rows], teachers=[sup.teachers[i] for i in order],
+        offsets=[0, *np.cumsum([len(sup.teachers[i]["labels"]) for i in order]).tolist()],
+        features=[Features.of(matrix(sup.features[i])[rows].astype(np.float32)) for i in order],
+    )  # fmt: skip
+    return moved, Features.of(matrix(neutral)[rows].astype(np.float32))
+
+
 # ---- the definition, in float64, straightforward and slow ----
 
 
@@ -187,9 +200,43 @@ def test_constant_scores_are_no_evidence():
 
 
 def test_a_score_with_hardly_any_span_cannot_outvote_the_other():
-    scores = np.zeros(100, np.float32)
+    scores = np.linspace(0, 1e-3, 100, dtype=np.float32)
     scores[0] = -5
     assert Anchors.of(scores)(scores).min() == -20
+
+
+@pytest.mark.parametrize("different", [0, 1, 30, 59])
+def test_a_score_that_is_the_same_for_most_texts_says_nothing(different):
+    """As mutual information at its floor: the texts above it would be an infinite number of spans away."""
+    sup, neutral, topic = make_pool(600, (3, 3), separation=1.0)
+    expected = sup.expected_entropy.clone()
+    expected[different:, 0] = sup.predictive_entropy[different:, 0]
+    sup = Supervision(**{**vars(sup), "expected_entropy": expected})
+    assert (evidence_weights(sup, neutral).argmax(1) == topic).all()
+
+
+@pytest.mark.parametrize("rule", [evidence_weights, auto_weights])
+@pytest.mark.parametrize("counts", [(1, 3), (3, 3), (4, 4, 1)])
+def test_a_teacher_that_names_one_class_only_is_judged_by_the_others(rule, counts):
+    """Its distance is the same for all texts; rounding must not be taken for evidence, nor hang on the order of the texts."""
+    for seed in range(3):
+        sup, neutral, topic = make_pool(400, counts, widths=[64] * len(counts), seed=seed, separation=1.5)
+        if counts == (3, 3):
+            sup.logits[:, 0] += 50
+        weights = rule(restricted(sup), neutral)
+        assert (weights.argmax(1) == topic).mean() > 0.98
+        rows = np.random.default_rng(seed).permutation(400)
+        moved, there = shuffle(sup, neutral, rows, range(len(counts)))
+        np.testing.assert_allclose(rule(restricted(moved), there), weights[rows], atol=1e-3)
+
+
+def test_classes_without_spread_have_distances():
+    """Every class one text, many times: S = 0."""
+    rng = np.random.default_rng(0)
+    predicted = rng.integers(0, 5, 200)
+    F = rng.standard_normal((5, 16))[predicted]
+    found = RelativeMahalanobis.fit(F.astype(np.float32), predicted).scores(F.astype(np.float32))
+    assert all(np.ptp(found[predicted == c]) < 1e-3 * np.abs(found).max() for c in range(5)) and np.abs(found).max() < 1e3
 
 
 def test_one_teacher_owns_everything_and_texts_without_logits_count():
@@ -223,15 +270,7 @@ def test_the_order_of_texts_and_teachers_changes_no_selection(seed, N, mc, data)
     weights = evidence_weights(sup, neutral, seed)
     rows = np.array(data.draw(st.permutations(range(70))))
     order = data.draw(st.permutations(range(N)))
-    columns = [c for i in order for c in range(sup.offsets[i], sup.offsets[i + 1])]
-    shuffled = Supervision(
-        logits=sup.logits[rows][:, columns], mean_probs=sup.mean_probs[rows][:, columns], var_probs=sup.var_probs[rows][:, columns],
-        predictive_entropy=sup.predictive_entropy[rows][:, order], expected_entropy=sup.expected_entropy[rows][:, order],
-        example_ids=sup.example_ids[rows], teachers=[sup.teachers[i] for i in order],
-        offsets=[0, *np.cumsum([len(sup.teachers[i]["labels"]) for i in order]).tolist()],
-        features=[Features.of(matrix(sup.features[i])[rows].astype(np.float32)) for i in order],
-    )  # fmt: skip
-    found = evidence_weights(shuffled, Features.of(matrix(neutral)[rows].astype(np.float32)), seed)
+    found = evidence_weights(*shuffle(sup, neutral, rows, order), seed)
     np.testing.assert_allclose(found, weights[rows][:, order], atol=0.02)
     clear = np.diff(np.sort(weights, axis=1)[:, -2:])[:, 0] > 0.05
     assert (found.argmax(1) == weights[rows][:, order].argmax(1))[clear[rows]].all()

@@ -194,6 +194,8 @@ def test_true_labels_follow_the_entries_of_one_teacher_where_all_owners_agree():
     assert rename({"t": {"cat": "pet"}}) == ["cat", "cow", "owl"]  # s keeps its cats
     assert rename({"s": {"cat": "pet"}, "t": {"cat": "pet", "owl": None}}) == ["pet", "cow", None]
     assert rename({"cat": "pet", "t": {"cat": "pet"}}) == ["pet", "cow", "owl"]
+    assert rename({"t/owl": "bird", "s/cat": "pet"}) == ["cat", "cow", "bird"]  # the other way to spell an entry of one teacher
+    assert rename({"t/owl": "wrong", "t": {"owl": "bird"}}) == ["cat", "cow", "bird"]
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.json", "[" * 100_000), ("a.yaml", "a: 2020-99-99\n"), ("a.json", "9" * 5000)])

@@ -397,6 +397,7 @@ def test_upper_lines(case, one_unknown):
     if one_unknown and len(texts) > 1:
         labels[0] = "nobody's"
     oracle, _, q, loss, grad = run_method(RunConfig(method="oracle"), sup, case, student, labels)
+    sampled = all(teacher["mc"] and teacher["mc_samples"] > 1 for teacher in sup.teachers)
     supervised = run_method(RunConfig(method="supervised"), sup, case, student, labels)
     for b, text in enumerate(texts):
         if labels[b] == "nobody's":
@@ -404,7 +405,7 @@ def test_upper_lines(case, one_unknown):
                 loss[b] == 0 and supervised[3][b] == 0 and not grad[b].any() and oracle.weights(torch.tensor([b])) == 0
             )
             continue
-        scores = o_scores(case, sup, "predictive_entropy", b)
+        scores = o_scores(case, sup, "mutual_information" if sampled else "predictive_entropy", b)
         owning = [i for i, block in enumerate(text.kept) if truth[b] in {c for _, c in block}]
         best, gap = o_select([scores[i] for i in owning])
         if gap > CLEAR:

@@ -6,7 +6,11 @@ from muka_fast.config import METHODS, RunConfig
 from muka_fast.preflight import tell_unused_options
 
 CHOSEN = {"margin": False, "normalize_margin": True, "score_temperature": 0.5, "uncertainty": "variance"}
-READ = {"muka-soft": set(CHOSEN), "muka-hard": set(CHOSEN) - {"score_temperature"}, "oracle": {"uncertainty"}}
+CHOSEN |= {"target": "mc_mean", "kd_temperature": 2.0, "neutral_encoder": "reader"}
+TARGET = {"target", "kd_temperature"}
+READ = {"muka-soft": set(CHOSEN) - {"neutral_encoder"}, "muka-hard": set(CHOSEN) - {"neutral_encoder", "score_temperature"}}
+READ |= {"oracle": TARGET | {"uncertainty"}, "muka-evidence": TARGET | {"neutral_encoder"}, "muka-auto": TARGET | {"neutral_encoder"}}
+READ |= {method: {"kd_temperature"} for method in ("vkd", "uhc", "dfa", "cfl", "mean")}
 
 
 @pytest.mark.parametrize("method", METHODS)

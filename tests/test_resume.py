@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -106,6 +107,22 @@ def test_resume_refuses_other_true_labels(go, stop_at, monkeypatch, world, tmp_p
     texts.write_text("".join(json.dumps(row | {"label": "bank"}) + "\n" for row in rows))
     with pytest.raises(UserError, match=r"true_labels [0-9a-f]{12} -> [0-9a-f]{12}"):
         go("cut", texts=str(texts), method="supervised", resume=True)
+
+
+def test_resume_refuses_another_tokenizer(go, stop_at, monkeypatch, world, tmp_path):
+    """The weights are the same, but no token is."""
+    student = tmp_path / "student"
+    shutil.copytree(world / "student", student)
+    stop_at(3)
+    go("cut", student=str(student))
+    monkeypatch.undo()
+    file = student / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = dict(zip(vocabulary, reversed(vocabulary.values()), strict=True))
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"student_tokenizer [0-9a-f]{12} -> [0-9a-f]{12}"):
+        go("cut", student=str(student), resume=True)
 
 
 def test_a_run_of_an_older_version_resumes_without_the_new_options(go, stop_at, monkeypatch):

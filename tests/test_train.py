@@ -282,3 +282,10 @@ def test_golden_losses(go, world, method):
         pytest.fail(f"{path} was missing and is written now: look at it and commit it")
     golden = [float(line.split()[1]) for line in path.read_text().splitlines()]
     assert found == pytest.approx(golden, rel=1e-5)
+
+
+def test_the_texts_of_a_single_teacher_need_no_reader(go, world, monkeypatch):
+    monkeypatch.setattr("muka_fast.train.pool_features", None)
+    monkeypatch.setattr("muka_fast.train.name_features", None)
+    shares = json.loads((go("one", teachers=[str(world / "news")], method="muka-auto", epochs=1).output / "run.json").read_text())
+    assert shares["supervision"]["shares"] == {"news": 1.0}

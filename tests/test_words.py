@@ -25,7 +25,7 @@ def a_pool(n=60, topics=3, seed=0):
 
 def test_tokens_are_counted():
     tokens = tokens_of([[3, 1, 3], [], [0], [2, 2]])
-    assert count(tokens, np.array([0, 3, 1])).toarray().tolist() == [[0, 1, 0, 2], [0, 0, 2, 0], [0, 0, 0, 0]]
+    assert count(tokens, np.array([0, 3, 1]), 4).toarray().tolist() == [[0, 1, 0, 2], [0, 0, 2, 0], [0, 0, 0, 0]]
 
 
 def test_they_are_the_truncated_svd_of_tf_idf(monkeypatch):
@@ -34,7 +34,7 @@ def test_they_are_the_truncated_svd_of_tf_idf(monkeypatch):
     tokens, rows = tokens_of(texts), np.arange(300)
     found = WordFeatures.fit(tokens, rows, 0)(rows)
 
-    counts = count(tokens, rows).toarray()
+    counts = count(tokens, rows, int(tokens.ids.max()) + 1).toarray()
     frequency = (counts > 0).sum(0)
     known = (frequency > 1) & (frequency < 300)
     idf = np.log(301 / (1 + frequency[known])) + 1
