@@ -40,8 +40,10 @@ class Config(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _plain_paths(cls, value: Any, info: ValidationInfo) -> Any:
-        """Path objects are welcome wherever a path is a string; `~` is the home folder in files and models."""
+    def _plain_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """Path objects are welcome wherever a path is a string; `~` is the home folder in files and models; true is no number."""
+        if isinstance(value, bool) and plain_type(cls.model_fields[info.field_name]) in (int, float):
+            raise ValueError("a number is expected")
         is_file = cls.model_fields[info.field_name].json_schema_extra["group"] == FILES
 
         def plain(item: Any) -> Any:
@@ -177,6 +179,9 @@ class RunConfig(ScoringOptions):
     texts: str | None = option(None, "unlabelled texts: .jsonl .json .csv .tsv .parquet .txt or a hub data set", FILES)
     eval: str | None = option(None, "labelled texts to measure the student on", FILES)
     store: str | None = option(None, "supervision store to fill or reuse (default: OUTPUT/supervision)", FILES)
+    store_teachers: list[str] = option(
+        [], "without --teachers: names of the store's teachers to merge, in this order (default: all, as last scored)", FILES
+    )
     output: str | None = option(None, "folder of the run and of the exported student", FILES)
     ds_config: str | None = option(None, "DeepSpeed configuration (JSON)", FILES)
     label_map: str | None = option(None, "JSON or YAML file that renames, merges or drops (null) labels", FILES)

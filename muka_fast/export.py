@@ -45,6 +45,7 @@ RUN_MARKERS = (
     "checkpoints",
 )
 RUN_MARKERS += (PARTIAL, READY)
+ANY_MODEL = ("config.json", "model.safetensors")  # of the markers: nothing that --overwrite may replace has these alone
 MOST_CARD_LABELS = 300
 MUKA = "Knowledge amalgamation by teacher uncertainty (MUKA, arXiv 2112.07327; MUKI, arXiv 2210.05230)"
 METHOD_TEXTS = {
@@ -106,7 +107,9 @@ def check_output(
             f"--output {given}: already holds a run; continue it with --resume or replace it with --overwrite"
         )
     if found and overwrite:
-        _check_replaceable(output.resolve(), given, inputs)
+        if not any((output / marker).exists() for marker in RUN_MARKERS if marker not in ANY_MODEL):
+            raise UserError(f"--output {given}: holds a model that no run wrote; name a new or empty folder")
+        check_replaceable(output.resolve(), given, inputs)
     return bool(found)
 
 
@@ -132,7 +135,7 @@ def output_guard(
     return output
 
 
-def _check_replaceable(folder: Path, given: str | Path, inputs: Sequence[str | Path | None]) -> None:
+def check_replaceable(folder: Path, given: str | Path, inputs: Sequence[str | Path | None]) -> None:
     """Refuse to move away the current folder or anything that the new run reads."""
     if Path.cwd().is_relative_to(folder):
         raise UserError(f"--output {given}: --overwrite cannot replace the folder that you are in; name another one")

@@ -5,7 +5,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -113,7 +113,9 @@ def build_label_space(teachers: Sequence[tuple[str, Sequence[str]]], label_map: 
     if unnamed:
         example = f"{len(unnamed)} default label names mean nothing and stay apart ({unnamed[0]}, ...)"
         log.warning("%s: name them with --label_map", example)
-    _warn_of_lookalikes(union)
+    warn_of_lookalikes(union, "merge them with --label_map")
+    if len(union) == 1 and first_column > 1:
+        log.warning("all labels are one class, %r: there is nothing to learn", next(iter(union)))
     return LabelSpace(
         names=tuple(union),
         teacher_names=tuple(name for name, _ in teachers),
@@ -234,12 +236,10 @@ def _nearest(name: str, names: Sequence[str] | set[str] | Mapping[str, object]) 
     return f" (nearest: '{found[0]}')" if found else ""
 
 
-def _warn_of_lookalikes(names: Mapping[str, int]) -> None:
+def warn_of_lookalikes(names: Iterable[str], way_out: str) -> None:
     """Names that differ only in case or outer blanks are different classes, which is rarely meant."""
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(name.strip().casefold(), name)
         if other != name:
-            log.warning(
-                "labels '%s' and '%s' are two classes: merge them with --label_map if they are one", other, name
-            )
+            log.warning("labels '%s' and '%s' are two classes: %s if they are one", other, name, way_out)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 
 from muka_fast import adapters, checkpoint
 from muka_fast.console import log
-from muka_fast.data import read_texts, tokenize
+from muka_fast.data import TextSet, read_texts, tokenize
 from muka_fast.doubt import UncertaintyHead, with_head
 from muka_fast.errors import UserError
 from muka_fast.evaluate import load_model, predict
@@ -50,11 +51,18 @@ class Predictor:
         self.head = None if adapters.is_adapter(folder) else UncertaintyHead.load(folder, self.model)
         self.max_length, self.token_budget = min(max_length, token_limit(self.model, self.tokenizer)), token_budget
 
-    def predict(self, texts: Sequence[str], description: str | None = None) -> list[Prediction]:
-        """One prediction per text, in their order, by one forward each. description: shows progress under this name."""
-        if not len(texts):
+    def predict(self, texts: str | Iterable[str], description: str | None = None) -> list[Prediction]:
+        """One prediction per text, in their order, by one forward each. description: shows progress under this name.
+
+        A single text is a list of one. Raises UserError for what is no text.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        for text in texts:
+            if not isinstance(text, str):
+                raise UserError(f"predict takes a list of texts, found {text!r}")
+        if not texts:
             return []
-        tokens = tokenize(self.tokenizer, list(texts), self.max_length)
+        tokens = tokenize(self.tokenizer, texts, self.max_length)
         forward = None if self.head is None else with_head(self.model, self.head)
         found = predict(self.model, tokens, token_budget=self.token_budget, description=description, forward=forward)
         best = torch.softmax(found[:, : len(self.labels)].double(), dim=-1).max(-1)
@@ -66,10 +74,10 @@ class Predictor:
 # ---- the command ----
 
 
-def lines(texts: Iterable[str], predictions: Iterable[Prediction]) -> Iterator[str]:
-    """One JSON object per text; without an uncertainty head it has no doubt."""
-    for text, prediction in zip(texts, predictions, strict=True):
-        row: dict[str, Any] = {"text": text} | prediction._asdict()
+def lines(texts: TextSet, predictions: Iterable[Prediction]) -> Iterator[str]:
+    """One JSON object per text that is not blank, with its row in the source, from 0; without an uncertainty head it has no doubt."""
+    for number, text, prediction in zip(texts.example_ids.tolist(), texts.texts, predictions, strict=True):
+        row: dict[str, Any] = {"row": number, "text": text} | prediction._asdict()
         if prediction.doubt is None:
             del row["doubt"]
         yield json.dumps(row, ensure_ascii=False) + "\n"
@@ -85,10 +93,15 @@ def main(config: PredictConfig) -> int:
     predictor = Predictor(config.model, config.device, config.max_length, config.token_budget)
     if predictor.head is None:
         log.warning("%s has no uncertainty head: its answers come without doubt (train with --uncertainty_head)", config.model)
-    texts = read_texts(config.texts, text_column=config.text_column, limit=config.limit, split="test").texts
-    found = predictor.predict(texts, "predicting")
+    texts = read_texts(config.texts, text_column=config.text_column, limit=config.limit, split="test")
+    found = predictor.predict(texts.texts, "predicting")
     if output is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # JSON, whatever the terminal's
         sys.stdout.writelines(lines(texts, found))
         return 0
-    write_text(output, "".join(lines(texts, found)))
+    try:
+        write_text(output, "".join(lines(texts, found)))
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror or error}; name another file") from error
     return 0

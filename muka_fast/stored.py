@@ -181,8 +181,10 @@ def check_company(store: Path, entries: Sequence[dict[str, Any]]) -> bool:
     return True
 
 
-def open_store(store: str | Path, texts: TextSet | None = None, options: dict[str, Any] | None = None) -> Supervision:
-    """Every complete teacher of a store, without running or even finding a teacher.
+def open_store(
+    store: str | Path, texts: TextSet | None = None, options: dict[str, Any] | None = None, names: Sequence[str] = ()
+) -> Supervision:
+    """Every complete teacher of a store, or those with these names in this order, without running or even finding a teacher.
 
     texts: refuse a store of other texts. options: only teachers scored with these values of OPTION_KEYS; a differing
     run_seed is accepted where it leaves no choice, so that students of several seeds can share a store.
@@ -211,7 +213,17 @@ def open_store(store: str | Path, texts: TextSet | None = None, options: dict[st
             f"--store {store} holds no teacher scored with these options: {entries[key]['name']!r} has {shown}; "
             "give --teachers to score them again, or the options of the store"
         )
-    return load_supervision(store, manifest, [_only(store, keys, entries, differences) for keys in candidates.values()])
+    keys = [_only(store, found, entries, differences) for found in candidates.values()]
+    return load_supervision(store, manifest, _named(store, keys, [entries[key]["name"] for key in keys], names) if names else keys)
+
+
+def _named(store: Path, keys: list[str], there: list[str], names: Sequence[str]) -> list[str]:
+    """The keys of the teachers with these names. Raises UserError for a name that is not there, or not the name of one."""
+    for name in names:
+        if there.count(name) != 1:
+            fault = "several teachers" if name in there else "no teacher"
+            raise UserError(f"--store_teachers {name}: {store} holds {fault} of this name (it has {', '.join(there)})")
+    return [keys[there.index(name)] for name in names]
 
 
 def _only(store: Path, keys: list[str], entries: dict[str, Any], differences: dict[str, list[str]]) -> str:

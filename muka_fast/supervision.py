@@ -200,6 +200,10 @@ def device_of(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: this machine has no usable GPU; use --device cpu or auto")
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: must be auto, cpu, cuda or cuda:N") from error
     return name
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +21,9 @@ from muka_fast.data import TextSet, Tokens, collate, epoch_batches, read_texts, 
 from muka_fast.engine import quiet_deepspeed
 from muka_fast.errors import UserError
 from muka_fast.evaluate import metrics, predict
-from muka_fast.export import clean_tokenizer, is_write_error, open_weights, set_labels, sync_folder
+from muka_fast.export import check_replaceable, clean_tokenizer, is_write_error, open_weights, set_labels, sync_folder
 from muka_fast.first_token import first_token_only
+from muka_fast.labels import warn_of_lookalikes
 from muka_fast.optim import linear_schedule, parameter_groups
 from muka_fast.student import load_student
 from muka_fast.supervision import device_of
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
     import transformers
 
 RECORD = "teach.json"  # how a teacher was made, beside its weights
+# What a teacher's folder holds: all that --overwrite removes.
+WRITTEN = re.compile(
+    rf"{RECORD}|config\.json|model.*\.safetensors(\.index\.json)?|tokenizer.*|special_tokens_map\.json|added_tokens\.json"
+    r"|vocab\.(txt|json)|merges\.txt|.*\.model|chat_template\..*"
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ def rows_with_labels(texts: TextSet, labels: Sequence[str] | None) -> tuple[Text
         raise UserError(f"--labels: '{twice}' is named twice")
     if len(labels) < 2:
         raise UserError(f"--labels: a teacher needs two labels or more, {texts.source} gives {labels}")
+    warn_of_lookalikes(labels, f"correct {texts.source}")
     return _keep(texts, set(labels)), labels
 
 
@@ -170,8 +178,10 @@ def _step_loss(
 # ---- the folder ----
 
 
-def check_output(output: str | Path, overwrite: bool) -> Path:
-    """Refuse a folder that holds something, unless it is a model and `overwrite` is given. Nothing is changed.
+def check_output(output: str | Path, overwrite: bool, inputs: Sequence[str | Path | None] = ()) -> Path:
+    """Refuse a folder that cannot be written, or that holds something else than a teacher to replace. Nothing is changed.
+
+    inputs: files and folders that are read, which must not lie in a folder that is replaced.
 
     Raises:
         UserError: see above; or `output` is a file.
@@ -180,12 +190,18 @@ def check_output(output: str | Path, overwrite: bool) -> Path:
     if path.exists() and not path.is_dir():
         raise UserError(f"--output {output}: this is a file; name a folder")
     if path.is_dir() and any(path.iterdir()):
-        if not (path / "config.json").is_file():
-            raise UserError(f"--output {output}: holds files that are no model; name a new or empty folder")
+        if not (path / RECORD).is_file():
+            what = "a model that this command did not write" if (path / "config.json").is_file() else "files that are no model"
+            raise UserError(f"--output {output}: holds {what}; name a new or empty folder")
         if not overwrite:
-            raise UserError(
-                f"--output {output}: already holds a model; name a new folder, or replace it with --overwrite"
-            )
+            raise UserError(f"--output {output}: already holds a model; name a new folder, or replace it with --overwrite")
+        foreign = sorted(entry.name for entry in path.iterdir() if not WRITTEN.fullmatch(entry.name))
+        if foreign:
+            raise UserError(f"--output {output}: --overwrite would remove {foreign[0]}, which is no teacher's; name another folder")
+        check_replaceable(path.resolve(), output, inputs)
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not os.access(there, os.W_OK):
+        raise UserError(f"--output {output}: {there} cannot be written; name another folder")
     return path
 
 
@@ -268,7 +284,7 @@ def teach(config: TeachConfig) -> dict[str, Any]:
     Raises:
         UserError: bad data, labels, encoder or output; the output is then as it was.
     """
-    output = check_output(config.output, config.overwrite)
+    output = check_output(config.output, config.overwrite, [config.train, config.eval, config.encoder])
     quiet_deepspeed(device_of("auto"), config.verbose)  # transformers imports it
     columns = {"text_column": config.text_column, "label_column": config.label_column, "need_labels": True}
     train, labels = rows_with_labels(read_texts(config.train, limit=config.limit, **columns), config.labels)

@@ -201,7 +201,7 @@ def supervise(config: RunConfig, texts: TextSet, output: Path) -> tuple[Supervis
         store = store_folder(config, output)
         sup = fill_store(store, config.teachers, texts, config, ShardQueue(group=True), needs_features)
     else:
-        sup = open_store(store_folder(config, output), texts, option_values(config))
+        sup = open_store(store_folder(config, output), texts, option_values(config), config.store_teachers)
     alone = len(sup.teachers) == 1  # it owns every text, whatever they look like
     return sup, None if alone else pool_features(config, texts, output, ShardQueue(group=True))
 
@@ -275,6 +275,8 @@ def begin_run(output: Path, config: RunConfig, record: dict[str, Any]) -> None:
     if config.resume:
         runinfo.check_identity(output, record["identity"])
     options = {key: value for key, value in record["config"].items() if key not in ("resume", "overwrite") and value is not None}
+    if not config.teachers:  # whoever else is scored into the store, and in whatever order
+        options["store_teachers"] = [teacher["name"] for teacher in record["teachers"]]
     if record["identity"]["scheduler"] is not None:
         del options["warmup_ratio"]  # the ds_config's scheduler has its own
     write_text(output / "run.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))

@@ -360,10 +360,11 @@ def finished_run(world):
         (world / "out" / name).write_text(content)
 
 
-@pytest.mark.parametrize("name", ["train", "teach"])
-def test_an_output_that_holds_a_run(name, command, refused, world):
+def test_an_output_that_holds_a_run(command, refused, world):
     finished_run(world)
-    refused(command(name), "--output", "out", "--overwrite")
+    refused(command("train"), "--output", "out", "--overwrite")
+    for more in ({}, {"overwrite": True}):
+        refused(command("teach", **more), "--output", "out", "did not write")
 
 
 @pytest.mark.parametrize("name", ["train", "teach"])

@@ -217,3 +217,9 @@ def test_a_tilde_is_the_home_folder_in_paths_and_nowhere_else(monkeypatch, tmp_p
     assert found.teachers == [f"{tmp_path}/news", "hub/bank"] and found.output == f"{tmp_path}/run"
     assert found.text_column == "~/column"
     assert load_config(RunConfig, None, {"teachers": "~/news"}).teachers == [f"{tmp_path}/news"]
+
+
+@pytest.mark.parametrize("name", ["epochs", "learning_rate", "limit"])
+def test_true_is_no_number(name):
+    with pytest.raises(UserError, match=rf"--{name} True: must be"):
+        load_config(RunConfig, None, {name: True})

@@ -150,6 +150,13 @@ def test_plain_transformers_never_sees_it_and_ours_reads_it_back(exported, texts
             expected = head(model.bert(**inputs).pooler_output).item()
         assert prediction.doubt == pytest.approx(expected, abs=1e-5)
     assert muka_fast.Predictor(folder).predict([]) == []
+    predictor = muka_fast.Predictor(folder, max_length=32)
+    assert predictor.predict(texts[0]) == predictor.predict(texts[:1])
+    for other in ([None], [3], [["a"]]):
+        with pytest.raises(UserError, match="takes a list of texts, found"):
+            predictor.predict(other)
+    with pytest.raises(UserError, match="--device gpu: must be auto"):
+        muka_fast.Predictor(folder, device="gpu")
 
 
 def test_a_student_without_head_tells_no_doubt(make_teacher, texts):
@@ -190,11 +197,13 @@ def test_a_bad_file_is_refused_in_one_line(exported, kind, capsys, tmp_path):
 
 def test_the_command_writes_one_object_per_text_and_overwrites_nothing(exported, texts, tmp_path, capsys):
     folder = exported[0]
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:5]))
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ["", *texts[:5]]))
     words = ["predict", "--model", str(folder), "--texts", str(tmp_path / "t.jsonl"), "--device", "cpu"]
     assert cli.main(words) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["text"] for row in rows] == texts[:5] and all(row.keys() == {"text", "label", "probability", "doubt"} for row in rows)
+    assert [row["text"] for row in rows] == texts[:5]
+    assert all(row.keys() == {"row", "text", "label", "probability", "doubt"} for row in rows)
+    assert [row["row"] for row in rows] == [1, 2, 3, 4, 5]  # the blank one is counted
     assert all(row["label"] in LABELS and 1 / 3 <= row["probability"] <= 1 and 0 <= row["doubt"] <= 1 for row in rows)
     out = tmp_path / "answers.jsonl"
     assert cli.main([*words, "--output", str(out)]) == 0
@@ -203,6 +212,7 @@ def test_the_command_writes_one_object_per_text_and_overwrites_nothing(exported,
     assert cli.main([*words, "--output", str(out)]) == 2
     assert out.read_bytes() == before and "already there" in capsys.readouterr().err
     assert cli.main([*words, "--output", str(tmp_path / "no" / "answers.jsonl")]) == 2 and "no folder" in capsys.readouterr().err
+    assert cli.main([*words, "--output", str(tmp_path / ("x" * 250))]) == 2 and "File name too long" in capsys.readouterr().err
     (folder / FILE).unlink()
     assert cli.main(words) == 0
     captured = capsys.readouterr()

@@ -259,7 +259,7 @@ def test_a_file_and_foreign_files_are_refused_whatever_the_flags(tmp_path):
     assert (tmp_path / "folder" / "thesis.tex").read_text() == "mine"
 
 
-@pytest.mark.parametrize("marker", export.RUN_MARKERS)
+@pytest.mark.parametrize("marker", [marker for marker in export.RUN_MARKERS if marker not in export.ANY_MODEL])
 def test_a_run_is_refused_resumed_or_set_aside(tmp_path, marker):
     output = tmp_path / "out"
     output.mkdir()
@@ -279,6 +279,14 @@ def test_a_run_is_refused_resumed_or_set_aside(tmp_path, marker):
     (tmp_path / ".out.replaced-but-mine").mkdir()
     export.discard_replaced(output)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [".out.replaced-but-mine", "out"]
+
+
+def test_overwrite_never_moves_a_model_that_no_run_wrote(tmp_path):
+    for name in ("config.json", "model.safetensors", "teach.json"):
+        (tmp_path / name).write_text("a teacher's")
+    with pytest.raises(UserError, match="holds a model that no run wrote"):
+        export.output_guard(tmp_path, overwrite=True)
+    assert (tmp_path / "teach.json").read_text() == "a teacher's"
 
 
 def test_overwrite_never_moves_what_the_run_reads_or_stands_in(tmp_path, monkeypatch):

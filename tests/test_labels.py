@@ -127,7 +127,7 @@ def test_default_names_can_be_named_in_three_ways(product_log):
     assert build_label_space(teachers, own).names == ("x", "y", "z")
     assert build_label_space(teachers, {"a/LABEL_0": "x", "LABEL_1": "y", "LABEL_0": "z"}).names == ("x", "y", "z")
     # Said explicitly, a default name is a name.
-    assert build_label_space(teachers, {"LABEL_0": "LABEL_0", "LABEL_1": None}).names == ("LABEL_0",)
+    assert build_label_space(teachers, {"LABEL_0": "LABEL_0", "LABEL_1": "y"}).names == ("LABEL_0", "y")
     assert product_log.text == ""
 
 
@@ -178,6 +178,14 @@ def test_faulty_map_files(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_label_map(tmp_path / name)
+
+
+def test_a_map_that_leaves_one_class_is_told(caplog):
+    build_label_space([("t", ["cat", "dog"])], {"cat": "pet", "dog": "pet"})
+    assert "all labels are one class, 'pet'" in caplog.text
+    caplog.clear()
+    build_label_space([("t", ["cat"])])
+    assert not caplog.records
 
 
 def test_true_labels_follow_the_map():

@@ -138,6 +138,28 @@ def test_a_folder_of_other_files_is_never_replaced(options, tmp_path):
     with pytest.raises(UserError, match="holds files that are no model"):
         teach.teach(TeachConfig(**options, overwrite=True))
     assert (output / "thesis.txt").read_text() == "years of work"
+    (output / "config.json").write_text('{"app": "of mine"}')
+    with pytest.raises(UserError, match="a model that this command did not write"):
+        teach.teach(TeachConfig(**options, overwrite=True))
+
+
+def test_overwrite_removes_nothing_but_a_teacher(options, tmp_path):
+    output = tmp_path / "teacher"
+    teach.teach(TeachConfig(**options | {"epochs": 1}))
+    again = options | {"overwrite": True}
+    with pytest.raises(UserError, match=r"would move away .*teacher, which this run reads"):
+        teach.teach(TeachConfig(**again | {"encoder": str(output)}))
+    (output / "data.jsonl").write_text("the only copy")
+    with pytest.raises(UserError, match=r"would remove data\.jsonl"):
+        teach.teach(TeachConfig(**again))
+    assert (output / "data.jsonl").read_text() == "the only copy" and (output / "model.safetensors").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_training(options, monkeypatch):
+    monkeypatch.setattr(teach.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(teach, "fine_tune", None)
+    with pytest.raises(UserError, match=r"--output .*cannot be written; name another folder"):
+        teach.teach(TeachConfig(**options))
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "mpnet", "deberta-v2", "modernbert", "llama"])

@@ -140,6 +140,20 @@ def test_a_filled_store_needs_no_teacher(go, world):
     assert largest_difference(weights(with_teachers), weights(without)) == 0
 
 
+def test_a_run_from_a_store_is_repeated_whoever_else_is_scored_into_it(go, world, tmp_path):
+    store = str(tmp_path / "store")
+    teachers = [str(world / name) for name in ("news", "home")]
+    go("first", epochs=1, store=store, teachers=teachers)
+    alone = go("alone", epochs=1, store=store, teachers=[])
+    go("turned", epochs=1, store=store, teachers=teachers[::-1])
+    repeated = train.amalgamate(config=str(alone.output / "run.yaml"), output=str(tmp_path / "repeated"))
+    assert largest_difference(weights(alone), weights(repeated)) == 0
+    one = go("one", epochs=1, store=store, teachers=[], store_teachers=["home"])
+    assert [teacher["name"] for teacher in json.loads((one.output / "run.json").read_text())["teachers"]] == ["home"]
+    with pytest.raises(UserError, match=r"--store_teachers cash: .* holds no teacher of this name \(it has home, news\)"):
+        go("none", epochs=1, store=store, teachers=[], store_teachers=["cash"])
+
+
 def test_the_head_is_fresh_seeded_and_independent_of_the_folders_own(world, make_model, texts, tmp_path):
     """A classifier of the same size as the union gets a new output layer; another seed gives another one."""
     from muka_fast.student import load_student
