@@ -199,7 +199,7 @@ def check_output(output: str | Path, overwrite: bool, inputs: Sequence[str | Pat
         if foreign:
             raise UserError(f"--output {output}: --overwrite would remove {foreign[0]}, which is no teacher's; name another folder")
         check_replaceable(path.resolve(), output, inputs)
-    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    there = next(folder for folder in path.absolute().parents if folder.exists())  # the new folder is made beside the old one
     if not os.access(there, os.W_OK):
         raise UserError(f"--output {output}: {there} cannot be written; name another folder")
     return path
