@@ -7,7 +7,7 @@ description of a package -> its section (haskell, games, fonts, ...). DIR/gcide:
 field (zoology, heraldry, law, ...). DIR/foldoc: a paragraph of the Free On-line Dictionary of Computing -> its subject (language,
 storage, company, ...). DIR/reuters: newswire -> its topic (R52 of Reuters-21578). DIR/newsgroups: a post -> its group (20 Newsgroups).
 DIR/jeopardy: a clue -> its category. All as train.jsonl and test.jsonl with `text` and `label`, at most 500 and 100 texts a class, in
-a split of our own, without the rare classes. Loads 80 MB from deb.debian.org and files.pythonhosted.org; needs `ar` (binutils).
+a split of our own, without the rare classes. Loads 75 MB from deb.debian.org and files.pythonhosted.org; needs `ar` (binutils).
 """
 
 import argparse
@@ -25,6 +25,7 @@ import urllib.request
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from settings import Rows, write_rows
@@ -61,6 +62,7 @@ FEWEST_WORDS = 4  # of a definition: "Feudal." and "See Aker." tell nothing
 TRAIN, TEST = 500, 100  # texts of a class, at most
 
 
+@cache
 def load(path: str, source: str = MIRROR) -> bytes:
     with urllib.request.urlopen(source + path, timeout=60) as answer:
         return answer.read()

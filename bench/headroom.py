@@ -26,11 +26,10 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from muka_fast.auto import CERTAINTY
 from muka_fast.config import RunConfig, load_config
 from muka_fast.console import setup_logging
 from muka_fast.errors import UserError
-from muka_fast.evidence import SAMPLE, energies, own_scores, sample_rows, second_scores
+from muka_fast.evidence import CERTAINTY, SAMPLE, energies, own_scores, sample_rows, second_scores
 from muka_fast.labels import LabelSpace
 from muka_fast.methods import build_method
 from muka_fast.selection import label_ids, owners

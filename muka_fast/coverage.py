@@ -28,6 +28,7 @@ from muka_fast.evidence import (
     NEIGHBOURS,
     SAMPLE,
     Anchors,
+    Sample,
     energies,
     neighbours,
     own_scores,
@@ -62,11 +63,10 @@ def nobody_weights(
     n, num_teachers = weights.shape
     if num_teachers == 1 or n <= 2 * FEWEST:
         return np.zeros(n, np.float32)
-    rows = sample_rows(sup.example_ids.numpy(), seed, sample)
+    drawn = Sample.draw(sup, neutral, seed, sample)
+    rows = drawn.rows
     familiar, owner = familiarity(sup, rows), weights.argmax(1)
-    b = unit(neutral.rows(rows))
-    near = neighbours(b, NEIGHBOURS)
-    fitted, r = fit(familiar[rows], owner[rows], near)
+    fitted, r = fit(familiar[rows], owner[rows], drawn.near)
     out = np.empty(n, np.float32)
     out[rows] = r
     if len(rows) == n:
@@ -76,7 +76,7 @@ def nobody_weights(
     ratio = fitted.ratio(familiar[rows], owner[rows])
     for part, chunk in neutral.chunks():
         here = part.start + np.flatnonzero(rest[part])
-        around = neighbours(unit(chunk[here - part.start]), NEIGHBOURS, among=b)
+        around = neighbours(unit(chunk[here - part.start]), NEIGHBOURS, among=drawn.b)
         out[here] = posterior(r, together(fitted.ratio(familiar[here], owner[here]), ratio, around), around)
     return out
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 from test_evidence import make_pool, matrix, o_anchor, o_rmd, o_weights, restricted, shuffle
 
-from muka_fast.auto import CERTAINTY, Answer, Classes, Ridge, Views, auto_weights, beside, class_weights, probs, slopes
-from muka_fast.evidence import RelativeMahalanobis, Sample, evidence_weights, neighbours, own_scores, unit
+from muka_fast.auto import Answer, Classes, Ridge, Views, auto_weights, beside, class_weights, probs, slopes
+from muka_fast.evidence import CERTAINTY, RelativeMahalanobis, Sample, evidence_weights, neighbours, own_scores, unit
 from muka_fast.features import Features
 from muka_fast.names import NameAnswer
 from muka_fast.store import ShardRange

@@ -127,7 +127,8 @@ def test_default_names_can_be_named_in_three_ways(product_log):
     assert build_label_space(teachers, own).names == ("x", "y", "z")
     assert build_label_space(teachers, {"a/LABEL_0": "x", "LABEL_1": "y", "LABEL_0": "z"}).names == ("x", "y", "z")
     # Said explicitly, a default name is a name.
-    assert build_label_space(teachers, {"LABEL_0": "LABEL_0", "LABEL_1": "y"}).names == ("LABEL_0", "y")
+    more = [*teachers, ("c", ["cat"])]
+    assert build_label_space(more, {"LABEL_0": "LABEL_0", "LABEL_1": None}).names == ("LABEL_0", "cat")
     assert product_log.text == ""
 
 
