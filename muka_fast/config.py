@@ -19,6 +19,9 @@ RULED_METHODS = ("muka-evidence", "muka-auto")  # whose teachers are chosen over
 UNCERTAINTIES = ("predictive_entropy", "mutual_information", "expected_entropy", "variance")
 FILES = "Models and files"
 GROUPS = (FILES, "Data", "Uncertainty", "Distillation", "Training", "Run")
+# The defaults of muka_fast/recipe.py, which need the texts and the encoder.
+EPOCHS = "passes over the texts (default: 3, of few texts as many as make 1,000 steps, at most 20)"
+LEARNING_RATE = "peak learning rate of AdamW (default: 3e-5 for a hidden size of 768, in inverse proportion to it)"
 BOUND_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 ConfigType = TypeVar("ConfigType", bound="Config")
@@ -166,9 +169,9 @@ class ScoringOptions(TextOptions, DeviceOptions):
 class RunConfig(ScoringOptions):
     """Options of `muka-fast train` and muka_fast.amalgamate.
 
-    The training's defaults are the published recipe (arXiv 2112.07327). The published method is `muka-soft` with
-    uncertainty predictive_entropy and mc_scope all; `muka-auto` chooses the teacher better (docs/selection.md), and last:1 costs a
-    sixteenth of all.
+    The training's defaults are the published recipe (arXiv 2112.07327), with more epochs where texts are few and a learning rate by
+    the encoder's width (muka_fast/recipe.py). The published method is `muka-soft` with uncertainty predictive_entropy and mc_scope
+    all; `muka-auto` chooses the teacher better (docs/selection.md), and last:1 costs a sixteenth of all.
     """
 
     teachers: list[str] = option([], "teacher folders or hub names", FILES)
@@ -210,8 +213,8 @@ class RunConfig(ScoringOptions):
         False, "the student also learns the teachers' doubt, which muka-fast predict tells with every answer", "Distillation"
     )
 
-    epochs: int = option(3, "passes over the texts", "Training", ge=1, le=10_000)
-    learning_rate: float = option(2e-5, "peak learning rate of AdamW", "Training", gt=0, le=1)
+    epochs: int | None = option(None, EPOCHS, "Training", ge=1, le=10_000)
+    learning_rate: float | None = option(None, LEARNING_RATE, "Training", gt=0, le=1)
     batch_size: int = option(16, "texts per optimizer step, over all processes", "Training", ge=1, le=2**20)
     warmup_ratio: float = option(0.1, "share of the steps with rising learning rate", "Training", ge=0, le=1)
     weight_decay: float = option(0.01, "decoupled weight decay", "Training", ge=0, le=1)
@@ -256,8 +259,8 @@ class TeachConfig(TextOptions):
     )
     output: str = option(..., "folder of the teacher", FILES)
     eval: str | None = option(None, "labelled texts to measure the teacher on", FILES)
-    epochs: int = option(3, "passes over the texts", "Training", ge=1, le=10_000)
-    learning_rate: float = option(5e-5, "peak learning rate of AdamW", "Training", gt=0, le=1)
+    epochs: int | None = option(None, EPOCHS, "Training", ge=1, le=10_000)
+    learning_rate: float | None = option(None, LEARNING_RATE, "Training", gt=0, le=1)
     batch_size: int = option(16, "texts per optimizer step", "Training", ge=1, le=2**20)
     freeze_layers: int = option(
         0,
@@ -312,7 +315,7 @@ class PlanConfig(ScoringOptions):
     tokens_per_text: int | None = option(
         None, "mean number of tokens of a text (default: counted in --texts, else --max_length)", "Data", ge=1, le=16384
     )
-    epochs: int = option(3, "passes over the texts", "Training", ge=1, le=10_000)
+    epochs: int | None = option(None, EPOCHS, "Training", ge=1, le=10_000)
     micro_batch: int = option(4, "texts per forward and backward of one process", "Training", ge=1, le=2**20)
     precision: Literal["bf16", "fp16", "fp32"] = option("bf16", "of the student's weights in training", "Training")
     gpus: int = option(1, "processes, one for each GPU", "Run", ge=1, le=2**20)

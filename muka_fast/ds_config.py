@@ -110,10 +110,11 @@ def merge_shared(ds: dict[str, Any], config: RunConfig, name: str) -> RunConfig:
             section = section.setdefault(key, {})
         theirs, ours = section.get(path[-1]), getattr(config, option)
         if theirs is None:
-            section[path[-1]] = ours
+            if ours is not None:
+                section[path[-1]] = ours
         elif isinstance(theirs, bool) or not isinstance(theirs, (int, float)):
             raise UserError(f"{name}: {'.'.join(path)} must be a number, found {theirs!r}")
-        elif option in config.model_fields_set and theirs != ours:
+        elif ours is not None and option in config.model_fields_set and theirs != ours:
             raise UserError(f"{name} sets {'.'.join(path)} to {theirs}, but --{option} is {ours}: remove one of them")
         else:
             settled[option] = theirs
@@ -122,6 +123,13 @@ def merge_shared(ds: dict[str, Any], config: RunConfig, name: str) -> RunConfig:
     except ValidationError as error:
         found = error.errors(include_url=False)[0]
         raise UserError(f"{name}: {found['loc'][0]} {found['input']!r}: {found['msg']}") from error
+    return config.model_copy(update=settled)
+
+
+def settle_recipe(config: RunConfig, ds_config: dict[str, Any], epochs: int, learning_rate: float) -> RunConfig:
+    """Our options with these epochs and this rate where nobody gave others; ds_config (of `prepare_ds_config`) takes the rate too."""
+    settled = {"epochs": config.epochs or epochs, "learning_rate": config.learning_rate or learning_rate}
+    ds_config["optimizer"]["params"].setdefault("lr", settled["learning_rate"])
     return config.model_copy(update=settled)
 
 

@@ -12,11 +12,12 @@ from safetensors.numpy import save
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from muka_fast import adapters, checkpoint
-from muka_fast.config import PlanConfig
+from muka_fast.config import PlanConfig, RunConfig
 from muka_fast.data import read_texts, tokenize
 from muka_fast.errors import UserError
 from muka_fast.footprint import STAGES, Footprint, footprint, measured_flops, stage_memory
 from muka_fast.labels import build_label_space
+from muka_fast.recipe import default_epochs
 from muka_fast.scoring import empty_shard
 from muka_fast.store import FEATURE_TYPE, FEATURES, default_shard_size, shard_ranges
 from muka_fast.supervision import device_of
@@ -144,7 +145,8 @@ def plan(options: PlanConfig) -> dict[str, Any]:
     step = footprint(config, 1, length, options.precision, f"student {options.student}")
     reached = rate(options, config, length, True, "the student")
     shard_size = options.shard_size or default_shard_size(num_texts)
-    flops = 3 * options.epochs * num_texts * step.forward_flops  # the backward costs two forwards
+    epochs = options.epochs or default_epochs(num_texts, RunConfig.model_fields["batch_size"].default)
+    flops = 3 * epochs * num_texts * step.forward_flops  # the backward costs two forwards
     return {
         "texts": num_texts,
         "tokens_per_text": tokens,
@@ -155,6 +157,7 @@ def plan(options: PlanConfig) -> dict[str, Any]:
             "name": options.student,
             "parameters": cost.num_parameters,
             "classes": config.num_labels,
+            "epochs": epochs,
             "flops_per_s": reached,
             "hours": flops / reached / options.gpus / 3600,
         },
@@ -223,7 +226,7 @@ def print_tables(found: dict[str, Any], options: PlanConfig) -> None:
         ]
         for what, read in (readers | {"neutral features": found["neutral"]}).items()
     ]  # fmt: skip
-    rows.append(["training", f"{student['parameters']:,}", "", f"{3 * options.epochs}", f"{student['flops_per_s'] / 1e12:.3g}"])
+    rows.append(["training", f"{student['parameters']:,}", "", f"{3 * student['epochs']}", f"{student['flops_per_s'] / 1e12:.3g}"])
     rows[-1].append(duration(student["hours"]))
     title = f"Time for {found['texts']:,} texts of {found['tokens_per_text']:.0f} tokens; speed of one GPU {source}"
     console.print(fill(new_table(title, "", "parameters", "weights", "forwards a text", "TFLOP/s", "time"), rows))

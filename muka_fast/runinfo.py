@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from muka_fast import __version__
+from muka_fast.ds_config import settle_recipe
 from muka_fast.errors import UserError
 from muka_fast.files import write_text
 from muka_fast.ops.reference import select_teacher_ref
@@ -149,8 +150,10 @@ def complete_run(config: "RunConfig", ds_config: dict[str, Any]) -> dict[str, An
     done = read_run(output)
     if done.get("state") != "complete":
         return None
-    before, now = done.get("config"), config.resolved()
+    before = done.get("config")
     if isinstance(before, dict):
+        config = settle_recipe(config, ds_config, before.get("epochs"), before.get("learning_rate"))  # unset is as it was then
+        now = config.resolved()
         names = [*IDENTITY_OPTIONS, *INPUT_OPTIONS]
         if before.get("teachers") and now["teachers"]:
             names.append("teachers")  # else a filled store stands for them

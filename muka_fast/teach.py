@@ -25,6 +25,7 @@ from muka_fast.export import check_replaceable, clean_tokenizer, is_write_error,
 from muka_fast.first_token import first_token_only
 from muka_fast.labels import warn_of_lookalikes
 from muka_fast.optim import linear_schedule, parameter_groups
+from muka_fast.recipe import default_epochs, default_learning_rate
 from muka_fast.student import load_student
 from muka_fast.supervision import device_of
 from muka_fast.teachers import token_limit
@@ -44,8 +45,8 @@ WRITTEN = re.compile(
 class Recipe:
     """How a classifier is fitted: AdamW, linear warm-up over `warmup_ratio` of the steps, then linear decay to 0."""
 
-    epochs: int = 3
-    learning_rate: float = 5e-5
+    epochs: int
+    learning_rate: float
     batch_size: int = 16
     max_length: int = 128
     seed: int = 0
@@ -292,14 +293,18 @@ def teach(config: TeachConfig) -> dict[str, Any]:
     model, tokenizer = load_student(config.encoder, labels, config.seed, {"zero_optimization": {"stage": 0}}, "encoder")
     freeze(model, config.freeze_layers)
     model.to(device_of("auto"))
-    names = ("epochs", "learning_rate", "batch_size", "max_length", "seed")
-    recipe = Recipe(**{name: getattr(config, name) for name in names})
+    recipe = Recipe(
+        config.epochs or default_epochs(len(train), config.batch_size),
+        config.learning_rate or default_learning_rate(model.config.get_text_config().hidden_size),
+        **{name: getattr(config, name) for name in ("batch_size", "max_length", "seed")},
+    )
     index = {label: i for i, label in enumerate(labels)}
-    log.info("teacher of %d labels: %d texts, %d epochs", len(labels), len(train), config.epochs)
+    told = (len(labels), len(train), recipe.epochs, recipe.learning_rate)
+    log.info("teacher of %d labels: %d texts, %d epochs, peak learning rate %g", *told)
     loss = fine_tune(model, tokenizer, train.texts, [index[label] for label in train.labels], recipe)
     record: dict[str, Any] = {
         "version": __version__,
-        "options": config.resolved(),
+        "options": config.resolved() | {"epochs": recipe.epochs, "learning_rate": recipe.learning_rate},
         "labels": labels,
         "texts": {"source": train.source, "fingerprint": train.fingerprint, "count": len(train)},
         "last_epoch_loss": loss,

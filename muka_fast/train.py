@@ -27,7 +27,7 @@ from muka_fast.config import EvalConfig, RunConfig, load_config
 from muka_fast.console import log_file, setup_logging
 from muka_fast.coverage import nobody_weights
 from muka_fast.data import TextSet, read_texts, tokenizer_key
-from muka_fast.ds_config import prepare_ds_config
+from muka_fast.ds_config import prepare_ds_config, settle_recipe
 from muka_fast.engine import Engine, init_distributed, resolve_device
 from muka_fast.evaluate import evaluate
 from muka_fast.evidence import SAMPLE, sample_rows
@@ -57,6 +57,7 @@ from muka_fast.preflight import (
     output_options,
     tell_unused_options,
 )
+from muka_fast.recipe import default_epochs, default_learning_rate
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.student import checkpoint_activations, encoder_fingerprint, load_student
 from muka_fast.supervision import Supervision, fill_store, open_store, option_values
@@ -135,7 +136,10 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
         if config.activation_checkpointing:
             checkpoint_activations(model, f"student {config.student}")
         tokens = texts.tokens(tokenizer, min(config.max_length, token_limit(model, tokenizer)))
+    epochs, rate = default_epochs(len(texts), config.batch_size), default_learning_rate(model.config.get_text_config().hidden_size)
+    config = settle_recipe(config, ds_config, epochs, rate)
     plan = Plan(tokens.lengths, config)
+    log.info("training: %d epochs of %d steps, peak learning rate %g", config.epochs, plan.steps_per_epoch, config.learning_rate)
     record = begin_record(config, ds_config, texts, sup, space, labels, tokenizer)
     on_first_process(lambda: begin_run(output, config, record))
     trained = method.wrap(model)

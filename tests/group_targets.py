@@ -42,7 +42,7 @@ def save_on_full_disk(variables: dict[str, str], output: Path) -> None:
     """ZeRO 2, a file per tensor, of which process 0 cannot write the second; ends with the exit code."""
     os.environ.update(variables)
     init_distributed()
-    ds, config = prepare_ds_config({"zero_optimization": {"stage": 2}}, RunConfig(batch_size=4), 2)
+    ds, config = prepare_ds_config({"zero_optimization": {"stage": 2}}, RunConfig(batch_size=4, learning_rate=1e-3), 2)
     made = Engine.create(torch.nn.Linear(3, 2), config, ds, 10)
     engine.SHARD_BYTES, calls = 1, []
 

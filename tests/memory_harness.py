@@ -56,7 +56,7 @@ def activations(engine: Engine, inputs: dict[str, torch.Tensor], known: set[int]
 
 def main(student: str, batch: int, length: int, stages: list[int]) -> None:
     rank, world_size = init_distributed()
-    config = RunConfig(batch_size=2 * batch * world_size)
+    config = RunConfig(batch_size=2 * batch * world_size, learning_rate=1e-4)
     found = {}
     for stage in stages:
         gc.collect()

@@ -87,7 +87,7 @@ def stop_at(monkeypatch):
 def arguments(world: Path, tmp_path: Path, name: str, ds: dict | None, options: dict) -> dict:
     common = {"teachers": [str(world / teacher) for teacher in LABELS], "student": str(world / "student")}
     common |= {"texts": str(world / "texts.jsonl"), "store": str(world / "store"), "output": str(tmp_path / name)}
-    common |= {"learning_rate": 1e-3, "log_every": 1, "mc_samples": 4}
+    common |= {"epochs": 3, "learning_rate": 1e-3, "log_every": 1, "mc_samples": 4}
     if ds is not None:
         (tmp_path / f"{name}.json").write_text(json.dumps(ds))
         common["ds_config"] = str(tmp_path / f"{name}.json")

@@ -28,7 +28,7 @@ from muka_fast.errors import UserError
 MODELS = (RunConfig, ScoreConfig, TeachConfig, EvalConfig, DemoConfig, ReportConfig, DoctorConfig)
 
 
-def test_defaults_are_the_published_recipe_but_for_the_method():
+def test_defaults_are_the_published_recipe_but_for_the_method_and_the_length_of_training():
     config = load_config(RunConfig, None, {})
     published = {
         "margin": True,
@@ -36,8 +36,6 @@ def test_defaults_are_the_published_recipe_but_for_the_method():
         "score_temperature": 0.2,
         "kd_temperature": 1.0,
         "target": "deterministic",
-        "learning_rate": 2e-5,
-        "epochs": 3,
         "warmup_ratio": 0.1,
         "max_length": 128,
         "batch_size": 16,

@@ -242,7 +242,7 @@ def test_no_scoring_step_waits_for_the_device(family, scope, make_teacher):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_no_training_step_of_ours_waits_for_the_device(precision, make_model):
     """Through DeepSpeed, whose own waiting is its business: the files that a wait is told of must not be ours."""
-    config = RunConfig(method="muka-soft", uncertainty="predictive_entropy", batch_size=6)
+    config = RunConfig(method="muka-soft", uncertainty="predictive_entropy", batch_size=6, learning_rate=1e-4)
     init_distributed("cuda")
     ds = {"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": 1}, "bf16": {"enabled": precision == "bf16"}}
     ds, config = prepare_ds_config(ds, config, 1, "cuda")

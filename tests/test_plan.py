@@ -135,7 +135,8 @@ def test_plan_reads_configurations_alone_and_prints_json(make_teacher, student, 
     assert [row["stage"] for row in found["memory"]] == ["1", "2", "3", "3 offload"]
     assert found["disk"]["student"] == 4 * found["student"]["parameters"]
     step = cost.footprint(transformers.AutoConfig.from_pretrained(student, num_labels=5), 1, 128, "bf16", "x").forward_flops
-    assert found["student"]["hours"] == pytest.approx(9 * 1000 * step / 1e9 / 2 / 3600)
+    assert found["student"]["epochs"] == 16  # of 63 steps: a thousand
+    assert found["student"]["hours"] == pytest.approx(3 * 16 * 1000 * step / 1e9 / 2 / 3600)
     encoder = cost.footprint(transformers.AutoConfig.from_pretrained(student), 1, 128, "fp32", "x").forward_flops
     assert found["neutral"]["hours"] == pytest.approx(1000 * encoder / 1e9 / 2 / 3600)
     assert found["disk"]["neutral"] == 1000 * 64 * 2

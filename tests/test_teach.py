@@ -80,7 +80,8 @@ def test_fitting_leaves_the_callers_random_state_and_does_not_read_it(make_model
     for seed in (1, 2):
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        losses.append(teach.fine_tune(make_model(), make_tokenizer(), texts[:8], [0, 1] * 4, teach.Recipe(epochs=2)))
+        recipe = teach.Recipe(epochs=2, learning_rate=5e-5)
+        losses.append(teach.fine_tune(make_model(), make_tokenizer(), texts[:8], [0, 1] * 4, recipe))
         assert torch.equal(state, torch.get_rng_state())
     assert losses[0] == losses[1]
 
@@ -202,7 +203,7 @@ def test_a_loss_that_is_no_number_stops_the_run(make_model, make_tokenizer, text
     with torch.no_grad():
         model.classifier.bias.fill_(torch.nan)
     with pytest.raises(UserError, match="the loss is nan in epoch 1"):
-        teach.fine_tune(model, make_tokenizer("bert"), texts[:4], [0, 1, 0, 1], teach.Recipe())
+        teach.fine_tune(model, make_tokenizer("bert"), texts[:4], [0, 1, 0, 1], teach.Recipe(epochs=3, learning_rate=5e-5))
 
 
 def test_evaluation_data_without_the_labels_is_refused_before_the_training(options, tmp_path, monkeypatch):
