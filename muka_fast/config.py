@@ -8,11 +8,11 @@ import os
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from muka_fast.errors import UserError
+from muka_fast.mappings import read_mapping
 
 METHODS = ("muka-soft", "muka-hard", "muka-evidence", "muka-auto", "vkd", "uhc", "dfa", "cfl", "mean", "supervised", "oracle")
 RULED_METHODS = ("muka-evidence", "muka-auto")  # whose teachers are chosen over the whole pool
@@ -390,31 +390,17 @@ def nearest(name: str, names: list[str]) -> str:
     return f" (nearest: {found[0]})" if found else ""
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping with its keys as written, `-` read as `_`.
+def read_options(path: str | Path) -> dict[str, Any]:
+    """The options in a YAML file, `-` in their names read as `_`.
 
     Raises:
-        UserError: no such file, not YAML, not a mapping.
+        UserError: as `read_mapping`; an option twice.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--config {path}: not UTF-8 text (byte {error.start})") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or error
-        raise UserError(f"--config {path}{where}: not valid YAML ({reason})") from error
-    except (ValueError, RecursionError) as error:  # an impossible date, a number of thousands of digits, endless brackets
-        raise UserError(f"--config {path}: holds a value that cannot be read ({type(error).__name__})") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        found = type(content).__name__
-        raise UserError(f"--config {path}: must hold lines of the form 'option: value', found a {found}")
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
+    content = read_mapping("--config", path, "lines of the form 'option: value'")
+    found = {str(key).replace("-", "_"): value for key, value in content.items()}
+    if len(found) < len(content):
+        raise UserError(f"--config {path}: one option is there with - and with _ in its name")
+    return found
 
 
 def load_config(cls: type[ConfigType], yaml_path: str | Path | None, flags: dict[str, Any]) -> ConfigType:
@@ -429,7 +415,7 @@ def load_config(cls: type[ConfigType], yaml_path: str | Path | None, flags: dict
         UserError: an unknown key (names file, key and the nearest key), a bad value (names option, value and what is
             allowed), a required option that is missing.
     """
-    from_file = read_yaml(yaml_path) if yaml_path is not None else {}
+    from_file = read_options(yaml_path) if yaml_path is not None else {}
     from_flags = {name.replace("-", "_"): value for name, value in flags.items()}
     known = {option_name(name, field): name for name, field in cls.model_fields.items()}
     values = {}

@@ -1,7 +1,6 @@
 """Fills a partial DeepSpeed configuration from our options, and refuses one that contradicts them."""
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from pydantic import ValidationError
 
 from muka_fast.config import RunConfig
 from muka_fast.errors import UserError
+from muka_fast.mappings import read_mapping
 
 # Where a DeepSpeed key and an option of ours say the same thing.
 SHARED = (
@@ -34,14 +34,7 @@ def read_ds_config(path: str | Path | None) -> dict[str, Any]:
     """The JSON object at `path` with its "auto" values taken out; {} for None. Raises UserError for anything else."""
     if path is None:
         return {}
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--ds_config {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--ds_config {path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--ds_config {path}: must hold a JSON object, found {type(content).__name__}")
+    content = read_mapping("--ds_config", path, "a JSON object", as_json=True)
     for key in content:
         near = difflib.get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.85)
         if key not in KNOWN_KEYS and near:

@@ -1,7 +1,6 @@
 """The union label space of several teachers: overlaps, meaningless default names, and the map that renames labels."""
 
 import difflib
-import json
 import logging
 import re
 from collections import Counter
@@ -11,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from muka_fast.errors import UserError
+from muka_fast.mappings import read_mapping
 
 log = logging.getLogger("muka_fast")
 
@@ -138,26 +137,9 @@ def read_label_map(path: str | Path) -> dict[str, str | dict[str, str | None] | 
     """Read a label map from JSON or YAML; its names are checked against the teachers by `build_label_space`.
 
     Raises:
-        UserError: no such file, neither JSON nor YAML, not a mapping, a name that is not text.
+        UserError: as `read_mapping`; a name that is not text.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"--label_map {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--label_map {path}: not UTF-8 text (byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"--label_map {path}, line {error.lineno}: not valid JSON ({error.msg})") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"--label_map {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from error
-    except (ValueError, RecursionError) as error:  # an impossible date, a number of thousands of digits, endless brackets
-        raise UserError(f"--label_map {path}: holds a value that cannot be read ({type(error).__name__})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--label_map {path}: must map old names to new ones (or null), found {type(content).__name__}")
+    content = read_mapping("--label_map", path, "old names and their new ones (or null)")
     return {
         _name(key, path): {_name(k, path): _new_name(v, path) for k, v in value.items()}
         if isinstance(value, dict)

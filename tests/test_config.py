@@ -154,6 +154,8 @@ def test_missing_options_are_all_named():
         (b"epochs: 0\n", r"run\.yaml: epochs: 0: must be an integer >= 1"),
         (b"epochs: [1\n", r"run\.yaml, line \d: not valid YAML"),
         (b"just text\n", r"run\.yaml: must hold lines of the form"),
+        (b"epochs: 3\nmc: true\nepochs: 4\n", r"run\.yaml, line 3: .*the key 'epochs' is there twice"),
+        (b"mc-samples: 3\nmc_samples: 4\n", r"run\.yaml: .* with - and with _"),
         (b"output: caf\xe9\n", r"run\.yaml: not UTF-8"),
     ],
 )

@@ -89,7 +89,8 @@ def test_half_precision_keeps_master_weights():
         ("[]", "must hold a JSON object"),
         ('{"zero_optimisation": {}}', r"unknown key 'zero_optimisation' \(nearest: zero_optimization\)"),
         ('{"optimizer": 3}', "'optimizer' must be a JSON object"),
-        ("[" * 100_000, "not valid JSON"),
+        ("[" * 100_000, "cannot be read"),
+        ('{"optimizer": {"type": "AdamW", "type": "Adam"}}', r"ds\.json: the key 'type' is there twice"),
     ],
 )
 def test_bad_files_are_one_line(tmp_path, content, message):

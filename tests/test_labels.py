@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muka_fast.config import read_yaml
+from muka_fast.config import read_options
 from muka_fast.data import read_texts
 from muka_fast.errors import UserError
 from muka_fast.labels import build_label_space, read_label_map, rename_labels
@@ -153,6 +153,13 @@ def test_mistakes_are_named(teachers, label_map, message):
         build_label_space(teachers, label_map)
 
 
+def test_an_empty_map_and_merged_keys_are_no_error(tmp_path):
+    (tmp_path / "map.yaml").write_text("# nothing yet\n")
+    assert read_label_map(tmp_path / "map.yaml") == {}
+    (tmp_path / "map.yaml").write_text("s: &both {a: b}\nt: {<<: *both, a: c}\n")
+    assert read_label_map(tmp_path / "map.yaml") == {"s": {"a": "b"}, "t": {"a": "c"}}
+
+
 def test_maps_are_read_from_json_and_yaml(tmp_path):
     want = {"old": "new", "gone": None, "news": {"0": "world"}}
     (tmp_path / "map.json").write_text('{"old": "new", "gone": null, "news": {"0": "world"}}', encoding="utf-8")
@@ -166,7 +173,10 @@ def test_maps_are_read_from_json_and_yaml(tmp_path):
     [
         ("map.json", b"{", r"map\.json, line 1: not valid JSON"),
         ("map.yaml", b"a: [", r"map\.yaml, line \d: not valid YAML"),
-        ("map.yaml", b"- a\n", "must map old names"),
+        ("map.yaml", b"- a\n", "must hold old names and their new ones"),
+        ("map.yaml", b"a: b\nt: {a: c}\na: d\n", r"map\.yaml, line 3: .*the key 'a' is there twice"),
+        ("map.yaml", b"t: {0: c, '0': d}\n", r"map\.yaml, line 1: .*the key '0' is there twice"),
+        ("map.json", b'{"a": "b", "t": {"c": "d", "c": null}}', r"map\.json: the key 'c' is there twice"),
         ("map.yaml", b"no: yes\n", "put names in quotes"),
         ("map.yaml", b"a: 1.5\n", "put names in quotes"),
         ("map.json", b'{"a": ""}', "put names in quotes"),
@@ -214,7 +224,7 @@ def test_values_that_no_parser_can_hold_end_in_one_line(tmp_path, name, content)
     with pytest.raises(UserError, match="cannot be read"):
         read_label_map(path)
     with pytest.raises(UserError, match="cannot be read"):
-        read_yaml(path)
+        read_options(path)
     (tmp_path / "a.jsonl").write_text(f'{{"text": {"9" * 5000}}}\n')
     with pytest.raises(UserError, match="line 1: not valid JSON"):
         read_texts(tmp_path / "a.jsonl")
