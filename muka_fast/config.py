@@ -273,7 +273,15 @@ class TeachConfig(TextOptions):
     overwrite: bool = option(False, "replace the teacher in the output folder", "Run")
 
 
-class EvalConfig(TextOptions, DeviceOptions):
+class FinishedModelOptions(TextOptions, DeviceOptions):
+    """Of a command that runs a finished model, which knows how its texts were cut."""
+
+    max_length: int | None = option(
+        None, "tokens kept of each text (default: as the model was trained by muka-fast, else 128)", "Data", ge=4, le=16384
+    )
+
+
+class EvalConfig(FinishedModelOptions):
     """Options of `muka-fast eval`."""
 
     model: str = option(..., "classifier to measure: folder or hub name", FILES)
@@ -285,7 +293,7 @@ class EvalConfig(TextOptions, DeviceOptions):
     json_output: bool = option(False, "print the figures as JSON", "Run", alias="json")
 
 
-class PredictConfig(TextOptions, DeviceOptions):
+class PredictConfig(FinishedModelOptions):
     """Options of `muka-fast predict`."""
 
     model: str = option(..., "classifier: folder or hub name; an uncertainty head beside it tells its doubt", FILES)

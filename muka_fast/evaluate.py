@@ -206,17 +206,32 @@ def teacher_blocks(folder: Path) -> list[dict[str, Any]]:
 
     Empty for a model that is no student of ours, or whose run.json says nothing about them.
     """
-    try:
-        content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return []
-    teachers = content.get("teachers") if isinstance(content, dict) else None
+    teachers = _record(folder / "run.json").get("teachers")
     found = [t for t in teachers if isinstance(t, dict)] if isinstance(teachers, list) else []
     return [
         {"name": str(t["name"]), "labels": t["labels"], "own_labels": t.get("own_labels", [])}
         for t in found
         if "name" in t and "labels" in t
     ]
+
+
+def trained_length(folder: Path) -> int:
+    """Tokens that `muka-fast train` or `teach` kept of each text, by the record in the model's folder; 128 without one."""
+    for name, section in (("run.json", "config"), ("teach.json", "options")):
+        options = _record(folder / name).get(section)
+        length = options.get("max_length") if isinstance(options, dict) else None
+        if isinstance(length, int) and length > 0:
+            return length
+    return 128
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What a run wrote about itself; {} where there is no such file, or it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 # ---- the command ----
@@ -262,7 +277,7 @@ def evaluate(config: "EvalConfig") -> dict[str, Any]:
         )
     head = None if adapters.is_adapter(folder) else UncertaintyHead.load(folder, model)
     rows = np.flatnonzero(known) if head is None else np.arange(len(texts))  # doubt is measured on unknown labels as well
-    max_length = min(config.max_length, token_limit(model, tokenizer))
+    max_length = min(config.max_length or trained_length(folder), token_limit(model, tokenizer))
     tokens = tokenize(tokenizer, [texts.texts[row] for row in rows], max_length)
     forward = None if head is None else with_head(model, head)
     found = predict(model, tokens, token_budget=config.token_budget, description="predicting", forward=forward)

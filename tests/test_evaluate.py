@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
+import muka_fast
 from muka_fast.config import EvalConfig
 from muka_fast.data import tokenize
 from muka_fast.errors import UserError
@@ -199,6 +200,25 @@ def test_teacher_blocks_come_from_the_run(tmp_path):
     teacher = {"name": "r", "labels": ["b"], "own_labels": ["x"]}
     (tmp_path / "run.json").write_text(json.dumps({"teachers": [teacher | {"fingerprint": "0"}]}))
     assert teacher_blocks(tmp_path) == [teacher]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "length"),
+    [
+        ("run.json", '{"config": {"max_length": 8}}', 8),
+        ("teach.json", '{"options": {"max_length": 8}}', 8),
+        ("run.json", '{"config": [8]}', 128),
+        ("run.json", "{", 128),
+        ("none.json", "{}", 128),
+    ],
+)
+def test_texts_are_cut_as_in_training_unless_told_otherwise(tmp_path, student, texts, name, content, length):
+    (student / name).write_text(content)
+    data = write_rows(tmp_path / "d.jsonl", [(" ".join(texts[i : i + 4]), NAMES[i % 3]) for i in range(6)])
+    losses = {asked: evaluate(config(student, data, max_length=asked))["nll"] for asked in (None, 8, 128)}
+    assert losses[None] == losses[length] and losses[8] != losses[128]
+    lengths = [muka_fast.Predictor(student, device="cpu", max_length=asked).max_length for asked in (None, 12)]
+    assert lengths == [length, 12]
 
 
 def test_the_entries_of_a_single_teacher_rename_the_true_labels(tmp_path, student, texts):
