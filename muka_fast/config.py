@@ -394,7 +394,7 @@ def allowed_values(field: FieldInfo) -> str:
 
 def nearest(name: str, names: list[str]) -> str:
     """ " (nearest: x)" for the most similar of `names`, or nothing where none resembles it."""
-    found = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+    found = difflib.get_close_matches(str(name), names, n=1)
     return f" (nearest: {found[0]})" if found else ""
 
 
