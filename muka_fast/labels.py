@@ -3,6 +3,7 @@
 import difflib
 import logging
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -219,9 +220,9 @@ def _nearest(name: str, names: Sequence[str] | set[str] | Mapping[str, object]) 
 
 
 def warn_of_lookalikes(names: Iterable[str], way_out: str) -> None:
-    """Names that differ only in case or outer blanks are different classes, which is rarely meant."""
+    """Names that differ only in case, outer blanks or Unicode form are different classes, which is rarely meant."""
     seen: dict[str, str] = {}
     for name in names:
-        other = seen.setdefault(name.strip().casefold(), name)
+        other = seen.setdefault(unicodedata.normalize("NFC", name).strip().casefold(), name)
         if other != name:
             log.warning("labels '%s' and '%s' are two classes: %s if they are one", other, name, way_out)

@@ -299,8 +299,10 @@ def merge_manifest(
     """Create the manifest, or add one complete teacher (key, entry) to it; returns what is now on disk (invariants 1,
     7, 8).
 
-    Raises UserError, with the difference, where the store holds other texts.
+    Raises UserError, with the difference, where the store holds other texts, and for a model's folder.
     """
+    if (store / "config.json").exists():
+        raise UserError(f"--store {store} is a model's folder: name another one")
     with _locked(store):
         remove_leftovers(store)
         known = read_manifest(store)

@@ -300,7 +300,7 @@ def teach(config: TeachConfig) -> dict[str, Any]:
     )
     index = {label: i for i, label in enumerate(labels)}
     told = (len(labels), len(train), recipe.epochs, recipe.learning_rate)
-    log.info("teacher of %d labels: %d texts, %d epochs, peak learning rate %g", *told)
+    log.info("teacher of %d labels: %d texts; epochs: %d; peak learning rate: %g", *told)
     loss = fine_tune(model, tokenizer, train.texts, [index[label] for label in train.labels], recipe)
     record: dict[str, Any] = {
         "version": __version__,

@@ -139,7 +139,7 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
     epochs, rate = default_epochs(len(texts), config.batch_size), default_learning_rate(model.config.get_text_config().hidden_size)
     config = settle_recipe(config, ds_config, epochs, rate)
     plan = Plan(tokens.lengths, config)
-    log.info("training: %d epochs of %d steps, peak learning rate %g", config.epochs, plan.steps_per_epoch, config.learning_rate)
+    log.info("epochs: %d, of %d steps; peak learning rate: %g", config.epochs, plan.steps_per_epoch, config.learning_rate)
     record = begin_record(config, ds_config, texts, sup, space, labels, tokenizer)
     on_first_process(lambda: begin_run(output, config, record))
     trained = method.wrap(model)

@@ -135,6 +135,8 @@ def test_default_names_can_be_named_in_three_ways(product_log):
 def test_names_that_look_alike_are_pointed_out(product_log):
     assert build_label_space([("a", ["Sport"]), ("b", ["sport"])]).num_classes == 2
     assert "'Sport' and 'sport'" in product_log.text
+    assert build_label_space([("a", ["café"]), ("b", ["cafe\u0301"])]).num_classes == 2
+    assert "'café' and 'cafe\u0301'" in product_log.text
 
 
 @pytest.mark.parametrize(
