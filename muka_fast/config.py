@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from muka_fast import recipe
 from muka_fast.errors import UserError
 from muka_fast.mappings import read_mapping
 
@@ -19,9 +20,14 @@ RULED_METHODS = ("muka-evidence", "muka-auto")  # whose teachers are chosen over
 UNCERTAINTIES = ("predictive_entropy", "mutual_information", "expected_entropy", "variance")
 FILES = "Models and files"
 GROUPS = (FILES, "Data", "Uncertainty", "Distillation", "Training", "Run")
-# The defaults of muka_fast/recipe.py, which need the texts and the encoder.
-EPOCHS = "passes over the texts (default: 3, of few texts as many as make 1,000 steps, at most 20)"
-LEARNING_RATE = "peak learning rate of AdamW (default: 3e-5 for a hidden size of 768, in inverse proportion to it)"
+EPOCHS = (
+    f"passes over the texts (default: {recipe.FEWEST_EPOCHS}, of few texts as many as make {recipe.MIN_STEPS:,} steps, at most "
+    f"{recipe.MOST_EPOCHS})"
+)
+LEARNING_RATE = (
+    f"peak learning rate of AdamW (default: {recipe.BASE_LEARNING_RATE:g} for a hidden size of {recipe.BASE_WIDTH}, in inverse "
+    "proportion to it)"
+)
 BOUND_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 ConfigType = TypeVar("ConfigType", bound="Config")
@@ -404,7 +410,7 @@ def read_options(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: as `read_mapping`; an option twice.
     """
-    content = read_mapping("--config", path, "lines of the form 'option: value'")
+    content = read_mapping("--config", path, "lines of the form 'option: value'", may_be_empty=True)
     found = {str(key).replace("-", "_"): value for key, value in content.items()}
     if len(found) < len(content):
         raise UserError(f"--config {path}: one option is there with - and with _ in its name")

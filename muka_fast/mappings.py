@@ -32,11 +32,11 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_mapping(option: str, path: str | Path, expected: str, as_json: bool = False) -> dict[Any, Any]:
-    """The mapping in a JSON or YAML file; {} for an empty YAML file.
+def read_mapping(option: str, path: str | Path, expected: str, as_json: bool = False, may_be_empty: bool = False) -> dict[Any, Any]:
+    """The mapping in a JSON or YAML file.
 
     option: what names the file on the command line, for the errors; expected: what they ask for. as_json: JSON whatever the file is
-    called, else by the suffix .json.
+    called, else by the suffix .json. may_be_empty: a file that holds nothing is {}, not refused.
 
     Raises:
         UserError: no such file, not UTF-8, neither JSON nor YAML, a key twice, not a mapping.
@@ -60,7 +60,7 @@ def read_mapping(option: str, path: str | Path, expected: str, as_json: bool = F
         raise UserError(f"{what}{where}: not valid YAML ({getattr(error, 'problem', None) or error})") from error
     except (ValueError, RecursionError) as error:  # an impossible date, thousands of digits, endless brackets
         raise UserError(f"{what}: holds a value that cannot be read ({type(error).__name__})") from error
-    if content is None and not as_json:
+    if content is None and may_be_empty:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{what}: must hold {expected}, found {type(content).__name__}")

@@ -347,7 +347,8 @@ def test_bad_options_of_train(command, refused, options, words):
 
 
 def test_unknown_command(refused):
-    refused(["trian"], "trian", "train")
+    assert "(nearest: train)" in refused(["trian"], "trian")
+    assert "nearest" not in refused(["foo"], "foo")  # 'score' is not near
 
 
 # ---- the output ----

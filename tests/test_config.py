@@ -147,6 +147,11 @@ def test_missing_options_are_all_named():
         load_config(ScoreConfig, None, {})
 
 
+def test_a_yaml_that_holds_nothing_sets_nothing(tmp_path):
+    (tmp_path / "run.yaml").write_text("# nothing yet\n")
+    assert load_config(RunConfig, tmp_path / "run.yaml", {}) == RunConfig()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -155,9 +155,7 @@ def test_mistakes_are_named(teachers, label_map, message):
         build_label_space(teachers, label_map)
 
 
-def test_an_empty_map_and_merged_keys_are_no_error(tmp_path):
-    (tmp_path / "map.yaml").write_text("# nothing yet\n")
-    assert read_label_map(tmp_path / "map.yaml") == {}
+def test_a_merged_key_may_be_given_again(tmp_path):
     (tmp_path / "map.yaml").write_text("s: &both {a: b}\nt: {<<: *both, a: c}\n")
     assert read_label_map(tmp_path / "map.yaml") == {"s": {"a": "b"}, "t": {"a": "c"}}
 
@@ -176,6 +174,7 @@ def test_maps_are_read_from_json_and_yaml(tmp_path):
         ("map.json", b"{", r"map\.json, line 1: not valid JSON"),
         ("map.yaml", b"a: [", r"map\.yaml, line \d: not valid YAML"),
         ("map.yaml", b"- a\n", "must hold old names and their new ones"),
+        ("map.yaml", b"# nothing yet\n", "must hold old names and their new ones"),
         ("map.yaml", b"a: b\nt: {a: c}\na: d\n", r"map\.yaml, line 3: .*the key 'a' is there twice"),
         ("map.yaml", b"t: {0: c, '0': d}\n", r"map\.yaml, line 1: .*the key '0' is there twice"),
         ("map.json", b'{"a": "b", "t": {"c": "d", "c": null}}', r"map\.json: the key 'c' is there twice"),
