@@ -194,9 +194,9 @@ class MeanLogits(Composed):
         self.selected = self.margin = None
 
     def teacher_probs(self, rows: Tensor) -> Tensor:
-        mean = self.sup.logits[rows][:, self.columns].mean(1)
+        mean = self.sup.logits[rows][:, self.columns].double().mean(1)  # the sum of large logits rounds in fp32
         nothing = (mean == -torch.inf).all(-1, keepdim=True)
-        return tempered_softmax(mean.masked_fill(nothing, 0.0), self.temperature)
+        return tempered_softmax(mean.masked_fill(nothing, 0.0), self.temperature).float()
 
 
 class UnifiedHead(Method):
