@@ -18,6 +18,7 @@ from muka_fast.mappings import read_mapping
 METHODS = ("muka-soft", "muka-hard", "muka-evidence", "muka-auto", "vkd", "uhc", "dfa", "cfl", "mean", "supervised", "oracle")
 RULED_METHODS = ("muka-evidence", "muka-auto")  # whose teachers are chosen over the whole pool
 UNCERTAINTIES = ("predictive_entropy", "mutual_information", "expected_entropy", "variance")
+PRECISIONS = ("fp32", "bf16", "fp16")
 FILES = "Models and files"
 GROUPS = (FILES, "Data", "Uncertainty", "Distillation", "Training", "Run")
 EPOCHS = (
@@ -146,6 +147,11 @@ class ScoringOptions(TextOptions, DeviceOptions):
         le=2**20,
     )
 
+    scoring_precision: Literal[PRECISIONS] = option(
+        "fp32",
+        "of teachers and neutral encoder; bf16 and fp16 take half the memory and less time where the device computes in them",
+        "Run",
+    )
     teacher_gib: float | None = option(
         None,
         "GiB of a teacher's weights that the device may hold; a larger one is split over GPUs, host memory and disk, which is slow "
@@ -331,7 +337,7 @@ class PlanConfig(ScoringOptions):
     )
     epochs: int | None = option(None, EPOCHS, "Training", ge=1, le=10_000)
     micro_batch: int = option(4, "texts per forward and backward of one process", "Training", ge=1, le=2**20)
-    precision: Literal["bf16", "fp16", "fp32"] = option("bf16", "of the student's weights in training", "Training")
+    precision: Literal[PRECISIONS] = option("bf16", "of the student's weights in training", "Training")
     gpus: int = option(1, "processes, one for each GPU", "Run", ge=1, le=2**20)
     gpu: Literal["a10", "a100", "h100", "h200", "l4", "l40s"] | None = option(
         None, "plan the hours by this GPU's data sheet, at 40 % of its peak", "Run"

@@ -14,9 +14,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 from muka_fast.checkpoint import first_line
 from muka_fast.errors import UserError
 from muka_fast.sites import AnyValue
-from muka_fast.teachers import settle_forward
+from muka_fast.teachers import DTYPES, settle_forward
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STAGES = ("0", "1", "2", "3", "3 offload")
 # DeepSpeed's defaults, in elements: gradients under way, whole weights at work and fetched ahead, weights too small to partition.
 REDUCE_BUCKET, LIVE_WEIGHTS, PREFETCHED_WEIGHTS, PERSISTENT_WEIGHT = 500_000_000, 1_000_000_000, 50_000_000, 100_000

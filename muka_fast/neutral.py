@@ -41,6 +41,7 @@ from muka_fast.store import (
 from muka_fast.student import encoder_fingerprint
 from muka_fast.supervision import device_of
 from muka_fast.teachers import (
+    DTYPES,
     LOADING_ERRORS,
     check_vocabulary,
     load_tokenizer,
@@ -70,7 +71,7 @@ def neutral_features(
     with queue:
         folder, tokenizer = find_encoder(encoder)
         max_length = min(options.max_length, tokenizer.model_max_length)
-        key = neutral_key(encoder, tokenizer, max_length, texts)
+        key = neutral_key(encoder, tokenizer, max_length, texts, options.scoring_precision)
         place = Path(store) / f"neutral-{key}"
         ranges = shard_ranges(len(texts), read_manifest(Path(store))["shard_size"])
         remove_leftovers(place)
@@ -97,7 +98,7 @@ def neutral_tokens(encoder: str | Path, texts: TextSet, options: ScoringOptions)
 def name_features(encoder: str | Path, names: Sequence[str], options: ScoringOptions) -> np.ndarray:
     """The neutral features of class names, read as words, fp32 [C, d]."""
     folder, tokenizer = find_encoder(encoder)
-    model = load_encoder(folder, tokenizer, device_of(options.device))
+    model = load_encoder(folder, tokenizer, device_of(options.device), options.scoring_precision)
     limit = min(options.max_length, token_limit(model, tokenizer))
     tokens = tokenize(tokenizer, [readable(name) for name in names], limit)
     features = np.empty((len(names), 0), np.float32)
@@ -109,10 +110,11 @@ def name_features(encoder: str | Path, names: Sequence[str], options: ScoringOpt
 
 
 def neutral_key(
-    encoder: str | Path, tokenizer: transformers.PreTrainedTokenizerBase, max_length: int, texts: TextSet
+    encoder: str | Path, tokenizer: transformers.PreTrainedTokenizerBase, max_length: int, texts: TextSet, precision: str
 ) -> str:
-    """16 hex digits over all that decides the numbers: encoder, tokenizer, max_length, texts."""
+    """16 hex digits over all that decides the numbers: encoder, tokenizer, max_length, texts, precision."""
     parts = [FORMAT, encoder_fingerprint(encoder, ROLE), tokenizer_key(tokenizer, max_length), max_length, texts.fingerprint]
+    parts += [precision] if precision != "fp32" else []  # as keys of earlier versions
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -146,7 +148,7 @@ def _compute(
     queue: ShardQueue,
 ) -> None:
     """One pass of the encoder over the texts of the missing shards that this process gets, each written as soon as it is whole."""
-    model = load_encoder(folder, tokenizer, device_of(options.device))
+    model = load_encoder(folder, tokenizer, device_of(options.device), options.scoring_precision)
     tokens = texts.tokens(tokenizer, min(max_length, token_limit(model, tokenizer)))
     budget = token_budget(options.token_budget, model.device)
     with progress(sum(shard.stop - shard.start for shard in todo), "neutral features") as bar:
@@ -167,14 +169,14 @@ def _compute(
 
 
 def load_encoder(
-    folder: Path, tokenizer: transformers.PreTrainedTokenizerBase, device: str
+    folder: Path, tokenizer: transformers.PreTrainedTokenizerBase, device: str, precision: str
 ) -> transformers.PreTrainedModel:
-    """The encoder of a folder without any head, fp32, eval mode, frozen."""
+    """The encoder of a folder without any head, eval mode, frozen."""
     what = f"{ROLE} {folder}"
     try:
         with quiet_transformers():
             model = transformers.AutoModel.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
+                folder, dtype=DTYPES[precision], use_safetensors=True, local_files_only=True, trust_remote_code=False
             )
     except LOADING_ERRORS as error:
         raise UserError(f"{what}: transformers cannot load it: {checkpoint.first_line(error)}") from error

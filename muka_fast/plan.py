@@ -21,10 +21,10 @@ from muka_fast.recipe import default_epochs
 from muka_fast.scoring import empty_shard
 from muka_fast.store import FEATURE_TYPE, FEATURES, default_shard_size, shard_ranges
 from muka_fast.supervision import device_of
-from muka_fast.teachers import LOADING_ERRORS, quiet_transformers, teacher_names
+from muka_fast.teachers import DTYPES, LOADING_ERRORS, quiet_transformers, teacher_names
 
 log = logging.getLogger("muka_fast")
-# Data sheets: GiB of memory, dense FLOP/s in half precision and in fp32 without TF32 (which teachers run in).
+# Data sheets: GiB of memory, dense FLOP/s in half precision and in fp32 without TF32.
 GPUS = {
     "a10": (24, 125e12, 31.2e12),
     "a100": (80, 312e12, 19.5e12),
@@ -102,17 +102,16 @@ def count_texts(options: PlanConfig) -> tuple[int, float]:
     return len(texts), float(tokenize(tokenizer, texts[::step], options.max_length).lengths.mean())
 
 
-def rate(options: PlanConfig, config: PreTrainedConfig, tokens: int, train: bool, what: str) -> float:
+def rate(options: PlanConfig, config: PreTrainedConfig, tokens: int, precision: str, train: bool, what: str) -> float:
     """FLOP/s of one GPU: given, by the data sheet, or measured on this machine."""
     if options.flops is not None:
         return options.flops
     if options.gpu is not None:
         _, half, full = GPUS[options.gpu]
-        return UTILISATION * (half if train and options.precision != "fp32" else full)
+        return UTILISATION * (full if precision == "fp32" else half)
     device = device_of(options.device)
     log.info("measuring %s, cut to two layers, on this machine's %s", what, device)
-    # A CPU trains in fp32, and teachers run in it.
-    precision = options.precision if train and device != "cpu" else "fp32"
+    precision = "fp32" if train and device == "cpu" else precision  # a CPU trains in fp32
     return measured_flops(config, options.micro_batch, tokens, precision, device, train, what)
 
 
@@ -123,10 +122,11 @@ def plan(options: PlanConfig) -> dict[str, Any]:
     length = max(1, round(tokens))
 
     def reading(config: PreTrainedConfig, forwards: float, what: str) -> dict[str, Any]:
-        """That many forwards of a model over all texts, in fp32."""
-        cost, reached = footprint(config, 1, length, "fp32", what), rate(options, config, length, False, what)
+        """That many forwards of a model over all texts."""
+        precision = options.scoring_precision
+        cost, reached = footprint(config, 1, length, precision, what), rate(options, config, length, precision, False, what)
         hours = num_texts * cost.forward_flops * forwards / reached / options.gpus / 3600
-        found = {"parameters": cost.num_parameters, "weights_bytes": 4 * cost.num_parameters}
+        found = {"parameters": cost.num_parameters, "weights_bytes": DTYPES[precision].itemsize * cost.num_parameters}
         return found | {"forwards": forwards, "flops_per_s": reached, "hours": hours}
 
     teachers, owners, widths = [], [], []
@@ -143,7 +143,7 @@ def plan(options: PlanConfig) -> dict[str, Any]:
     config.num_labels = build_label_space(owners).num_classes
     cost = footprint(config, options.micro_batch, options.max_length, options.precision, f"student {options.student}")
     step = footprint(config, 1, length, options.precision, f"student {options.student}")
-    reached = rate(options, config, length, True, "the student")
+    reached = rate(options, config, length, options.precision, True, "the student")
     shard_size = options.shard_size or default_shard_size(num_texts)
     epochs = options.epochs or default_epochs(num_texts, RunConfig.model_fields["batch_size"].default)
     flops = 3 * epochs * num_texts * step.forward_flops  # the backward costs two forwards

@@ -21,6 +21,7 @@ from muka_fast.errors import UserError
 from muka_fast.files import write_text
 from muka_fast.ops.reference import select_teacher_ref
 from muka_fast.selection import teacher_scores
+from muka_fast.store import ADDED_KEYS
 
 if TYPE_CHECKING:
     from muka_fast.config import RunConfig
@@ -33,7 +34,7 @@ log = logging.getLogger("muka_fast")
 # Options that decide the student's numbers; all others (layout, logging, paths) may change between a kill and --resume.
 IDENTITY_OPTIONS = (
     "method", "margin", "normalize_margin", "uncertainty", "score_temperature", "kd_temperature", "target", "mc",
-    "mc_samples", "mc_scope", "mc_dropout_p", "mc_stop", "epochs", "learning_rate", "batch_size", "warmup_ratio",
+    "mc_samples", "mc_scope", "mc_dropout_p", "mc_stop", "scoring_precision", "epochs", "learning_rate", "batch_size", "warmup_ratio",
     "weight_decay", "max_grad_norm", "max_length", "seed", "coverage", "uncertainty_head",
 )
 # What a complete run read; compared by name, so that its --resume stays instant.
@@ -132,7 +133,8 @@ def refuse_other(output: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> 
     mine = json.loads(json.dumps(mine))
     shown = lambda value: value[:12] if isinstance(value, str) and len(value) == 64 else json.dumps(value, ensure_ascii=False)[:80]
     # An option that an older version did not have was off there.
-    told = {key: theirs.get(key, False if isinstance(mine[key], bool) else None) for key in mine}
+    off = {key: False if isinstance(value, bool) else None for key, value in mine.items()} | ADDED_KEYS
+    told = {key: theirs.get(key, off[key]) for key in mine}
     differing = [f"{key} {shown(told[key])} -> {shown(mine[key])}" for key in mine if told[key] != mine[key]]
     if differing:
         raise UserError(

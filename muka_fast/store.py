@@ -65,7 +65,8 @@ FEATURES = "features"
 # teachers, and 0.1 and 0.3 % in the others. Values beyond its range are cut to it.
 FEATURE_TYPE = np.float16
 # What tells two option sets of one teacher apart; order as shown in messages.
-OPTION_KEYS = ("max_length", "mc", "mc_samples", "mc_scope", "mc_dropout_p", "mc_stop", "run_seed")
+OPTION_KEYS = ("max_length", "mc", "mc_samples", "mc_scope", "mc_dropout_p", "mc_stop", "scoring_precision", "run_seed")
+ADDED_KEYS = {"mc_stop": None, "scoring_precision": "fp32"}  # those that entries of earlier versions lack, and what these mean
 
 
 # ---- keys ----
@@ -76,14 +77,21 @@ def teacher_key(entry: dict[str, Any], texts_fingerprint: str) -> str:
     stochastic = ("run_seed", "mc_samples", "mc_scope", "mc_dropout_p") if entry["mc"] else ()
     parts = {name: entry[name] for name in ("fingerprint", "tokenizer_key", "max_length", "mc", *stochastic)}
     parts |= {"format": FORMAT, "texts": texts_fingerprint}
+    if option_of(entry, "scoring_precision") != ADDED_KEYS["scoring_precision"]:
+        parts["scoring_precision"] = entry["scoring_precision"]
     if is_adaptive(entry):
         parts |= {"mc_stop": entry["mc_stop"], "company": entry.get("company")}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def option_of(entry: dict[str, Any], name: str) -> Any:
+    """The value of one of OPTION_KEYS that a teacher of the manifest was scored with."""
+    return entry.get(name, ADDED_KEYS.get(name))
+
+
 def is_adaptive(entry: dict[str, Any]) -> bool:
-    """Whether --mc_stop decided per text how many passes these scores are of. Entries of earlier versions have no mc_stop."""
-    return bool(entry["mc"]) and entry.get("mc_stop") is not None
+    """Whether --mc_stop decided per text how many passes these scores are of."""
+    return bool(entry["mc"]) and option_of(entry, "mc_stop") is not None
 
 
 def company_of(entries: Sequence[dict[str, Any]], texts_fingerprint: str) -> list[str]:
@@ -257,7 +265,7 @@ def _manifest_problem(manifest: dict[str, Any]) -> str | None:
     if not isinstance(teachers, dict):
         return "'teachers' is not a table"
     for key, entry in teachers.items():
-        fields = {*OPTION_KEYS, "name", "fingerprint", "tokenizer_key", "labels"} - {"mc_stop"}
+        fields = {*OPTION_KEYS, "name", "fingerprint", "tokenizer_key", "labels"} - ADDED_KEYS.keys()
         if not isinstance(entry, dict) or any(name not in entry for name in fields):
             return f"teacher {key!r} is incomplete"
         labels = entry["labels"]
@@ -349,5 +357,5 @@ def check_texts(store: Path, manifest: dict[str, Any], texts: TextSet) -> None:
 
 def differing_options(entry: dict[str, Any], options: dict[str, Any]) -> list[str]:
     """Names of the options that differ, where they matter: a deterministic pass has no samples, scope, p or seed."""
-    names = OPTION_KEYS if options.get("mc", entry["mc"]) and entry["mc"] else ("max_length", "mc")
-    return [name for name in names if name in options and entry.get(name) != options[name]]
+    names = OPTION_KEYS if options.get("mc", entry["mc"]) and entry["mc"] else ("max_length", "mc", "scoring_precision")
+    return [name for name in names if name in options and option_of(entry, name) != options[name]]

@@ -38,6 +38,7 @@ from muka_fast.store import (
 )
 from muka_fast.stored import Supervision, load_supervision, open_store
 from muka_fast.teachers import (
+    DTYPES,
     LOADING_ERRORS,
     Teacher,
     TeacherFiles,
@@ -87,7 +88,9 @@ def fill_store(
             raise UserError(f"{store} is not visible here: --store and --output must lie on a file system that all nodes share")
         if shard_size != wished:
             log.info("%s was begun with --shard_size %d, which stays", store, shard_size)
-        budget = token_budget(options.token_budget, device_of(options.device))
+        device = device_of(options.device)
+        tell_precision(options.scoring_precision, device)
+        budget = token_budget(options.token_budget, device)
         run = Scoring(store, texts, shard_size, options.max_length, budget, queue, need_features)
         score_all = _score_adaptively if options.mc and options.mc_stop is not None else _score_in_turn
         keys = score_all(run, teacher_paths, names, files, options)
@@ -107,9 +110,10 @@ def _score_in_turn(
 ) -> list[str]:
     """This process's share of the work, teacher by teacher, those of a family together; returns the teachers' keys."""
     families, device = [family_of(found) for found in files], torch.device(device_of(options.device))
+    dtype = DTYPES[options.scoring_precision]
     keys, group, family = [""] * len(names), [], None
     for i in sorted(range(len(names)), key=lambda i: families.index(families[i])):
-        fits = lambda found: memory_limits(weight_bytes(found.folder), device, options.teacher_gib) is None
+        fits = lambda found: memory_limits(weight_bytes(found.folder, dtype), device, options.teacher_gib) is None
         if group and (families[i] != family or not fits(files[i])):
             run.score_together(group)
             group = []  # gone before the next one is loaded
@@ -137,7 +141,8 @@ def _score_adaptively(
 ) -> list[str]:
     """`_score_in_turn` under --mc_stop: shard by shard, wave by wave, teacher by teacher."""
     device = torch.device(device_of(options.device))
-    keep = sum(weight_bytes(found.folder) for found in files) <= teacher_budget_bytes(device)
+    dtype = DTYPES[options.scoring_precision]
+    keep = sum(weight_bytes(found.folder, dtype) for found in files) <= teacher_budget_bytes(device)
     if not keep:
         log.info("the %d teachers do not fit into memory together: each is loaded once per wave", len(paths))
     crew = Crew(lambda i: _scorer(_load(paths[i], names[i], device, options), options), keep)
@@ -194,6 +199,18 @@ def _related(first: Job, other: Job) -> bool:
     return first.todo == other.todo and trunk_tree([first.scorer, other.scorer])[0].teachers == (0, 1)
 
 
+def tell_precision(precision: str, device: str) -> None:
+    """Say where another --scoring_precision would be faster."""
+    if device != "cpu":
+        if precision == "fp32":
+            log.info("scoring in fp32; --scoring_precision bf16 is faster on most GPUs")
+        return
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    units = [f"{unit}_{precision}" for unit in ("avx512", "amx")]
+    if able.get("architecture") == "x86_64" and precision != "fp32" and not any(able.get(unit) for unit in units):
+        log.warning("--scoring_precision %s: this CPU does not compute in it, so that it is slower than fp32", precision)
+
+
 def device_of(name: str) -> str:
     """The torch device that --device names; auto takes a GPU where there is one. Raises UserError where there is none."""
     if name == "auto":
@@ -208,7 +225,8 @@ def device_of(name: str) -> str:
 
 
 def _load(path: str, name: str, device: torch.device, options: ScoringOptions) -> Teacher:
-    return load_teacher(path, run_seed=options.seed, device=device, name=name, most_gib=options.teacher_gib)
+    dtype = DTYPES[options.scoring_precision]
+    return load_teacher(path, run_seed=options.seed, device=device, dtype=dtype, name=name, most_gib=options.teacher_gib)
 
 
 def _prepare(run: Scoring, teacher: Teacher, options: ScoringOptions) -> Job:

@@ -31,6 +31,7 @@ LOADING_ERRORS = (
     SafetensorError, StrictDataclassError,
 )  # fmt: skip
 NO_LIMIT = 10**6  # a tokenizer without a length limit says 1e30
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass

@@ -24,6 +24,9 @@ from muka_fast.teachers import Teacher
 
 log = logging.getLogger("muka_fast")
 FAST_FORMS = (PostLayerNormEncoder, PreLayerNormModel)
+# How far two ways to compute the same logits may lie apart: up to 0.04 and 0.004 between two forms of attention in six random
+# models of 22 to 32 layers.
+ROUNDING = {torch.bfloat16: 0.1, torch.float16: 0.01}
 
 
 @dataclass(frozen=True)
@@ -349,7 +352,7 @@ class StochasticTeacher:
 
     def _agree(self, a: Tensor, b: Tensor) -> bool:
         """Equal to the rounding of the dtype the model computes in; the scale is that of the logits."""
-        tolerance = 1e-4 if self.model.dtype in (torch.float32, torch.float64) else 5e-2
+        tolerance = ROUNDING.get(self.model.dtype, 1e-4)
         return bool((a.float() - b.float()).abs().max() <= tolerance * max(1.0, b.float().abs().max().item()))
 
     @torch.inference_mode()

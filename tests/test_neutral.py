@@ -60,6 +60,14 @@ def test_features_are_the_mean_of_the_last_hidden_states(family, tmp_path, encod
         np.testing.assert_allclose(found[row], expected, atol=2e-3, rtol=2e-3)  # fp16
 
 
+def test_half_precision_is_another_entry_of_the_store(tmp_path, encoder, pool):
+    folder = encoder()
+    found = [values(compute(tmp_path / "s", folder, pool, scoring_precision=name)) for name in ("fp32", "bf16", "fp16", "fp32")]
+    assert len(list((tmp_path / "s").glob("neutral-*"))) == 3 and np.array_equal(found[0], found[3])
+    for half, tolerance in zip(found[1:3], (0.1, 0.01), strict=True):
+        assert 0 < np.abs(half - found[0]).max() < tolerance
+
+
 def test_class_names_are_read_as_words(encoder):
     folder, names = encoder(), ["card_arrival", "a", "Sci/Tech news"]
     found = name_features(folder, names, options(token_budget=16))

@@ -130,11 +130,13 @@ def test_a_run_of_an_older_version_resumes_without_the_new_options(go, stop_at, 
     path = go("cut", epochs=1).output / "run.json"
     monkeypatch.undo()
     record = json.loads(path.read_text())
-    for name in ("uncertainty_head", "coverage"):
+    for name in ("uncertainty_head", "coverage", "scoring_precision"):
         del record["identity"][name], record["config"][name]
     path.write_text(json.dumps(record))
     with pytest.raises(UserError, match="uncertainty_head false -> true"):
         go("cut", epochs=1, resume=True, uncertainty_head=True)
+    with pytest.raises(UserError, match='scoring_precision "fp32" -> "bf16"'):
+        go("cut", epochs=1, resume=True, scoring_precision="bf16")
     assert not go("cut", epochs=1, resume=True).stopped
 
 

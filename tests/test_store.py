@@ -40,6 +40,9 @@ def test_the_teacher_key_depends_on_what_decides_the_numbers_and_on_nothing_else
     assert len(set(keys)) == len(keys)
     assert teacher_key(base | {"name": "m", "sites": []}, "x") == keys[0]
     assert teacher_key(base | {"mc_stop": None}, "x") == keys[0] == "dcd59029e6b3b2a0"  # stores of every version
+    assert teacher_key(base | {"scoring_precision": "fp32"}, "x") == keys[0]
+    halves = {teacher_key(base | {"scoring_precision": name, "mc": mc}, "x") for name in ("bf16", "fp16") for mc in (True, False)}
+    assert len(halves | set(keys)) == len(keys) + 4
     early = [base | {"mc_stop": level, "company": company} for level in (0.02, 0.05) for company in (["a"], ["a", "b"])]
     assert len({teacher_key(entry, "x") for entry in early} | set(keys)) == len(keys) + 4
     assert len({teacher_key(entry | {"mc": False}, "x") for entry in early}) == 1

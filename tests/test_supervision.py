@@ -50,12 +50,13 @@ class Stage:
     """Stand-ins for teachers and tokenizer that count what they do and fail on demand."""
 
     def __init__(self):
-        self.loaded, self.scored, self.tokenised = [], [], []
+        self.loaded, self.dtypes, self.scored, self.tokenised = [], [], [], []
         self.before_batch = lambda teacher, ids: None
         self.poison = None  # (teacher, example id) that gets NaN
 
-    def load_teacher(self, path, *, run_seed, device, name, most_gib):
+    def load_teacher(self, path, *, run_seed, device, dtype, name, most_gib):
         self.loaded.append(path)
+        self.dtypes.append(dtype)
         return SimpleNamespace(
             name=name, path=path, labels=LABELS[path], fingerprint=f"weights of {path}", tokenizer=None,
             tokenizer_key="bpe", seed=run_seed, pad_id=0, max_length=64, model=SimpleNamespace(device="cpu"),
@@ -199,6 +200,36 @@ def test_adding_a_teacher_or_an_option_set_runs_only_that(tmp_path, stage):
         open_store(tmp_path, options={"mc_samples": 16, "run_seed": 8})
     with pytest.raises(UserError, match=r"mc_scope 'last:1' \(asked: 'all'\)"):
         open_store(tmp_path, options={"mc_scope": "all"})
+
+
+def test_precisions_stand_side_by_side(tmp_path, stage):
+    fill(tmp_path)
+    assert fill(tmp_path, scoring_precision="bf16").teachers[0]["scoring_precision"] == "bf16"
+    assert stage.dtypes == [torch.float32] * 2 + [torch.bfloat16] * 2 and len(stage.scored) == 40
+    with pytest.raises(UserError, match=r"'red' under several options \(scoring_precision\)"):
+        open_store(tmp_path)
+    manifest = read_manifest(tmp_path)
+    for entry in manifest["teachers"].values():
+        if entry["scoring_precision"] == "fp32":
+            del entry["scoring_precision"]  # as older versions wrote it
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert "scoring_precision" not in open_store(tmp_path, options=supervision.option_values(options())).teachers[0]
+    fill(tmp_path)
+    assert len(stage.scored) == 40
+    with pytest.raises(UserError, match=r"scoring_precision 'fp32' \(asked: 'fp16'\)"):
+        open_store(tmp_path, options=supervision.option_values(options(scoring_precision="fp16")))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_precision_that_is_slow_here_is_told(precision, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "muka_fast")
+    able = {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    supervision.tell_precision(precision, "cpu")
+    assert ("this CPU does not compute in it" in caplog.text) == (precision == "fp16")
+    caplog.clear()
+    supervision.tell_precision(precision, "cuda")
+    assert ("--scoring_precision bf16 is faster" in caplog.text) == (precision == "fp32")
 
 
 def test_a_store_is_opened_in_the_order_of_the_latest_scoring(tmp_path, stage):

@@ -9,7 +9,7 @@ import torch
 import yaml
 from runs import SMOOTH_ADAM, largest_difference, losses, weights, word_tokenizer
 
-from muka_fast import data, train
+from muka_fast import data, supervision, train
 from muka_fast.errors import UserError
 from muka_fast.evidence import unit
 
@@ -53,6 +53,22 @@ def test_a_run_tells_what_an_early_end_of_the_passes_saved(go, tmp_path):
     assert "sampling" not in json.loads((exact.output / "run.json").read_text())
     with pytest.raises(UserError, match=r"mc_stop 0\.3 -> 0\.2"):
         go("early", mc_stop=0.2, mc_samples=12, **fast, resume=True)
+
+
+def test_teachers_and_neutral_encoder_run_in_half_precision(go, tmp_path, monkeypatch):
+    seen, build = [], supervision.StochasticTeacher
+
+    def make(teacher, **options):
+        seen.append(teacher.model.dtype)
+        return build(teacher, **options)
+
+    monkeypatch.setattr(supervision, "StochasticTeacher", make)
+    store = {"store": str(tmp_path / "store"), "epochs": 1}
+    exact, half = go("exact", **store), go("half", scoring_precision="bf16", **store)
+    assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert len(list((tmp_path / "store").glob("neutral-*"))) == 2
+    assert 0 < largest_difference(weights(exact), weights(half)) < 0.01  # five steps of at most 1e-3
+    assert {tensor.dtype for tensor in weights(half).values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("stage", [0, 3])

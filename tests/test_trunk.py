@@ -40,9 +40,11 @@ DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 def stochastic(make_model, make_tokenizer):
     """stochastic(family, scope, ...) -> StochasticTeacher of a random model of three layers."""
 
-    def make(family, scope, *, seed=SEED, samples=K, mc=True, mc_dropout_p=None, memory_budget_bytes=None, **config):
+    def make(
+        family, scope, *, seed=SEED, samples=K, mc=True, mc_dropout_p=None, memory_budget_bytes=None, dtype=torch.float32, **config
+    ):
         tokenizer = make_tokenizer(family)
-        model = make_model(family, "abc", layers=3, tokenizer=tokenizer, **config)
+        model = make_model(family, "abc", layers=3, tokenizer=tokenizer, **config).to(dtype)
         fields = {"path": "", "tokenizer_key": "", "fingerprint": "", "max_length": 64}
         fields |= {"tokenizer": tokenizer, "pad_id": tokenizer.pad_token_id, "labels": list("abc")}
         teacher = Teacher(name="news", model=model, seed=seed, **fields)
@@ -78,7 +80,8 @@ def unsplit_scores(teacher, ids, mask, example_ids):
         plain = teacher.model(input_ids=ids, attention_mask=mask).logits
         features = pool(seen[0], mask, teacher.reads)
         # What the output layer reads, and nothing else.
-        torch.testing.assert_close(teacher.output_layer(features), plain, atol=1e-5, rtol=1e-5)
+        tolerance = trunk.ROUNDING.get(plain.dtype, 1e-5)
+        torch.testing.assert_close(teacher.output_layer(features), plain, atol=tolerance, rtol=tolerance)
     return trunk.TeacherScores(plain, mean, var, predictive[:, 0], expected[:, 0], features)
 
 
@@ -114,6 +117,23 @@ def test_split_equals_unsplit_for_other_configurations(variant, scope, stochasti
     if variant == "modernbert":
         assert teacher.reads is None  # the head averages all tokens
     check(teacher, *batch(family))
+
+
+@pytest.mark.parametrize("scope", ["last:1", "all"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_goes_the_same_way_and_errs_no_more_than_the_model(
+    family, dtype, scope, stochastic, make_tokenizer, texts
+):
+    full, half = stochastic(family, scope), stochastic(family, scope, dtype=dtype)
+    assert (half.mc_scope, half.layer, half.reads, type(half.fast)) == (full.mc_scope, full.layer, full.reads, type(full.fast))
+    inputs = make_tokenizer(family)(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=24)
+    batch = inputs["input_ids"], inputs["attention_mask"], torch.arange(len(texts))
+    exact, scores, unsplit = full.score(*batch), half.score(*batch), unsplit_scores(half, *batch)
+    for name in ("logits", "mean_probs", "var_probs", "predictive_entropy", "expected_entropy"):
+        mine, theirs = ((getattr(x, name) - getattr(exact, name)).square().mean().sqrt() for x in (scores, unsplit))
+        assert mine <= 1.5 * theirs + torch.finfo(dtype).eps / 10, name
+    assert all(value.dtype == torch.float32 for value in vars(scores).values())
+    assert not torch.equal(scores.mean_probs, exact.mean_probs)
 
 
 @pytest.mark.parametrize("scope", ["all", "last:2", "head"])
