@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -40,25 +40,34 @@ from muka_fast.evaluate import metrics, predict
 from muka_fast.labels import LabelSpace, build_label_space
 from muka_fast.memory import token_budget
 from muka_fast.supervision import Supervision, fill_store
-from muka_fast.teachers import Teacher, load_teacher
+from muka_fast.teachers import DTYPES, Teacher, load_teacher
+from muka_fast.trunk import ROUNDING
 
 TOLERANCE = 1e-4  # of the deterministic logits, relative to the largest
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: a scope, with or without an early end of the passes."""
+    """A row of the table: a scope, with or without an early end of the passes, and the precision of the teachers."""
 
     scope: str
     mc_stop: float | None = None
+    precision: str = "fp32"
 
     @property
     def name(self) -> str:
-        return self.scope if self.mc_stop is None else f"{self.scope}, mc_stop {self.mc_stop:g}"
+        stop = "" if self.mc_stop is None else f", mc_stop {self.mc_stop:g}"
+        return self.scope + stop + ("" if self.precision == "fp32" else f", {self.precision}")
 
     @property
     def options(self) -> dict:
-        return {"mc_scope": self.scope, "mc_stop": self.mc_stop, "uncertainty": "predictive_entropy"}  # as published
+        found = {"mc_scope": self.scope, "mc_stop": self.mc_stop, "scoring_precision": self.precision}
+        return found | {"uncertainty": "predictive_entropy"}  # as published
+
+    @property
+    def plain(self) -> str:
+        """The yardstick of this row, among the times."""
+        return f"plain, {self.precision}"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -75,6 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--published_steps", type=int, default=6, help="steps on which the published training is timed")
     parser.add_argument("--scopes", nargs="+", default=["last:1", "head", "all"])
     parser.add_argument("--mc_stop", type=float, default=0.05, help="level of the row `all` with adaptive K; 0 leaves it out")
+    parser.add_argument("--precisions", nargs="+", choices=list(DTYPES), default=["fp32"], help="of teachers; rows for each")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=1, help="students per row; 0 leaves the training out")
@@ -87,11 +97,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stem", help="name of the files in bench/results (default: amalgamation)", default="amalgamation")
     parser.add_argument("--json", help="write the rows to this file instead of bench/results")
     parser.add_argument("--scaling", action="store_true", help="cost of shared layers, memory against teachers and passes")
-    # JSON of teachers, scope, mc_stop and samples: a process of its own scores once so and prints its peak memory
+    # JSON of teachers, row and samples: a process of its own scores once so and prints its peak memory
     parser.add_argument("--peak_of", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.rows = [Row(scope) for scope in args.scopes]
-    args.rows += [Row("all", args.mc_stop)] if args.mc_stop and "all" in args.scopes else []
+    ways = [(scope, None) for scope in args.scopes]
+    ways += [("all", args.mc_stop)] if args.mc_stop and "all" in args.scopes else []
+    args.rows = [Row(*way, precision) for precision in args.precisions for way in ways]
     if not args.synthetic and not (args.encoder and args.train and args.eval):
         parser.error("--encoder, --train and --eval, or --synthetic")
     return args
@@ -139,7 +150,7 @@ def plain_pass(teachers: list[Teacher], texts: TextSet, max_length: int) -> list
             logits = torch.empty(len(tokens), len(teacher.labels))
             for rows in token_budget_batches(tokens.lengths, token_budget(None, teacher.model.device)):
                 batch = {name: value.to(teacher.model.device) for name, value in collate(tokens, rows, teacher.pad_id).items()}
-                logits[torch.as_tensor(rows)] = teacher.model(**batch).logits.cpu()
+                logits[torch.as_tensor(rows)] = teacher.model(**batch).logits.float().cpu()
             out.append(logits)
     return out
 
@@ -181,36 +192,43 @@ def measure_scoring(args: argparse.Namespace, paths: list[str], texts: TextSet, 
 
     Repetition r has run seed r; the scores of the first are kept in `stores` for the students.
     """
-    teachers = [load_teacher(path, run_seed=0, device=args.device) for path in paths]
-    plain = torch.cat(plain_pass(teachers, texts, args.max_length), -1)
-    published_s = published_seconds(args, paths, texts.texts)
-    times: dict[str, list[float]] = {name: [] for name in ["plain", *(row.name for row in args.rows)]}
+    load = lambda path, precision: load_teacher(path, run_seed=0, device=args.device, dtype=DTYPES[precision])
+    teachers = {precision: [load(path, precision) for path in paths] for precision in args.precisions}
+    plain = {precision: torch.cat(plain_pass(found, texts, args.max_length), -1) for precision, found in teachers.items()}
+    published_s = {precision: published_seconds(args, paths, texts.texts, DTYPES[precision]) for precision in args.precisions}
+    yardsticks = list(dict.fromkeys(row.plain for row in args.rows))
+    times: dict[str, list[float]] = {name: [] for name in [*yardsticks, *(row.name for row in args.rows)]}
     found: dict[tuple[str, int], Supervision] = {}
     for row in args.rows if args.device == "cuda" else ():
         score_with(args, paths, texts, row)
     for repetition in range(args.repetitions):
-        times["plain"].append(clock(lambda: plain_pass(teachers, texts, args.max_length)))
+        for name, found_teachers in zip(yardsticks, teachers.values(), strict=True):
+            times[name].append(clock(lambda run=found_teachers: plain_pass(run, texts, args.max_length)))
         for row in args.rows:
             store = stores / row.name if repetition == 0 else None
             start = time.perf_counter()
             scored = score_with(args, paths, texts, row, repetition, store)
             times[row.name].append(time.perf_counter() - start)
-            error = (scored.logits - plain).abs().max() / plain.abs().max()
-            if not error < TOLERANCE:
+            wanted = plain[row.precision]
+            error = (scored.logits - wanted).abs().max() / wanted.abs().max()
+            if not error < ROUNDING.get(DTYPES[row.precision], TOLERANCE):
                 raise SystemExit(f"{row.name}: deterministic logits differ from the plain model's by {error:.1e}: no times are shown")
             if repetition < 2:
                 found[row.name, repetition] = scored
-            write_unfinished(args, timed_so_far(times, published_s), note(args, texts, paths, None))
+            write_unfinished(args, timed_so_far(args, times, published_s), note(args, texts, paths, None))
     # Without the row `all` nothing is compared with it: it costs more than all others together.
     seeds = range(2) if "all" in args.scopes else ()
-    full = [found.get(("all", seed)) or score_with(args, paths, texts, Row("all"), seed) for seed in seeds]
+    every = Row("all", precision=args.precisions[0])
+    full = [found.get((every.name, seed)) or score_with(args, paths, texts, every, seed) for seed in seeds]
     chosen = [selections(scored) for scored in full]
     sampled = {row.name: found[row.name, 0].num_samples for row in args.rows}
     samples = {name: args.samples if n is None else n.double().mean().item() for name, n in sampled.items()}
     return {
         "texts": len(texts.texts),
-        "work": work_of(teachers, texts, args.max_length, args.device, args.synthetic == "toy"),
-        "forwards": {row.name: forwards(teachers[0].model.config, row.scope, samples[row.name]) for row in args.rows},
+        "work": {p: work_of(found, texts, args.max_length, args.device, args.synthetic == "toy") for p, found in teachers.items()},
+        "forwards": {
+            row.name: forwards(teachers[row.precision][0].model.config, row.scope, samples[row.name]) for row in args.rows
+        },
         "times": {name: statistics.median(values) for name, values in times.items()},
         "published_s": published_s,
         "agreement": {row.name: agreement(selections(found[row.name, 0]), chosen[0]) for row in args.rows} if chosen else {},
@@ -219,13 +237,19 @@ def measure_scoring(args: argparse.Namespace, paths: list[str], texts: TextSet, 
     }
 
 
-def timed_so_far(times: dict[str, list[float]], published_s: float) -> list[dict]:
+def timed_so_far(args: argparse.Namespace, times: dict[str, list[float]], published_s: dict[str, float]) -> list[dict]:
     """Rows of what is known while they are still being timed."""
-    plain = statistics.median(times["plain"])
-    seconds = {name: statistics.median(values) for name, values in times.items() if values and name != "plain"}
+    seconds = {name: statistics.median(values) for name, values in times.items() if values}
     return [
-        {"scope": name, "scoring_s": s, "plain_forward_s": plain, "published_s": published_s, "cost_in_plain_forwards": s / plain}
-        for name, s in seconds.items()
+        {
+            "scope": row.name,
+            "scoring_s": seconds[row.name],
+            "plain_forward_s": seconds[row.plain],
+            "published_s": published_s[row.precision],
+            "cost_in_plain_forwards": seconds[row.name] / seconds[row.plain],
+        }
+        for row in args.rows
+        if row.name in seconds
     ]
 
 
@@ -237,8 +261,9 @@ def measure_students(
     accuracies: dict[str, list[float]] = {name: [] for name in [*(row.name for row in args.rows), "published"]}
     seconds: dict[str, list[float]] = {row.name: [] for row in args.rows}
     scores = published_scores(args, load_published(paths, args.device), texts.texts, padding="longest")
-    step_s = published_student(args, paths, texts.texts, scores, space, 0, "max_length", args.published_steps)[2]
-    published_s = step_s * args.epochs * -(-len(texts.texts) // args.batch_size)
+    steps = args.epochs * -(-len(texts.texts) // args.batch_size)
+    timed = lambda dtype: published_student(args, paths, texts.texts, scores, space, 0, "max_length", args.published_steps, dtype)[2]
+    published_s = {f"published, {precision}": steps * timed(DTYPES[precision]) for precision in args.precisions}
     measure = lambda student, tokenizer: accuracy(student, tokenizer, evaluation, space, args.max_length)
 
     def train(row: Row, seed: int, folder: str, epochs: int) -> str:
@@ -261,7 +286,7 @@ def measure_students(
                 accuracies[row.name].append(measure(student, AutoTokenizer.from_pretrained(output)))
         student, tokenizer, _ = published_student(args, paths, texts.texts, scores, space, seed)
         accuracies["published"].append(measure(student, tokenizer))
-        yield accuracies, {name: statistics.median(values) for name, values in seconds.items()} | {"published": published_s}
+        yield accuracies, {name: statistics.median(values) for name, values in seconds.items()} | published_s
 
 
 def peak_bytes(paths: list[str], row: Row, samples: int, *more: str) -> int:
@@ -269,13 +294,13 @@ def peak_bytes(paths: list[str], row: Row, samples: int, *more: str) -> int:
 
     more: further options of this script.
     """
-    spec = json.dumps({"teachers": paths, "scope": row.scope, "mc_stop": row.mc_stop, "samples": samples})
+    spec = json.dumps({"teachers": paths, "row": asdict(row), "samples": samples})
     return int(own_process(f"measuring the memory of {row.name}", *more, "--peak_of", spec))
 
 
 def print_peak(args: argparse.Namespace, texts: TextSet) -> None:
     args.samples = args.peak_of["samples"]
-    score_with(args, args.peak_of["teachers"], texts, Row(args.peak_of["scope"], args.peak_of["mc_stop"]))
+    score_with(args, args.peak_of["teachers"], texts, Row(**args.peak_of["row"]))
     print(torch.cuda.max_memory_allocated() if args.device == "cuda" else largest_resident_bytes())
 
 
@@ -283,16 +308,17 @@ def rows_of(args: argparse.Namespace, scoring: dict, students: tuple[dict, dict]
     """All figures but the peaks of memory."""
     rows = []
     for row in args.rows:
-        seconds, plain = scoring["times"][row.name], scoring["times"]["plain"]
+        seconds, plain = scoring["times"][row.name], scoring["times"][row.plain]
+        published_s = scoring["published_s"][row.precision]
         figures = {
             "scope": row.name,
             "scoring_s": seconds,
             "texts_per_s": scoring["texts"] / seconds,
             "plain_forward_s": plain,
-            "published_s": scoring["published_s"],
+            "published_s": published_s,
             "cost_in_plain_forwards": seconds / plain,
-            **scoring["work"].rates(seconds, plain, scoring["forwards"][row.name], scoring["mean_samples"][row.name]),
-            "speedup_vs_published": scoring["published_s"] / seconds,
+            **scoring["work"][row.precision].rates(seconds, plain, scoring["forwards"][row.name], scoring["mean_samples"][row.name]),
+            "speedup_vs_published": published_s / seconds,
             "mean_samples": scoring["mean_samples"][row.name],
             "agreement_with_all": scoring["agreement"].get(row.name),
             "agreement_all_vs_all": scoring["agreement_all_vs_all"],
@@ -302,15 +328,15 @@ def rows_of(args: argparse.Namespace, scoring: dict, students: tuple[dict, dict]
         }
         if students is not None:
             accuracies, spent = students
-            published = scoring["published_s"] + spent["published"]
+            published_training_s = spent[f"published, {row.precision}"]
             figures |= {
-                "end_to_end_speedup": published / (seconds + spent[row.name]),
+                "end_to_end_speedup": (published_s + published_training_s) / (seconds + spent[row.name]),
                 "student_accuracy": statistics.mean(accuracies[row.name]),
                 "student_accuracies": accuracies[row.name],
                 "student_accuracy_published": statistics.mean(accuracies["published"]),
                 "student_accuracies_published": accuracies["published"],
                 "training_s": spent[row.name],
-                "published_training_s": spent["published"],
+                "published_training_s": published_training_s,
             }
         rows.append(figures)
     return rows
@@ -332,6 +358,8 @@ def note(args: argparse.Namespace, texts: TextSet, paths: list[str], students: t
     count = len(texts.texts)
     told = f"{count} texts, {len(paths)} teachers, K = {args.samples}, {args.repetitions} interleaved repetitions."
     told += " On a GPU: every row ran once before; peaks are of its memory." if args.device == "cuda" else ""
+    if args.precisions != ["fp32"]:
+        told += " Plain and published forwards of a row are in its precision; published students were taught by fp32 teachers."
     if args.published_texts < count:
         told += f" Published scoring timed on {args.published_texts} texts and scaled, plus loading its teachers once."
     if students is None:

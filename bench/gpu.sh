@@ -75,10 +75,10 @@ if [ $dry = 1 ]; then
   run predicted 30 "$python" bench/predict.py
   run launches 60 "$python" bench/launches.py --size toy --repetitions 3 --json "$out/launches.json"
   run amalgamation 600 "$python" bench/amalgamation.py --synthetic toy --texts 40 --published_texts 8 --max_length 32 \
-    --samples 4 --repetitions 1 --device cpu --workdir "$work/amalgamation" --json "$out/amalgamation.json"
+    --precisions fp32 bf16 --samples 4 --repetitions 1 --device cpu --workdir "$work/amalgamation" --json "$out/amalgamation.json"
   run train 300 "$python" bench/student.py --size toy --stages 0 3 --precision fp32 --device cpu --steps 3 --batch_size 4 \
     --json "$out/student.json"
-  run large 300 "$python" bench/teacher.py --size toy --texts 40 --samples 4 --device cpu --json "$out/teacher.json"
+  run large 300 "$python" bench/teacher.py --size toy --texts 40 --samples 4 --precisions fp32 bf16 --device cpu --json "$out/teacher.json"
   run matrix 300 "$python" bench/paper.py --quick --device cpu --workdir "$work/matrix" "$@"
 else
   parallel=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 6")  # most of the time goes into compiling kernels
@@ -93,12 +93,12 @@ else
     machine=${measured##*throughput_}
     [ -f "$measured" ] && run predicted 30 "$python" bench/predict.py --machine "${machine%%_*}" --measured "$measured"
   done
-  run amalgamation 200 "$python" bench/amalgamation.py --synthetic base --texts 2048 --workdir "$work/amalgamation"
+  run amalgamation 240 "$python" bench/amalgamation.py --synthetic base --texts 2048 --precisions fp32 bf16 --workdir "$work/amalgamation"
   run train 120 "$python" bench/student.py --size base
   run sanitize 300 "$python" -m pytest -q -m gpu tests/test_sanitizer.py
   run launches 60 "$python" bench/launches.py
   run large 180 "$python" bench/student.py --size 1b --stages 3 "3 offload" --steps 6 --batch_size 16
-  run large 240 "$python" bench/teacher.py --size 1b
+  run large 240 "$python" bench/teacher.py --size 1b --precisions bf16 fp32
   if [ -n "$data" ] && [ -n "$encoders" ]; then
     run matrix 86400 "$python" bench/paper.py --data "$data" --encoders "$encoders" --workdir "$out/matrix" "$@"
   fi

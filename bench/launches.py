@@ -5,8 +5,9 @@
 Kernels are counted where PyTorch dispatches them (views and allocations launch none) and at our own ops. The host's time is measured
 on this machine with one text of a few tokens and a model of as many layers but NARROW values wide, where there is next to nothing to
 compute: a little more than launching takes. The device's is arithmetic: the products of a batch of the tokens that --machine (by
-default the card present, else an H200) takes, at the rate of its exact fp32 units, in which teachers run. While that is the
-longer one, launches hide behind the work of the step before, and a captured graph would save nothing.
+default the card present, else an H200) takes, at the rate of its exact fp32 units or of its matrix units in bf16
+(--scoring_precision). While that is the longer one, launches hide behind the work of the step before, and a captured graph would
+save nothing.
 """
 
 import argparse
@@ -39,6 +40,7 @@ OURS = {
 }
 NARROW = 96
 MEAN_TOKENS = 40  # of a text
+FORMS = {"least_ms": "{:.1f}", "times_host": "{:.1f}"}  # of the columns of each precision
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided")
 
 
@@ -127,18 +129,21 @@ def main() -> int:
             for scope in args.scopes:
                 scorer = StochasticTeacher(load_teacher(path, run_seed=0), mc_scope=scope, mc_samples=16)
                 kernels, host_s = measure(scorer, 3, args.repetitions)
-                device_s = plain_flops * forwards(config, scope, 16) / MACHINES[args.machine].matrix_float32
-                row = {"teacher": size, "scope": scope, "kernels": kernels, "host_ms": 1e3 * host_s, "device_least_ms": 1e3 * device_s}
-                rows.append(row | {"device_times_host": device_s / host_s})
-    shown = {"teacher": "{}", "scope": "{}", "kernels": "{}", "host_ms": "{:.2f}", "device_least_ms": "{:.1f}"}
+                row = {"teacher": size, "scope": scope, "kernels": kernels, "host_ms": 1e3 * host_s}
+                card, flops = MACHINES[args.machine], plain_flops * forwards(config, scope, 16)
+                for precision, rate in (("fp32", card.matrix_float32), ("bf16", card.matrix_16bit)):
+                    row |= {f"{precision}_least_ms": 1e3 * flops / rate, f"{precision}_times_host": flops / rate / host_s}
+                rows.append(row)
+    shown = {"teacher": "{}", "scope": "{}", "kernels": "{}", "host_ms": "{:.2f}"}
+    shown |= {f"{precision}_{what}": form for precision in ("fp32", "bf16") for what, form in FORMS.items()}
     lines = [
         "# Launching a scoring step against computing it",
         "",
         f"Random weights, K = 16, {batch_tokens:,} tokens a step, as an {args.machine} takes them. Nothing here was measured on "
-        "one: its least time is products / rate of its fp32 units. Where that is a multiple of the host's time, which was "
+        "one: its least time is products / rate of its units, fp32 or bf16. Where that is a multiple of the host's time, which was "
         "measured here, launches hide behind the work.",
         "",
-        markdown_table(rows, shown | {"device_times_host": "{:.0f}"}),
+        markdown_table(rows, shown),
     ]
     show("launches", rows, "\n".join(lines), "cpu", args.json)
     return 0

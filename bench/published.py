@@ -47,14 +47,14 @@ def padded_batches(
 
 @torch.no_grad()
 def deterministic_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    return model.eval()(**batch).logits
+    return model.eval()(**batch).logits.float()
 
 
 @torch.no_grad()
 def normalized_entropy(model: PreTrainedModel, batch: dict[str, Tensor], mc_samples: int) -> Tensor:
     """H(mean over K of softmax) / ln C of K forwards with the model's own dropout: [B]."""
     model.train()
-    mean = torch.stack([torch.softmax(model(**batch).logits, dim=-1) for _ in range(mc_samples)]).mean(0)
+    mean = torch.stack([torch.softmax(model(**batch).logits.float(), dim=-1) for _ in range(mc_samples)]).mean(0)
     model.eval()
     entropy = -torch.special.xlogy(mean, mean).sum(-1)
     return entropy / math.log(mean.shape[-1]) if mean.shape[-1] > 1 else entropy
@@ -83,8 +83,8 @@ def train_step(
     return loss.item()
 
 
-def load_published(paths: list[str], device: str) -> Loaded:
-    return [(load_plain(path, device), AutoTokenizer.from_pretrained(path)) for path in paths]
+def load_published(paths: list[str], device: str, dtype: torch.dtype = torch.float32) -> Loaded:
+    return [(load_plain(path, device, dtype=dtype), AutoTokenizer.from_pretrained(path)) for path in paths]
 
 
 def published_scores(args: argparse.Namespace, teachers: Loaded, texts: list[str], padding: str = "max_length") -> Tensor:
@@ -96,10 +96,10 @@ def published_scores(args: argparse.Namespace, teachers: Loaded, texts: list[str
     return torch.stack(columns, -1)
 
 
-def published_seconds(args: argparse.Namespace, paths: list[str], texts: list[str]) -> float:
+def published_seconds(args: argparse.Namespace, paths: list[str], texts: list[str], dtype: torch.dtype) -> float:
     """Of the published scoring: loading its teachers, plus --published_texts texts, tokenisation included, scaled to all."""
     start = time.perf_counter()
-    teachers = load_published(paths, args.device)
+    teachers = load_published(paths, args.device, dtype)
     loading_s = time.perf_counter() - start
     sample = texts[: args.published_texts]
     if args.device == "cuda":
@@ -118,12 +118,14 @@ def published_student(
     seed: int,
     padding: str = "longest",
     max_steps: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple:
-    """Train the student as published, every teacher run again in every step: student, tokenizer, seconds of a step (median)."""
+    """Train the student as published, every teacher (of this dtype) run again in every step: student, tokenizer, seconds of a step
+    (median)."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(args.encoder)
     student = load_plain(args.encoder, args.device, num_labels=space.num_classes)
-    teachers = [load_plain(path, args.device) for path in paths]
+    teachers = [load_plain(path, args.device, dtype=dtype) for path in paths]
     scores = scores.to(args.device)
     to_union = [torch.as_tensor(space.teacher_to_union[a:b]) for a, b in zip(space.offsets, space.offsets[1:], strict=False)]
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, weight_decay=0.01)

@@ -1,12 +1,13 @@
 """Scoring with one large teacher of random weights: texts/s, peak memory and time beside those of `muka-fast plan`.
 
-    python bench/teacher.py [--size 1b] [--texts 512] [--scopes last:1 last:2] [--device cuda] [--json F]
+    python bench/teacher.py [--size 1b] [--texts 512] [--scopes last:1 last:2] [--precisions fp32 bf16] [--device cuda] [--json F]
 
 Speed and memory do not depend on the weights. Scoring runs in a process of its own, whose start and loading are not counted into the
 time; the plan's speed is what this machine reaches on two layers of such a model, its memory the weights alone.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from muka_fast.data import collate, read_texts, token_budget_batches, tokenize
 from muka_fast.memory import token_budget
 from muka_fast.plan import plan
 from muka_fast.scoring import gathered
-from muka_fast.teachers import load_teacher
+from muka_fast.teachers import DTYPES, load_teacher
 from muka_fast.trunk import StochasticTeacher, check_numbers
 
 
@@ -32,17 +33,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=[*SIZES, *DECODERS], default="1b")
     parser.add_argument("--texts", type=int, default=512)
     parser.add_argument("--scopes", nargs="+", default=["last:1", "last:2"])
+    parser.add_argument("--precisions", nargs="+", choices=list(DTYPES), default=["fp32"])
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", help="write the figures to this file instead of bench/results")
-    parser.add_argument("--work", nargs=2, metavar=("FOLDER", "SCOPE"), help=argparse.SUPPRESS)  # a process of its own
+    parser.add_argument("--work", nargs=3, metavar=("FOLDER", "SCOPE", "PRECISION"), help=argparse.SUPPRESS)  # a process of its own
     return parser.parse_args()
 
 
-def work(args: argparse.Namespace, folder: Path, scope: str) -> dict:
+def work(args: argparse.Namespace, folder: Path, scope: str, precision: str) -> dict:
     """Seconds of the second of two scorings of all texts (the first compiles), tokens, and peak bytes of the device (CPU: process)."""
-    teacher = load_teacher(folder / "teacher", run_seed=0, device=args.device)
+    teacher = load_teacher(folder / "teacher", run_seed=0, device=args.device, dtype=DTYPES[precision])
     scorer = StochasticTeacher(teacher, mc_scope=scope, mc_samples=args.samples, mc_dropout_p=0.1)
     tokens = tokenize(teacher.tokenizer, read_texts(folder / "pool.jsonl").texts, args.max_length)
     batches = token_budget_batches(tokens.lengths, token_budget(None, args.device))
@@ -61,7 +63,7 @@ def work(args: argparse.Namespace, folder: Path, scope: str) -> dict:
 def main() -> int:
     args = parse_arguments()
     if args.work:
-        print(json.dumps(work(args, Path(args.work[0]), args.work[1])))
+        print(json.dumps(work(args, Path(args.work[0]), *args.work[1:])))
         return 0
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -69,19 +71,21 @@ def main() -> int:
         found = read_texts(make_texts(folder, args.texts)[0], need_labels=True)
         make_encoder(folder / "encoder", args.size, found.texts)
         make_teacher(folder / "teacher", str(folder / "encoder"), sorted(set(found.labels))[:4], 0, 1)
-        for scope in args.scopes:
-            row = {"scope": scope, **json.loads(own_process(f"scope {scope}", "--work", name, scope))}
+        for precision, scope in itertools.product(args.precisions, args.scopes):
+            figures = json.loads(own_process(f"scope {scope}, {precision}", "--work", name, scope, precision))
+            row = {"scope": scope, "precision": precision, **figures}
             options = {"teachers": [str(folder / "teacher")], "student": str(folder / "encoder"), "num_texts": row["texts"]}
             options |= {"tokens_per_text": round(row["tokens"] / row["texts"]), "mc_scope": scope, "mc_samples": args.samples}
+            options |= {"scoring_precision": precision}
             planned = plan(PlanConfig(**options, device=args.device))["teachers"][0]
             row |= {"texts_per_s": row["texts"] / row["seconds"], "mc_tokens_per_s": row["tokens"] * args.samples / row["seconds"]}
             row |= {"parameters": planned["parameters"]}
             rows.append(row | {"planned_seconds": 3600 * planned["hours"], "weights_bytes": planned["weights_bytes"]})
     millions = rows[0]["parameters"] / 1e6
-    lines = [f"# One teacher: {args.size}, {millions:,.0f} M parameters, fp32, K = {args.samples}, {args.device}", ""]
+    lines = [f"# One teacher: {args.size}, {millions:,.0f} M parameters, K = {args.samples}, {args.device}", ""]
     shown = {
-        "scope": "{}", "texts_per_s": "{:.1f}", "mc_tokens_per_s": "{:,.0f}", "seconds": "{:.2f}", "planned_seconds": "{:.2f}",
-        "peak_bytes": "{:,}", "weights_bytes": "{:,}",
+        "scope": "{}", "precision": "{}", "texts_per_s": "{:.1f}", "mc_tokens_per_s": "{:,.0f}", "seconds": "{:.2f}",
+        "planned_seconds": "{:.2f}", "peak_bytes": "{:,}", "weights_bytes": "{:,}",
     }  # fmt: skip
     text = "\n".join(lines) + "\n" + markdown_table(rows, shown)
     show(f"teacher_{args.size}", rows, text, args.device, args.json)

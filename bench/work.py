@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from ceilings import gemm_flops_per_s
 from transformers import PreTrainedConfig
 
@@ -13,7 +12,8 @@ from muka_fast.teachers import Teacher
 
 
 class Work(NamedTuple):
-    """Of all teachers over all texts. tokens: their sum; plain_flops: of one plain forward each; gemm_flops_per_s: measured, fp32."""
+    """Of all teachers over all texts. tokens: their sum; plain_flops: of one plain forward each; gemm_flops_per_s: measured, in the
+    teachers' precision."""
 
     tokens: int
     plain_flops: float
@@ -35,7 +35,7 @@ def work_of(teachers: Sequence[Teacher], texts: TextSet, max_length: int, device
         len(texts.texts) * footprint(teacher.model.config, 1, round(float(found.mean())), "fp32", teacher.name).forward_flops
         for teacher, found in zip(teachers, lengths, strict=True)
     ]
-    return Work(sum(int(found.sum()) for found in lengths), sum(flops), gemm_flops_per_s(device, toy, torch.float32))
+    return Work(sum(int(found.sum()) for found in lengths), sum(flops), gemm_flops_per_s(device, toy, teachers[0].model.dtype))
 
 
 def forwards(config: PreTrainedConfig, scope: str, samples: float) -> float:

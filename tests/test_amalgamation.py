@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 KEYS = {
@@ -31,6 +32,8 @@ def test_rows(bench, monkeypatch):
     assert names() == ["last:1", "head", "all", "all, mc_stop 0.05"]
     assert names("--scopes", "last:1") == ["last:1"]
     assert names("--scopes", "all", "--mc_stop", "0") == ["all"]
+    both = names("--scopes", "head", "all", "--precisions", "fp32", "bf16")
+    assert both == ["head", "all", "all, mc_stop 0.05", "head, bf16", "all, bf16", "all, mc_stop 0.05, bf16"]
 
 
 def test_figures_of_a_row(bench, monkeypatch):
@@ -38,16 +41,16 @@ def test_figures_of_a_row(bench, monkeypatch):
     names = [row.name for row in args.rows]
     scoring = {
         "texts": 100,
-        "times": {"plain": 2.0, names[0]: 20.0, names[1]: 8.0},
-        "published_s": 120.0,
+        "times": {"plain, fp32": 2.0, names[0]: 20.0, names[1]: 8.0},
+        "published_s": {"fp32": 120.0},
         "agreement": {names[0]: 1.0, names[1]: 0.99},
         "mean_samples": {names[0]: 16, names[1]: 5.0},
         "agreement_all_vs_all": 0.96,
-        "work": importlib.import_module("work").Work(tokens=1000, plain_flops=4e9, gemm_flops_per_s=1e10),
+        "work": {"fp32": importlib.import_module("work").Work(tokens=1000, plain_flops=4e9, gemm_flops_per_s=1e10)},
         "forwards": {names[0]: 17.0, names[1]: 6.0},
     }
     accuracies = {names[0]: [0.7, 0.72], names[1]: [0.71, 0.7], "published": [0.7, 0.7]}
-    spent = {names[0]: 10.0, names[1]: 12.0, "published": 80.0}
+    spent = {names[0]: 10.0, names[1]: 12.0, "published, fp32": 80.0}
     full, early = bench.rows_of(args, scoring, (accuracies, spent))
     assert full.keys() >= KEYS and early.keys() >= KEYS
     assert (early["speedup_vs_published"], early["cost_in_plain_forwards"], early["texts_per_s"]) == (15.0, 4.0, 12.5)
@@ -64,7 +67,8 @@ def test_figures_of_a_row(bench, monkeypatch):
 
 
 def test_what_is_timed_is_written_before_the_end(bench, monkeypatch, tmp_path):
-    rows = bench.timed_so_far({"plain": [2.0, 4.0], "head": [6.0], "all": []}, 30.0)
+    args = arguments(bench, monkeypatch, "--scopes", "head", "all", "--mc_stop", "0")
+    rows = bench.timed_so_far(args, {"plain, fp32": [2.0, 4.0], "head": [6.0], "all": []}, {"fp32": 30.0})
     figures = {"scoring_s": 6.0, "plain_forward_s": 3.0, "published_s": 30.0, "cost_in_plain_forwards": 2.0}
     assert rows == [{"scope": "head"} | figures]
     file = tmp_path / "rows.json"
@@ -84,10 +88,10 @@ def test_published_seconds_count_loading_once(bench, monkeypatch):
     published = importlib.import_module("published")
     now = iter([0.0, 5.0, 10.0, 12.0])  # loading takes 5 s, the part of the texts 2 s
     monkeypatch.setattr(published.time, "perf_counter", lambda: next(now))
-    monkeypatch.setattr(published, "load_published", lambda paths, device: [])
+    monkeypatch.setattr(published, "load_published", lambda *given: [])
     monkeypatch.setattr(published, "published_scores", lambda *given: None)
     args = arguments(bench, monkeypatch, "--published_texts", "8", "--device", "cpu")
-    assert published.published_seconds(args, ["a"], ["x"] * 40) == 5 + 2 * 5
+    assert published.published_seconds(args, ["a"], ["x"] * 40, torch.float32) == 5 + 2 * 5
 
 
 def test_forwards_of_a_scope(bench):
@@ -96,8 +100,6 @@ def test_forwards_of_a_scope(bench):
 
 
 def test_published_batches_to_the_longest_text_give_the_same_logits(bench, make_model, make_tokenizer, texts):
-    import torch
-
     published = importlib.import_module("published")
     model, tokenizer = make_model("bert"), make_tokenizer("bert")
     both = [published.padded_batches(tokenizer, texts[:5], 64, 5, padding)[0] for padding in ("max_length", "longest")]
