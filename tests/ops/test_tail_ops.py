@@ -106,6 +106,23 @@ def test_more_replicas_than_one_program_takes():
     torch.testing.assert_close(one_query_attention(*common), one_query_attention_ref(*common), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(dtype):
+    """Inside they compute in float32: the result is that of the same values there, cast."""
+    x, residual, weight, bias, ids, offsets = layer_norm_case(3, 5, 96, True, 0)
+    halves = [t.to(dtype) for t in (x, residual, weight, bias)]
+    common = (1e-5, 0.25, 9, 2, ids, offsets, 5)
+    got, want = dropout_add_layer_norm(*halves, *common), dropout_add_layer_norm(*(t.float() for t in halves), *common)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), want, atol=0, rtol=torch.finfo(dtype).eps)
+    query, key, value, starts, ids, positions, _ = attention_case([3, 9, 1], 2, 2, 8, 5)
+    halves = [t.to(dtype) for t in (query, key, value)]
+    common = (starts, 2, 0.35, 4, 0.3, 12, 3, ids, positions, None, 0, True)
+    got, want = one_query_attention(*halves, *common), one_query_attention(*(t.float() for t in halves), *common)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), want, atol=0, rtol=torch.finfo(dtype).eps)
+
+
 def test_attention_is_the_row_of_the_whole_layer():
     """The masks are those of the full [H, L, L] probabilities at the row of the query, and so is the result."""
     length, heads, head_dim, samples = 9, 3, 8, 2
