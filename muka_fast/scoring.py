@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("muka_fast")
 Tensors = dict[str, np.ndarray]  # of one shard, by name
+Fill = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Scoring:
 
     store: Path
     texts: TextSet
+    device: torch.device
     shard_size: int
     max_length: int
     token_budget: int
@@ -100,18 +103,22 @@ class Scoring:
             tokens, pad_id = self.tokens_of(scorers[0].teacher), scorers[0].teacher.pad_id
             tree = trunk_tree(scorers) if len(scorers) > 1 else None  # which reads every weight
 
-        def score(shard: ShardRange, ids: np.ndarray, shards: Sequence[Tensors]) -> Iterator[int]:
+        def score(shard: ShardRange, ids: np.ndarray, shards: Sequence[Tensors], done: Callable[[int], None]) -> Fill:
             batches = token_budget_batches(tokens.lengths[shard.start : shard.stop], self.token_budget)
             results = []
             for batch in batches:
                 inputs = collate(tokens, shard.start + batch, pad_id)
                 results.append(score_together(scorers, inputs["input_ids"], inputs["attention_mask"], ids[batch], tree))
-                yield len(batch)
-            rows = np.concatenate(batches)
-            for job, tensors, parts in zip(group, shards, zip(*results, strict=True), strict=True):
-                scores = gathered(parts)
-                check_numbers(job.entry["name"], scores, ids[rows])
-                self._keep(job, tensors, rows, scores)
+                done(len(batch))
+
+            def fill() -> None:
+                rows = np.concatenate(batches)
+                for job, tensors, parts in zip(group, shards, zip(*results, strict=True), strict=True):
+                    scores = gathered(parts)
+                    check_numbers(job.entry["name"], scores, ids[rows])
+                    self._keep(job, tensors, rows, scores)
+
+            return fill
 
         self._compute(group, todo, work, score)
 
@@ -128,7 +135,7 @@ class Scoring:
         text_bytes = 4 * options.mc_samples * sum(len(job.entry["labels"]) for job in jobs)
         at_once = max(1, replica_budget_bytes(torch.device("cpu")) // text_bytes)
 
-        def score(shard: ShardRange, ids: np.ndarray, shards: Sequence[Tensors]) -> Iterator[int]:
+        def score(shard: ShardRange, ids: np.ndarray, shards: Sequence[Tensors], done: Callable[[int], None]) -> Fill:
             for first in range(0, len(ids), at_once):
                 part = np.arange(first, min(first + at_once, len(ids)))
                 batches = [token_batches(*found, shard.start + part, self.token_budget) for found in mine]
@@ -136,7 +143,8 @@ class Scoring:
                 for job, tensors, result in zip(jobs, shards, results, strict=True):
                     self._keep(job, tensors, part, result)
                     tensors.setdefault("num_samples", np.empty(len(ids), np.int64))[part] = counts.numpy()
-                yield len(part)
+                done(len(part))
+            return lambda: None
 
         self._compute(jobs, todo, " ".join(job.key for job in jobs), score)
 
@@ -145,30 +153,42 @@ class Scoring:
         jobs: Sequence[Job],
         todo: Sequence[ShardRange],
         work: str,
-        score: Callable[[ShardRange, np.ndarray, Sequence[Tensors]], Iterator[int]],
+        score: Callable[[ShardRange, np.ndarray, Sequence[Tensors], Callable[[int], None]], Fill],
     ) -> None:
-        """Every shard that this process gets, one in memory at a time, written as soon as it is whole; once all are, the manifest.
+        """Every shard that this process gets, written as soon as it is whole; once all are, the manifest.
 
-        score(shard, example ids, the shard's tensors of each job): fills them, and yields how many texts it did.
+        score(shard, example ids, the shard's tensors of each job, done): tells `done` how many texts it did, again and again; what
+        it returns fills the tensors, and may wait for the device.
         """
         names, num_texts, mine = ", ".join(job.entry["name"] for job in jobs), sum(s.stop - s.start for s in todo), 0
         if 0 < num_texts < len(self.texts):
             log.info("teacher %s: %d of %d texts were scored before", names, len(self.texts) - num_texts, len(self.texts))
-        if todo:
-            with progress(num_texts, f"scoring {names}") as bar:
-                for shard in (todo[number] for number in self.queue.take(work, len(todo))):
-                    ids = self.texts.example_ids[shard.start : shard.stop].astype(np.int64)
-                    shards = [empty_shard(ids, len(job.entry["labels"])) for job in jobs]
-                    for count in score(shard, ids, shards):
-                        mine += count
-                        bar.advance(self.queue.advance(work, count) - bar.done)
-                        self.queue.check()
-                    for job, tensors in zip(jobs, shards, strict=True):
-                        if shard in job.todo:
-                            write_shard(self.store / job.key, shard, job.key, tensors)
-            if self.queue.world_size > 1:
-                log.info("process %d scored %d of %d texts with %s", self.queue.rank, mine, num_texts, names)
-        if self.queue.finished(work) == len(todo):
+
+        def done(count: int) -> None:
+            nonlocal mine
+            mine += count
+            bar.advance(self.queue.advance(work, count) - bar.done)
+            self.queue.check()
+
+        def begin(number: int) -> Fill:
+            shard = todo[number]
+            ids = self.texts.example_ids[shard.start : shard.stop].astype(np.int64)
+            shards = [empty_shard(ids, len(job.entry["labels"])) for job in jobs]
+            fill = score(shard, ids, shards, done)
+
+            def write() -> None:
+                fill()
+                for job, tensors in zip(jobs, shards, strict=True):
+                    if shard in job.todo:
+                        write_shard(self.store / job.key, shard, job.key, tensors)
+
+            return write
+
+        with progress(num_texts, f"scoring {names}") if todo else nullcontext() as bar:
+            all_done = self.queue.work(work, len(todo), begin, self.device)
+        if todo and self.queue.world_size > 1:
+            log.info("process %d scored %d of %d texts with %s", self.queue.rank, mine, num_texts, names)
+        if all_done:
             for job in jobs:
                 merge_manifest(self.store, self.texts, self.shard_size, (job.key, job.entry))
 

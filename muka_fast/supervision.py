@@ -91,7 +91,7 @@ def fill_store(
         device = device_of(options.device)
         tell_precision(options.scoring_precision, device)
         budget = token_budget(options.token_budget, device)
-        run = Scoring(store, texts, shard_size, options.max_length, budget, queue, need_features)
+        run = Scoring(store, texts, torch.device(device), shard_size, options.max_length, budget, queue, need_features)
         score_all = _score_adaptively if options.mc and options.mc_stop is not None else _score_in_turn
         keys = score_all(run, teacher_paths, names, files, options)
     with queue:

@@ -3,10 +3,15 @@
 import re
 import threading
 
+import pytest
+import torch
 from group_targets import exit_codes, leave_or_enter, wait_alone
 from launch import launcher_variables
 
+from muka_fast.errors import UserError
 from muka_fast.shard_queue import ShardQueue
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")  # the latter's numbers are finished in a second thread
 
 
 def two_queues():
@@ -16,14 +21,22 @@ def two_queues():
     return one, other
 
 
+def numbers(queue, name, count):
+    """The numbers that a queue works on, finished in order."""
+    begun, finished = [], []
+    queue.work(name, count, lambda number: begun.append(number) or (lambda: finished.append(number)), CPU)
+    assert begun == finished
+    return begun
+
+
 def test_every_number_is_given_once_whoever_asks():
     queues = two_queues()
-    taken = [[], []]
+    taken, told = [[], []], [[], []]
     start = threading.Barrier(2)
 
     def work(i):
         start.wait()
-        taken[i] += queues[i].take("teacher", 500)
+        told[i].append(queues[i].work("teacher", 500, lambda number: taken[i].append(number) or (lambda: None), CPU))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     for thread in threads:
@@ -31,17 +44,52 @@ def test_every_number_is_given_once_whoever_asks():
     for thread in threads:
         thread.join()
     assert sorted(taken[0] + taken[1]) == list(range(500))
-    assert queues[0].finished("teacher") == queues[1].finished("teacher") == 500
+    assert [True] in told  # the last one to finish knows that all is done
 
 
-def test_a_number_is_finished_only_when_the_next_one_is_asked_for():
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_a_number_counts_when_it_is_finished_and_not_before(device):
     """What is under way when a process dies must not count as done."""
+    one, other = two_queues()
+    counted = []
+    finish = lambda: counted.append(other._add("teacher finished", 0))
+    assert one.work("teacher", 3, lambda number: finish, device)
+    assert counted == [0, 1, 2] and other.work("teacher", 3, None, device)  # no number is left
+
+
+def test_beside_a_gpu_a_number_is_finished_while_the_next_one_is_begun_and_never_two():
+    begun, under_way = threading.Event(), []
+
+    def begin(number):
+        if number == 1:
+            begun.set()
+
+        def finish():
+            under_way.append(number)
+            assert number or begun.wait(timeout=30)
+            assert under_way == [number]
+            under_way.clear()
+
+        return finish
+
     with ShardQueue() as queue:
-        numbers = queue.take("teacher", 2)
-        assert next(numbers) == 0 and queue.finished("teacher") == 0
-        assert next(numbers) == 1 and queue.finished("teacher") == 1
-        assert list(numbers) == [] and queue.finished("teacher") == 2
-        assert list(queue.take("other teacher", 1)) == [0]
+        assert queue.work("teacher", 4, begin, GPU)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_fault_in_finishing_is_raised_where_the_work_is(wrong, device):
+    def begin(number):
+        def finish():
+            if number == wrong:
+                raise UserError("the disk is full")
+
+        return finish
+
+    with ShardQueue() as queue:
+        with pytest.raises(UserError, match="the disk is full"):
+            queue.work("teacher", 2, begin, device)
+        assert not queue.work("teacher", 2, begin, device)
 
 
 def test_the_first_proposal_holds_for_all():
@@ -59,7 +107,7 @@ def test_entering_again_forgets_what_was():
     queue = ShardQueue()
     for _ in range(2):
         with queue:
-            assert list(queue.take("teacher", 3)) == [0, 1, 2] and queue.agree("key", lambda: 7) == 7
+            assert numbers(queue, "teacher", 3) == [0, 1, 2] and queue.agree("key", lambda: 7) == 7
 
 
 # ---- several processes ----

@@ -22,6 +22,7 @@ from muka_fast import store as store_module
 from muka_fast.config import RunConfig
 from muka_fast.data import TextSet, Tokens
 from muka_fast.errors import UserError
+from muka_fast.shard_queue import ShardQueue
 from muka_fast.store import MATRICES, VECTORS, read_manifest, read_shard, shard_ranges, teacher_key
 from muka_fast.supervision import fill_store, open_store
 
@@ -449,7 +450,11 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path, stage, monkey
     assert len(stage.scored) - done == 20 - 8
 
 
-def test_nan_is_refused_with_teacher_and_text_and_not_stored(tmp_path, stage):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_nan_is_refused_with_teacher_and_text_and_not_stored(tmp_path, stage, monkeypatch, device):
+    """On a GPU shards are looked at and written in a second thread, here beside the CPU."""
+    work = ShardQueue.work
+    monkeypatch.setattr(ShardQueue, "work", lambda self, name, count, begin, _: work(self, name, count, begin, torch.device(device)))
     stage.poison = ("blue", 13)
     with pytest.raises(UserError, match="teacher blue: NaN logits for text 13"):
         fill(tmp_path)
