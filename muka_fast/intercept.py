@@ -1,7 +1,7 @@
 """Rerouting a model's dropout, attention probabilities and layer calls to our own code inside a with-block.
 
 Nothing is left behind by a block: instance attributes are removed, the attention implementation is restored. The model stays in
-eval() mode. What `build_..._without_waiting` changes stays.
+eval() mode. What the functions `..._without_waiting` change stays.
 """
 
 import sys
@@ -100,11 +100,19 @@ AttentionInterface.register(SDPA_NAME, sdpa_attention_forward)
 AttentionMaskInterface.register(SDPA_NAME, _sdpa_mask)
 
 
-def build_masks_without_waiting(model: nn.Module) -> None:
+def train_without_waiting(model: nn.Module) -> None:
     """For a student on a GPU: transformers asks at every forward whether a batch has padding, which waits for all work before it."""
     for config in _configs(model):
         if config._attn_implementation == "sdpa":
             config._attn_implementation = SDPA_NAME
+    build_positions_without_waiting(model)
+
+
+def read_without_waiting(model: nn.Module) -> None:
+    """As `train_without_waiting`, for a model that nothing is dropped in; attention that is the model's own gets its mask so, too."""
+    for config in _configs(model):
+        config._attn_implementation = ATTENTION_NAME
+    build_positions_without_waiting(model)
 
 
 def build_positions_without_waiting(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,8 @@ from muka_fast.console import progress
 from muka_fast.data import TextSet, Tokens, collate, token_budget_batches, tokenize, tokenizer_key
 from muka_fast.errors import UserError
 from muka_fast.features import Features, read_or_refuse
-from muka_fast.memory import token_budget
+from muka_fast.intercept import read_without_waiting
+from muka_fast.memory import send, token_budget
 from muka_fast.names import readable
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.store import (
@@ -103,7 +104,7 @@ def name_features(encoder: str | Path, names: Sequence[str], options: ScoringOpt
     tokens = tokenize(tokenizer, [readable(name) for name in names], limit)
     features = np.empty((len(names), 0), np.float32)
     for batch in token_budget_batches(tokens.lengths, token_budget(options.token_budget, model.device)):
-        states = mean_states(model, **collate(tokens, batch, tokenizer.pad_token_id)).numpy()
+        states = mean_states(model, **collate(tokens, batch, tokenizer.pad_token_id)).cpu().numpy()
         features = features if features.size else np.empty((len(names), states.shape[1]), np.float32)
         features[batch] = states
     return features
@@ -151,21 +152,27 @@ def _compute(
     model = load_encoder(folder, tokenizer, device_of(options.device), options.scoring_precision)
     tokens = texts.tokens(tokenizer, min(max_length, token_limit(model, tokenizer)))
     budget = token_budget(options.token_budget, model.device)
-    with progress(sum(shard.stop - shard.start for shard in todo), "neutral features") as bar:
-        for shard in (todo[number] for number in queue.take(key, len(todo))):
+
+    def begin(number: int) -> Callable[[], None]:
+        shard, parts = todo[number], []
+        batches = token_budget_batches(tokens.lengths[shard.start : shard.stop], budget)
+        for batch in batches:
+            parts.append(mean_states(model, **collate(tokens, shard.start + batch, tokenizer.pad_token_id)))
+            bar.advance(queue.advance(key, len(batch)) - bar.done)
+            queue.check()
+
+        def write() -> None:
+            pooled = torch.cat(parts).cpu().numpy()[np.argsort(np.concatenate(batches))]
             ids = texts.example_ids[shard.start : shard.stop].astype(np.int64)
-            features = np.empty((len(ids), 0), np.float32)
-            for batch in token_budget_batches(tokens.lengths[shard.start : shard.stop], budget):
-                pooled = mean_states(model, **collate(tokens, shard.start + batch, tokenizer.pad_token_id)).numpy()
-                if not np.isfinite(pooled).all():
-                    text = int(ids[batch[~np.isfinite(pooled).all(1)][0]])
-                    raise UserError(f"{ROLE} {folder}: NaN or infinite for text {text}; check the checkpoint")
-                if not features.shape[1]:
-                    features = np.empty((len(ids), pooled.shape[1]), np.float32)
-                features[batch] = pooled
-                bar.advance(queue.advance(key, len(batch)) - bar.done)
-                queue.check()
-            write_shard(place, shard, key, {FEATURES: half(features), "example_ids": ids})
+            finite = np.isfinite(pooled).all(1)
+            if not finite.all():
+                raise UserError(f"{ROLE} {folder}: NaN or infinite for text {ids[~finite][0]}; check the checkpoint")
+            write_shard(place, shard, key, {FEATURES: half(pooled), "example_ids": ids})
+
+        return write
+
+    with progress(sum(shard.stop - shard.start for shard in todo), "neutral features") as bar:
+        queue.work(key, len(todo), begin, model.device)
 
 
 def load_encoder(
@@ -184,13 +191,15 @@ def load_encoder(
     settle_tokenizer(model, tokenizer, what)
     check_vocabulary(model, tokenizer, what)
     model = model.get_encoder() if model.config.is_encoder_decoder else model
+    if device != "cpu":
+        read_without_waiting(model)
     return model.eval().requires_grad_(False).to(device)
 
 
 @torch.inference_mode()
 def mean_states(model: transformers.PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Mean over each text's tokens of the last hidden states: [B, L] -> [B, d], fp32 on the CPU."""
-    mask = attention_mask.to(model.device)
-    hidden = model(input_ids=input_ids.to(model.device), attention_mask=mask).last_hidden_state.float()
+    """Mean over each text's tokens of the last hidden states: [B, L] on the host -> [B, d] fp32 on the device, without waiting."""
+    mask = send(attention_mask, model.device)
+    hidden = model(input_ids=send(input_ids, model.device), attention_mask=mask).last_hidden_state.float()
     weights = mask[..., None].to(hidden)
-    return ((hidden * weights).sum(1) / weights.sum(1)).cpu()
+    return (hidden * weights).sum(1) / weights.sum(1)

@@ -313,9 +313,12 @@ def load_tokenizer(folder: Path, what: str) -> transformers.PreTrainedTokenizerB
 
 
 def settle_forward(model: transformers.PreTrainedModel) -> None:
-    """Named outputs and no more than the answer, whatever a saved configuration asks for; feed-forward layers in one piece: cut into
-    chunks, which changes no number, they take only texts whose length divides by the chunk's."""
+    """Named outputs and no more than the answer, whatever a saved configuration asks for: no keys and values kept for a next token;
+    feed-forward layers in one piece: cut into chunks, which changes no number, they take only texts whose length divides by the
+    chunk's."""
     config = model.config
+    if getattr(config.get_text_config(), "use_cache", False):
+        config.get_text_config().use_cache = False
     config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
     for part in (config, *model.modules()):
         if getattr(part, "chunk_size_feed_forward", 0):

@@ -153,6 +153,22 @@ def test_scores_of_a_teacher_are_the_cpus(scope, make_teacher):
         torch.testing.assert_close(getattr(scores["cuda"], name).cpu(), value, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("scope", ["last:1", "all"])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "llama"])
+def test_half_precision_errs_on_the_gpu_as_on_the_cpu(family, dtype, scope, make_teacher, make_tokenizer, texts):
+    inputs = make_tokenizer(family)(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=24)
+    batch = inputs["input_ids"], inputs["attention_mask"], torch.arange(len(texts))
+    ways = {"exact": ("cpu", torch.float32), "cpu": ("cpu", dtype), "cuda": ("cuda", dtype)}
+    scores = {}
+    for way, (device, weights) in ways.items():
+        teacher = load_teacher(make_teacher(family), run_seed=0, device=device, dtype=weights)
+        scores[way] = vars(StochasticTeacher(teacher, mc_scope=scope, mc_samples=8, mc_dropout_p=0.1).score(*batch))
+    for name, value in scores["exact"].items():
+        error = {way: (scores[way][name].cpu() - value).square().mean().sqrt() for way in ("cpu", "cuda")}
+        assert error["cuda"] <= 2 * error["cpu"] + torch.finfo(dtype).eps / 10, name
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("one_row", [False, True])
 def test_packed_attention(one_row, dtype):
@@ -220,12 +236,13 @@ def test_no_op_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("dtype", DTYPES[::2])
 @pytest.mark.parametrize("scope", ["last:1", "head", "all"])
 @pytest.mark.parametrize("family", ["bert", "mpnet", "modernbert", "llama"])
-def test_no_scoring_step_waits_for_the_device(family, scope, make_teacher):
+def test_no_scoring_step_waits_for_the_device(family, scope, dtype, make_teacher):
     if (family, scope) == ("llama", "head"):
         scope = "last:1"  # decoders have no dropout site in their head
-    teacher = load_teacher(make_teacher(family), run_seed=0, device="cuda")
+    teacher = load_teacher(make_teacher(family), run_seed=0, device="cuda", dtype=dtype)
     scorer = StochasticTeacher(teacher, mc_scope=scope, mc_samples=4, mc_dropout_p=0.1, memory_budget_bytes=1 << 16)
     ids = torch.tensor([[5, 7, 9, 11, 6], [5, 8, 6, 0, 0]])
     batch = ids, (ids != 0).long(), torch.tensor([3, 2**32 - 1])

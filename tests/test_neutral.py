@@ -11,6 +11,7 @@ from muka_fast import neutral
 from muka_fast.config import RunConfig
 from muka_fast.data import read_texts
 from muka_fast.errors import UserError
+from muka_fast.intercept import read_without_waiting
 from muka_fast.neutral import name_features, neutral_features
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.store import merge_manifest
@@ -99,7 +100,7 @@ def test_they_are_computed_once_and_again_where_a_shard_is_damaged(tmp_path, enc
 
 def test_each_process_computes_the_shards_that_it_gets(tmp_path, encoder, pool):
     class First(ShardQueue):
-        def take(self, _name, _count):
+        def _take(self, _name, _count):
             yield from (0, 2)
 
     store, folder = tmp_path / "s", encoder()
@@ -148,3 +149,13 @@ def test_of_an_encoder_with_a_decoder_the_encoder_is_read(tmp_path, make_tokeniz
     with torch.no_grad():
         expected = model.encoder(input_ids=ids).last_hidden_state[0].mean(0).numpy()
     np.testing.assert_allclose(found[1], expected, atol=2e-3, rtol=2e-3)  # fp16
+
+
+def test_attention_that_does_not_wait_gives_the_same_features(family, encoder, make_tokenizer, texts):
+    """What `load_encoder` changes on a GPU alone."""
+    model = neutral.load_encoder(encoder(family), make_tokenizer(family), "cpu", "fp32")
+    batch = make_tokenizer(family)(list(texts[:7]), return_tensors="pt", padding=True, truncation=True, max_length=24)
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    expected = neutral.mean_states(model, **batch)
+    read_without_waiting(model)
+    torch.testing.assert_close(neutral.mean_states(model, **batch), expected, atol=1e-5, rtol=1e-5)

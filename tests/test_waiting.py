@@ -10,14 +10,15 @@ from fake_gpu import WAITS, WouldWait, fake_gpu, move
 from muka_fast.config import RunConfig
 from muka_fast.data import Tokens
 from muka_fast.engine import Engine
-from muka_fast.intercept import build_masks_without_waiting
+from muka_fast.intercept import read_without_waiting, train_without_waiting
 from muka_fast.loop import train_step
 from muka_fast.memory import send
 from muka_fast.methods import METHODS
+from muka_fast.neutral import mean_states
 from muka_fast.optim import clip_gradients
 from muka_fast.shared import score_together, trunk_tree
 from muka_fast.split import ModelSplit
-from muka_fast.teachers import Teacher
+from muka_fast.teachers import Teacher, settle_forward
 from muka_fast.trunk import StochasticTeacher
 
 FAMILIES = ["bert", "mpnet", "modernbert", "llama"]
@@ -41,8 +42,8 @@ def a_batch():
 def on_fake_gpu(make_model, make_tokenizer):
     """A teacher whose set-up ran on the CPU and whose weights are then gone to the fake device."""
 
-    def make(family, scope, budget=1 << 30):
-        model = make_model(family, ("a", "b", "c"))
+    def make(family, scope, budget=1 << 30, dtype=torch.float32):
+        model = make_model(family, ("a", "b", "c")).to(dtype)
         tokenizer = make_tokenizer(family)
         teacher = Teacher("news", "news", model, tokenizer, "key", ["a", "b", "c"], "fingerprint", 7, tokenizer.pad_token_id, 64)
         options = {"mc_scope": scope, "mc_samples": 4, "mc_dropout_p": 0.1, "memory_budget_bytes": budget}
@@ -53,8 +54,9 @@ def on_fake_gpu(make_model, make_tokenizer):
 
 @pytest.mark.parametrize(("family", "scope"), CASES)
 @pytest.mark.parametrize("budget", [1 << 30, 1 << 12], ids=["at once", "in parts"])
-def test_scoring_does_not_wait(family, scope, budget, on_fake_gpu):
-    teacher = on_fake_gpu(family, scope, budget)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scoring_does_not_wait(family, scope, budget, dtype, on_fake_gpu):
+    teacher = on_fake_gpu(family, scope, budget, dtype)
     assert teacher.fast is not None
     batch = a_batch()
     with fake_gpu():
@@ -63,6 +65,17 @@ def test_scoring_does_not_wait(family, scope, budget, on_fake_gpu):
         assert all(value.device.type == "cuda" and len(value) == 4 for value in vars(scores).values())
         with pytest.raises(WouldWait):  # but whoever looks at the scores does
             teacher.score(*batch)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_neutral_features_do_not_wait(family, make_model):
+    encoder = make_model(family).base_model
+    settle_forward(encoder)
+    read_without_waiting(encoder)
+    with fake_gpu():
+        move(encoder)
+        states = mean_states(encoder, *a_batch()[:2])
+        assert states.device.type == "cuda" and states.shape == (4, encoder.config.hidden_size)
 
 
 def test_positions_are_rerouted_once(make_model):
@@ -142,7 +155,7 @@ class FakeEngine:
 @pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert", "llama"])
 def test_a_training_step_does_not_wait(family, method, make_model):
     engine = FakeEngine(make_model(family, ("a", "b", "c", "d")).train())
-    build_masks_without_waiting(engine.model)
+    train_without_waiting(engine.model)
     space = SimpleNamespace(teacher_to_union=[0, 1, 1, 2, 3], num_classes=4)
     logits, pair = torch.randn(6, 5), torch.rand(6, 2)
     measures = dict.fromkeys(("predictive_entropy", "expected_entropy", "mutual_information", "normalized_entropy"), pair)
@@ -165,6 +178,6 @@ def test_masks_built_without_waiting_are_those_of_transformers(family, make_mode
     model = make_model(family, ("a", "b"))
     saved = model.config.to_json_string()
     plain = model(input_ids=ids, attention_mask=mask).logits
-    build_masks_without_waiting(model)
+    train_without_waiting(model)
     torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, plain)
     assert model.config.to_json_string() == saved  # nothing of it reaches an exported student
