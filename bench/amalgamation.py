@@ -148,7 +148,7 @@ def plain_pass(teachers: list[Teacher], texts: TextSet, max_length: int) -> list
         for teacher in teachers:
             tokens = tokenize(teacher.tokenizer, texts.texts, max_length)
             logits = torch.empty(len(tokens), len(teacher.labels))
-            for rows in token_budget_batches(tokens.lengths, token_budget(None, teacher.model.device)):
+            for rows in token_budget_batches(tokens.lengths, token_budget(None, teacher.model, teacher.model.device)):
                 batch = {name: value.to(teacher.model.device) for name, value in collate(tokens, rows, teacher.pad_id).items()}
                 logits[torch.as_tensor(rows)] = teacher.model(**batch).logits.float().cpu()
             out.append(logits)

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -25,13 +26,14 @@ from environment import machine_name, markdown_table, show
 from predict import MACHINES
 from synthetic import SIZES, make_encoder, make_teacher, make_texts
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 from work import forwards
 
 from muka_fast import memory, packed, trunk
 from muka_fast.data import read_texts
 from muka_fast.footprint import footprint
-from muka_fast.teachers import load_teacher
+from muka_fast.store import default_shard_size
+from muka_fast.teachers import DTYPES, load_teacher
 from muka_fast.trunk import StochasticTeacher
 
 OURS = {
@@ -40,7 +42,7 @@ OURS = {
 }
 NARROW = 96
 MEAN_TOKENS = 40  # of a text
-FORMS = {"least_ms": "{:.1f}", "times_host": "{:.1f}"}  # of the columns of each precision
+FORMS = {"tokens": "{:,}", "least_ms": "{:.1f}", "times_host": "{:.1f}"}  # of the columns of each precision
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided")
 
 
@@ -91,10 +93,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def tokens_of(machine: str) -> int:
-    """Padded tokens of a scoring step where the card's memory is free."""
+def tokens_of(machine: str, config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Tokens of a scoring step where the card's memory is free: of a whole shard, or as many as it takes."""
+    model = SimpleNamespace(config=config, dtype=dtype)
     with mock.patch.object(memory, "free_bytes", return_value=MACHINES[machine].memory_bytes):
-        return memory.token_budget(None, "cuda")
+        return min(memory.token_budget(None, model, torch.device("cuda")), default_shard_size(10**9) * MEAN_TOKENS)
 
 
 def measure(scorer: StochasticTeacher, tokens: int, repetitions: int) -> tuple[int, float]:
@@ -114,7 +117,6 @@ def measure(scorer: StochasticTeacher, tokens: int, repetitions: int) -> tuple[i
 
 def main() -> int:
     args, rows = parse_arguments(), []
-    batch_tokens = tokens_of(args.machine)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -125,21 +127,24 @@ def main() -> int:
             encoder = make_encoder(folder / f"narrow-{size}", "narrow", pool.texts)
             path = make_teacher(folder / f"teacher-{size}", encoder, sorted(set(pool.labels))[:4], 0, 1)
             config = AutoConfig.from_pretrained(make_encoder(folder / size, size, pool.texts))
-            plain_flops = batch_tokens / MEAN_TOKENS * footprint(config, 1, MEAN_TOKENS, "fp32", size).forward_flops
+            text_flops = footprint(config, 1, MEAN_TOKENS, "fp32", size).forward_flops
             for scope in args.scopes:
                 scorer = StochasticTeacher(load_teacher(path, run_seed=0), mc_scope=scope, mc_samples=16)
                 kernels, host_s = measure(scorer, 3, args.repetitions)
                 row = {"teacher": size, "scope": scope, "kernels": kernels, "host_ms": 1e3 * host_s}
-                card, flops = MACHINES[args.machine], plain_flops * forwards(config, scope, 16)
+                card = MACHINES[args.machine]
                 for precision, rate in (("fp32", card.matrix_float32), ("bf16", card.matrix_16bit)):
-                    row |= {f"{precision}_least_ms": 1e3 * flops / rate, f"{precision}_times_host": flops / rate / host_s}
+                    tokens = tokens_of(args.machine, config, DTYPES[precision])
+                    least_s = tokens / MEAN_TOKENS * text_flops * forwards(config, scope, 16) / rate
+                    figures = {"tokens": tokens, "least_ms": 1e3 * least_s, "times_host": least_s / host_s}
+                    row |= {f"{precision}_{name}": value for name, value in figures.items()}
                 rows.append(row)
     shown = {"teacher": "{}", "scope": "{}", "kernels": "{}", "host_ms": "{:.2f}"}
     shown |= {f"{precision}_{what}": form for precision in ("fp32", "bf16") for what, form in FORMS.items()}
     lines = [
         "# Launching a scoring step against computing it",
         "",
-        f"Random weights, K = 16, {batch_tokens:,} tokens a step, as an {args.machine} takes them. Nothing here was measured on "
+        f"Random weights, K = 16, a step of as many tokens as an {args.machine} takes. Nothing here was measured on "
         "one: its least time is products / rate of its units, fp32 or bf16. Where that is a multiple of the host's time, which was "
         "measured here, launches hide behind the work.",
         "",

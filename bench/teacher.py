@@ -47,7 +47,7 @@ def work(args: argparse.Namespace, folder: Path, scope: str, precision: str) -> 
     teacher = load_teacher(folder / "teacher", run_seed=0, device=args.device, dtype=DTYPES[precision])
     scorer = StochasticTeacher(teacher, mc_scope=scope, mc_samples=args.samples, mc_dropout_p=0.1)
     tokens = tokenize(teacher.tokenizer, read_texts(folder / "pool.jsonl").texts, args.max_length)
-    batches = token_budget_batches(tokens.lengths, token_budget(None, args.device))
+    batches = token_budget_batches(tokens.lengths, token_budget(None, teacher.model, teacher.model.device))
     for _ in range(2):
         start = time.perf_counter()
         parts = []

@@ -132,7 +132,7 @@ def _scores(plain: Tensor, passes: Tensor, features: Tensor, num_samples: Tensor
     return TeacherScores(**fields)
 
 
-def token_batches(tokens: Tokens, pad_id: int, rows: np.ndarray, token_budget: int) -> Batches:
+def token_batches(tokens: Tokens, pad_id: int, token_budget: int, rows: np.ndarray) -> Batches:
     """The batches of one teacher over any of the texts `rows` of the token store, which are named by their place in `rows`."""
 
     def batches(places: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -83,7 +83,7 @@ def predict(
     pad_id = model.config.get_text_config().pad_token_id if pad_id is None else pad_id
     device = next(model.parameters()).device
     was_training = model.training
-    batches = token_budget_batches(tokens.lengths, memory.token_budget(token_budget, device))
+    batches = token_budget_batches(tokens.lengths, memory.token_budget(token_budget, model, device))
     logits: Tensor | None = None
     model.eval()
     try:

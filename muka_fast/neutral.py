@@ -103,7 +103,7 @@ def name_features(encoder: str | Path, names: Sequence[str], options: ScoringOpt
     limit = min(options.max_length, token_limit(model, tokenizer))
     tokens = tokenize(tokenizer, [readable(name) for name in names], limit)
     features = np.empty((len(names), 0), np.float32)
-    for batch in token_budget_batches(tokens.lengths, token_budget(options.token_budget, model.device)):
+    for batch in token_budget_batches(tokens.lengths, token_budget(options.token_budget, model, model.device)):
         states = mean_states(model, **collate(tokens, batch, tokenizer.pad_token_id)).cpu().numpy()
         features = features if features.size else np.empty((len(names), states.shape[1]), np.float32)
         features[batch] = states
@@ -151,7 +151,7 @@ def _compute(
     """One pass of the encoder over the texts of the missing shards that this process gets, each written as soon as it is whole."""
     model = load_encoder(folder, tokenizer, device_of(options.device), options.scoring_precision)
     tokens = texts.tokens(tokenizer, min(max_length, token_limit(model, tokenizer)))
-    budget = token_budget(options.token_budget, model.device)
+    budget = token_budget(options.token_budget, model, model.device)
 
     def begin(number: int) -> Callable[[], None]:
         shard, parts = todo[number], []

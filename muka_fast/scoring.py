@@ -16,7 +16,7 @@ from muka_fast.adaptive import Crew, run_waves, token_batches
 from muka_fast.console import progress
 from muka_fast.data import TextSet, Tokens, collate, token_budget_batches
 from muka_fast.errors import UserError
-from muka_fast.memory import replica_budget_bytes
+from muka_fast.memory import replica_budget_bytes, token_budget
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.shared import score_together, trunk_tree
 from muka_fast.store import (
@@ -64,7 +64,7 @@ class Scoring:
     device: torch.device
     shard_size: int
     max_length: int
-    token_budget: int
+    token_budget: int | None
     queue: ShardQueue
     need_features: bool
 
@@ -101,10 +101,11 @@ class Scoring:
         scorers, todo, work = [job.scorer for job in group], group[0].todo, " ".join(job.key for job in group)
         if todo:
             tokens, pad_id = self.tokens_of(scorers[0].teacher), scorers[0].teacher.pad_id
+            budget = token_budget(self.token_budget, scorers[0].teacher.model, self.device)
             tree = trunk_tree(scorers) if len(scorers) > 1 else None  # which reads every weight
 
         def score(shard: ShardRange, ids: np.ndarray, shards: Sequence[Tensors], done: Callable[[int], None]) -> Fill:
-            batches = token_budget_batches(tokens.lengths[shard.start : shard.stop], self.token_budget)
+            batches = token_budget_batches(tokens.lengths[shard.start : shard.stop], budget)
             results = []
             for batch in batches:
                 inputs = collate(tokens, shard.start + batch, pad_id)
@@ -129,7 +130,7 @@ class Scoring:
         mine = []
         for i in range(len(jobs) if todo else 0):
             teacher = crew[i].teacher
-            mine.append((self.tokens_of(teacher), teacher.pad_id))
+            mine.append((self.tokens_of(teacher), teacher.pad_id, token_budget(self.token_budget, teacher.model, self.device)))
             del teacher  # gone before the next one is loaded
         rule = options.mc_samples, options.mc_stop, options.uncertainty
         text_bytes = 4 * options.mc_samples * sum(len(job.entry["labels"]) for job in jobs)
@@ -138,7 +139,7 @@ class Scoring:
         def score(shard: ShardRange, ids: np.ndarray, shards: Sequence[Tensors], done: Callable[[int], None]) -> Fill:
             for first in range(0, len(ids), at_once):
                 part = np.arange(first, min(first + at_once, len(ids)))
-                batches = [token_batches(*found, shard.start + part, self.token_budget) for found in mine]
+                batches = [token_batches(*found, shard.start + part) for found in mine]
                 results, counts = run_waves(crew, batches, torch.from_numpy(ids[part]), *rule)
                 for job, tensors, result in zip(jobs, shards, results, strict=True):
                     self._keep(job, tensors, part, result)

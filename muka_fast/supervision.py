@@ -21,7 +21,7 @@ from muka_fast.data import TextSet, read_texts
 from muka_fast.engine import init_distributed, resolve_device
 from muka_fast.errors import UserError
 from muka_fast.group import shut_down, told_once
-from muka_fast.memory import teacher_budget_bytes, token_budget
+from muka_fast.memory import teacher_budget_bytes
 from muka_fast.placement import memory_limits, weight_bytes
 from muka_fast.scoring import Job, Scoring
 from muka_fast.shard_queue import ShardQueue
@@ -90,8 +90,8 @@ def fill_store(
             log.info("%s was begun with --shard_size %d, which stays", store, shard_size)
         device = device_of(options.device)
         tell_precision(options.scoring_precision, device)
-        budget = token_budget(options.token_budget, device)
-        run = Scoring(store, texts, torch.device(device), shard_size, options.max_length, budget, queue, need_features)
+        sizes = {"shard_size": shard_size, "max_length": options.max_length, "token_budget": options.token_budget}
+        run = Scoring(store, texts, torch.device(device), queue=queue, need_features=need_features, **sizes)
         score_all = _score_adaptively if options.mc and options.mc_stop is not None else _score_in_turn
         keys = score_all(run, teacher_paths, names, files, options)
     with queue:

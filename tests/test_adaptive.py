@@ -286,7 +286,7 @@ def test_all_passes_give_the_scores_of_a_teacher_alone(scope, folders, pool):
     tokens = [tokenize(scorer.teacher.tokenizer, pool.texts, 64) for scorer in scorers]
     ids, rows = torch.from_numpy(pool.example_ids), np.arange(len(pool))
     sources = [
-        token_batches(found, scorer.teacher.pad_id, rows, 256)
+        token_batches(found, scorer.teacher.pad_id, 256, rows)
         for found, scorer in zip(tokens, scorers, strict=True)
     ]
     results, num_samples = run_waves(Crew(scorers.__getitem__, keep=True), sources, ids, 12, 1e-9, "mutual_information")

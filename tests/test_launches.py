@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig
 
 from muka_fast import packed
 
@@ -30,4 +31,7 @@ def test_views_and_allocations_launch_nothing_and_our_ops_launch_once(launches):
 
 
 def test_a_step_has_the_tokens_that_the_card_holds(launches):
-    assert (launches.tokens_of("h100"), launches.tokens_of("h200")) == (32_768, 65_536)
+    tokens = lambda machine, width, dtype: launches.tokens_of(machine, BertConfig(hidden_size=width), dtype)
+    assert tokens("h100", 768, torch.float32) == 131_072 and tokens("h100", 4096, torch.bfloat16) == 32_768
+    assert tokens("h200", 4096, torch.float32) == 32_768
+    assert tokens("h200", 768, torch.bfloat16) == 4096 * launches.MEAN_TOKENS  # a whole shard
