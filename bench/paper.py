@@ -30,7 +30,6 @@ from settings import (
     MPNET,
     OF_ANY_SET,
     SETTINGS,
-    SHARES_TOLD,
     deal,
     draw,
     find_settings,
@@ -196,16 +195,7 @@ def run_options(args: argparse.Namespace, seed: int, method: str, folder: Path) 
     options |= {"neutral_encoder": args.encoders / args.neutral_encoder}
     options |= numbers(args, ("epochs", "learning_rate", "batch_size", "mc_scope", "max_length"))
     options |= {"seed": seed, "device": args.device, "eval": folder / "test.jsonl"}
-    if method == SHARES_TOLD:
-        options["teacher_shares"] = true_shares(folder)
     return options | {"output": folder / f"student-{cell_name(args, method)}"} | METHODS[method]
-
-
-def true_shares(folder: Path) -> list[int]:
-    """How many texts of the pool have a label of each teacher."""
-    labels = [label for _, label in read_rows(folder / "pool.jsonl")]
-    teachers = json.loads((folder / "teachers.json").read_text(encoding="utf-8"))["teachers"]
-    return [sum(label in teacher["labels"] for label in labels) for teacher in teachers]
 
 
 def cell(args: argparse.Namespace, name: str, seed: int, method: str, folder: Path) -> dict[str, Any]:

@@ -132,7 +132,6 @@ def _of_any_set(name: str, there: Sequence[str]) -> Setting | None:
 
 PUBLISHED = {"uncertainty": "predictive_entropy"}
 # Row of the tables -> options of `muka-fast train`. "dawid-skene" is no method of ours: it is trained on the labels of the vote.
-SHARES_TOLD = "muka-auto, shares told"
 METHODS = {
     "muka-hard": {"method": "muka-hard", "margin": False, **PUBLISHED},
     "muka-hard, margin": {"method": "muka-hard", **PUBLISHED},
@@ -145,7 +144,6 @@ METHODS = {
     "muka-evidence": {"method": "muka-evidence"},
     "muka-evidence, no MC": {"method": "muka-evidence", "mc": False},
     "muka-auto": {"method": "muka-auto"},
-    SHARES_TOLD: {"method": "muka-auto"},  # and --teacher_shares by the pool's labels, where a user has but an idea
     "vkd": {"method": "vkd"},
     "uhc": {"method": "uhc"},
     "dfa": {"method": "dfa"},

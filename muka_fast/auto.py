@@ -7,8 +7,7 @@ two answers agree on. No label of a text, and no further forward of a teacher.
 By class, with p_ic the probability that teacher i gives union class c, and e_i (1 + slope_i) how much it takes a text for its own:
 e_i its relative Mahalanobis distance (Ren et al., 2021), anchored, its Gaussians fitted with weights (max_c p_ic)^4: texts that a
 teacher does not know blur its classes; slope_i how far own and foreign texts lie apart, in log-odds per unit of e_i: where teachers
-know the pool by heart, the distance decides, where it hardly tells, the rest does. Quantiles anchor e_i as if each teacher owned as
-many texts; where the shares are known (--teacher_shares), what makes them those of softmax(e (1 + slope)) is added (`zeros`).
+know the pool by heart, the distance decides, where it hardly tells, the rest does.
 
 1. Start: w = softmax(e (1 + slope)).
 2. R times: q_c = sum_i w_i p_ic, the composed target; f_c, its ridge regression, leave-one-out, on the neutral features with the
@@ -54,8 +53,6 @@ if TYPE_CHECKING:
 CLASS_POWER, TEACHER_POWER = 2.0, 1.0
 NAMES_POWER = 6.0  # times the trust in the names
 FLOOR = 1e-4  # of an answer in the pool: none can veto a teacher
-LEAST_OWNED = 0.002  # of the known shares: of a teacher that owns next to nothing
-BALANCING = 100  # rounds of `zeros`
 STEEPEST = 4.0  # slope: scores of a few values only must not decide alone
 ROUNDS = 5  # R
 VIEW_LENGTH = 0.6  # of all teachers' features together, where encoder and words have length 1 each
@@ -67,28 +64,21 @@ FEWEST_TEXTS = 4  # below, there is nothing to regress on
 
 
 def auto_weights(
-    sup: Supervision,
-    neutral: Features,
-    seed: int = 0,
-    sample: int = SAMPLE,
-    names: np.ndarray | None = None,
-    shares: Sequence[float] | None = None,
+    sup: Supervision, neutral: Features, seed: int = 0, sample: int = SAMPLE, names: np.ndarray | None = None
 ) -> np.ndarray:
     """The weight of each teacher for each text, fp32 [n, N]; rows sum to 1.
 
     sup: with features, restricted to the label space (else every column is a class of its own). neutral: [n, d + e], the first d
     an encoder's, whatever comes after them. seed, sample: which texts, and how many of them at most, everything is fitted on.
-    names: what the encoder gives for the C class names, [C, d]; None: they are not looked at. shares: of the texts that each teacher
-    owns, as far as known, >= 0, [N]; they need not sum to 1. None: they are taken for much the same. A function of the texts and
-    teachers as sets: their order changes nothing but rounding.
+    names: what the encoder gives for the C class names, [C, d]; None: they are not looked at. A function of the texts and teachers
+    as sets: their order changes nothing but rounding.
     """
     if len(sup.teachers) == 1 or len(sup) < FEWEST_TEXTS:
         return evidence_weights(sup, neutral, seed, sample)
     drawn = Sample.draw(sup, neutral, seed, sample)
     own, classes, rows = own_scores(sup, drawn.rows, CERTAINTY), Classes.of(sup), drawn.rows
     own *= 1 + slopes(own[rows])
-    moved = own if shares is None else own + zeros(own[rows], np.asarray(shares, np.float64)).astype(np.float32)
-    by_teacher, by_class = owner_weights(sup, neutral, drawn), class_weights(sup, neutral, drawn, moved, classes)
+    by_teacher, by_class = owner_weights(sup, neutral, drawn), class_weights(sup, neutral, drawn, own, classes)
     pooled = CLASS_POWER * np.log(by_class + FLOOR) + TEACHER_POWER * np.log(by_teacher + FLOOR)
     if names is not None:
         width = names.shape[1]
@@ -107,15 +97,6 @@ def slopes(e: np.ndarray) -> np.ndarray:
     own, other = ((weights * e).sum(0) / np.maximum(weights.sum(0), 1e-12) for weights in (w, 1 - w))
     within = (w * (e - own) ** 2 + (1 - w) * (e - other) ** 2).mean(0)
     return np.clip((own - other) / np.maximum(within, 1e-12), 0, STEEPEST)
-
-
-def zeros(own: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """What added to own scores [m, N] gives the teachers their shares [N]: mean softmax(own + zeros) ~ shares. Sums to 0."""
-    found, wanted = np.zeros(len(shares)), np.maximum(shares / shares.sum(), LEAST_OWNED)
-    for _ in range(BALANCING):
-        have = softmax(own + found, axis=1).mean(0)
-        found += (np.log(wanted / wanted.sum()) - np.log(np.maximum(have, 1e-6))) / 2
-    return found - found.mean()
 
 
 def class_weights(sup: Supervision, neutral: Features, drawn: Sample, own: np.ndarray, classes: Classes) -> np.ndarray:

@@ -122,7 +122,7 @@ def _add_option(group: Any, name: str, field: FieldInfo) -> None:
         group.add_argument(f"--{name}", action=_Switch, default_on=field.default is True, **common)
     elif get_origin(plain_type(field)) is list:
         split = name == "labels"
-        metavar = "A,B" if split else "DIR" if field.json_schema_extra["group"] == config.FILES else "X"
+        metavar = "A,B" if split else "DIR"
         group.add_argument(f"--{name}", action=_Extend, split=split, nargs="+", metavar=metavar, **common)
     else:
         group.add_argument(f"--{name}", metavar=_metavar(field), **common)

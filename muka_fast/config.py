@@ -218,13 +218,6 @@ class RunConfig(ScoringOptions):
         "deterministic", "teacher probabilities: of the plain forward or the mean of the passes", "Distillation"
     )
 
-    teacher_shares: list[float] = option(
-        [],
-        "muka-auto: which share of the texts each teacher is for, where that is roughly known, in the order of the teachers: 0.9 0.1 "
-        "(default: much the same)",
-        "Distillation",
-        allowed="numbers >= 0, one for each teacher, not all 0",
-    )
     coverage: bool = option(
         False, "leave out texts that belong to no teacher (muka-evidence and muka-auto with two teachers or more)", "Distillation"
     )
@@ -250,11 +243,6 @@ class RunConfig(ScoringOptions):
     def _consistent(self) -> Self:
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")
-        if self.teacher_shares and (min(self.teacher_shares) < 0 or sum(self.teacher_shares) == 0):
-            raise ValueError(f"--teacher_shares {' '.join(f'{x:g}' for x in self.teacher_shares)}: must be >= 0, and not all 0")
-        if self.teacher_shares and self.teachers and len(self.teacher_shares) != len(self.teachers):
-            counts = f"{len(self.teacher_shares)} numbers for {len(self.teachers)} teachers"
-            raise ValueError(f"--teacher_shares: {counts}; give one for each")
         if self.coverage and self.method not in RULED_METHODS:
             way_out = " or ".join(RULED_METHODS)
             raise ValueError(f"--coverage asks whose text it is, which --method {self.method} does not: take {way_out}")

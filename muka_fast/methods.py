@@ -93,18 +93,13 @@ class RuledSoft(Composed):
 class MukaEvidence(RuledSoft):
     """muka-evidence: weights from the pool's evidence (muka_fast/evidence.py)."""
 
-    rule = staticmethod(lambda sup, neutral, config, names: evidence_weights(sup, neutral, config.seed))
+    rule = staticmethod(lambda sup, neutral, seed, names: evidence_weights(sup, neutral, seed))
 
 
 class MukaAuto(RuledSoft):
     """muka-auto: weights from a pool of three answers, by class, teacher and class names (muka_fast/auto.py)."""
 
-    options = (*RuledSoft.options, "teacher_shares")
-    rule = staticmethod(
-        lambda sup, neutral, config, names: auto_weights(
-            sup, neutral, config.seed, names=names(), shares=config.teacher_shares or None
-        )
-    )
+    rule = staticmethod(lambda sup, neutral, seed, names: auto_weights(sup, neutral, seed, names=names()))
 
 
 class Oracle(Composed):

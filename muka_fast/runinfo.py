@@ -34,8 +34,8 @@ log = logging.getLogger("muka_fast")
 # Options that decide the student's numbers; all others (layout, logging, paths) may change between a kill and --resume.
 IDENTITY_OPTIONS = (
     "method", "margin", "normalize_margin", "uncertainty", "score_temperature", "kd_temperature", "target", "mc",
-    "mc_samples", "mc_scope", "mc_dropout_p", "mc_stop", "scoring_precision", "teacher_shares", "epochs", "learning_rate",
-    "batch_size", "warmup_ratio", "weight_decay", "max_grad_norm", "max_length", "seed", "coverage", "uncertainty_head",
+    "mc_samples", "mc_scope", "mc_dropout_p", "mc_stop", "scoring_precision", "epochs", "learning_rate", "batch_size", "warmup_ratio",
+    "weight_decay", "max_grad_norm", "max_length", "seed", "coverage", "uncertainty_head",
 )
 # What a complete run read; compared by name, so that its --resume stays instant.
 INPUT_OPTIONS = ("texts", "text_column", "label_column", "limit", "student", "neutral_encoder", "label_map")
@@ -133,8 +133,7 @@ def refuse_other(output: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> 
     mine = json.loads(json.dumps(mine))
     shown = lambda value: value[:12] if isinstance(value, str) and len(value) == 64 else json.dumps(value, ensure_ascii=False)[:80]
     # An option that an older version did not have was off there.
-    nothing = {bool: False, list: []}
-    off = {key: nothing.get(type(value)) for key, value in mine.items()} | ADDED_KEYS
+    off = {key: False if isinstance(value, bool) else None for key, value in mine.items()} | ADDED_KEYS
     told = {key: theirs.get(key, off[key]) for key in mine}
     differing = [f"{key} {shown(told[key])} -> {shown(mine[key])}" for key in mine if told[key] != mine[key]]
     if differing:

@@ -46,10 +46,10 @@ class Method(ABC):
     needs_labels = False
     needs_features = False  # True: the store must hold the teachers' features
     needs_whole_batch = False  # True: the loss compares the texts of a batch, which must not be split
-    # How the texts' teachers are chosen over the whole pool, where the method does so: (supervision, neutral features, options, what
+    # How the texts' teachers are chosen over the whole pool, where the method does so: (supervision, neutral features, seed, what
     # computes the neutral features of the class names) -> weights [n, N], whose rows sum to 1 or less; what is missing is the
     # weight of "no teacher".
-    rule: Callable[[Supervision, Features, RunConfig, Callable[[], np.ndarray]], np.ndarray] | None = None
+    rule: Callable[[Supervision, Features, int, Callable[[], np.ndarray]], np.ndarray] | None = None
 
     def __init__(self, config: RunConfig, sup: Supervision, label_space: LabelSpace, label_ids: Tensor | None) -> None:
         self.config, self.sup, self.label_space, self.label_ids = config, sup, label_space, label_ids

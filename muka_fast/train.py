@@ -29,7 +29,6 @@ from muka_fast.coverage import nobody_weights
 from muka_fast.data import TextSet, read_texts, tokenizer_key
 from muka_fast.ds_config import prepare_ds_config, settle_recipe
 from muka_fast.engine import Engine, init_distributed, resolve_device
-from muka_fast.errors import UserError
 from muka_fast.evaluate import evaluate
 from muka_fast.evidence import SAMPLE, sample_rows
 from muka_fast.export import LABELLED_METHODS
@@ -228,14 +227,12 @@ def pool_weights(
     """The teachers' weights [n, N] by the method's rule over the pool, less that of "no teacher"; None where it has no rule."""
     if METHODS[config.method].rule is None:
         return None
-    if len(config.teacher_shares) not in (0, len(sup.teachers)):
-        raise UserError(f"--teacher_shares: {len(config.teacher_shares)} numbers for {len(sup.teachers)} teachers; give one for each")
     if len(sup.teachers) == 1:
         return np.ones((len(sup), 1), np.float32)
     sup, encoder = sup.restrict(space), neutral_encoder(config)
     sample = sample_rows(texts.example_ids, config.seed, SAMPLE)
     view = with_words(neutral, neutral_tokens(encoder, texts, config), sample, config.seed)
-    weights = METHODS[config.method].rule(sup, view, config, lambda: name_features(encoder, space.names, config))
+    weights = METHODS[config.method].rule(sup, view, config.seed, lambda: name_features(encoder, space.names, config))
     return weights * (1 - nobody_weights(sup, weights, neutral, config.seed)[:, None]) if config.coverage else weights
 
 

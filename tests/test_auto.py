@@ -9,11 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import root
 from scipy.special import softmax
 from test_evidence import make_pool, matrix, o_anchor, o_rmd, o_weights, restricted, shuffle
 
-from muka_fast.auto import Answer, Classes, Ridge, Views, auto_weights, beside, class_weights, probs, slopes, zeros
+from muka_fast.auto import Answer, Classes, Ridge, Views, auto_weights, beside, class_weights, probs, slopes
 from muka_fast.evidence import CERTAINTY, RelativeMahalanobis, Sample, evidence_weights, neighbours, own_scores, unit
 from muka_fast.features import Features
 from muka_fast.names import NameAnswer
@@ -58,7 +57,7 @@ def o_view(F, length, width=32):
     return length * along / np.linalg.norm(along, axis=1, keepdims=True)
 
 
-def o_auto(sup, neutral, teacher_labels, shares=None):
+def o_auto(sup, neutral, teacher_labels):
     names = list(dict.fromkeys(label for labels in teacher_labels for label in labels))
     owners = {c: [i for i, labels in enumerate(teacher_labels) if c in labels] for c in names}
     n, N, C = len(sup), len(teacher_labels), len(names)
@@ -72,10 +71,6 @@ def o_auto(sup, neutral, teacher_labels, shares=None):
     b = matrix(neutral) / np.linalg.norm(matrix(neutral), axis=1, keepdims=True)
     near = np.argsort(-(b @ b.T - 9 * np.eye(n)), axis=1)[:, :15]
     e = e * (1 + np.array([o_slope(e[:, i], softmax(2 * e, axis=1)[:, i]) for i in range(N)]))
-    if shares is not None:
-        wanted = np.array(shares) / sum(shares)
-        found = root(lambda free: (softmax(e + np.append(free, 0), axis=1).mean(0) - wanted)[:-1], np.zeros(N - 1)).x
-        e = e + np.append(found, 0)
     b = np.concatenate([b, *[o_view(matrix(F), 0.6 / math.sqrt(N)) for F in sup.features]], axis=1)
     b /= np.linalg.norm(b, axis=1, keepdims=True)
     w, penalty = softmax(e, axis=1), None
@@ -97,14 +92,12 @@ def o_auto(sup, neutral, teacher_labels, shares=None):
 
 
 @pytest.mark.parametrize("labels", [None, ["abc", "cde"], ["ab", "cdef", "abg"]])
-@pytest.mark.parametrize("shares", [None, [0.6, 0.3, 0.2]])
 @pytest.mark.parametrize("mc", [True, False])
-def test_weights_are_those_of_the_definition(labels, mc, shares):
+def test_weights_are_those_of_the_definition(labels, mc):
     counts = [len(row) for row in labels] if labels else (3, 3)
     sup, neutral, _ = make_pool(70, counts, seed=2, mc=mc, separation=1.5, labels=labels and [list(row) for row in labels])
-    sup, shares = restricted(sup), shares and shares[: len(counts)]
-    expected = o_auto(sup, neutral, [teacher["labels"] for teacher in sup.teachers], shares)
-    found = auto_weights(sup, neutral, shares=shares)
+    sup = restricted(sup)
+    found, expected = auto_weights(sup, neutral), o_auto(sup, neutral, [teacher["labels"] for teacher in sup.teachers])
     assert found.dtype == np.float32 and found.shape == expected.shape
     np.testing.assert_allclose(found, expected, atol=0.01)
 
@@ -157,22 +150,6 @@ def test_the_slope_is_the_log_odds_of_two_normal_distributions_per_unit():
     certain = np.where(own, -30.0, 30.0)  # of the other teacher: w is 0 or 1, and nothing varies within
     assert slopes(np.stack([e, certain], 1).astype(np.float32)) == pytest.approx([2, 4], rel=0.03)
     assert np.array_equal(slopes(np.zeros((5, 2), np.float32)), [0, 0])
-
-
-@given(st.integers(0, 2**31), st.lists(st.floats(0.01, 1), min_size=2, max_size=5), st.floats(0.1, 3))
-def test_zeros_give_own_scores_the_shares_that_are_known(seed, shares, spread):
-    own = spread * np.random.default_rng(seed).standard_normal((200, len(shares)))
-    found = zeros(own, np.array(shares))
-    np.testing.assert_allclose(softmax(own + found, axis=1).mean(0), np.array(shares) / sum(shares), atol=0.01)
-    assert abs(found.sum()) < 1e-9
-
-
-def test_known_shares_decide_where_the_pool_is_skewed():
-    """Nearly all texts are the first teacher's: quantiles take more for the other one's, unless the shares are told."""
-    sup, neutral, owner = make_pool(400, (3, 3), seed=3, separation=0.5, shares=[0.97, 0.03])
-    sup = restricted(sup)
-    right = [(auto_weights(sup, neutral, shares=shares).argmax(1) == owner).mean() for shares in (None, [0.97, 0.03], [97, 3])]
-    assert right[1] == right[2] > right[0] + 0.03
 
 
 def test_what_lies_apart_in_the_teachers_features_counts_although_no_neutral_feature_tells_it():

@@ -69,7 +69,7 @@ def build(method, sup=None, label_map=None, labels=None, **more):
     if METHODS[method].rule is not None:
         neutral = Features.of(torch.randn(len(sup), 6, generator=torch.Generator().manual_seed(5)).numpy())
         names = torch.randn(space.num_classes, 6, generator=torch.Generator().manual_seed(6)).numpy()
-        weights = METHODS[method].rule(sup.restrict(space), neutral, options(method), lambda: names)
+        weights = METHODS[method].rule(sup.restrict(space), neutral, 0, lambda: names)
     return build_method(options(method, **{"uncertainty": "predictive_entropy"} | more), sup, space, labels, weights)
 
 

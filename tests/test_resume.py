@@ -130,7 +130,7 @@ def test_a_run_of_an_older_version_resumes_without_the_new_options(go, stop_at, 
     path = go("cut", epochs=1).output / "run.json"
     monkeypatch.undo()
     record = json.loads(path.read_text())
-    for name in ("uncertainty_head", "coverage", "scoring_precision", "teacher_shares"):
+    for name in ("uncertainty_head", "coverage", "scoring_precision"):
         del record["identity"][name], record["config"][name]
     path.write_text(json.dumps(record))
     with pytest.raises(UserError, match="uncertainty_head false -> true"):

@@ -50,7 +50,7 @@ def test_real_teachers_are_scored_once_and_every_method_follows_without_them(tmp
             continue
         rule = METHODS_TABLE[method].rule
         names = np.eye(4, again.features[0].rows([0]).shape[1], dtype=np.float32)
-        weights = None if rule is None else rule(again.restrict(space), again.features[0], RunConfig(), lambda names=names: names)
+        weights = None if rule is None else rule(again.restrict(space), again.features[0], 0, lambda names=names: names)
         built = build_method(RunConfig(method=method), again, space, labels, weights)
         assert built.loss(torch.randn(20, 4), torch.arange(20)).isfinite().all()
 
