@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from muka_fast.config import RunConfig
 from muka_fast.errors import UserError
 from muka_fast.group import JOINING, PATIENCE, set_patience, shut_down
-from muka_fast.intercept import train_without_waiting
+from muka_fast.intercept import run_without_waiting
 from muka_fast.memory import Fetch, send
 from muka_fast.optim import clip_gradients, dense_gradients, linear_schedule, parameter_groups, sparse_embeddings
 
@@ -167,7 +167,7 @@ class Engine:
             ds_config["scheduler"] = ds_config["scheduler"] | {"params": {name: fill[name] for name in names} | given}
         model.train()
         if device != "cpu":
-            train_without_waiting(model)
+            run_without_waiting(model)
         ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
         engine = cls(ds_engine, params["lr"], schedule, max_norm, device)
         if engine.plain and engine.world_size == 1:

@@ -100,18 +100,12 @@ AttentionInterface.register(SDPA_NAME, sdpa_attention_forward)
 AttentionMaskInterface.register(SDPA_NAME, _sdpa_mask)
 
 
-def train_without_waiting(model: nn.Module) -> None:
-    """For a student on a GPU: transformers asks at every forward whether a batch has padding, which waits for all work before it."""
+def run_without_waiting(model: nn.Module) -> None:
+    """For a model that runs as it is on a GPU: transformers asks at every forward whether a batch has padding, which waits for all
+    work before it. (A model without PyTorch's attention, such as MPNet, still asks.)"""
     for config in _configs(model):
         if config._attn_implementation == "sdpa":
             config._attn_implementation = SDPA_NAME
-    build_positions_without_waiting(model)
-
-
-def read_without_waiting(model: nn.Module) -> None:
-    """As `train_without_waiting`, for a model that nothing is dropped in; attention that is the model's own gets its mask so, too."""
-    for config in _configs(model):
-        config._attn_implementation = ATTENTION_NAME
     build_positions_without_waiting(model)
 
 

@@ -23,7 +23,7 @@ from muka_fast.console import progress
 from muka_fast.data import TextSet, Tokens, collate, token_budget_batches, tokenize, tokenizer_key
 from muka_fast.errors import UserError
 from muka_fast.features import Features, read_or_refuse
-from muka_fast.intercept import read_without_waiting
+from muka_fast.intercept import run_without_waiting
 from muka_fast.memory import send, token_budget
 from muka_fast.names import readable
 from muka_fast.shard_queue import ShardQueue
@@ -192,7 +192,7 @@ def load_encoder(
     check_vocabulary(model, tokenizer, what)
     model = model.get_encoder() if model.config.is_encoder_decoder else model
     if device != "cpu":
-        read_without_waiting(model)
+        run_without_waiting(model)
     return model.eval().requires_grad_(False).to(device)
 
 

@@ -11,7 +11,7 @@ from muka_fast import neutral
 from muka_fast.config import RunConfig
 from muka_fast.data import read_texts
 from muka_fast.errors import UserError
-from muka_fast.intercept import read_without_waiting
+from muka_fast.intercept import run_without_waiting
 from muka_fast.neutral import name_features, neutral_features
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.store import merge_manifest
@@ -157,5 +157,5 @@ def test_attention_that_does_not_wait_gives_the_same_features(family, encoder, m
     batch = make_tokenizer(family)(list(texts[:7]), return_tensors="pt", padding=True, truncation=True, max_length=24)
     batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
     expected = neutral.mean_states(model, **batch)
-    read_without_waiting(model)
+    run_without_waiting(model)
     torch.testing.assert_close(neutral.mean_states(model, **batch), expected, atol=1e-5, rtol=1e-5)

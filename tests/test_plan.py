@@ -146,6 +146,13 @@ def test_plan_reads_configurations_alone_and_prints_json(make_teacher, student, 
     assert main([*words, "--flops", "1e9"]) == 0
     alone = json.loads(capsys.readouterr().out)
     assert alone["teachers"][0]["hours"] == pytest.approx(2 * found["teachers"][0]["hours"])
+    hours = []
+    for precision in ("fp32", "bf16"):
+        assert main([*words, "--gpu", "h200", "--scoring_precision", precision]) == 0
+        planned = json.loads(capsys.readouterr().out)
+        assert planned["neutral"]["weights_bytes"] == (4 if precision == "fp32" else 2) * planned["neutral"]["parameters"]
+        hours.append([planned["teachers"][0]["hours"], planned["neutral"]["hours"], planned["student"]["hours"]])
+    assert [full / half for full, half in zip(*hours, strict=True)] == pytest.approx([989 / 67, 989 / 67, 1])
 
 
 def test_an_adapter_is_planned_by_its_base(make_teacher, tmp_path):

