@@ -144,6 +144,7 @@ METHODS = {
     "muka-evidence": {"method": "muka-evidence"},
     "muka-evidence, no MC": {"method": "muka-evidence", "mc": False},
     "muka-auto": {"method": "muka-auto"},
+    "muka-auto, texts alike": {"method": "muka-auto", "teacher_balance": 0.0},
     "vkd": {"method": "vkd"},
     "uhc": {"method": "uhc"},
     "dfa": {"method": "dfa"},

@@ -218,6 +218,14 @@ class RunConfig(ScoringOptions):
         "deterministic", "teacher probabilities: of the plain forward or the mean of the passes", "Distillation"
     )
 
+    teacher_balance: float = option(
+        0.5,
+        "muka-evidence and muka-auto: a text counts by its teacher's share of the pool, inverse and to this power; 0: all alike, "
+        "1: every teacher's texts together as much as any other's",
+        "Distillation",
+        ge=0,
+        le=1,
+    )
     coverage: bool = option(
         False, "leave out texts that belong to no teacher (muka-evidence and muka-auto with two teachers or more)", "Distillation"
     )

@@ -8,6 +8,7 @@ Letters: n texts of the store · B rows of a batch · N teachers (i) · S kept t
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,13 +24,14 @@ from muka_fast.memory import send
 from muka_fast.ops.reference import select_teacher_ref
 from muka_fast.selection import choices, label_ids, owners, sampled, teacher_scores
 from muka_fast.store import half
-from muka_fast.targets import Composed, Method, tempered_softmax
+from muka_fast.targets import Composed, Method, tempered_softmax, text_weights
 
 if TYPE_CHECKING:
     from muka_fast.config import RunConfig
     from muka_fast.labels import LabelSpace
     from muka_fast.stored import Supervision
 
+log = logging.getLogger("muka_fast")
 MARGIN_FLOOR = 1e-6  # as published: a text whose two best teachers tie still counts a little
 
 
@@ -66,9 +68,10 @@ class MukaSoft(MukaHard):
 
 
 class RuledSoft(Composed):
-    """All teachers' targets, mixed by weights w [n, N] that a rule drew from the whole pool: q = sum_i w_i pad(p^_i)."""
+    """All teachers' targets, mixed by weights w [n, N] that a rule drew from the whole pool: q = sum_i w_i pad(p^_i); each text's loss
+    times what it counts (`text_weights`)."""
 
-    options = (*Composed.options, "neutral_encoder")
+    options = (*Composed.options, "neutral_encoder", "teacher_balance")
     soft = True
     needs_features = True
 
@@ -88,6 +91,17 @@ class RuledSoft(Composed):
         held = weights.sum(-1)
         if not (held >= 0.5).all():
             self._leave_out(held < 0.5, "belong to no teacher by the rule")
+        self.balance = text_weights(weights, self.included > 0, config.teacher_balance)
+        means = [self.balance[self.selected == i].mean() for i in range(len(sup.teachers))]
+        told = [f"{name} {mean:.2g}" for name, mean in zip(label_space.teacher_names, means, strict=True) if mean == mean]
+        log.info("a text counts, by its teacher: %s (--teacher_balance)", ", ".join(told))
+
+    def weights(self, rows: Tensor) -> Tensor:
+        return super().weights(rows) * self.balance[rows]
+
+    def _loss(self, output: StudentOutput, rows: Tensor) -> Tensor:
+        loss = super()._loss(output, rows)
+        return loss * send(self.balance[rows], loss.device).to(loss)
 
 
 class MukaEvidence(RuledSoft):

@@ -19,6 +19,7 @@ from muka_fast import __version__
 from muka_fast.ds_config import settle_recipe
 from muka_fast.errors import UserError
 from muka_fast.files import write_text
+from muka_fast.methods import unused_options
 from muka_fast.ops.reference import select_teacher_ref
 from muka_fast.selection import teacher_scores
 from muka_fast.store import ADDED_KEYS
@@ -35,7 +36,7 @@ log = logging.getLogger("muka_fast")
 IDENTITY_OPTIONS = (
     "method", "margin", "normalize_margin", "uncertainty", "score_temperature", "kd_temperature", "target", "mc",
     "mc_samples", "mc_scope", "mc_dropout_p", "mc_stop", "scoring_precision", "epochs", "learning_rate", "batch_size", "warmup_ratio",
-    "weight_decay", "max_grad_norm", "max_length", "seed", "coverage", "uncertainty_head",
+    "weight_decay", "max_grad_norm", "max_length", "seed", "teacher_balance", "coverage", "uncertainty_head",
 )
 # What a complete run read; compared by name, so that its --resume stays instant.
 INPUT_OPTIONS = ("texts", "text_column", "label_column", "limit", "student", "neutral_encoder", "label_map")
@@ -43,6 +44,12 @@ PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "safetensors", "token
 MARGIN_BINS = 20
 EXAMPLES = 6
 EXAMPLE_CHARACTERS = 400
+
+
+def identity_options(config: "RunConfig") -> list[str]:
+    """Those of IDENTITY_OPTIONS that the method looks at."""
+    unused = unused_options(config)
+    return [name for name in IDENTITY_OPTIONS if name not in unused]
 
 
 class Clock:
@@ -102,7 +109,7 @@ def identity(
     """
     learnt = {} if labels is None else {"true_labels": hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest()}
     return {
-        **{name: getattr(config, name) for name in IDENTITY_OPTIONS},
+        **{name: getattr(config, name) for name in identity_options(config)},
         **ds_identity(ds_config),
         **learnt,
         "texts": texts.fingerprint,
@@ -133,7 +140,7 @@ def refuse_other(output: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> 
     mine = json.loads(json.dumps(mine))
     shown = lambda value: value[:12] if isinstance(value, str) and len(value) == 64 else json.dumps(value, ensure_ascii=False)[:80]
     # An option that an older version did not have was off there.
-    off = {key: False if isinstance(value, bool) else None for key, value in mine.items()} | ADDED_KEYS
+    off = {key: False if isinstance(value, bool) else None for key, value in mine.items()} | ADDED_KEYS | {"teacher_balance": 0.0}
     told = {key: theirs.get(key, off[key]) for key in mine}
     differing = [f"{key} {shown(told[key])} -> {shown(mine[key])}" for key in mine if told[key] != mine[key]]
     if differing:
@@ -156,7 +163,7 @@ def complete_run(config: "RunConfig", ds_config: dict[str, Any]) -> dict[str, An
     if isinstance(before, dict):
         config = settle_recipe(config, ds_config, before.get("epochs"), before.get("learning_rate"))  # unset is as it was then
         now = config.resolved()
-        names = [*IDENTITY_OPTIONS, *INPUT_OPTIONS]
+        names = [*identity_options(config), *INPUT_OPTIONS]
         if before.get("teachers") and now["teachers"]:
             names.append("teachers")  # else a filled store stands for them
         elif not before.get("teachers") and not now["teachers"]:

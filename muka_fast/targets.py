@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from muka_fast.stored import Supervision
 
 log = logging.getLogger("muka_fast")
+LEAST_SHARE = 0.1  # of an even one: a teacher that hardly any text belongs to does not rule the training
 
 
 class Method(ABC):
@@ -176,6 +177,19 @@ class Composed(Method):
             self.soft,
             self.tau,
         )
+
+
+def text_weights(weights: Tensor, counted: Tensor, power: float) -> Tensor:
+    """What each text counts for, fp32 [n], 1 on average over the `counted` ones (bool [n]): sum_i w_i / share_i^power.
+
+    weights: of the teachers, w [n, N]; share_i is the part of the pool that is teacher i's by them, at least LEAST_SHARE of an even
+    one. power 0: every text alike; 1: every teacher's texts together as much as any other's; between them (the square root: Mahajan
+    et al., 2018, arXiv 1805.00932) the few of a skewed pool are learnt without ruling the training.
+    """
+    weights = weights.double() / weights.double().sum(-1, keepdim=True).clamp_min(1e-30)
+    share = weights[counted].mean(0).clamp_min(LEAST_SHARE / weights.shape[1])
+    counts = weights @ share**-power
+    return (counts / counts[counted].mean()).float()
 
 
 def tempered_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:

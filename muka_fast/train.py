@@ -46,7 +46,6 @@ from muka_fast.methods import (
     neutral_encoder,
     selection_accuracy,
     target_accuracy,
-    unused_options,
 )
 from muka_fast.neutral import find_encoder, name_features, neutral_features, neutral_tokens
 from muka_fast.preflight import (
@@ -305,13 +304,12 @@ def card(config: RunConfig, record: dict[str, Any]) -> export.Card:
     """The model card's content."""
     metrics = {name: value for name, value in record["metrics"].items() if name != "student"}
     student = record["metrics"].get("student", {})
-    unused = unused_options(config)
     holes = {"texts that belong to no teacher, left out": record["coverage"]["texts"]} if "coverage" in record else {}
     return export.Card(
         title=Path(config.output).resolve().name,
         base_model=config.student,
         teachers=record["teachers"],
-        options={name: getattr(config, name) for name in runinfo.IDENTITY_OPTIONS if name not in unused},
+        options={name: getattr(config, name) for name in runinfo.identity_options(config)},
         data=record["data"] | holes,
         metrics=metrics | {name: student[name] for name in ("accuracy", "macro_f1", "nll", "ece") if name in student},
     )

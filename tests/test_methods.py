@@ -3,10 +3,12 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from muka_fast import config as configuration
 from muka_fast.aligned import StudentOutput
@@ -23,7 +25,7 @@ from muka_fast.methods import (
 from muka_fast.ops.mc_statistics import mc_statistics
 from muka_fast.selection import UNCERTAINTY, owners, teacher_scores
 from muka_fast.supervision import Supervision
-from muka_fast.targets import block_softmax
+from muka_fast.targets import block_softmax, text_weights
 
 # `mean` is for teachers of one label set.
 COMMON = tuple(name for name in METHODS if name != "mean")
@@ -253,7 +255,7 @@ def test_a_rules_weights_mix_the_teachers_and_a_text_that_nobody_owns_is_left_ou
         expected[:, c] += (weights / weights.sum(-1, keepdim=True))[:, i] * probs[:, column]
     torch.testing.assert_close(method.target_probs(ROWS), expected)
     loss = method.loss(student, ROWS)
-    torch.testing.assert_close(loss, kl(expected, torch.log_softmax(student, -1)) * (torch.arange(7) != 3))
+    torch.testing.assert_close(loss, kl(expected, torch.log_softmax(student, -1)) * method.balance * (torch.arange(7) != 3))
     assert method.num_excluded == 1 and method.denominator(ROWS) == 6 and "1 of 7 texts belong to no teacher" in caplog.text
     assert torch.equal(method.selected, weights.argmax(-1))
     with pytest.raises(UserError, match="all 7 texts belong to no teacher"):
@@ -311,6 +313,49 @@ def test_normalize_margin_survives_a_batch_of_ties():
     student = student_logits(C=2)
     batch_loss = method.loss(student, ROWS).sum() / method.denominator(ROWS)
     torch.testing.assert_close(batch_loss, -torch.log_softmax(student, -1)[:, 0].mean())
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_texts_of_a_pool_count_by_the_share_of_their_teachers(power, caplog):
+    caplog.set_level("INFO", "muka_fast")
+    sup, student = make_supervision(), student_logits()
+    weights = torch.eye(3)[[0, 0, 0, 0, 1, 1, 2]]
+    weights[4] = torch.tensor([0.25, 0.5, 0.25])
+    weights[5] *= 0.3  # belongs to nobody: neither learnt nor counted
+    method = build_method(options("muka-auto", teacher_balance=power), sup, space_of(sup), None, weights.numpy())
+    share = torch.tensor([4.25, 0.5, 1.25]) / 6  # of the six that count
+    counts = torch.tensor([*[share[0] ** -power] * 4, (weights[4] * share**-power).sum(), 0, share[2] ** -power])
+    expected = counts / counts.sum() * 6
+    torch.testing.assert_close(method.weights(ROWS), expected)
+    divergence = kl(method.target_probs(ROWS), torch.log_softmax(student, -1))
+    torch.testing.assert_close(method.loss(student, ROWS), expected * divergence)
+    assert method.denominator(ROWS) == 6
+    assert ("t0 1, t1 1, t2 1" in caplog.text) == (power == 0)
+
+
+@given(
+    weights=hnp.arrays(np.float64, st.tuples(st.integers(2, 40), st.integers(1, 6)), elements=st.floats(1e-6, 1)),
+    left_out=st.integers(0, 2**16),
+    power=st.floats(0, 1),
+)
+def test_what_texts_count_for(weights, left_out, power):
+    counted = torch.from_numpy(np.random.default_rng(left_out).random(len(weights)) < 0.8)
+    counted[0] = True
+    weights = torch.from_numpy(weights)
+    found = text_weights(weights, counted, power)
+    assert found[counted].mean().item() == pytest.approx(1, abs=1e-5)
+    assert (found > 0).all() and found.max() / found.min() <= (10 * weights.shape[1]) ** power * (1 + 1e-5)
+    if power == 0 or weights.shape[1] == 1:
+        torch.testing.assert_close(found, torch.ones(len(weights)))
+    torch.testing.assert_close(text_weights(weights.flip(1), counted, power), found)
+
+
+@given(st.lists(st.integers(0, 2), min_size=3, max_size=20).filter(lambda owners: len(set(owners)) == 3))
+def test_at_power_one_every_teachers_texts_count_as_much_together(owners):
+    owners = torch.tensor(owners)
+    counts = text_weights(torch.nn.functional.one_hot(owners).double(), torch.ones(len(owners), dtype=bool), 1.0)
+    sums = torch.zeros(3).index_add(0, owners, counts)
+    torch.testing.assert_close(sums, torch.full((3,), len(owners) / 3))
 
 
 @given(

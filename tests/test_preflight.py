@@ -6,10 +6,11 @@ from muka_fast.config import METHODS, RunConfig
 from muka_fast.preflight import tell_unused_options
 
 CHOSEN = {"margin": False, "normalize_margin": True, "score_temperature": 0.5, "uncertainty": "variance"}
-CHOSEN |= {"target": "mc_mean", "kd_temperature": 2.0, "neutral_encoder": "reader"}
+CHOSEN |= {"target": "mc_mean", "kd_temperature": 2.0, "neutral_encoder": "reader", "teacher_balance": 1.0}
 TARGET = {"target", "kd_temperature"}
-READ = {"muka-soft": set(CHOSEN) - {"neutral_encoder"}, "muka-hard": set(CHOSEN) - {"neutral_encoder", "score_temperature"}}
-READ |= {"oracle": TARGET | {"uncertainty"}, "muka-evidence": TARGET | {"neutral_encoder"}, "muka-auto": TARGET | {"neutral_encoder"}}
+POOL = {"neutral_encoder", "teacher_balance"}
+READ = {"muka-soft": set(CHOSEN) - POOL, "muka-hard": set(CHOSEN) - POOL - {"score_temperature"}}
+READ |= {"oracle": TARGET | {"uncertainty"}, "muka-evidence": TARGET | POOL, "muka-auto": TARGET | POOL}
 READ |= {method: {"kd_temperature"} for method in ("vkd", "uhc", "dfa", "cfl", "mean")}
 
 
