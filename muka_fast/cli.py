@@ -90,7 +90,7 @@ class _Extend(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if self.split:
-            values = [label.strip() for row in csv.reader(values, skipinitialspace=True) for label in row]
+            values = [label.strip() for row in csv.reader(values, skipinitialspace=True) for label in row if label.strip()]
         setattr(namespace, self.dest, [*getattr(namespace, self.dest, []), *values])
 
 

@@ -70,7 +70,7 @@ class Config(BaseModel):
     @field_validator("labels", mode="before", check_fields=False)
     @classmethod
     def _comma_list(cls, value: Any) -> Any:
-        return [item.strip() for item in value.split(",")] if isinstance(value, str) else value
+        return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
     def resolved(self) -> dict[str, Any]:
         """All options as plain values (str, int, float, bool, list, None), ready for JSON or YAML."""
@@ -244,13 +244,15 @@ class RunConfig(ScoringOptions):
     )
     log_every: int = option(10, "steps between two lines of metrics", "Run", ge=1)
     save_every: int | None = option(None, "steps between two checkpoints (default: one per epoch)", "Run", ge=1)
-    resume: bool = option(False, "continue the run in the output folder", "Run")
+    resume: bool = option(False, "continue the run in the output folder; where there is none, begin it", "Run")
     overwrite: bool = option(False, "replace the run in the output folder", "Run")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")
+        if self.teachers and self.store_teachers:
+            raise ValueError("--teachers and --store_teachers exclude each other: the latter names those of a filled --store")
         if self.coverage and self.method not in RULED_METHODS:
             way_out = " or ".join(RULED_METHODS)
             raise ValueError(f"--coverage asks whose text it is, which --method {self.method} does not: take {way_out}")
@@ -275,7 +277,11 @@ class TeachConfig(TextOptions):
     encoder: str = option(..., "encoder to fine-tune: folder or hub name", FILES)
     train: str = option(..., "labelled texts: .jsonl .json .csv .tsv .parquet or a hub data set", FILES)
     labels: list[str] | None = option(
-        None, "labels of this teacher, in order (default: all, sorted)", "Data", min_length=1
+        None,
+        "labels of this teacher, in order, with commas or spaces between them; one that holds a comma in double quotes, "
+        "'\"a,b\"' (default: all, sorted)",
+        "Data",
+        min_length=1,
     )
     output: str = option(..., "folder of the teacher", FILES)
     eval: str | None = option(None, "labelled texts to measure the teacher on", FILES)
@@ -390,7 +396,7 @@ def plain_type(field: FieldInfo) -> Any:
 
 def allowed_values(field: FieldInfo) -> str:
     """What a field takes, in words: "an integer >= 1", "all, last:M (M >= 1) or head"."""
-    kind = plain_type(field)
+    kind, is_file = plain_type(field), (field.json_schema_extra or {}).get("group") == FILES
     if (field.json_schema_extra or {}).get("allowed"):
         return field.json_schema_extra["allowed"]
     if get_origin(kind) is Literal:
@@ -401,7 +407,7 @@ def allowed_values(field: FieldInfo) -> str:
         bool: "true or false",
         int: "an integer",
         float: "a number",
-        str: "non-empty text" if field.metadata else "text",
+        str: "a path or hub name" if is_file else "non-empty text" if field.metadata else "text",
     }[kind]
     bounds = [
         f"{sign} {getattr(limit, key):g}" if kind is float else f"{sign} {getattr(limit, key)}"

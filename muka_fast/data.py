@@ -114,7 +114,7 @@ def read_texts(
     if not texts:
         raise UserError(f"{name}: no text in it ({num_blank} blank rows)")
     if num_blank:
-        log.warning("%s: %d blank texts skipped", name, num_blank)
+        log.warning("%s: %d blank text%s skipped", name, num_blank, "" if num_blank == 1 else "s")
     ids = np.array(example_ids, dtype=np.int64)
     return TextSet(texts, labels, ids, name, _fingerprint(ids, texts), num_blank)
 

@@ -60,6 +60,11 @@ class UncertaintyHead:
         scale = logistic_scale(-gaussians.scores(features.astype(np.float32)), ranks).astype(np.float32)
         return cls(*map(torch.from_numpy, (gaussians.mean, gaussians.form, gaussians.pull, gaussians.offset, scale)))
 
+    @property
+    def tells(self) -> bool:
+        """Whether any two texts get different doubt."""
+        return bool(self.scale[2] > 1e-6)
+
     def __call__(self, features: Tensor) -> Tensor:
         """doubt [B] in [0, 1]; features [B, D] of any float type."""
         mean, form, pull, offset, scale = (getattr(self, field.name).to(features.device) for field in fields(self))

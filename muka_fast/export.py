@@ -45,7 +45,7 @@ RUN_MARKERS = (
     "checkpoints",
 )
 RUN_MARKERS += (PARTIAL, READY)
-ANY_MODEL = ("config.json", "model.safetensors")  # of the markers: nothing that --overwrite may replace has these alone
+ANY_MODEL = ("config.json", "model.safetensors")  # of the markers: no run has these alone
 MOST_CARD_LABELS = 300
 MUKA = "Knowledge amalgamation by teacher uncertainty (MUKA, arXiv 2112.07327; MUKI, arXiv 2210.05230)"
 METHOD_TEXTS = {
@@ -102,13 +102,13 @@ def check_output(
         raise UserError(f"--output {given}: holds files that no run wrote ({found[0]}); name a new or empty folder")
     if found == ["supervision"] and (output / "supervision").is_dir() and not overwrite:
         return False  # scores that a refused run left: they are kept under a hash of all that they depend on
+    if found and not any((output / marker).exists() for marker in RUN_MARKERS if marker not in ANY_MODEL):
+        raise UserError(f"--output {given}: holds a model that no run wrote; name a new or empty folder")
     if found and not (resume or overwrite):
         raise UserError(
             f"--output {given}: already holds a run; continue it with --resume or replace it with --overwrite"
         )
     if found and overwrite:
-        if not any((output / marker).exists() for marker in RUN_MARKERS if marker not in ANY_MODEL):
-            raise UserError(f"--output {given}: holds a model that no run wrote; name a new or empty folder")
         check_replaceable(output.resolve(), given, inputs)
     return bool(found)
 

@@ -1,5 +1,6 @@
 """Fits the uncertainty head (doubt.py) of a run: the ensemble's doubt of the training texts on the exported student's features."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from muka_fast.labels import LabelSpace
 from muka_fast.supervision import Supervision, device_of
 from muka_fast.targets import Method
 from muka_fast.teachers import token_limit
+
+log = logging.getLogger("muka_fast")
 
 
 def doubt_targets(config: RunConfig, sup: Supervision, space: LabelSpace) -> np.ndarray | None:
@@ -31,4 +34,7 @@ def fit_head(config: RunConfig, output: Path, texts: TextSet, doubt: np.ndarray,
     options = {"token_budget": config.token_budget, "description": "uncertainty head", "forward": with_features(model)}
     found = predict(model, tokens, **options).numpy()
     logits, features = found[:, : len(names)], found[:, len(names) :]
-    return UncertaintyHead.fit(features, logits, doubt[rows], method.included.numpy()[rows])
+    head = UncertaintyHead.fit(features, logits, doubt[rows], method.included.numpy()[rows])
+    if not head.tells:
+        log.warning("uncertainty head: the teachers' doubt does not rise with the student's distance: every text gets the same doubt")
+    return head

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 from muka_fast.checkpoint import first_line
 from muka_fast.errors import UserError
 from muka_fast.sites import AnyValue
-from muka_fast.teachers import DTYPES, settle_forward
+from muka_fast.teachers import DTYPES, position_limit, settle_forward
 
 STAGES = ("0", "1", "2", "3", "3 offload")
 # DeepSpeed's defaults, in elements: gradients under way, whole weights at work and fetched ahead, weights too small to partition.
@@ -25,12 +25,14 @@ MEASURED_LAYERS = 2
 
 @dataclass(frozen=True)
 class Footprint:
-    """num_parameters: P; small_parameters: of tensors that ZeRO-3 leaves whole; forward_flops and activation_bytes: of one batch."""
+    """num_parameters: P; small_parameters: of tensors that ZeRO-3 leaves whole; forward_flops and activation_bytes: of one batch;
+    tokens: of a text in it, which a model may cut."""
 
     num_parameters: int
     small_parameters: int
     forward_flops: int
     activation_bytes: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,13 @@ def unloaded(config: PreTrainedConfig, precision: str) -> PreTrainedModel:
 
 
 def footprint(config: PreTrainedConfig, texts: int, tokens: int, precision: str, what: str) -> Footprint:
-    """Run a classifier in training mode over `texts` x `tokens` on the meta device. Raises UserError where it cannot."""
+    """Run a classifier in training mode over `texts` x `tokens`, or as many as it takes, on the meta device. Raises UserError where
+    it cannot."""
     kept: dict[int, torch.UntypedStorage] = {}
     try:
         with torch.device("meta"):
             model = unloaded(config, precision).train()
+            tokens = min(tokens, position_limit(model))
             ids = torch.zeros(texts, tokens, dtype=torch.int64)
         weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
@@ -79,7 +83,7 @@ def footprint(config: PreTrainedConfig, texts: int, tokens: int, precision: str,
         raise UserError(f"{what}: cannot be planned from its configuration: {first_line(error)}") from error
     sizes = [parameter.numel() for parameter in model.parameters()]
     small = sum(size for size in sizes if size <= PERSISTENT_WEIGHT)
-    return Footprint(sum(sizes), small, flops.get_total_flops(), sum(storage.nbytes() for storage in kept.values()))
+    return Footprint(sum(sizes), small, flops.get_total_flops(), sum(storage.nbytes() for storage in kept.values()), tokens)
 
 
 def stage_memory(stage: str, cost: Footprint, processes: int, precision: str) -> StageMemory:
@@ -119,7 +123,7 @@ def measured_flops(config: PreTrainedConfig, texts: int, tokens: int, precision:
     texts = max(1, min(texts, int(MEASURED_FLOPS / max(cost.forward_flops, 1))))
     try:
         model = unloaded(small, precision).to(device).train(train)
-        ids = torch.ones(texts, tokens, dtype=torch.int64, device=device)
+        ids = torch.ones(texts, cost.tokens, dtype=torch.int64, device=device)
 
         def work() -> None:
             with torch.set_grad_enabled(train):

@@ -105,7 +105,7 @@ def build_label_space(teachers: Sequence[tuple[str, Sequence[str]]], label_map: 
             to_union.append(union.setdefault(name, len(union)))
         if not kept:
             raise UserError(
-                f"label map: teacher '{teacher}' has every label dropped: keep one or leave the teacher out"
+                f"--label_map: teacher '{teacher}' has every label dropped: keep one or leave the teacher out"
             )
         kept_labels.append(tuple(kept))
         offsets.append(len(columns))
@@ -204,19 +204,22 @@ def _check_map(teachers: Sequence[tuple[str, Sequence[str]]], label_map: LabelMa
     for key, value in label_map.items():
         if not isinstance(value, Mapping):
             if key not in all_labels:
-                raise UserError(f"label map: no teacher has a label '{key}'{_nearest(key, all_labels)}")
+                raise UserError(f"--label_map: no teacher has a label '{key}'{_nearest(key, all_labels)}")
             continue
         if key not in own_labels:
-            raise UserError(f"label map: no teacher is called '{key}'{_nearest(key, own_labels)}")
+            raise UserError(f"--label_map: no teacher is called '{key}'{_nearest(key, own_labels)}")
         for old in value:
             if old not in own_labels[key]:
                 hint = _nearest(old, own_labels[key])
-                raise UserError(f"label map: teacher '{key}' has no label '{old}'{hint}")
+                raise UserError(f"--label_map: teacher '{key}' has no label '{old}'{hint}")
 
 
 def _nearest(name: str, names: Sequence[str] | set[str] | Mapping[str, object]) -> str:
     found = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.3)
-    return f" (nearest: '{found[0]}')" if found else ""
+    if found:
+        return f" (nearest: '{found[0]}')"
+    there = sorted(names)
+    return f" (there are: {', '.join(there[:5])}{', ...' if len(there) > 5 else ''})"
 
 
 def warn_of_lookalikes(names: Iterable[str], way_out: str) -> None:

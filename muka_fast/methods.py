@@ -89,12 +89,15 @@ class RuledSoft(Composed):
         self.tau = 1.0
         self.margin = select_teacher_ref(weights)[1]
         held = weights.sum(-1)
+        if config.coverage:
+            log.info("coverage: %d of %d texts belong to no teacher", (held < 0.5).sum(), len(held))
         if not (held >= 0.5).all():
             self._leave_out(held < 0.5, "belong to no teacher by the rule")
         self.balance = text_weights(weights, self.included > 0, config.teacher_balance)
-        means = [self.balance[self.selected == i].mean() for i in range(len(sup.teachers))]
-        told = [f"{name} {mean:.2g}" for name, mean in zip(label_space.teacher_names, means, strict=True) if mean == mean]
-        log.info("a text counts, by its teacher: %s (--teacher_balance)", ", ".join(told))
+        mine = [self.balance[(self.selected == i) & (self.included > 0)] for i in range(len(sup.teachers))]
+        told = [f"{name} {b.mean():.2f} ({len(b)} texts)" for name, b in zip(label_space.teacher_names, mine, strict=True) if len(b)]
+        if len(mine) > 1:
+            log.info("weight of a text, by its teacher: %s; --teacher_balance 0 weighs all alike", ", ".join(told))
 
     def weights(self, rows: Tensor) -> Tensor:
         return super().weights(rows) * self.balance[rows]

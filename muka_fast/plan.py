@@ -157,6 +157,7 @@ def plan(options: PlanConfig) -> dict[str, Any]:
             "name": options.student,
             "parameters": cost.num_parameters,
             "classes": config.num_labels,
+            "max_length": cost.tokens,
             "epochs": epochs,
             "flops_per_s": reached,
             "hours": flops / reached / options.gpus / 3600,
@@ -208,7 +209,7 @@ def print_tables(found: dict[str, Any], options: PlanConfig) -> None:
     student = found["student"]
     title = (
         f"Training {student['name']}: {student['parameters']:,} parameters, {student['classes']} classes, {options.precision}; memory "
-        f"of each of {options.gpus} GPU{'s' if options.gpus > 1 else ''}, micro-batch {options.micro_batch} x {options.max_length}"
+        f"of each of {options.gpus} GPU{'s' if options.gpus > 1 else ''}, micro-batch {options.micro_batch} x {student['max_length']}"
     )
     parts = ("weights", "gradients", "optimizer", "activations", "buffers", "device", "host")
     columns = ("ZeRO", "weights", "gradients", "optimizer", "activations", "buffers (at most)", "sum", "host memory")

@@ -87,7 +87,10 @@ def check_labels(
     label_map: LabelMap | None,
     texts: TextSet | None = None,
 ) -> None:
-    """Refuse --eval, and the texts of a method that needs labels, where no label is a class. teachers: name, labels of each."""
+    """Refuse a single class, and --eval, or the texts of a method that needs labels, where no label is a class. teachers: name, labels
+    of each."""
+    if space.num_classes == 1:
+        raise UserError(f"all labels of the teachers are one class, {space.names[0]!r}: there is nothing to learn; see --label_map")
     for option, found in (("eval", read_eval(config) if config.eval is not None else None), ("texts", texts)):
         if found is None or found.labels is None or (option == "texts" and config.method not in LABELLED_METHODS):
             continue

@@ -143,6 +143,8 @@ def refuse_other(output: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> 
     off = {key: False if isinstance(value, bool) else None for key, value in mine.items()} | ADDED_KEYS | {"teacher_balance": 0.0}
     told = {key: theirs.get(key, off[key]) for key in mine}
     differing = [f"{key} {shown(told[key])} -> {shown(mine[key])}" for key in mine if told[key] != mine[key]]
+    if any(line.startswith(("learning_rate ", "weight_decay ")) for line in differing):  # said once: both are in the optimizer, too
+        differing = [line for line in differing if not line.startswith("optimizer ")]
     if differing:
         raise UserError(
             f"--resume: the run in {output} was begun with other input ({'; '.join(differing)}); "

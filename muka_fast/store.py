@@ -295,7 +295,7 @@ def _locked(store: Path) -> Iterator[None]:
         store.mkdir(parents=True, exist_ok=True)
         file = open(store / ".lock", "a")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise UserError(f"--store {store}: cannot be written ({error.strerror or error})") from error
+        raise UserError(f"{store}: the store cannot be written ({error.strerror or error}); name another folder") from error
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -226,7 +226,10 @@ def device_of(name: str) -> str:
 
 def _load(path: str, name: str, device: torch.device, options: ScoringOptions) -> Teacher:
     dtype = DTYPES[options.scoring_precision]
-    return load_teacher(path, run_seed=options.seed, device=device, dtype=dtype, name=name, most_gib=options.teacher_gib)
+    teacher = load_teacher(path, run_seed=options.seed, device=device, dtype=dtype, name=name, most_gib=options.teacher_gib)
+    if teacher.max_length < options.max_length:
+        log.info("teacher %s reads %d tokens of a text, not --max_length %d", name, teacher.max_length, options.max_length)
+    return teacher
 
 
 def _prepare(run: Scoring, teacher: Teacher, options: ScoringOptions) -> Job:

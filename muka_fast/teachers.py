@@ -384,12 +384,18 @@ def embedded_tokens(model: transformers.PreTrainedModel) -> int | None:
 
 def token_limit(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> int:
     """Most tokens of a text: the least of what position table (or configuration) and tokenizer allow."""
-    limits = [tokenizer.model_max_length]
+    limit = tokenizer.model_max_length
+    return int(min(position_limit(model), limit if limit > 0 else NO_LIMIT))
+
+
+def position_limit(model: transformers.PreTrainedModel) -> int:
+    """Most tokens that a model's position table, or else its configuration, allows; its weights may be on the meta device."""
+    limits = []
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
             # RoBERTa's kin count positions from padding_idx + 1.
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             limits.append(module.num_embeddings - first)
-    if len(limits) == 1:
+    if not limits:
         limits.append(getattr(model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT)
-    return int(min(limit for limit in (*limits, NO_LIMIT) if limit > 0))  # XLNet's -1: none
+    return min(limit for limit in (*limits, NO_LIMIT) if limit > 0)  # XLNet's -1: none

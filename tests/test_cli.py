@@ -99,6 +99,8 @@ def test_switches_and_lists(called):
     assert options.teachers == ["a", "b", "c"]
     main(["teach", *REQUIRED["teach"], "--labels", "a, b,c", "--labels", 'd "e,f"', '"g,h",i'])
     assert called["muka_fast.teach"].labels == ["a", "b", "c", 'd "e', 'f"', "g,h", "i"]
+    main(["teach", *REQUIRED["teach"], "--labels", "a,", "b,,c"])
+    assert called["muka_fast.teach"].labels == ["a", "b", "c"]
 
 
 def test_only_given_options_count_as_given(called):

@@ -113,6 +113,8 @@ def test_labels_come_as_text_or_as_a_list():
         ({"teachers": [1]}, ["--teachers"]),
         ({"epcohs": 3}, ["unknown option 'epcohs'", "nearest: epochs"]),
         ({"resume": True, "overwrite": True}, ["--resume", "--overwrite"]),
+        ({"teachers": ["a"], "store_teachers": ["b"]}, ["--teachers", "--store_teachers", "--store"]),
+        ({"texts": ["a", "b"]}, ["--texts", "a path or hub name"]),
         ({"mc": False, "uncertainty": "mutual_information"}, ["--no-mc", "mutual_information"]),
         ({"mc_samples": 1, "uncertainty": "variance"}, ["--mc_samples 1", "variance"]),
         ({"epochs": 0, "seed": -1}, ["--seed -1", "1 more"]),

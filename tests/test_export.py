@@ -281,11 +281,12 @@ def test_a_run_is_refused_resumed_or_set_aside(tmp_path, marker):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [".out.replaced-but-mine", "out"]
 
 
-def test_overwrite_never_moves_a_model_that_no_run_wrote(tmp_path):
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_model_that_no_run_wrote_is_neither_replaced_nor_continued(tmp_path, flags):
     for name in ("config.json", "model.safetensors", "teach.json"):
         (tmp_path / name).write_text("a teacher's")
     with pytest.raises(UserError, match="holds a model that no run wrote"):
-        export.output_guard(tmp_path, overwrite=True)
+        export.output_guard(tmp_path, **flags)
     assert (tmp_path / "teach.json").read_text() == "a teacher's"
 
 

@@ -330,7 +330,7 @@ def test_texts_of_a_pool_count_by_the_share_of_their_teachers(power, caplog):
     divergence = kl(method.target_probs(ROWS), torch.log_softmax(student, -1))
     torch.testing.assert_close(method.loss(student, ROWS), expected * divergence)
     assert method.denominator(ROWS) == 6
-    assert ("t0 1, t1 1, t2 1" in caplog.text) == (power == 0)
+    assert ("t0 1.00 (4 texts), t1 1.00 (1 texts), t2 1.00 (1 texts)" in caplog.text) == (power == 0)
 
 
 @given(

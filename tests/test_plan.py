@@ -72,7 +72,7 @@ def test_memory_is_what_a_training_step_holds(student, processes):
 
 
 def test_stages_partition_one_thing_more_each():
-    model = cost.Footprint(num_parameters=1000, small_parameters=10, forward_flops=1, activation_bytes=7)
+    model = cost.Footprint(num_parameters=1000, small_parameters=10, forward_flops=1, activation_bytes=7, tokens=3)
     rows = {stage: cost.stage_memory(stage, model, 4, "bf16") for stage in cost.STAGES[1:]}
     state = {stage: (row.weights, row.gradients, row.optimizer, row.host) for stage, row in rows.items()}
     assert state["1"] == (2000, 2000, 3000, 0) and state["2"] == (2000, 500, 3000, 0)
@@ -179,6 +179,17 @@ def test_plan_measures_this_machine_and_prints_tables(make_teacher, student, tex
     config = transformers.AutoConfig.from_pretrained(student)
     speed = {train: cost.measured_flops(config, 4, 64, "fp32", "cpu", train, "x") for train in (False, True)}
     assert all(1e6 < value < 1e14 for value in speed.values())
+
+
+def test_a_model_reads_as_many_tokens_as_it_has_positions(student, make_teacher, capsys):
+    config = transformers.AutoConfig.from_pretrained(student)
+    limit = config.max_position_embeddings
+    assert cost.footprint(config, 2, 8 * limit, "fp32", "x") == cost.footprint(config, 2, limit, "fp32", "x")
+    assert cost.footprint(config, 2, limit, "fp32", "x").tokens == limit
+    teacher = teacher_without_weights(make_teacher, "ab", "news")
+    words = ["plan", "--teachers", teacher, "--student", str(student), "--num_texts", "9", "--flops", "1e9", "--json"]
+    assert main([*words, "--max_length", str(8 * limit)]) == 0
+    assert json.loads(capsys.readouterr().out)["student"]["max_length"] == limit
 
 
 def test_a_model_is_measured_with_two_layers_of_every_kind_it_has():

@@ -93,6 +93,9 @@ def test_figures_charts_and_tables_are_there(record):
     assert page.count("<svg") == 3 and "73.1 %" in page and "33.3 %" in page and "0.250" in page
     titles = ("Training loss", "Calibration", "Least clear texts", "Clearest texts", "Classes", "Configuration", "Seconds per stage")
     assert all(title in page for title in titles)
+    assert "muka-soft + margin" in page
+    other = report.render(record | {"config": record["config"] | {"method": "muka-auto"}}, metrics(50), "my run")
+    assert "muka-auto" in other and "muka-auto + margin" not in other
     assert "label_map" not in page  # options that are not set do not fill the table
 
 

@@ -46,6 +46,17 @@ def test_a_run_with_an_uncertainty_head_resumes_bit_for_bit(go, stop_at, monkeyp
     assert largest_difference(uncertainty_head(resumed), uncertainty_head(whole)) == 0
 
 
+def test_what_can_tell_nothing_says_so(go, world, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("muka_fast.fit_doubt.predict", lambda model, tokens, **_: torch.zeros(len(tokens), 5 + 32))
+    few = {"texts": str(tmp_path / "few.txt"), "store": str(tmp_path / "store"), "coverage": True, "epochs": 1}
+    (tmp_path / "few.txt").write_text("".join(f"text {i} of a few\n" for i in range(20)))
+    go("few", **few, uncertainty_head=True)
+    assert "every text gets the same doubt" in caplog.text
+    assert "--coverage needs more than 40 texts" in caplog.text
+    go("one", **few, teachers=[str(world / "news")])
+    assert "--coverage needs two teachers" in caplog.text
+
+
 def test_texts_that_belong_to_nobody_are_told_and_not_learnt_from(go, monkeypatch, caplog):
     nobody = lambda sup, weights, neutral, seed: (torch.arange(len(sup)) % 5 == 0).float().numpy()
     monkeypatch.setattr(train, "nobody_weights", nobody)
