@@ -142,6 +142,13 @@ def test_bad_options_are_one_line(go, options, message):
     assert "\n" not in str(caught.value)
 
 
+def test_teachers_of_one_class_altogether_are_refused(go, tmp_path):
+    names = ("business", "sport", "science", "bank", "smart home")
+    (tmp_path / "map.json").write_text(json.dumps(dict.fromkeys(names, "anything")))
+    with pytest.raises(UserError, match="one class, 'anything': there is nothing to learn; see --label_map"):
+        go("run", label_map=str(tmp_path / "map.json"))
+
+
 def test_labels_are_needed_for_supervised_only(go, world, tmp_path):
     bare = tmp_path / "bare.txt"
     bare.write_text("one text\nanother text\na third one\n")
