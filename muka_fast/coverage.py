@@ -17,6 +17,7 @@ n texts · m texts of the sample · N teachers (i). Figures, failures among them
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from muka_fast.features import Features
     from muka_fast.stored import Supervision
 
+log = logging.getLogger("muka_fast")
 START = 0.05  # nobody's weight before anything is known
 SURE = 0.01  # no neighbourhood is surer than this
 BIAS = 0.25  # more finds more, and takes texts from teachers that own them
@@ -62,6 +64,7 @@ def nobody_weights(
     """
     n, num_teachers = weights.shape
     if num_teachers == 1 or n <= 2 * FEWEST:
+        log.warning("--coverage needs two teachers and more than %d texts to tell anything: nothing is left out", 2 * FEWEST)
         return np.zeros(n, np.float32)
     drawn = Sample.draw(sup, neutral, seed, sample)
     rows = drawn.rows

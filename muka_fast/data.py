@@ -66,6 +66,13 @@ class TextSet:
         return self.tokenized[key]
 
 
+def cut_length(max_length: int, limit: int, what: str) -> int:
+    """Tokens kept of each text where `what` takes at most `limit` of them; says so where that is less than --max_length."""
+    if limit < max_length:
+        log.info("%s reads %d tokens of a text, not --max_length %d", what, limit, max_length)
+    return min(max_length, limit)
+
+
 def read_texts(
     source: str | Path,
     *,

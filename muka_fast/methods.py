@@ -89,10 +89,10 @@ class RuledSoft(Composed):
         self.tau = 1.0
         self.margin = select_teacher_ref(weights)[1]
         held = weights.sum(-1)
-        if config.coverage:
-            log.info("coverage: %d of %d texts belong to no teacher", (held < 0.5).sum(), len(held))
         if not (held >= 0.5).all():
             self._leave_out(held < 0.5, "belong to no teacher by the rule")
+        elif config.coverage:
+            log.info("none of %d texts belongs to no teacher", len(held))
         self.balance = text_weights(weights, self.included > 0, config.teacher_balance)
         mine = [self.balance[(self.selected == i) & (self.included > 0)] for i in range(len(sup.teachers))]
         told = [f"{name} {b.mean():.2f} ({len(b)} texts)" for name, b in zip(label_space.teacher_names, mine, strict=True) if len(b)]

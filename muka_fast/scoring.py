@@ -14,7 +14,7 @@ import torch
 
 from muka_fast.adaptive import Crew, run_waves, token_batches
 from muka_fast.console import progress
-from muka_fast.data import TextSet, Tokens, collate, token_budget_batches
+from muka_fast.data import TextSet, Tokens, collate, cut_length, token_budget_batches
 from muka_fast.errors import UserError
 from muka_fast.memory import replica_budget_bytes, token_budget
 from muka_fast.shard_queue import ShardQueue
@@ -69,7 +69,7 @@ class Scoring:
     need_features: bool
 
     def tokens_of(self, teacher: Teacher) -> Tokens:
-        return self.texts.tokens(teacher.tokenizer, min(self.max_length, teacher.max_length))
+        return self.texts.tokens(teacher.tokenizer, cut_length(self.max_length, teacher.max_length, f"teacher {teacher.name}"))
 
     def missing_shards(self, key: str, entry: dict[str, Any]) -> list[ShardRange]:
         """The shards of a teacher that are not there, or damaged (those are named), or lack features that are needed."""

@@ -226,10 +226,7 @@ def device_of(name: str) -> str:
 
 def _load(path: str, name: str, device: torch.device, options: ScoringOptions) -> Teacher:
     dtype = DTYPES[options.scoring_precision]
-    teacher = load_teacher(path, run_seed=options.seed, device=device, dtype=dtype, name=name, most_gib=options.teacher_gib)
-    if teacher.max_length < options.max_length:
-        log.info("teacher %s reads %d tokens of a text, not --max_length %d", name, teacher.max_length, options.max_length)
-    return teacher
+    return load_teacher(path, run_seed=options.seed, device=device, dtype=dtype, name=name, most_gib=options.teacher_gib)
 
 
 def _prepare(run: Scoring, teacher: Teacher, options: ScoringOptions) -> Job:

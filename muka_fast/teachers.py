@@ -390,12 +390,9 @@ def token_limit(model: transformers.PreTrainedModel, tokenizer: transformers.Pre
 
 def position_limit(model: transformers.PreTrainedModel) -> int:
     """Most tokens that a model's position table, or else its configuration, allows; its weights may be on the meta device."""
-    limits = []
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            # RoBERTa's kin count positions from padding_idx + 1.
-            first = 0 if module.padding_idx is None else module.padding_idx + 1
-            limits.append(module.num_embeddings - first)
-    if not limits:
-        limits.append(getattr(model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT)
+    named = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    tables = [module for module in named if isinstance(module, torch.nn.Embedding)]
+    # RoBERTa's kin count positions from padding_idx + 1.
+    limits = [table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1) for table in tables]
+    limits = limits or [getattr(model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT]
     return min(limit for limit in (*limits, NO_LIMIT) if limit > 0)  # XLNet's -1: none

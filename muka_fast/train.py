@@ -25,8 +25,8 @@ from muka_fast.adaptive import sampling_summary
 from muka_fast.aligned import student_part
 from muka_fast.config import EvalConfig, RunConfig, load_config
 from muka_fast.console import log_file, setup_logging
-from muka_fast.coverage import FEWEST, nobody_weights
-from muka_fast.data import TextSet, read_texts, tokenizer_key
+from muka_fast.coverage import nobody_weights
+from muka_fast.data import TextSet, cut_length, read_texts, tokenizer_key
 from muka_fast.ds_config import prepare_ds_config, settle_recipe
 from muka_fast.engine import Engine, init_distributed, resolve_device
 from muka_fast.evaluate import evaluate
@@ -134,10 +134,7 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
         model, tokenizer = load_student(config.student, space.names, config.seed, ds_config)
         if config.activation_checkpointing:
             checkpoint_activations(model, f"student {config.student}")
-        limit = token_limit(model, tokenizer)
-        if limit < config.max_length:
-            log.info("student %s reads %d tokens of a text, not --max_length %d", config.student, limit, config.max_length)
-        tokens = texts.tokens(tokenizer, min(config.max_length, limit))
+        tokens = texts.tokens(tokenizer, cut_length(config.max_length, token_limit(model, tokenizer), f"student {config.student}"))
     epochs, rate = default_epochs(len(texts), config.batch_size), default_learning_rate(model.config.get_text_config().hidden_size)
     config = settle_recipe(config, ds_config, epochs, rate)
     plan = Plan(tokens.lengths, config)
@@ -229,16 +226,13 @@ def pool_weights(
     """The teachers' weights [n, N] by the method's rule over the pool, less that of "no teacher"; None where it has no rule."""
     if METHODS[config.method].rule is None:
         return None
-    if len(sup.teachers) == 1:
-        if config.coverage:
-            log.warning("--coverage needs two teachers to tell anything: nothing is left out")
-        return np.ones((len(sup), 1), np.float32)
-    if config.coverage and len(sup) <= 2 * FEWEST:
-        log.warning("--coverage needs more than %d texts to tell anything: nothing is left out", 2 * FEWEST)
     sup, encoder = sup.restrict(space), neutral_encoder(config)
-    sample = sample_rows(texts.example_ids, config.seed, SAMPLE)
-    view = with_words(neutral, neutral_tokens(encoder, texts, config), sample, config.seed)
-    weights = METHODS[config.method].rule(sup, view, config.seed, lambda: name_features(encoder, space.names, config))
+    if len(sup.teachers) == 1:
+        weights = np.ones((len(sup), 1), np.float32)
+    else:
+        sample = sample_rows(texts.example_ids, config.seed, SAMPLE)
+        view = with_words(neutral, neutral_tokens(encoder, texts, config), sample, config.seed)
+        weights = METHODS[config.method].rule(sup, view, config.seed, lambda: name_features(encoder, space.names, config))
     return weights * (1 - nobody_weights(sup, weights, neutral, config.seed)[:, None]) if config.coverage else weights
 
 

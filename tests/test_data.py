@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from muka_fast.data import (
     Tokens,
     collate,
+    cut_length,
     epoch_batches,
     padding_share,
     read_texts,
@@ -426,3 +427,9 @@ def test_truncated_parquet_is_one_line(tmp_path, keep):
     with pytest.raises(UserError, match=r"a\.parquet: damaged parquet file") as caught:
         read_texts(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_length_that_is_cut_is_told(product_log):
+    assert cut_length(128, 512, "teacher a") == 128 and product_log.text == ""
+    assert cut_length(4096, 512, "teacher a") == 512
+    assert "teacher a reads 512 tokens of a text, not --max_length 4096" in product_log.text

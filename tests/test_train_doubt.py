@@ -52,9 +52,10 @@ def test_what_can_tell_nothing_says_so(go, world, tmp_path, monkeypatch, caplog)
     (tmp_path / "few.txt").write_text("".join(f"text {i} of a few\n" for i in range(20)))
     go("few", **few, uncertainty_head=True)
     assert "every text gets the same doubt" in caplog.text
-    assert "--coverage needs more than 40 texts" in caplog.text
+    assert "--coverage needs two teachers and more than 40 texts" in caplog.text
+    caplog.clear()
     go("one", **few, teachers=[str(world / "news")])
-    assert "--coverage needs two teachers" in caplog.text
+    assert "--coverage needs two teachers and more than 40 texts" in caplog.text
 
 
 def test_texts_that_belong_to_nobody_are_told_and_not_learnt_from(go, monkeypatch, caplog):
