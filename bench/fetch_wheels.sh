@@ -14,7 +14,7 @@ pinned() { for name in "$@"; do grep -i -E "^${name//-/[-_]}==" constraints.txt;
 # shellcheck disable=SC2046
 "$PYTHON" -m pip download --quiet --no-deps --only-binary=:all: --python-version "$VERSION" --dest "$DIR" \
   --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform any \
-  $(pinned pydantic pydantic-core annotated-types typing-inspection typing-extensions datasets dill multiprocess pytest-timeout)
+  $(pinned pydantic pydantic-core annotated-types typing-inspection typing-extensions datasets dill multiprocess pytest-timeout setuptools pybind11)
 # Published as source only; the wheel is the same for every Python. DeepSpeed asks for the PyTorch that is installed here.
 # shellcheck disable=SC2046
 DS_BUILD_OPS=0 "$PYTHON" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$DIR" $(pinned deepspeed hjson)

@@ -58,7 +58,7 @@ run() { # name, limit in seconds, command...
   shift 2
   case ",$stages," in *",$name,"*) ;; *) return ;; esac
   echo "=== $name: $*"
-  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$out/gpu_$name.log" | tail -n 40
+  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$out/gpu_$name.log" | tail -n 40
   code=${PIPESTATUS[0]}
   table+="$(printf '%-14s %-8s %5ds' "$name" "$([ "$code" = 0 ] && echo ok || echo "rc $code")" $((SECONDS - start)))"$'\n'
   printf '%s' "$table" >"$out/gpu_stages.txt"
@@ -81,17 +81,20 @@ if [ $dry = 1 ]; then
   run large 300 "$python" bench/teacher.py --size toy --texts 40 --samples 4 --precisions fp32 bf16 --device cpu --json "$out/teacher.json"
   run matrix 300 "$python" bench/paper.py --quick --device cpu --workdir "$work/matrix" "$@"
 else
-  parallel=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 6")  # most of the time goes into compiling kernels
+  parallel=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 12")  # most of the time goes into compiling kernels
   run build 90 "$python" setup.py -q build_ext --inplace
   # shellcheck disable=SC2086
   run correct 150 "$python" -m pytest -q -m gpu $parallel tests/test_gpu.py
   run ceilings 30 "$python" bench/ceilings.py
   run tune 75 "$python" bench/tune.py --write --json "$out/tuning.json"
   cp kernels/ops/tuning.py "$out/tuning.py"
-  run ops 120 "$python" bench/throughput.py --device cuda --seconds 0.5
-  for measured in "$out"/throughput_h[12]00_*.json; do
-    machine=${measured##*throughput_}
-    [ -f "$measured" ] && run predicted 30 "$python" bench/predict.py --machine "${machine%%_*}" --measured "$measured"
+  for dtype in float32 bfloat16; do
+    case $dtype in float32) stem=throughput ;; *) stem=throughput_$dtype ;; esac
+    run ops 90 "$python" bench/throughput.py --device cuda --dtype "$dtype" --seconds 0.4
+    for measured in "$out/$stem"_h[12]00_*.json; do
+      machine=${measured##*"$stem"_}
+      [ -f "$measured" ] && run predicted 30 "$python" bench/predict.py --machine "${machine%%_*}" --dtype "$dtype" --measured "$measured"
+    done
   done
   run amalgamation 240 "$python" bench/amalgamation.py --synthetic base --texts 2048 --precisions fp32 bf16 --workdir "$work/amalgamation"
   run train 120 "$python" bench/student.py --size base

@@ -240,7 +240,8 @@ def save(args: argparse.Namespace, rates: dict[str, float], rows: list[dict], re
     """Rewrites the file with what is measured so far: a run that is cut off loses no more than one op and shape."""
     plain = [{name: value for name, value in row.items() if name != "_table"} for row in rows]
     if not args.json:
-        return keep("throughput", {"rates": rates, "rows": plain}, report, args.device)
+        stem = "throughput" if args.dtype == "float32" else f"throughput_{args.dtype}"
+        return keep(stem, {"rates": rates, "rows": plain}, report, args.device)
     Path(args.json).write_text(json.dumps(plain, indent=1) + "\n")
     return Path(args.json)
 
