@@ -61,8 +61,13 @@ CHOSEN = "chosen without a card"
 
 # Architecture ("sm_90") -> op -> class of shape -> candidate, and the command, card and versions that measured it.
 # -- written by bench/tune.py --
-MEASURED: dict[str, dict[str, dict[str, Entry]]] = {}
-SOURCES: dict[str, str] = {}
+MEASURED: dict[str, dict[str, dict[str, Entry]]] = {'sm_90': {'dropout_add_layer_norm': {'128': (4,), '256': (4,)},
+           'mc_head': {'16 bit 16': (2, 64, 4, 2)},
+           'mc_statistics': {'256': (16, 4), '512': (4, 4), '64': (16, 2)},
+           'one_query_attention': {'d128': (16, 4)},
+           'packed_attention': {'16 bit d64': (64, 32, 8), '32 bit d64': (16, 16, 4)},
+           'repeat_dropout': {'any': (128, 4)}}}
+SOURCES: dict[str, str] = {'sm_90': 'python bench/tune.py --write; NVIDIA H200, torch 2.11.0+cu130, 2026-11'}
 # -- end --
 
 
