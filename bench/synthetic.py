@@ -27,13 +27,15 @@ DECODERS = {"1b": (2048, 20, 32)}
 
 
 def make_texts(folder: Path, count: int) -> tuple[str, str]:
-    """Paths of labelled texts for pool and evaluation, `count` of each at most, in random order."""
-    docs = collect()
+    """Paths of `count` labelled texts for pool and evaluation, in random order; beyond the docstrings there are, two joined."""
+    docs, random_numbers = collect(), random.Random(0)
     paths = []
     for name, rows in (("pool", docs.train), ("eval", docs.test)):
         rows = list(rows)
-        random.Random(0).shuffle(rows)
-        lines = [json.dumps({"text": docs.texts[row], "label": docs.labels[row]}) + "\n" for row in rows[:count]]
+        random_numbers.shuffle(rows)
+        texts = [docs.texts[row] for row in rows]
+        texts += [" ".join(random_numbers.sample(texts, 2)) for _ in range(len(texts), count)]
+        lines = [json.dumps({"text": text, "label": docs.labels[rows[i % len(rows)]]}) + "\n" for i, text in enumerate(texts[:count])]
         path = folder / f"{name}.jsonl"
         path.write_text("".join(lines), encoding="utf-8")
         paths.append(str(path))
