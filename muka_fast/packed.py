@@ -148,12 +148,15 @@ class Replicas:
     def add_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm, site: int | None, one_row: bool) -> Tensor:
         """norm(dropout(x) + residual) for [rows, D] or [R, rows, D]; shared values stay shared at a site that is off."""
         p = self.p(site)
-        if p == 0 or x.dim() == 2:
-            return norm(self.dropout(x, site, one_row) + residual)
+        if x.dim() == 2:  # the op masks replicas, each on its own: the first mask is what makes them
+            x, p = self.dropout(x, site, one_row), 0.0
+        shared = x.dim() == 2
         ids, offsets = self._rows(x.shape[-1], one_row)
-        return dropout_add_layer_norm(
-            x, residual, norm.weight, norm.bias, norm.eps, p, self.seed, site, ids, offsets, self.first_sample, self.plain
-        )
+        y = dropout_add_layer_norm(
+            x[None] if shared else x, residual, norm.weight, norm.bias, norm.eps, p, self.seed, site or 0, ids, offsets,
+            self.first_sample, self.plain,
+        )  # fmt: skip
+        return y[0] if shared else y
 
 
 def text_attention(
