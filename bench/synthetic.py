@@ -46,6 +46,7 @@ def make_encoder(folder: Path, size: str, texts: list[str]) -> str:
     """A BERT encoder folder (or a Llama decoder's) with random weights and a tokenizer trained on the texts."""
     hidden, layers, heads = (SIZES | DECODERS)[size]
     tokenizer = train_tokenizer(texts)
+    tokenizer.model_max_length = 512  # of BERT; a demo's texts are shorter
     shape = {
         "vocab_size": len(tokenizer), "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
         "intermediate_size": 4 * hidden, "pad_token_id": tokenizer.pad_token_id,

@@ -180,10 +180,14 @@ def save_student(
 
     labels: names of the C classes in the order of the logits. state_dict: the weights where the model itself does not hold
     them whole (ZeRO-3). head: travels beside the student in a file of its own. Sets names, problem type and padding in the
-    model's configuration. Raises UserError where the disk is full or cannot be written (nothing that was there is touched)
-    and ValueError where labels and head do not fit.
+    model's configuration. Raises UserError where a weight is no number and where the disk is full or cannot be written
+    (nothing that was there is touched), and ValueError where labels and head do not fit.
     """
     output = Path(output).expanduser()
+    weights = state_dict or model.state_dict()
+    for name, _ in model.named_parameters():
+        if name in weights and not torch.isfinite(weights[name]).all():  # the last step's gradient, which no later loss tells of
+            raise UserError(f"--output {output}: training has spoilt the student, {name} is not finite: lower --learning_rate")
     set_labels(model, labels)
     tokenizer = clean_tokenizer(model, tokenizer)
     partial = output / PARTIAL

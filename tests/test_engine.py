@@ -82,6 +82,13 @@ def test_half_precision_keeps_master_weights():
         prepare_ds_config({"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}, RunConfig(), 1, device="cuda")
 
 
+def test_bf16_gradients_are_not_searched_for_overflows_unless_asked():
+    bf16 = lambda **more: prepare_ds_config({"bf16": {"enabled": True, **more}}, RunConfig(), 1, device="cuda")[0]["bf16"]
+    assert bf16() == {"enabled": True, "check_grad_overflow": False}
+    assert bf16(check_grad_overflow=True)["check_grad_overflow"]
+    assert "check_grad_overflow" not in prepare_ds_config({"fp16": {"enabled": True}}, RunConfig(), 1, device="cuda")[0]["fp16"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -103,6 +103,18 @@ def test_config_and_rights_are_those_of_the_written_weights(make_model, make_tok
     assert loaded.dtype == torch.float32 and torch.equal(loaded.classifier.weight, whole["classifier.weight"])
 
 
+def test_weights_that_are_no_numbers_are_not_written(make_model, make_tokenizer, tmp_path):
+    model = make_model("bert", LABELS)
+    whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    whole["classifier.bias"][1] = float("nan")
+    for weights, spoilt in ((whole, "classifier.bias"), (None, "classifier.weight")):
+        if weights is None:
+            model.classifier.weight.data[0, 0] = float("inf")
+        with pytest.raises(UserError, match=f"{spoilt} is not finite: lower --learning_rate"):
+            export.save_student(model, make_tokenizer("bert"), tmp_path / "out", LABELS, CARD, weights)
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_class(make_model, make_tokenizer, tmp_path):
     save(make_model, make_tokenizer, tmp_path / "out", labels=["spam"])
     assert transformers.AutoConfig.from_pretrained(tmp_path / "out").id2label == {0: "spam"}
