@@ -199,6 +199,7 @@ def measure_scoring(args: argparse.Namespace, paths: list[str], texts: TextSet, 
     yardsticks = list(dict.fromkeys(row.plain for row in args.rows))
     times: dict[str, list[float]] = {name: [] for name in [*yardsticks, *(row.name for row in args.rows)]}
     found: dict[tuple[str, int], Supervision] = {}
+    peaks: dict[str, int | None] = {}
     for row in args.rows if args.device == "cuda" else ():
         score_with(args, paths, texts, row)
     for repetition in range(args.repetitions):
@@ -206,9 +207,11 @@ def measure_scoring(args: argparse.Namespace, paths: list[str], texts: TextSet, 
             times[name].append(clock(lambda run=found_teachers: plain_pass(run, texts, args.max_length)))
         for row in args.rows:
             store = stores / row.name if repetition == 0 else None
+            reset_peak(args.device)
             start = time.perf_counter()
             scored = score_with(args, paths, texts, row, repetition, store)
             times[row.name].append(time.perf_counter() - start)
+            peaks[row.name] = device_peak(args.device)
             wanted = plain[row.precision]
             error = (scored.logits - wanted).abs().max() / wanted.abs().max()
             if not error < ROUNDING.get(DTYPES[row.precision], TOLERANCE):
@@ -234,6 +237,7 @@ def measure_scoring(args: argparse.Namespace, paths: list[str], texts: TextSet, 
         "agreement": {row.name: agreement(selections(found[row.name, 0]), chosen[0]) for row in args.rows} if chosen else {},
         "mean_samples": samples,
         "agreement_all_vs_all": agreement(*chosen) if chosen else None,
+        "peaks": peaks,
     }
 
 
@@ -289,6 +293,17 @@ def measure_students(
         yield accuracies, {name: statistics.median(values) for name, values in seconds.items()} | published_s
 
 
+def reset_peak(device: str) -> None:
+    """Before what `device_peak` is asked for."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def device_peak(device: str) -> int | None:
+    """What was allocated on the GPU at most beyond what is still there, since `reset_peak`; None for a CPU."""
+    return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() if device == "cuda" else None
+
+
 def peak_bytes(paths: list[str], row: Row, samples: int, *more: str) -> int:
     """Peak of a process of its own that scores once: what it allocates on a GPU, else its resident set, libraries included.
 
@@ -305,7 +320,7 @@ def print_peak(args: argparse.Namespace, texts: TextSet) -> None:
 
 
 def rows_of(args: argparse.Namespace, scoring: dict, students: tuple[dict, dict] | None) -> list[dict]:
-    """All figures but the peaks of memory."""
+    """All figures; the peak of memory only where it is the GPU's."""
     rows = []
     for row in args.rows:
         seconds, plain = scoring["times"][row.name], scoring["times"][row.plain]
@@ -324,7 +339,7 @@ def rows_of(args: argparse.Namespace, scoring: dict, students: tuple[dict, dict]
             "agreement_all_vs_all": scoring["agreement_all_vs_all"],
             "end_to_end_speedup": None,
             "student_accuracy": None,
-            "peak_bytes": None,
+            "peak_bytes": scoring["peaks"].get(row.name),
         }
         if students is not None:
             accuracies, spent = students
@@ -406,7 +421,7 @@ def main() -> None:
                 rows, told = rows_of(args, scoring, students), note(args, texts, paths, students)
                 write_unfinished(args, rows, told)
         for row, figures in zip(args.rows, rows, strict=True):
-            figures["peak_bytes"] = peak_bytes(paths, row, args.samples)
+            figures["peak_bytes"] = figures["peak_bytes"] or peak_bytes(paths, row, args.samples)
             write_unfinished(args, rows, told)
         show(args.stem, rows, page(rows, told), args.device, args.json)
 

@@ -12,6 +12,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
+texts=40960
 stages=build,correct,ceilings,tune,ops,predicted,amalgamation,train,matrix
 dry=0 out=bench/results archive='' wheels='' data='' encoders=''
 while [ $# -gt 0 ]; do
@@ -81,23 +82,36 @@ if [ $dry = 1 ]; then
   run large 300 "$python" bench/teacher.py --size toy --texts 40 --samples 4 --precisions fp32 bf16 --device cpu --json "$out/teacher.json"
   run matrix 300 "$python" bench/paper.py --quick --device cpu --workdir "$work/matrix" "$@"
 else
-  parallel=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 12")  # most of the time goes into compiling kernels
+  parallel=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 10")  # most of the time goes into compiling kernels
   run build 90 "$python" setup.py -q build_ext --inplace
+  # While the tests run, what later stages time is compiled, and what they read is made: nothing of this is timed.
+  case ",$stages," in *,correct,*)
+    background() { timeout --kill-after=10 150 "$python" "$@" >"$work/background.log" 2>&1 & }
+    background bench/tune.py --seconds 0.01
+    background bench/throughput.py --device cuda --seconds 0.01 --json "$work/float32.json"
+    background bench/throughput.py --device cuda --dtype bfloat16 --seconds 0.01 --json "$work/bfloat16.json"
+    background -c "import sys; sys.path.insert(0, 'bench'); import synthetic as s; from pathlib import Path; s.make_texts(Path('$work'), $texts)"
+  esac
   # shellcheck disable=SC2086
   run correct 150 "$python" -m pytest -q -m gpu $parallel tests/test_gpu.py
+  wait
+  mkdir -p "$work/amalgamation" "$work/student"
+  for folder in amalgamation student; do cp "$work"/{pool,eval}.jsonl "$work/$folder" 2>/dev/null; done
   run ceilings 30 "$python" bench/ceilings.py
-  run tune 75 "$python" bench/tune.py --write --json "$out/tuning.json"
+  run tune 75 "$python" bench/tune.py --write --seconds 0.3 --json "$out/tuning.json"
   cp kernels/ops/tuning.py "$out/tuning.py"
   for dtype in float32 bfloat16; do
     case $dtype in float32) stem=throughput ;; *) stem=throughput_$dtype ;; esac
-    run ops 90 "$python" bench/throughput.py --device cuda --dtype "$dtype" --seconds 0.4
+    run ops 90 "$python" bench/throughput.py --device cuda --dtype "$dtype" --seconds 0.3
     for measured in "$out/$stem"_h[12]00_*.json; do
       machine=${measured##*"$stem"_}
       [ -f "$measured" ] && run predicted 30 "$python" bench/predict.py --machine "${machine%%_*}" --dtype "$dtype" --measured "$measured"
     done
   done
-  run amalgamation 240 "$python" bench/amalgamation.py --synthetic base --texts 2048 --precisions fp32 bf16 --workdir "$work/amalgamation"
-  run train 120 "$python" bench/student.py --size base
+  # Enough texts that the seconds of loading teachers do not hide what a text costs; a batch that the host's launches do not limit.
+  run amalgamation 240 "$python" bench/amalgamation.py --synthetic base --texts 16384 --precisions bf16 --repetitions 1 \
+    --workdir "$work/amalgamation"
+  run train 120 "$python" bench/student.py --size base --batch_size 2048 --steps $((texts / 2048)) --workdir "$work/student"
   run sanitize 300 "$python" -m pytest -q -m gpu tests/test_sanitizer.py
   run launches 60 "$python" bench/launches.py
   run large 180 "$python" bench/student.py --size 1b --stages 3 "3 offload" --steps 6 --batch_size 16

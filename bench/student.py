@@ -1,14 +1,15 @@
 """The student's training loop under ZeRO stages: texts/s, share of the matrix rate (MFU), memory beside that of the plan.
 
-    python bench/student.py [--size base|1b|...] [--stages 1 2 3 "3 offload"] [--precision bf16] [--steps 60] [--device cuda]
+    python bench/student.py [--size base|1b|...] [--stages 1 2 3 "3 offload"] [--batch_size 64 ...] [--precision bf16] [--device cuda]
 
-Random weights and installed docstrings: speed and memory do not depend on the weights. Each stage runs in a process of its own; one
-that fails is told and stops no other. Half precision begins at stage 1.
+Random weights and installed docstrings: speed and memory do not depend on the weights. Each stage and batch size runs in a process
+of its own; one that fails is told and stops no other. Half precision begins at stage 1.
 MFU counts three times the forward's FLOPs at the texts' own lengths, against the matrix rate measured in the same run; the loop's rate
 is the median over its lines of metrics, the first left out.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -37,26 +38,31 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=["1", "2", "3"])
     parser.add_argument("--precision", choices=list(DTYPES), default="bf16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=60, help="of the largest batch size; the others take more, over the same texts")
+    parser.add_argument("--batch_size", nargs="+", type=int, default=[64])
     parser.add_argument("--max_length", type=int, default=128)
+    parser.add_argument("--workdir", type=Path, help="texts, models and store, made once (default: a temporary folder)")
     parser.add_argument("--json", help="write the figures to this file instead of bench/results")
-    parser.add_argument("--work", nargs=2, metavar=("FOLDER", "STAGE"), help=argparse.SUPPRESS)  # a process of its own
+    parser.add_argument("--work", nargs=3, metavar=("FOLDER", "STAGE", "BATCH_SIZE"), help=argparse.SUPPRESS)  # a process of its own
     return parser.parse_args()
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
     """Texts, the student, and a store filled by a small teacher: what the loop reads does not depend on the teachers' size."""
-    texts = make_texts(folder, args.steps * args.batch_size)[0]
+    if (folder / "prepared").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = make_texts(folder, args.steps * max(args.batch_size))[0]
     found = read_texts(texts, need_labels=True)
     make_encoder(folder / "student", args.size, found.texts)
     make_encoder(folder / "small", "toy", found.texts)
     teacher = make_teacher(folder / "teacher", str(folder / "small"), sorted(set(found.labels))[:4], 0, 1)
     options = {"device": args.device, "max_length": args.max_length, "mc_samples": 2}
     score(ScoreConfig(teachers=[teacher], texts=texts, output=str(folder / "store"), **options))
+    (folder / "prepared").touch()
 
 
-def work(args: argparse.Namespace, folder: Path, stage: str) -> dict:
+def work(args: argparse.Namespace, folder: Path, stage: str, batch_size: int) -> dict:
     """One epoch under one stage: texts/s of the loop, peak bytes of the device (CPU: of the process)."""
     number = int(stage[0])
     ds = {"zero_optimization": {"stage": number} | (OFFLOAD if "offload" in stage else {})}
@@ -66,8 +72,8 @@ def work(args: argparse.Namespace, folder: Path, stage: str) -> dict:
     with tempfile.TemporaryDirectory() as output:
         muka_fast.amalgamate(
             store=str(folder / "store"), student=str(folder / "student"), texts=texts, output=f"{output}/run", method="vkd",
-            ds_config=str(folder / "ds.json"), epochs=1, batch_size=args.batch_size, max_length=args.max_length,
-            log_every=max(1, args.steps // 10),  # every line waits for the device
+            ds_config=str(folder / "ds.json"), epochs=1, batch_size=batch_size, max_length=args.max_length,
+            log_every=max(1, args.steps * max(args.batch_size) // batch_size // 5),  # every line waits for the device
             mc_samples=2, device=args.device,
         )  # fmt: skip
         lines = [json.loads(line) for line in Path(output, "run", "metrics.jsonl").read_text().splitlines()]
@@ -78,11 +84,11 @@ def work(args: argparse.Namespace, folder: Path, stage: str) -> dict:
 def main() -> int:
     args = parse_arguments()
     if args.work:
-        print(json.dumps(work(args, Path(args.work[0]), args.work[1])))
+        print(json.dumps(work(args, Path(args.work[0]), args.work[1], int(args.work[2]))))
         return 0
     rows, failed = [], []
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = args.workdir or Path(name)
         prepare(args, folder)
         lengths = tokenize(
             AutoTokenizer.from_pretrained(folder / "student"), read_texts(folder / "pool.jsonl").texts, args.max_length
@@ -90,24 +96,25 @@ def main() -> int:
         config = AutoConfig.from_pretrained(folder / "student")
         mean, longest = round(float(lengths.mean())), int(lengths.max())
         flops = 3 * footprint(config, 1, mean, args.precision, "the student").forward_flops
-        cost = footprint(config, args.batch_size, longest, args.precision, "the student")
         limit = gemm_flops_per_s(args.device, args.size == "toy", DTYPES[args.precision])
-        for stage in args.stages:
+        for stage, batch_size in itertools.product(args.stages, args.batch_size):
+            cost = footprint(config, batch_size, longest, args.precision, "the student")
             try:
-                row = json.loads(own_process(f"ZeRO {stage}", "--work", name, stage))
+                row = json.loads(own_process(f"ZeRO {stage}, batch {batch_size}", "--work", str(folder), stage, str(batch_size)))
             except SystemExit as failure:
                 failed.append(stage)
                 print(failure, file=sys.stderr)
                 continue
             planned = stage_memory(stage, cost, 1, args.precision)
-            rows.append({"stage": stage, **row, "mfu": row["texts_per_s"] * flops / limit, "planned_bytes": planned.device})
+            row |= {"mfu": row["texts_per_s"] * flops / limit, "planned_bytes": planned.device}
+            rows.append({"stage": stage, "batch_size": batch_size, **row})
             print(json.dumps(rows[-1]), flush=True)
-    parameters = f"{cost.num_parameters / 1e6:,.0f} M parameters, {args.precision}, batch {args.batch_size}, {mean} tokens a text"
+    parameters = f"{cost.num_parameters / 1e6:,.0f} M parameters, {args.precision}, {mean} tokens a text"
     lines = [f"# The student's loop: {args.size}, {parameters}, {args.device}", "", f"Matrix rate {limit / 1e12:.2f} TFLOP/s.", ""]
-    lines += ["| ZeRO | texts/s | MFU | peak MiB | planned MiB |", "|---|---|---|---|---|"]
+    lines += ["| ZeRO | batch | texts/s | MFU | peak MiB | planned MiB |", "|---|---|---|---|---|---|"]
     for row in rows:
         speed, memory = f"{row['texts_per_s']:.1f} | {100 * row['mfu']:.1f} %", (row["peak_bytes"], row["planned_bytes"])
-        lines.append(f"| {row['stage']} | {speed} | " + " | ".join(f"{size / 2**20:.0f}" for size in memory) + " |")
+        lines.append(f"| {row['stage']} | {row['batch_size']} | {speed} | " + " | ".join(f"{size / 2**20:.0f}" for size in memory) + " |")
     text = "\n".join(lines) + "\n"
     if rows:
         show(f"student_{args.size}", rows, text, args.device, args.json)

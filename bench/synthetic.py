@@ -27,18 +27,21 @@ DECODERS = {"1b": (2048, 20, 32)}
 
 
 def make_texts(folder: Path, count: int) -> tuple[str, str]:
-    """Paths of `count` labelled texts for pool and evaluation, in random order; beyond the docstrings there are, two joined."""
+    """Paths of `count` labelled texts for pool and evaluation, in random order; beyond the docstrings there are, two joined.
+
+    Made once: files that hold at least as many lines stay.
+    """
+    paths = [str(folder / f"{name}.jsonl") for name in ("pool", "eval")]
+    if all(Path(path).exists() and len(Path(path).read_text().splitlines()) >= count for path in paths):
+        return paths[0], paths[1]
     docs, random_numbers = collect(), random.Random(0)
-    paths = []
-    for name, rows in (("pool", docs.train), ("eval", docs.test)):
+    for path, rows in zip(paths, (docs.train, docs.test), strict=True):
         rows = list(rows)
         random_numbers.shuffle(rows)
         texts = [docs.texts[row] for row in rows]
         texts += [" ".join(random_numbers.sample(texts, 2)) for _ in range(len(texts), count)]
         lines = [json.dumps({"text": text, "label": docs.labels[rows[i % len(rows)]]}) + "\n" for i, text in enumerate(texts[:count])]
-        path = folder / f"{name}.jsonl"
-        path.write_text("".join(lines), encoding="utf-8")
-        paths.append(str(path))
+        Path(path).write_text("".join(lines), encoding="utf-8")
     return paths[0], paths[1]
 
 
