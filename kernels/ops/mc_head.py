@@ -303,7 +303,7 @@ if philox.triton is not None:
     ) -> Specialisation:
         config = options(block(classes), entry)
         warps, stages = config.pop("num_warps"), config.pop("num_stages")
-        outputs = dict.fromkeys((name for name in mc_head_kernel.arg_names[4:13]), "*fp32")
+        outputs = dict.fromkeys(mc_head_kernel.arg_names[4:13], "*fp32")
         scalars = dict.fromkeys(("site", "threshold", "K", "B", "C", "D"), "i32") | {"seed": "i64", "scale": "fp32", "per_log": "fp32"}
         return Specialisation(
             f"mc_head {dtype} BC={config['BC']} stage {stage}{'' if has_bias else ' without bias'} {entry}",
