@@ -167,8 +167,9 @@ if philox.triton is not None:
             b_sample = i_k + o_m % SAMPLES
             m_row = (b_text < B) & (b_sample < K)
             b_z = tile_logits(
-                p_x, p_w, p_b, b_text, b_sample, b_id, o_c, seed, site, threshold, scale, B, C, D, BM, BC, BD, HAS_BIAS, PRECISION, True
-            )
+                p_x, p_w, p_b, b_text, b_sample, b_id, o_c, seed, site, threshold, scale, B, C, D,
+                BM, BC, BD, HAS_BIAS, PRECISION, True,
+            )  # fmt: skip
             b_z = tl.where((o_c < C)[None, :], b_z, float("-inf"))
             if STAGE == 2:
                 b_p = tl.exp(b_z - tl.load(p_lse + b_text * K + b_sample, mask=m_row, other=0.0)[:, None])
