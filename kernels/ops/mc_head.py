@@ -105,31 +105,103 @@ if philox.triton is not None:
     LOWEST = tl.constexpr(-3.0e38)  # finite start of a running maximum: differences stay finite where every logit is -inf
 
     @triton.jit
-    def masked_logits(
-        p_x, p_w, p_b, b_text, b_id, b_sample, o_c, seed, site, threshold, scale, B, C, D,
-        BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    def tile_logits(
+        p_x, p_w, p_b, b_text, b_sample, b_id, o_c, seed, site, threshold, scale, B, C, D,
+        BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
     ):  # fmt: skip
-        """Logits [BM, BC] of rows (text, sample): the mask leaves x exact in its own dtype, so the scale comes after the product."""
+        """Logits [BM, BC] of the texts b_text, where MASKED under the mask of b_sample."""
         b_z = tl.zeros([BM, BC], tl.float32)
         for i_d in range(0, D, BD):
             o_d = i_d + tl.arange(0, BD)
             b_x = tl.load(p_x + b_text[:, None] * D + o_d[None, :], mask=(b_text < B)[:, None] & (o_d < D)[None, :], other=0.0)
             b_w = tl.load(p_w + o_c.to(tl.int64)[None, :] * D + o_d[:, None], mask=(o_c < C)[None, :] & (o_d < D)[:, None], other=0.0)
-            b_call = (i_d // 8 + tl.arange(0, BD // 8))[None, :] + tl.zeros([BM, 1], tl.int32)
-            keep = philox.keep_lanes(seed, b_call, b_sample[:, None], site, b_id[:, None], threshold, BD // 8, BM)
-            b_z = tl.dot(tl.where(keep, b_x, 0.0).to(b_w.dtype), b_w, b_z, input_precision=PRECISION)
-        b_z = b_z * scale
+            if b_x.dtype != b_w.dtype:
+                b_x, b_w = b_x.to(tl.float32), b_w.to(tl.float32)
+            if MASKED:
+                b_call = (i_d // 8 + tl.arange(0, BD // 8))[None, :]
+                keep = philox.keep_lanes(seed, b_call, b_sample[:, None], site, b_id[:, None], threshold, BD // 8, BM)
+                b_x = tl.where(keep, b_x, 0.0).to(b_w.dtype)
+            b_z = tl.dot(b_x, b_w, b_z, input_precision=PRECISION)
+        if MASKED:
+            b_z = b_z * scale  # not before: the mask leaves x exact in its own dtype
         if HAS_BIAS:
             b_z += tl.load(p_b + o_c, mask=o_c < C, other=0.0).to(tl.float32)[None, :]
-        return tl.where((o_c < C)[None, :], b_z, float("-inf"))
+        return b_z
 
     @triton.jit
     def row_sums(b_z):
-        """Maximum, sum e and sum e * d of each row, d = z - maximum, e = exp(d); NaN reaches both sums."""
+        """Of each row: maximum, e = exp(d) with d = z - maximum, sum e, sum e * d; NaN reaches both sums."""
         b_top = tl.maximum(tl.max(b_z, 1), LOWEST)
         b_d = b_z - b_top[:, None]
         b_e = tl.exp(b_d)
-        return b_top, tl.sum(b_e, 1), tl.sum(tl.where(b_d < -87.0, 0.0, b_e * b_d), 1)
+        return b_top, b_e, tl.sum(b_e, 1), tl.sum(b_e * tl.maximum(b_d, -200.0), 1)  # 0 * -inf would be NaN
+
+    @triton.jit
+    def merge(b_mean, b_m2, b_p, m_row, i_k, K, BT: tl.constexpr, BC: tl.constexpr):
+        """Mean and squared deviations of i_k samples and of up to SAMPLES more (Chan, Golub and LeVeque, 1983)."""
+        m_3 = tl.reshape(tl.broadcast_to(m_row[:, None], [BT * SAMPLES, BC]), [BT, SAMPLES, BC])
+        b_3 = tl.where(m_3, tl.reshape(b_p, [BT, SAMPLES, BC]), 0.0)
+        count = tl.minimum(K - i_k, SAMPLES).to(tl.float32)
+        share = count / (i_k + count)
+        b_new = tl.sum(b_3, 1) * (1.0 / count)
+        b_off = tl.where(m_3, b_3 - b_new[:, None, :], 0.0)
+        b_delta = b_new - b_mean
+        return b_mean + b_delta * share, b_m2 + tl.sum(b_off * b_off, 1) + b_delta * b_delta * (i_k * share)
+
+    @triton.jit
+    def statistics(
+        p_x, p_w, p_b, p_ids, p_lse, p_parts, p_mean, p_var, p_predictive, p_expected, p_information, p_normalized,
+        i_b, i_c, tiles, seed, site, threshold, scale, per_log, K, B, C, D,
+        BT: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, STAGE: tl.constexpr,
+    ):  # fmt: skip
+        """All samples of BT texts over one tile of classes, SAMPLES of them at a time."""
+        BM: tl.constexpr = BT * SAMPLES
+        o_m = tl.arange(0, BM)
+        o_c = i_c * BC + tl.arange(0, BC)
+        o_t = i_b * BT + tl.arange(0, BT)
+        b_text = i_b * BT + o_m // SAMPLES
+        b_id = tl.load(p_ids + b_text, mask=b_text < B, other=0)
+        b_mean, b_m2 = tl.zeros([BT, BC], tl.float32), tl.zeros([BT, BC], tl.float32)
+        b_inner = tl.zeros([BT], tl.float32)
+        for i_k in range(0, K, SAMPLES):
+            b_sample = i_k + o_m % SAMPLES
+            m_row = (b_text < B) & (b_sample < K)
+            b_z = tile_logits(
+                p_x, p_w, p_b, b_text, b_sample, b_id, o_c, seed, site, threshold, scale, B, C, D,
+                BM, BC, BD, HAS_BIAS, PRECISION, True,
+            )  # fmt: skip
+            b_z = tl.where((o_c < C)[None, :], b_z, float("-inf"))
+            if STAGE == 2:
+                b_p = tl.exp(b_z - tl.load(p_lse + b_text * K + b_sample, mask=m_row, other=0.0)[:, None])
+            else:
+                b_top, b_e, b_sum, b_dot = row_sums(b_z)
+                b_p = b_e * (1.0 / b_sum)[:, None]
+            if STAGE == 1:
+                p_part = p_parts + (b_text * K + b_sample) * tiles + i_c
+                part = B.to(tl.int64) * K * tiles
+                tl.store(p_part, b_top, mask=m_row)
+                tl.store(p_part + part, b_sum, mask=m_row)
+                tl.store(p_part + 2 * part, b_dot, mask=m_row)
+            else:
+                b_mean, b_m2 = merge(b_mean, b_m2, b_p, m_row, i_k, K, BT, BC)
+            if STAGE == 0:
+                b_h = tl.where(m_row, tl.log(b_sum) - b_dot / b_sum, 0.0)
+                b_inner += tl.sum(tl.reshape(b_h, [BT, SAMPLES]), 1)
+        m_t = o_t < B
+        if STAGE != 1:
+            p_out, m_out = o_t[:, None] * C + o_c[None, :], m_t[:, None] & (o_c < C)[None, :]
+            tl.store(p_mean + p_out, b_mean, mask=m_out)
+            tl.store(p_var + p_out, b_m2 * (1.0 / K), mask=m_out)
+            b_predictive = tl.sum(tl.where(b_mean == 0.0, 0.0, -b_mean * tl.log(b_mean)), 1)
+        if STAGE == 2:
+            tl.store(p_predictive + o_t * tiles + i_c, b_predictive, mask=m_t)
+        if STAGE == 0:  # `where` keeps NaN, which a maximum does not
+            b_predictive = tl.where(b_predictive < 0, 0.0, b_predictive)
+            b_expected = tl.where(b_inner < 0, 0.0, b_inner / K)
+            tl.store(p_predictive + o_t, b_predictive, mask=m_t)
+            tl.store(p_expected + o_t, b_expected, mask=m_t)
+            tl.store(p_information + o_t, tl.where(b_predictive < b_expected, 0.0, b_predictive - b_expected), mask=m_t)
+            tl.store(p_normalized + o_t, b_predictive * per_log, mask=m_t)
 
     @triton.jit(do_not_specialize=["seed", "site", "threshold", "K", "B"])
     def mc_head_kernel(
@@ -139,69 +211,39 @@ if philox.triton is not None:
         p_ids,  # int64 [B]
         p_lse,  # [B, K] ln sum exp z over all classes; read where STAGE == 2
         p_parts,  # [3, B, K, tiles] maximum, sum e, sum e * d of each tile; written where STAGE == 1
-        p_mean, p_var,  # [B, C]
-        p_predictive,  # [B, tiles] -sum p ln p of each tile's mean
-        p_expected,  # [B]; written where STAGE == 0
-        seed, site, threshold, scale, K, B, C, D,
+        p_mean, p_var,  # [B, C]; written where STAGE != 1
+        p_predictive,  # [B, tiles] -sum p ln p of each tile's mean; written where STAGE != 1
+        p_expected, p_information, p_normalized,  # [B]; written where STAGE == 0
+        p_logits,  # [B, C]; written where STAGE != 2
+        seed, site, threshold, scale, per_log, K, B, C, D,
         BT: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
         STAGE: tl.constexpr,  # 0: all classes in one tile; 1: softmax sums of a tile; 2: statistics of a tile
     ):  # fmt: skip
-        i_b, i_c, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+        """The first programs compute the logits without dropout, a text in each row of their tile; the others the statistics."""
+        i_b, i_c, tiles = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
         BM: tl.constexpr = BT * SAMPLES
-        o_m = tl.arange(0, BM)
-        o_c = i_c * BC + tl.arange(0, BC)
-        o_t = i_b.to(tl.int64) * BT + tl.arange(0, BT)  # texts
-        b_text = i_b.to(tl.int64) * BT + o_m // SAMPLES
-        b_id = tl.load(p_ids + b_text, mask=b_text < B, other=0)
-        b_mean, b_m2 = tl.zeros([BT, BC], tl.float32), tl.zeros([BT, BC], tl.float32)
-        b_inner = tl.zeros([BT], tl.float32)
-        for i_k in range(0, K, SAMPLES):
-            b_sample = i_k + o_m % SAMPLES
-            m_row = (b_text < B) & (b_sample < K)
-            b_z = masked_logits(
-                p_x, p_w, p_b, b_text, b_id, b_sample, o_c, seed, site, threshold, scale, B, C, D, BM, BC, BD, HAS_BIAS, PRECISION
-            )
-            if STAGE < 2:
-                b_top, b_sum, b_dot = row_sums(b_z)
-            if STAGE == 1:
-                p_part = p_parts + (b_text * K + b_sample) * tiles + i_c
-                part = B.to(tl.int64) * K * tiles
-                tl.store(p_part, b_top, mask=m_row)
-                tl.store(p_part + part, b_sum, mask=m_row)
-                tl.store(p_part + 2 * part, b_dot, mask=m_row)
-            else:
-                if STAGE == 0:
-                    b_p = tl.exp(b_z - b_top[:, None]) / b_sum[:, None]
-                    b_h = tl.where(m_row, tl.log(b_sum) - b_dot / b_sum, 0.0)
-                    b_inner += tl.sum(tl.reshape(b_h, [BT, SAMPLES]), 1)
-                else:
-                    b_p = tl.exp(b_z - tl.load(p_lse + b_text * K + b_sample, mask=m_row, other=0.0)[:, None])
-                # Mean and squared deviations of up to SAMPLES rows, merged with those before (Chan, Golub and LeVeque, 1983).
-                m_3 = tl.reshape(tl.broadcast_to(m_row[:, None], [BM, BC]), [BT, SAMPLES, BC])
-                b_3 = tl.where(m_3, tl.reshape(b_p, [BT, SAMPLES, BC]), 0.0)
-                b_n = tl.minimum(K - i_k, SAMPLES).to(tl.float32)
-                b_new = tl.sum(b_3, 1) / b_n
-                b_off = tl.where(m_3, b_3 - b_new[:, None, :], 0.0)
-                b_delta = b_new - b_mean
-                b_share = b_n / (i_k + b_n)
-                b_mean += b_delta * b_share
-                b_m2 += tl.sum(b_off * b_off, 1) + b_delta * b_delta * (i_k * b_share)
-        if STAGE != 1:
-            p_out = o_t[:, None] * C + o_c[None, :]
-            m_out = (o_t < B)[:, None] & (o_c < C)[None, :]
-            tl.store(p_mean + p_out, b_mean, mask=m_out)
-            tl.store(p_var + p_out, b_m2 / K, mask=m_out)
-            b_h = tl.sum(tl.where(b_mean == 0.0, 0.0, -b_mean * tl.log(b_mean)), 1)
-            tl.store(p_predictive + o_t * tiles + i_c, b_h, mask=o_t < B)
-        if STAGE == 0:
-            tl.store(p_expected + o_t, b_inner / K, mask=o_t < B)
+        plain = 0 if STAGE == 2 else tl.cdiv(B, BM)
+        if i_b < plain:
+            o_t, o_c = i_b * BM + tl.arange(0, BM), i_c * BC + tl.arange(0, BC)
+            b_z = tile_logits(p_x, p_w, p_b, o_t, 0, 0, o_c, 0, 0, 0, 1.0, B, C, D, BM, BC, BD, HAS_BIAS, PRECISION, False)
+            tl.store(p_logits + o_t[:, None] * C + o_c[None, :], b_z, mask=(o_t < B)[:, None] & (o_c < C)[None, :])
+        else:
+            statistics(
+                p_x, p_w, p_b, p_ids, p_lse, p_parts, p_mean, p_var, p_predictive, p_expected, p_information, p_normalized,
+                i_b - plain, i_c, tiles, seed, site, threshold, scale, per_log, K, B, C, D,
+                BT, BC, BD, HAS_BIAS, PRECISION, STAGE,
+            )  # fmt: skip
 
     def block(classes: int) -> int:
         """Classes of one tile: wider ones than 128 spill."""
         return min(128, max(16, triton.next_power_of_2(classes)))
 
+    def shape_class(bits: int, classes: int) -> str:
+        """Of tuning.py."""
+        return f"{bits} bit {block(classes)}"
+
     def options(tile: int, entry: tuple[int, ...]) -> dict[str, int]:
-        """Tile sizes and launch options of an entry of tuning.py; about one Philox call a thread and step."""
+        """Tile sizes and launch options of an entry of tuning.py."""
         BT, BD, num_warps, num_stages = entry
         return {"BT": BT, "BC": tile, "BD": BD, "num_warps": num_warps, "num_stages": num_stages}
 
@@ -218,55 +260,52 @@ if philox.triton is not None:
     ) -> tuple[Tensor, ...]:
         if features.dtype == torch.float64:
             return mc_head_reference(features, weight, bias, num_samples, p, seed, site, example_ids)
-        # Both factors in one dtype: 16-bit only where both are, else float32 at float32's precision.
-        dtype = features.dtype if features.dtype == weight.dtype else torch.float32
-        if dtype == torch.bfloat16 and INTERPRETED:  # its dot takes the bits of bfloat16 for integers
-            dtype = torch.float32
-        x, w = features.to(dtype).contiguous(), weight.to(dtype).contiguous()
-        b = w if bias is None else bias.to(dtype).contiguous()
+        if features.dtype == torch.bfloat16 and INTERPRETED:  # its dot takes the bits of bfloat16 for integers
+            features = features.float()
+        x, w, b = features.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
         (texts, width), classes = x.shape, w.shape[0]
-        mean, var, predictive, expected, information, normalized, _ = _empty_outputs(x, classes, torch.float32)
-        logits = torch.nn.functional.linear(x.float(), w.float(), None if bias is None else bias.float())
+        outputs = _empty_outputs(x, classes, torch.float32)
         if texts == 0:
-            return mean, var, predictive, expected, information, normalized, logits
+            return outputs
+        mean, var, predictive, expected, information, normalized, logits = outputs
         threshold, scale = philox.mask_parameters(p)
-        entry = tuning.choose("mc_head", f"{8 * x.element_size()} bit {block(classes)}", x.device)
-        config = options(block(classes), entry)
+        per_log = 1 / math.log(classes) if classes > 1 else 0.0
+        bits = 8 * x.element_size() if x.dtype == w.dtype else 32  # the product is 16-bit only where both factors are
+        config = options(block(classes), tuning.choose("mc_head", shape_class(bits, classes), x.device))
         tiles = triton.cdiv(classes, config["BC"])
-        by_tile = x.new_empty((texts, tiles), dtype=torch.float32)
-        parts, lse = x.new_empty((3, texts, num_samples, tiles if tiles > 1 else 0), dtype=torch.float32), by_tile
 
-        def launch(stage: int) -> None:
-            mc_head_kernel[(triton.cdiv(texts, config["BT"]), tiles)](
-                x, w, b, example_ids, lse, parts, mean, var, by_tile, expected, seed, site, threshold, scale, num_samples, texts,
-                classes, width, HAS_BIAS=bias is not None, PRECISION="tf32x3", STAGE=stage, enable_fp_fusion=True, **config,
+        def launch(stage: int, lse: Tensor, parts: Tensor, by_tile: Tensor) -> None:
+            programs = triton.cdiv(texts, config["BT"]) + (0 if stage == 2 else triton.cdiv(texts, config["BT"] * SAMPLES.value))
+            mc_head_kernel[(programs, tiles)](
+                x, w, w if b is None else b, example_ids, lse, parts, mean, var, by_tile, expected, information, normalized, logits,
+                seed, site, threshold, scale, per_log, num_samples, texts, classes, width,
+                HAS_BIAS=b is not None, PRECISION="tf32x3", STAGE=stage, enable_fp_fusion=True, **config,
             )  # fmt: skip
 
         # Triton launches on the current device, which need not be that of x.
         with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
             if tiles == 1:
-                launch(0)
-            else:
-                launch(1)
-                lse, entropy = merge_tiles(parts)
-                lse, expected = lse.contiguous(), entropy.mean(1)
-                launch(2)
+                launch(0, mean, mean, predictive)
+                return outputs
+            parts, by_tile = mean.new_empty((3, texts, num_samples, tiles)), mean.new_empty((texts, tiles))
+            launch(1, mean, parts, by_tile)
+            lse, entropy = merge_tiles(parts)
+            launch(2, lse.contiguous(), parts, by_tile)
         # `where` keeps NaN, which clamping on some devices does not.
-        predictive = by_tile.sum(1)
-        predictive, expected = (torch.where(h < 0, 0.0, h) for h in (predictive, expected))
+        predictive, expected = (torch.where(h < 0, 0.0, h) for h in (by_tile.sum(1), entropy.mean(1)))
         information = torch.where(predictive < expected, 0.0, predictive - expected)
-        return mean, var, predictive, expected, information, predictive / math.log(classes) if classes > 1 else predictive * 0, logits
+        return mean, var, predictive, expected, information, predictive * per_log, logits
 
     def _candidates(dtype: str, classes: int) -> Sequence[tuple[int, ...]]:
-        return tuning.CANDIDATES["mc_head"][f"{32 if dtype == 'fp32' else 16} bit {block(classes)}"]
+        return tuning.CANDIDATES["mc_head"][shape_class(32 if dtype == "fp32" else 16, classes)]
 
     def _specialisation(
         dtype: str, classes: int, stage: int, entry: tuple[int, ...], has_bias: bool = True
     ) -> Specialisation:
         config = options(block(classes), entry)
         warps, stages = config.pop("num_warps"), config.pop("num_stages")
-        outputs = dict.fromkeys(("p_lse", "p_parts", "p_mean", "p_var", "p_predictive", "p_expected"), "*fp32")
-        scalars = dict.fromkeys(("site", "threshold", "K", "B", "C", "D"), "i32") | {"seed": "i64", "scale": "fp32"}
+        outputs = dict.fromkeys(mc_head_kernel.arg_names[4:13], "*fp32")
+        scalars = dict.fromkeys(("site", "threshold", "K", "B", "C", "D"), "i32") | {"seed": "i64", "scale": "fp32", "per_log": "fp32"}
         return Specialisation(
             f"mc_head {dtype} BC={config['BC']} stage {stage}{'' if has_bias else ' without bias'} {entry}",
             mc_head_kernel,

@@ -47,13 +47,13 @@ CANDIDATES: dict[str, dict[str, Sequence[Entry]]] = {
         "8192": [(1, 16)],  # a row of 16384 and its two sums spill on sm_90 and sm_100
     },
     "mc_head": {  # texts a program, features a step, warps, stages, by class tile
-        "32 bit 16": [(2, 32, 4, 1)],
-        "32 bit 32": [(2, 32, 4, 1)],
+        "32 bit 16": [(4, 32, 4, 1), (8, 64, 8, 1)],
+        "32 bit 32": [(4, 32, 8, 1), (2, 32, 4, 1)],
         "32 bit 64": [(2, 64, 8, 1)],
         "32 bit 128": [(2, 32, 8, 1)],
-        "16 bit 16": [(1, 64, 4, 2), (2, 64, 4, 2)],
-        "16 bit 32": [(1, 64, 4, 2)],
-        "16 bit 64": [(2, 64, 8, 2)],
+        "16 bit 16": [(4, 64, 4, 1), (4, 32, 4, 1), (2, 64, 2, 1), (8, 64, 8, 1)],
+        "16 bit 32": [(4, 64, 4, 1), (1, 64, 4, 2)],
+        "16 bit 64": [(4, 64, 8, 1), (2, 64, 8, 2)],
         "16 bit 128": [(2, 64, 8, 2)],
     },
 }
@@ -62,7 +62,6 @@ CHOSEN = "chosen without a card"
 # Architecture ("sm_90") -> op -> class of shape -> candidate, and the command, card and versions that measured it.
 # -- written by bench/tune.py --
 MEASURED: dict[str, dict[str, dict[str, Entry]]] = {'sm_90': {'dropout_add_layer_norm': {'128': (4,), '256': (4,)},
-           'mc_head': {'16 bit 16': (2, 64, 4, 2)},
            'mc_statistics': {'256': (16, 4), '512': (4, 4), '64': (16, 2)},
            'one_query_attention': {'d128': (16, 4)},
            'packed_attention': {'16 bit d64': (64, 32, 8), '32 bit d64': (16, 16, 4)},
