@@ -25,16 +25,16 @@ if philox.triton is not None:
 
     @triton.jit
     def kept(words, threshold):
-        return ((words & 0xFFFF) >= threshold).to(tl.int32) + ((words >> 16) >= threshold).to(tl.int32)
+        return (words & 0xFFFF >= threshold).to(tl.int32) + (words >= threshold << 16).to(tl.int32)
 
     @triton.jit(do_not_specialize=["seed", "site", "first_sample", "threshold", "K"])
     def count_lanes_kernel(p_count, seed, site, first_sample, threshold, K, CALLS: tl.constexpr):
         """Lanes of K samples of CALLS * 8 elements a program; one number is written: how many are kept."""
         b_call, b_zero = tl.arange(0, CALLS).to(tl.uint32), tl.zeros([CALLS], tl.uint32)
         b_site, b_id = b_zero + site.to(tl.uint32), b_zero + tl.program_id(0).to(tl.uint32)
-        b_count = tl.zeros([CALLS], tl.int32)
+        b_count, threshold = tl.zeros([CALLS], tl.int32), threshold.to(tl.uint32)
         for k in range(K):
-            w0, w1, w2, w3 = tl.philox(seed, b_call, b_zero + (first_sample + k).to(tl.uint32), b_site, b_id)
+            w0, w1, w2, w3 = philox.philox_words(seed, b_call, b_zero + (first_sample + k).to(tl.uint32), b_site, b_id)
             b_count += kept(w0, threshold) + kept(w1, threshold) + kept(w2, threshold) + kept(w3, threshold)
         tl.store(p_count + tl.program_id(0), tl.sum(b_count))
 
