@@ -4,7 +4,7 @@
     mask: the contract of philox.py, sample first_sample + r; with plain_first replica 0 is unmasked and r - 1 counts
 
 Bytes: x read and y written once; the residual of the first stochastic layer is one [rows, D] for all replicas.
-Operations: ten Philox rounds for eight elements, then about eight per element.
+Operations: ten Philox rounds for eight elements (on a GPU twice as many where a row begins inside a call), then about eight each.
 Letters: R replicas (r) · rows (i) · D columns.
 """
 
@@ -100,7 +100,11 @@ if philox.triton is not None:
             p_y += rows.to(tl.int64) * D
             p_residual += residual_rows.to(tl.int64) * D
 
-    @triton.jit(do_not_specialize=["seed", "site", "first_sample", "threshold", "num_plain", "R", "replicas_at_once", "rows", "residual_rows"])
+    @triton.jit(
+        do_not_specialize=[
+            "seed", "site", "first_sample", "threshold", "num_plain", "R", "replicas_at_once", "rows", "residual_rows"
+        ]
+    )  # fmt: skip
     def dropout_add_layer_norm_kernel(
         p_x,  # [R, rows, D]
         p_residual,  # [rows, D], or [R, rows, D] where residual_rows is rows

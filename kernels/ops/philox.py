@@ -105,23 +105,22 @@ if triton is not None:
         """True where kept, [ROWS, CALLS * 8]: calls int32 [ROWS, CALLS] (or [1, CALLS]), example int32 [ROWS, CALLS] or [ROWS, 1]."""
         w0, w1, w2, w3 = words_of(seed, calls, sample, site, example, CALLS, ROWS)
         words = in_order(w0, w1, w2, w3)
-        t = (tl.zeros([ROWS, CALLS], tl.uint32) + threshold.to(tl.uint32))[:, :, None, None]
-        # A high half is compared where it stands, which saves its shift.
-        return tl.reshape(tl.join(words & 0xFFFF >= t, words >= t << 16), [ROWS, CALLS * 8])
+        # Halves are compared at the top of a word: the high one where it stands, which saves its shift.
+        return tl.reshape(tl.join(words << 16, words), [ROWS, CALLS * 8]) >= threshold.to(tl.uint32) << 16
 
     @triton.jit
-    def keep_bits(w, t):
-        """Bits 0 and 1: the low and the high half of w are kept."""
-        return (w & 0xFFFF >= t).to(tl.int32) | (w >= t << 16).to(tl.int32) << 1
+    def keep_bits(w, top):
+        """Bits 0 and 1: the low and the high half of w are kept; top: threshold << 16."""
+        return (w << 16 >= top).to(tl.int32) | (w >= top).to(tl.int32) << 1
 
     @triton.jit
     def keep_shifted_lanes(seed, calls, shift, sample, site, example, threshold, CALLS: tl.constexpr, ROWS: tl.constexpr):
         """As `keep_lanes`, of the elements from `shift` on: int32 [ROWS, 1] or one, 0 ... 7. Each eight of them are of two calls."""
-        t = threshold.to(tl.uint32)
+        top = threshold.to(tl.uint32) << 16
         bits = tl.zeros([ROWS, CALLS], tl.int32)
         for i in tl.static_range(2):
             w0, w1, w2, w3 = words_of(seed, calls + i, sample, site, example, CALLS, ROWS)
-            bits |= (keep_bits(w0, t) | keep_bits(w1, t) << 2 | keep_bits(w2, t) << 4 | keep_bits(w3, t) << 6) << 8 * i
+            bits |= (keep_bits(w0, top) | keep_bits(w1, top) << 2 | keep_bits(w2, top) << 4 | keep_bits(w3, top) << 6) << 8 * i
         bits = bits >> shift
         words = in_order(bits, bits >> 2, bits >> 4, bits >> 6)
         return tl.reshape(tl.join(words & 1, words & 2), [ROWS, CALLS * 8]) != 0

@@ -4,7 +4,8 @@
     t = round-half-even(p * 65536), scale = float32(65536 / (65536 - t)); lanes: philox.py
     gradient: dx[r, d] = sum_k mask[k, r, d] * scale * dy[k, r, d]
 
-Bytes: x once, K copies written. Operations: ten Philox rounds for eight elements of every copy.
+Bytes: x once, K copies written. Operations: ten Philox rounds for eight elements of every copy, on a GPU twice as many where
+a row begins inside a call.
 Letters: K samples (k) · rows (r) · D columns.
 """
 

@@ -67,7 +67,7 @@ def test_layer_norm_is_what_pytorch_makes_of_the_same_masks():
 @pytest.mark.parametrize("shift", [0, 1, 7])
 @pytest.mark.parametrize("at_once", [1, 2, 3])
 def test_layer_norm_of_rows_that_begin_with_a_call_and_others(shift, at_once, monkeypatch):
-    """At a multiple of eight the Triton kernel makes half the calls. at_once: replicas of a program, of which the last may have fewer."""
+    """At a multiple of eight the Triton kernel makes half the calls. at_once: replicas of a program, the last may have fewer."""
     x, residual, weight, bias, ids, offsets = layer_norm_case(3, 4, 40, at_once == 2, 4)
     common = (1e-5, 0.4, 2**64 - 9, 2, ids, offsets // 8 * 8 + shift, 5, True)
     want = dropout_add_layer_norm_ref(x, residual, weight, bias, *common)
