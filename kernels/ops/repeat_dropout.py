@@ -17,7 +17,7 @@ from torch import Tensor
 
 from muka_fast.ops import philox, table, tuning
 from muka_fast.ops.aot import Specialisation
-from muka_fast.ops.philox import PHILOX_CALL_OPERATIONS, philox_calls
+from muka_fast.ops.philox import LANES, PHILOX_CALL_OPERATIONS, philox_calls
 from muka_fast.ops.reference import repeat_dropout_ref
 
 SCHEMA = (
@@ -101,7 +101,8 @@ if philox.triton is not None:
         y_stride,  # rows * D
         ROWS: tl.constexpr, CALLS: tl.constexpr, REPEATED: tl.constexpr,
     ):  # fmt: skip
-        i_r, i_c = tl.program_id(0), tl.program_id(1)
+        # Programs side by side write side by side: neighbours in time are neighbours in memory.
+        i_r, i_c = tl.program_id(0) // tl.cdiv(D, CALLS * 8), tl.program_id(0) % tl.cdiv(D, CALLS * 8)
         o_r = i_r.to(tl.int64) * ROWS + tl.arange(0, ROWS)
         o_d = i_c * CALLS * 8 + tl.arange(0, CALLS * 8)
         m_r = o_r < rows
@@ -140,7 +141,7 @@ if philox.triton is not None:
             return out
         *calls, num_warps = tuning.choose("repeat_dropout", "any", x.device)
         ROWS, CALLS = block(width, *calls)
-        grid = (triton.cdiv(rows, ROWS), triton.cdiv(philox_calls(0, width), CALLS))
+        grid = (triton.cdiv(rows, ROWS) * triton.cdiv(width, CALLS * LANES),)
         # Triton launches on the current device, which need not be that of x.
         with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
             repeat_dropout_kernel[grid](
