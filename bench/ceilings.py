@@ -24,18 +24,18 @@ if philox.triton is not None:
     import triton.language as tl
 
     @triton.jit
-    def kept(words, threshold):
-        return ((words & 0xFFFF) >= threshold).to(tl.int32) + ((words >> 16) >= threshold).to(tl.int32)
+    def kept(words, top):
+        return (words << 16 >= top).to(tl.int32) + (words >= top).to(tl.int32)
 
     @triton.jit(do_not_specialize=["seed", "site", "first_sample", "threshold", "K"])
     def count_lanes_kernel(p_count, seed, site, first_sample, threshold, K, CALLS: tl.constexpr):
         """Lanes of K samples of CALLS * 8 elements a program; one number is written: how many are kept."""
         b_call, b_zero = tl.arange(0, CALLS).to(tl.uint32), tl.zeros([CALLS], tl.uint32)
         b_site, b_id = b_zero + site.to(tl.uint32), b_zero + tl.program_id(0).to(tl.uint32)
-        b_count = tl.zeros([CALLS], tl.int32)
+        b_count, top = tl.zeros([CALLS], tl.int32), threshold.to(tl.uint32) << 16  # compared as in keep_lanes
         for k in range(K):
-            w0, w1, w2, w3 = tl.philox(seed, b_call, b_zero + (first_sample + k).to(tl.uint32), b_site, b_id)
-            b_count += kept(w0, threshold) + kept(w1, threshold) + kept(w2, threshold) + kept(w3, threshold)
+            w0, w1, w2, w3 = philox.philox_words(seed, b_call, b_zero + (first_sample + k).to(tl.uint32), b_site, b_id)
+            b_count += kept(w0, top) + kept(w1, top) + kept(w2, top) + kept(w3, top)
         tl.store(p_count + tl.program_id(0), tl.sum(b_count))
 
 

@@ -38,7 +38,7 @@ WORK = [
     ("one_query_attention", "d128", "bfloat16", one_query_problem, (K, 512, 128, 12)),
     ("repeat_dropout", "any", "bfloat16", dropout_problem, (K, 16_384, 768)),
     ("dropout_add_layer_norm", "128", "bfloat16", norm_problem, (K, 8192, 768)),
-    ("dropout_add_layer_norm", "256", "bfloat16", norm_problem, (K, 8192, 1024)),
+    ("dropout_add_layer_norm", "256", "bfloat16", norm_problem, (K, 4096, 2048)),
     ("mc_statistics", "64", "float32", statistics_problem, (K, 8192, 8, 60)),
     ("mc_statistics", "256", "float32", statistics_problem, (K, 4096, 8, 150)),
     ("mc_statistics", "512", "float32", statistics_problem, (K, 2048, 4, 500)),

@@ -4,7 +4,7 @@
     mask: the contract of philox.py, sample first_sample + r; with plain_first replica 0 is unmasked and r - 1 counts
 
 Bytes: x read and y written once; the residual of the first stochastic layer is one [rows, D] for all replicas.
-Operations: ten Philox rounds for eight elements, then about eight per element.
+Operations: ten Philox rounds for eight elements (on a GPU twice as many where a row begins inside a call), then about eight each.
 Letters: R replicas (r) · rows (i) · D columns.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from muka_fast.ops import philox, table, tuning
 from muka_fast.ops.aot import Specialisation
-from muka_fast.ops.philox import LANES, PHILOX_CALL_OPERATIONS, philox_calls
+from muka_fast.ops.philox import PHILOX_CALL_OPERATIONS, philox_calls
 from muka_fast.ops.reference import dropout_add_layer_norm_ref
 
 SCHEMA = (
@@ -68,41 +68,80 @@ if philox.triton is not None:
     import triton
     import triton.language as tl
 
-    @triton.jit(do_not_specialize=["seed", "site", "first_sample", "threshold", "num_plain", "residual_stride"])
+    @triton.jit
+    def write_replicas(
+        p_x, p_residual, p_weight, p_bias, p_y, b_call, shift, b_id, first, last,
+        seed, site, first_sample, threshold, scale, num_plain, eps, rows, D, residual_rows,
+        CALLS: tl.constexpr, SHIFTED: tl.constexpr,
+    ):  # fmt: skip
+        """Replicas first ... last - 1 of the row at p_x, whose column 0 is lane `shift` of b_call's first [1, CALLS]."""
+        o_d = tl.arange(0, CALLS * 8)[None, :]
+        m_d = o_d < D
+        b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_bias = tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
+        p_x += first.to(tl.int64) * rows * D
+        p_y += first.to(tl.int64) * rows * D
+        p_residual += first.to(tl.int64) * residual_rows * D
+        for i_r in range(first, last):
+            b_x = tl.load(p_x + o_d, mask=m_d, other=0.0).to(tl.float32)
+            b_residual = tl.load(p_residual + o_d, mask=m_d, other=0.0).to(tl.float32)
+            # The plain replica keeps every lane.
+            b_threshold, b_scale = tl.where(i_r < num_plain, 0, threshold), tl.where(i_r < num_plain, 1.0, scale)
+            sample = first_sample + i_r - num_plain
+            if SHIFTED:
+                keep = philox.keep_shifted_lanes(seed, b_call, shift, sample, site, b_id, b_threshold, CALLS, 1)
+            else:
+                keep = philox.keep_lanes(seed, b_call, sample, site, b_id, b_threshold, CALLS, 1)
+            b_y = tl.where(keep, b_x, 0.0) * b_scale + b_residual  # 0 behind the last column
+            b_centred = tl.where(m_d, b_y - tl.sum(b_y, 1, keep_dims=True) / D, 0.0)
+            b_y = b_centred * tl.rsqrt(tl.sum(b_centred * b_centred, 1, keep_dims=True) / D + eps)
+            tl.store(p_y + o_d, (b_y * b_weight + b_bias).to(p_y.dtype.element_ty), mask=m_d)
+            p_x += rows.to(tl.int64) * D
+            p_y += rows.to(tl.int64) * D
+            p_residual += residual_rows.to(tl.int64) * D
+
+    @triton.jit(
+        do_not_specialize=[
+            "seed", "site", "first_sample", "threshold", "num_plain", "R", "replicas_at_once", "rows", "residual_rows"
+        ]
+    )  # fmt: skip
     def dropout_add_layer_norm_kernel(
         p_x,  # [R, rows, D]
-        p_residual,  # [rows, D], or [R, rows, D] where residual_stride is rows * D
+        p_residual,  # [rows, D], or [R, rows, D] where residual_rows is rows
         p_weight,  # [D]
         p_bias,  # [D]
         p_y,  # [R, rows, D]
         p_ids,  # int64 [rows]
         p_offsets,  # int64 [rows]: element of column 0
-        seed, site, first_sample, threshold, scale, num_plain, eps, rows, D,
-        residual_stride,  # 0 or rows * D
+        seed, site, first_sample, threshold, scale, num_plain, eps, R,
+        replicas_at_once,  # of one program: they share weight, bias and the first rounds of Philox
+        rows, D,
+        residual_rows,  # 0 or rows
         CALLS: tl.constexpr,
     ):  # fmt: skip
-        i_i, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-        b_offset = tl.load(p_offsets + i_i)
-        # A row may begin in the middle of a call: its columns shift against the lanes.
-        o_d = tl.arange(0, CALLS * 8) - (b_offset & 7)
-        m_d = (o_d >= 0) & (o_d < D)
-        b_x = tl.load(p_x + (i_r * rows + i_i) * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-        b_residual = tl.load(p_residual + i_r * residual_stride + i_i * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-        b_call = ((b_offset >> 3) + tl.arange(0, CALLS)).to(tl.int32)[None, :]
-        # The plain replica keeps every lane.
-        b_threshold, b_scale = tl.where(i_r < num_plain, 0, threshold), tl.where(i_r < num_plain, 1.0, scale)
-        b_id = tl.load(p_ids + i_i + tl.zeros([1, 1], tl.int64))
-        keep = philox.keep_lanes(seed, b_call, (first_sample + i_r - num_plain).to(tl.int32), site, b_id, b_threshold, CALLS, 1)
-        b_y = tl.where(tl.reshape(keep, [CALLS * 8]), b_x * b_scale, 0.0) + b_residual
-        b_centred = tl.where(m_d, b_y - tl.sum(tl.where(m_d, b_y, 0.0), 0) / D, 0.0)
-        b_y = b_centred / tl.sqrt(tl.sum(b_centred * b_centred, 0) / D + eps)
-        b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
-        b_y = b_y * b_weight + tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
-        tl.store(p_y + (i_r * rows + i_i) * D + o_d, b_y.to(p_y.dtype.element_ty), mask=m_d)
+        i_i = tl.program_id(0).to(tl.int64)
+        first = tl.program_id(1) * replicas_at_once
+        last = tl.minimum(first + replicas_at_once, R)
+        b_id = tl.load(p_ids + i_i)
+        offset = tl.load(p_offsets + i_i)
+        b_call = ((offset >> 3) + tl.arange(0, CALLS)).to(tl.int32)[None, :]
+        shift = (offset & 7).to(tl.int32)
+        if shift == 0:  # the row begins with a call, as where D is a multiple of eight: half the Philox calls
+            write_replicas(
+                p_x + i_i * D, p_residual + i_i * D, p_weight, p_bias, p_y + i_i * D, b_call, shift, b_id, first, last,
+                seed, site, first_sample, threshold, scale, num_plain, eps, rows, D, residual_rows, CALLS, False,
+            )  # fmt: skip
+        else:
+            write_replicas(
+                p_x + i_i * D, p_residual + i_i * D, p_weight, p_bias, p_y + i_i * D, b_call, shift, b_id, first, last,
+                seed, site, first_sample, threshold, scale, num_plain, eps, rows, D, residual_rows, CALLS, True,
+            )  # fmt: skip
+
+    FULL = 4096  # programs that fill a card: below, one takes fewer replicas
 
     def block(width: int) -> tuple[int, str]:
         """CALLS of one row, and its class of shape in tuning.py."""
-        calls = triton.next_power_of_2(philox_calls(LANES - 1, width))
+        calls = triton.next_power_of_2(philox_calls(0, width))
         return calls, next((most for most in tuning.CANDIDATES["dropout_add_layer_norm"] if calls <= int(most)), "4096")
 
     def _triton(x, residual, weight, bias, eps, p, seed, site, example_ids, offsets, first_sample, plain_first) -> Tensor:
@@ -115,17 +154,20 @@ if philox.triton is not None:
         if out.numel() == 0:
             return out
         CALLS, shape = block(width)
-        (num_warps,) = tuning.choose("dropout_add_layer_norm", shape, x.device)
+        most, num_warps = tuning.choose("dropout_add_layer_norm", shape, x.device)
+        at_once = max(1, min(most, replicas * rows // FULL))
         # Triton launches on the current device, which need not be that of x.
         with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-            dropout_add_layer_norm_kernel[(rows, replicas)](
+            dropout_add_layer_norm_kernel[(rows, triton.cdiv(replicas, at_once))](
                 x, residual, weight, bias, out, example_ids, offsets, seed, site, first_sample, threshold, scale, int(plain_first),
-                eps, rows, width, 0 if residual.dim() == 2 else rows * width, CALLS=CALLS, num_warps=num_warps,
+                eps, replicas, at_once, rows, width, 0 if residual.dim() == 2 else rows, CALLS=CALLS, num_warps=num_warps,
             )  # fmt: skip
         return out
 
-    _TYPES = {"p_ids": "*i64", "p_offsets": "*i64", "seed": "i64", "scale": "fp32", "eps": "fp32", "residual_stride": "i32"}
-    _TYPES |= dict.fromkeys(("site", "first_sample", "threshold", "num_plain", "rows", "D"), "i32")
+    _TYPES = {"p_ids": "*i64", "p_offsets": "*i64", "seed": "i64", "scale": "fp32", "eps": "fp32"}
+    _TYPES |= dict.fromkeys(
+        ("site", "first_sample", "threshold", "num_plain", "R", "replicas_at_once", "rows", "D", "residual_rows"), "i32"
+    )
     SPECIALISATIONS = [
         Specialisation(
             f"dropout_add_layer_norm {dtype} D={width} {num_warps}",
@@ -133,11 +175,11 @@ if philox.triton is not None:
             {**dict.fromkeys(("p_x", "p_residual", "p_weight", "p_bias", "p_y"), f"*{dtype}"), **_TYPES},
             {"CALLS": block(width)[0]},
             num_warps=num_warps,
-            fast=dtype == "bf16" and width == 768 and place == 0,
+            fast=dtype == "bf16" and width == 768 and num_warps == 2,
         )
         for dtype in ("fp32", "fp16", "bf16")
-        for width in (63, 768, 1024, 4096)
-        for place, (num_warps,) in enumerate(tuning.CANDIDATES["dropout_add_layer_norm"][block(width)[1]])
+        for width in (63, 768, 2048, 4096)
+        for num_warps in dict.fromkeys(warps for _, warps in tuning.CANDIDATES["dropout_add_layer_norm"][block(width)[1]])
     ]
 
 _op = table.register(

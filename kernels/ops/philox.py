@@ -7,6 +7,8 @@
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The C++ twin is csrc/philox.h.
 """
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -61,13 +63,64 @@ def philox_calls(first_element: int, width: int) -> int:
 
 if triton is not None:
 
+    INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+    @triton.jit
+    def wide_product(a, b):
+        """High and low 32 bits of a * b by one instruction, where tl.umulhi and a product of their own often make two."""
+        if INTERPRETED:
+            b_ab = a.to(tl.uint64) * b
+            return (b_ab >> 32).to(tl.uint32), b_ab.to(tl.uint32)
+        else:
+            product: tl.constexpr = "{ .reg .b64 ab; mul.wide.u32 ab, $2, $3; mov.b64 {$1, $0}, ab; }"
+            return tl.inline_asm_elementwise(product, "=r,=r,r,r", [a, b], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1)
+
+    @triton.jit
+    def philox_words(seed, c0, c1, c2, c3):
+        """Four words uint32 of the counter (c0, c1, c2, c3), uint32 of one shape."""
+        seed = seed.to(tl.uint64)
+        key_0, key_1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+        for _ in tl.static_range(10):
+            high_0, low_0 = wide_product(c0, 0xD2511F53)
+            high_2, low_2 = wide_product(c2, 0xCD9E8D57)
+            c0, c1, c2, c3 = high_2 ^ c1 ^ key_0, low_2, high_0 ^ c3 ^ key_1, low_0
+            key_0 += 0x9E3779B9
+            key_1 += 0xBB67AE85
+        return c0, c1, c2, c3
+
+    @triton.jit
+    def words_of(seed, calls, sample, site, example, CALLS: tl.constexpr, ROWS: tl.constexpr):
+        """The four words of each call, uint32 [ROWS, CALLS]."""
+        zero = tl.zeros([ROWS, CALLS], tl.uint32)
+        sample, site, example = sample.to(tl.uint32), site.to(tl.uint32), example.to(tl.uint32)
+        return philox_words(seed, zero + calls.to(tl.uint32, bitcast=True), zero + sample, zero + site, zero + example)
+
+    @triton.jit
+    def in_order(w0, w1, w2, w3):
+        """Four words of each call in lane order: [ROWS, CALLS, pair, word]; a last axis of two halves makes lanes of it."""
+        return tl.join(tl.join(w0, w2), tl.join(w1, w3))
+
     @triton.jit
     def keep_lanes(seed, calls, sample, site, example, threshold, CALLS: tl.constexpr, ROWS: tl.constexpr):
         """True where kept, [ROWS, CALLS * 8]: calls int32 [ROWS, CALLS] (or [1, CALLS]), example int32 [ROWS, CALLS] or [ROWS, 1]."""
-        c0 = tl.broadcast_to(calls.to(tl.uint32, bitcast=True), [ROWS, CALLS])
-        zero = tl.zeros([ROWS, CALLS], tl.uint32)
-        w0, w1, w2, w3 = tl.philox(seed, c0, zero + sample.to(tl.uint32), zero + site.to(tl.uint32), zero + example.to(tl.uint32))
-        # Natural lane order by joins: element 8 * call + 4 * (pair) + 2 * (word of the pair) + half.
-        words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).to(tl.uint32)  # [ROWS, CALLS, pair, word]
-        lanes = tl.join(words & 0xFFFF, words >> 16)  # [ROWS, CALLS, pair, word, half]
-        return tl.reshape(lanes, [ROWS, CALLS * 8]) >= threshold
+        w0, w1, w2, w3 = words_of(seed, calls, sample, site, example, CALLS, ROWS)
+        words = in_order(w0, w1, w2, w3)
+        # Halves are compared at the top of a word: the high one where it stands, which saves its shift.
+        return tl.reshape(tl.join(words << 16, words), [ROWS, CALLS * 8]) >= threshold.to(tl.uint32) << 16
+
+    @triton.jit
+    def keep_bits(w, top):
+        """Bits 0 and 1: the low and the high half of w are kept; top: threshold << 16."""
+        return (w << 16 >= top).to(tl.int32) | (w >= top).to(tl.int32) << 1
+
+    @triton.jit
+    def keep_shifted_lanes(seed, calls, shift, sample, site, example, threshold, CALLS: tl.constexpr, ROWS: tl.constexpr):
+        """As `keep_lanes`, of the elements from `shift` on: int32 [ROWS, 1] or one, 0 ... 7. Each eight of them are of two calls."""
+        top = threshold.to(tl.uint32) << 16
+        bits = tl.zeros([ROWS, CALLS], tl.int32)
+        for i in tl.static_range(2):
+            w0, w1, w2, w3 = words_of(seed, calls + i, sample, site, example, CALLS, ROWS)
+            bits |= (keep_bits(w0, top) | keep_bits(w1, top) << 2 | keep_bits(w2, top) << 4 | keep_bits(w3, top) << 6) << 8 * i
+        bits = bits >> shift
+        words = in_order(bits, bits >> 2, bits >> 4, bits >> 6)
+        return tl.reshape(tl.join(words & 1, words & 2), [ROWS, CALLS * 8]) != 0

@@ -4,7 +4,8 @@
     t = round-half-even(p * 65536), scale = float32(65536 / (65536 - t)); lanes: philox.py
     gradient: dx[r, d] = sum_k mask[k, r, d] * scale * dy[k, r, d]
 
-Bytes: x once, K copies written. Operations: ten Philox rounds for eight elements of every copy.
+Bytes: x once, K copies written. Operations: ten Philox rounds for eight elements of every copy, on a GPU twice as many where
+a row begins inside a call.
 Letters: K samples (k) · rows (r) · D columns.
 """
 
@@ -70,9 +71,29 @@ if philox.triton is not None:
     import triton
     import triton.language as tl
 
+    @triton.jit
+    def write_copies(
+        p_x, p_y, mask, b_call, shift, b_id, seed, site, first_sample, threshold, scale, K, y_stride,
+        ROWS: tl.constexpr, CALLS: tl.constexpr, REPEATED: tl.constexpr, SHIFTED: tl.constexpr,
+    ):  # fmt: skip
+        """K copies of a tile [ROWS, CALLS * 8] whose first column is lane `shift` [ROWS, 1] of b_call's first."""
+        if REPEATED:
+            b_x = tl.load(p_x, mask=mask, other=0.0)
+        for k in range(K):
+            if not REPEATED:
+                b_x = tl.load(p_x, mask=mask, other=0.0)
+                p_x += y_stride
+            if SHIFTED:
+                keep = philox.keep_shifted_lanes(seed, b_call, shift, first_sample + k, site, b_id, threshold, CALLS, ROWS)
+            else:
+                keep = philox.keep_lanes(seed, b_call, first_sample + k, site, b_id, threshold, CALLS, ROWS)
+            b_y = tl.where(keep, b_x.to(tl.float32) * scale, 0.0)
+            tl.store(p_y, b_y.to(p_y.dtype.element_ty), mask=mask)
+            p_y += y_stride
+
     @triton.jit(do_not_specialize=["seed", "site", "first_sample", "threshold", "K"])
     def repeat_dropout_kernel(
-        p_x,  # [rows, D], or [K, rows, D] where x_stride is rows * D
+        p_x,  # [rows, D], or [K, rows, D] where not REPEATED
         p_y,  # [K, rows, D]
         p_ids,  # int64 [rows]
         p_offsets,  # int64 [rows]: element of column 0
@@ -80,32 +101,32 @@ if philox.triton is not None:
         y_stride,  # rows * D
         ROWS: tl.constexpr, CALLS: tl.constexpr, REPEATED: tl.constexpr,
     ):  # fmt: skip
-        i_r, i_c = tl.program_id(0), tl.program_id(1)
+        # Programs side by side write side by side: neighbours in time are neighbours in memory.
+        i_r, i_c = tl.program_id(0) // tl.cdiv(D, CALLS * 8), tl.program_id(0) % tl.cdiv(D, CALLS * 8)
         o_r = i_r.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        o_d = i_c * CALLS * 8 + tl.arange(0, CALLS * 8)
         m_r = o_r < rows
-        b_id = tl.load(p_ids + o_r, mask=m_r, other=0)
-        b_offset = tl.load(p_offsets + o_r, mask=m_r, other=0)
-        # A row may begin in the middle of a call: its columns shift against the lanes, and calls are never shared by rows.
-        b_call = ((b_offset >> 3)[:, None] + (i_c * CALLS + tl.arange(0, CALLS))[None, :]).to(tl.int32)  # [ROWS, CALLS]
-        o_d = i_c * CALLS * 8 + tl.arange(0, CALLS * 8)[None, :] - (b_offset & 7)[:, None]  # [ROWS, CALLS * 8]
-        mask = m_r[:, None] & (o_d >= 0) & (o_d < D)
-        p_x += o_r[:, None] * D + o_d
-        p_y += o_r[:, None] * D + o_d
-        if REPEATED:
-            b_x = tl.load(p_x, mask=mask, other=0.0)
-        for k in range(K):
-            if not REPEATED:
-                b_x = tl.load(p_x, mask=mask, other=0.0)
-                p_x += y_stride
-            keep = philox.keep_lanes(seed, b_call, first_sample + k, site, b_id[:, None], threshold, CALLS, ROWS)
-            b_y = tl.where(keep, b_x.to(tl.float32) * scale, 0.0)
-            tl.store(p_y, b_y.to(p_y.dtype.element_ty), mask=mask)
-            p_y += y_stride
+        b_id = tl.load(p_ids + o_r, mask=m_r, other=0)[:, None]
+        b_offset = tl.load(p_offsets + o_r, mask=m_r, other=0)[:, None]
+        b_call = ((b_offset >> 3) + (i_c * CALLS + tl.arange(0, CALLS))[None, :]).to(tl.int32)  # [ROWS, CALLS]
+        shift = (b_offset & 7).to(tl.int32)
+        o_x = o_r[:, None] * D + o_d[None, :]
+        mask = m_r[:, None] & (o_d < D)[None, :]
+        if tl.max(shift) == 0:  # every row begins with a call, as where D is a multiple of eight: half the Philox calls
+            write_copies(
+                p_x + o_x, p_y + o_x, mask, b_call, shift, b_id, seed, site, first_sample, threshold, scale, K, y_stride,
+                ROWS, CALLS, REPEATED, False,
+            )  # fmt: skip
+        else:
+            write_copies(
+                p_x + o_x, p_y + o_x, mask, b_call, shift, b_id, seed, site, first_sample, threshold, scale, K, y_stride,
+                ROWS, CALLS, REPEATED, True,
+            )  # fmt: skip
 
-    def block(width: int, calls_at_once: int) -> tuple[int, int]:
-        """ROWS and CALLS of one program: whole rows where they are short."""
-        calls = min(calls_at_once, triton.next_power_of_2(philox_calls(LANES - 1, width)))
-        return calls_at_once // calls, calls
+    def block(width: int, calls_of_row: int, calls: int) -> tuple[int, int]:
+        """ROWS and CALLS of one program that makes `calls` at once, at most `calls_of_row` of them in one row."""
+        calls_of_row = min(calls_of_row, triton.next_power_of_2(philox_calls(0, width)))
+        return calls // calls_of_row, calls_of_row
 
     def repeat_dropout_triton(
         x: Tensor, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor, offsets: Tensor, first_sample: int
@@ -118,9 +139,9 @@ if philox.triton is not None:
         out = torch.empty((num_samples, rows, width), dtype=x.dtype, device=x.device)
         if out.numel() == 0:
             return out
-        calls_at_once, num_warps = tuning.choose("repeat_dropout", "any", x.device)
-        ROWS, CALLS = block(width, calls_at_once)
-        grid = (triton.cdiv(rows, ROWS), triton.cdiv(philox_calls(LANES - 1, width), CALLS))
+        *calls, num_warps = tuning.choose("repeat_dropout", "any", x.device)
+        ROWS, CALLS = block(width, *calls)
+        grid = (triton.cdiv(rows, ROWS) * triton.cdiv(width, CALLS * LANES),)
         # Triton launches on the current device, which need not be that of x.
         with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
             repeat_dropout_kernel[grid](
@@ -134,17 +155,17 @@ if philox.triton is not None:
     _TYPES |= dict.fromkeys(("site", "first_sample", "threshold", "K", "rows", "D", "y_stride"), "i32")
     SPECIALISATIONS = [
         Specialisation(
-            f"repeat_dropout {dtype} {'[rows, D]' if repeated else '[K, rows, D]'} D={width} {calls_at_once, num_warps}",
+            f"repeat_dropout {dtype} {'[rows, D]' if repeated else '[K, rows, D]'} D={width} {(*calls, num_warps)}",
             repeat_dropout_kernel,
             {"p_x": f"*{dtype}", "p_y": f"*{dtype}", **_TYPES},
-            dict(zip(("ROWS", "CALLS"), block(width, calls_at_once), strict=True)) | {"REPEATED": repeated},
+            dict(zip(("ROWS", "CALLS"), block(width, *calls), strict=True)) | {"REPEATED": repeated},
             num_warps=num_warps,
             fast=dtype == "fp32" and width == 1024 and place == 0,
         )
         for dtype in ("fp32", "fp16", "bf16")
         for repeated in (True, False)
         for width in (63, 1024)
-        for place, (calls_at_once, num_warps) in enumerate(tuning.CANDIDATES["repeat_dropout"]["any"])
+        for place, (*calls, num_warps) in enumerate(tuning.CANDIDATES["repeat_dropout"]["any"])
     ]
 
 _op = table.register(

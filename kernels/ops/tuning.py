@@ -27,14 +27,14 @@ CANDIDATES: dict[str, dict[str, Sequence[Entry]]] = {
         "d32": [(32, 4)],
         "d128": [(16, 8), (16, 4)],
     },
-    "repeat_dropout": {  # Philox calls of a program (eight elements each), warps
-        "any": [(128, 4), (256, 4), (256, 8)],
+    "repeat_dropout": {  # Philox calls of a row at a time (eight elements each), calls of a program, warps
+        "any": [(32, 32, 1), (64, 64, 1), (32, 128, 4), (128, 128, 4), (32, 256, 4), (256, 256, 4)],
     },
-    "dropout_add_layer_norm": {  # warps, by Philox calls of a row
-        "16": [(1,)],
-        "128": [(4,), (2,), (8,)],
-        "256": [(8,), (4,)],
-        "4096": [(16,)],
+    "dropout_add_layer_norm": {  # replicas of a program where there are many, warps, by Philox calls of a row
+        "16": [(4, 1), (1, 1)],
+        "128": [(4, 2), (8, 2), (16, 2), (1, 2), (4, 4), (16, 4)],
+        "256": [(4, 4), (16, 4), (1, 4), (4, 8)],
+        "4096": [(4, 16), (1, 16)],
     },
     "mc_statistics": {  # samples at a time, warps, by classes of one block: enough loads in flight, no spills
         "16": [(16, 1)],
@@ -61,12 +61,8 @@ CHOSEN = "chosen without a card"
 
 # Architecture ("sm_90") -> op -> class of shape -> candidate, and the command, card and versions that measured it.
 # -- written by bench/tune.py --
-MEASURED: dict[str, dict[str, dict[str, Entry]]] = {'sm_90': {'dropout_add_layer_norm': {'128': (4,), '256': (4,)},
-           'mc_statistics': {'256': (16, 4), '512': (4, 4), '64': (16, 2)},
-           'one_query_attention': {'d128': (16, 4)},
-           'packed_attention': {'16 bit d64': (64, 32, 8), '32 bit d64': (16, 16, 4)},
-           'repeat_dropout': {'any': (128, 4)}}}
-SOURCES: dict[str, str] = {'sm_90': 'python bench/tune.py --write; NVIDIA H200, torch 2.11.0+cu130, 2026-11'}
+MEASURED: dict[str, dict[str, dict[str, Entry]]] = {}
+SOURCES: dict[str, str] = {}
 # -- end --
 
 

@@ -38,6 +38,15 @@ def test_bits_table_of_shapes(width, p, seed, isa, numpy_keep):
     assert np.array_equal((y != 0).numpy(), keep & (x != 0).numpy())
 
 
+@pytest.mark.parametrize("repeated", [True, False])
+@pytest.mark.parametrize("offsets", [[0, 8, 768, 2**35 - 8, 16], [0, 8, 768, 2**35 - 8, 17], [*range(1, 6)], [7, 6, 5, 4, 2**34 + 7]])
+def test_rows_that_begin_with_a_call_and_others(offsets, repeated):
+    """All at multiples of eight, which the Triton kernel makes with half the calls; one that is not; none that is."""
+    x, offsets = torch.randn(*(() if repeated else (3,)), 5, 96), torch.tensor(offsets)
+    y = repeat_dropout(x, 3, 0.3, 2**63 + 5, 9, IDS, offsets, 2)
+    assert torch.equal(y, repeat_dropout_ref(x, 3, 0.3, 2**63 + 5, 9, IDS, offsets, 2))
+
+
 @fixtures_are_constant
 @given(
     seed=st.integers(0, 2**64 - 1),
@@ -167,7 +176,7 @@ def test_counts_of_bytes_and_operations():
 
 
 def test_triton_in_the_interpreter(interpreter):
-    interpreter(__file__, "bits_table and 63 or counter_space or nothing or gradient_of")
+    interpreter(__file__, "bits_table and 63 or rows_that_begin or counter_space or nothing or gradient_of")
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muka_fast.ops import table
+from muka_fast.ops import table, tuning
 from muka_fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from muka_fast.ops.one_query_attention import one_query_attention
 from muka_fast.ops.reference import (
@@ -62,6 +62,22 @@ def test_layer_norm_is_what_pytorch_makes_of_the_same_masks():
     masked = repeat_dropout_ref(x, 3, 0.25, 9, 2, ids, offsets, 5)
     want = torch.nn.functional.layer_norm(masked + residual, (96,), weight, bias, 1e-5)
     torch.testing.assert_close(dropout_add_layer_norm(x, residual, weight, bias, 1e-5, 0.25, 9, 2, ids, offsets, 5), want)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 7])
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_layer_norm_of_rows_that_begin_with_a_call_and_others(shift, at_once, monkeypatch):
+    """At a multiple of eight the Triton kernel makes half the calls. at_once: replicas of a program, the last may have fewer."""
+    x, residual, weight, bias, ids, offsets = layer_norm_case(3, 4, 40, at_once == 2, 4)
+    common = (1e-5, 0.4, 2**64 - 9, 2, ids, offsets // 8 * 8 + shift, 5, True)
+    want = dropout_add_layer_norm_ref(x, residual, weight, bias, *common)
+    monkeypatch.setitem(dropout_add_layer_norm.__globals__, "FULL", 1)
+    with tuning.trying("dropout_add_layer_norm", "16", (at_once, 1)):
+        torch.testing.assert_close(dropout_add_layer_norm(x, residual, weight, bias, *common), want)
+
+
+def test_layer_norm_in_the_interpreter(interpreter):
+    interpreter(__file__, "layer_norm_equals or layer_norm_of_rows")
 
 
 def attention_case(lengths, heads, key_heads, head_dim, seed):
