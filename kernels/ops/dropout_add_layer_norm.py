@@ -4,7 +4,8 @@
     mask: the contract of philox.py, sample first_sample + r; with plain_first replica 0 is unmasked and r - 1 counts
 
 Bytes: x read and y written once; the residual of the first stochastic layer is one [rows, D] for all replicas.
-Operations: ten Philox rounds for eight elements (on a GPU twice as many where a row begins inside a call), then about eight each.
+Operations: ten Philox rounds for eight elements (on a GPU twice as many where a row begins inside a call), then about eight each;
+without masks (p = 0) the latter alone.
 Letters: R replicas (r) · rows (i) · D columns.
 """
 
@@ -72,7 +73,7 @@ if philox.triton is not None:
     def write_replicas(
         p_x, p_residual, p_weight, p_bias, p_y, b_call, shift, b_id, first, last,
         seed, site, first_sample, threshold, scale, num_plain, eps, rows, D, residual_rows,
-        CALLS: tl.constexpr, SHIFTED: tl.constexpr,
+        CALLS: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr,
     ):  # fmt: skip
         """Replicas first ... last - 1 of the row at p_x, whose column 0 is lane `shift` of b_call's first [1, CALLS]."""
         o_d = tl.arange(0, CALLS * 8)[None, :]
@@ -85,14 +86,16 @@ if philox.triton is not None:
         for i_r in range(first, last):
             b_x = tl.load(p_x + o_d, mask=m_d, other=0.0).to(tl.float32)
             b_residual = tl.load(p_residual + o_d, mask=m_d, other=0.0).to(tl.float32)
-            # The plain replica keeps every lane.
-            b_threshold, b_scale = tl.where(i_r < num_plain, 0, threshold), tl.where(i_r < num_plain, 1.0, scale)
-            sample = first_sample + i_r - num_plain
-            if SHIFTED:
-                keep = philox.keep_shifted_lanes(seed, b_call, shift, sample, site, b_id, b_threshold, CALLS, 1)
-            else:
-                keep = philox.keep_lanes(seed, b_call, sample, site, b_id, b_threshold, CALLS, 1)
-            b_y = tl.where(keep, b_x, 0.0) * b_scale + b_residual  # 0 behind the last column
+            if MASKED:
+                # The plain replica keeps every lane.
+                b_threshold, b_scale = tl.where(i_r < num_plain, 0, threshold), tl.where(i_r < num_plain, 1.0, scale)
+                sample = first_sample + i_r - num_plain
+                if SHIFTED:
+                    keep = philox.keep_shifted_lanes(seed, b_call, shift, sample, site, b_id, b_threshold, CALLS, 1)
+                else:
+                    keep = philox.keep_lanes(seed, b_call, sample, site, b_id, b_threshold, CALLS, 1)
+                b_x = tl.where(keep, b_x, 0.0) * b_scale
+            b_y = b_x + b_residual  # 0 behind the last column
             b_centred = tl.where(m_d, b_y - tl.sum(b_y, 1, keep_dims=True) / D, 0.0)
             b_y = b_centred * tl.rsqrt(tl.sum(b_centred * b_centred, 1, keep_dims=True) / D + eps)
             tl.store(p_y + o_d, (b_y * b_weight + b_bias).to(p_y.dtype.element_ty), mask=m_d)
@@ -117,7 +120,7 @@ if philox.triton is not None:
         replicas_at_once,  # of one program: they share weight, bias and the first rounds of Philox
         rows, D,
         residual_rows,  # 0 or rows
-        CALLS: tl.constexpr,
+        CALLS: tl.constexpr, MASKED: tl.constexpr,
     ):  # fmt: skip
         i_i = tl.program_id(0).to(tl.int64)
         first = tl.program_id(1) * replicas_at_once
@@ -126,15 +129,15 @@ if philox.triton is not None:
         offset = tl.load(p_offsets + i_i)
         b_call = ((offset >> 3) + tl.arange(0, CALLS)).to(tl.int32)[None, :]
         shift = (offset & 7).to(tl.int32)
-        if shift == 0:  # the row begins with a call, as where D is a multiple of eight: half the Philox calls
+        if shift == 0 or not MASKED:  # the row begins with a call, as where D is a multiple of eight: half the Philox calls
             write_replicas(
                 p_x + i_i * D, p_residual + i_i * D, p_weight, p_bias, p_y + i_i * D, b_call, shift, b_id, first, last,
-                seed, site, first_sample, threshold, scale, num_plain, eps, rows, D, residual_rows, CALLS, False,
+                seed, site, first_sample, threshold, scale, num_plain, eps, rows, D, residual_rows, CALLS, MASKED, False,
             )  # fmt: skip
         else:
             write_replicas(
                 p_x + i_i * D, p_residual + i_i * D, p_weight, p_bias, p_y + i_i * D, b_call, shift, b_id, first, last,
-                seed, site, first_sample, threshold, scale, num_plain, eps, rows, D, residual_rows, CALLS, True,
+                seed, site, first_sample, threshold, scale, num_plain, eps, rows, D, residual_rows, CALLS, MASKED, True,
             )  # fmt: skip
 
     FULL = 4096  # programs that fill a card: below, one takes fewer replicas
@@ -160,7 +163,8 @@ if philox.triton is not None:
         with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
             dropout_add_layer_norm_kernel[(rows, triton.cdiv(replicas, at_once))](
                 x, residual, weight, bias, out, example_ids, offsets, seed, site, first_sample, threshold, scale, int(plain_first),
-                eps, replicas, at_once, rows, width, 0 if residual.dim() == 2 else rows, CALLS=CALLS, num_warps=num_warps,
+                eps, replicas, at_once, rows, width, 0 if residual.dim() == 2 else rows, CALLS=CALLS, MASKED=threshold > 0,
+                num_warps=num_warps,
             )  # fmt: skip
         return out
 
@@ -170,15 +174,16 @@ if philox.triton is not None:
     )
     SPECIALISATIONS = [
         Specialisation(
-            f"dropout_add_layer_norm {dtype} D={width} {num_warps}",
+            f"dropout_add_layer_norm {dtype} D={width}{' masked' * masked} {num_warps}",
             dropout_add_layer_norm_kernel,
             {**dict.fromkeys(("p_x", "p_residual", "p_weight", "p_bias", "p_y"), f"*{dtype}"), **_TYPES},
-            {"CALLS": block(width)[0]},
+            {"CALLS": block(width)[0], "MASKED": masked},
             num_warps=num_warps,
-            fast=dtype == "bf16" and width == 768 and num_warps == 2,
+            fast=dtype == "bf16" and width == 768 and num_warps == 2 and masked,
         )
         for dtype in ("fp32", "fp16", "bf16")
         for width in (63, 768, 2048, 4096)
+        for masked in (True, False)
         for num_warps in dict.fromkeys(warps for _, warps in tuning.CANDIDATES["dropout_add_layer_norm"][block(width)[1]])
     ]
 
