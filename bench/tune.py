@@ -39,8 +39,9 @@ WORK = [
     ("repeat_dropout", "any", "bfloat16", dropout_problem, (K, 16_384, 768)),
     ("dropout_add_layer_norm", "128", "bfloat16", norm_problem, (K, 8192, 768)),
     ("dropout_add_layer_norm", "256", "bfloat16", norm_problem, (K, 8192, 1024)),
-    ("mc_statistics", "64", "float32", statistics_problem, (K, 8192, 8, 60)),
-    ("mc_statistics", "256", "float32", statistics_problem, (K, 4096, 8, 150)),
+    ("mc_statistics", "128", "float32", statistics_problem, (K, 8192, 8, 77)),
+    ("mc_statistics", "160", "float32", statistics_problem, (K, 4096, 8, 150)),
+    ("mc_statistics", "256", "float32", statistics_problem, (K, 4096, 8, 200)),
     ("mc_statistics", "512", "float32", statistics_problem, (K, 2048, 4, 500)),
     ("mc_head", "16 bit 16", "bfloat16", head_problem, (K, 4096, 768, 16)),
 ]
