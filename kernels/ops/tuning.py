@@ -36,15 +36,13 @@ CANDIDATES: dict[str, dict[str, Sequence[Entry]]] = {
         "256": [(4, 4), (16, 4), (1, 4), (4, 8)],
         "4096": [(4, 16), (1, 16)],
     },
-    "mc_statistics": {  # samples at a time, warps, by classes of one block: enough loads in flight, no spills
-        "16": [(16, 1)],
-        "64": [(16, 4), (16, 2)],
-        "256": [(16, 4), (16, 8)],
-        "512": [(4, 4), (8, 8)],
-        "1024": [(4, 8)],
-        "2048": [(2, 8)],
-        "4096": [(1, 8)],
-        "8192": [(1, 16)],  # a row of 16384 and its two sums spill on sm_90 and sm_100
+    "mc_statistics": {  # samples of a warp, warps (a teacher each), by most classes: sums stay in a warp, no spills
+        "16": [(8, 8), (8, 4), (16, 8)],
+        "128": [(4, 8), (2, 8), (4, 4), (4, 1), (2, 1)],
+        "160": [(2, 8), (4, 8), (2, 4), (4, 4), (2, 1)],
+        "256": [(2, 8), (1, 8), (2, 4), (2, 1)],
+        "512": [(1, 8), (1, 4), (1, 1)],
+        "1024": [(1, 4), (1, 2), (1, 1)],
     },
     "mc_head": {  # texts a program, features a step, warps, stages, by class tile
         "32 bit 16": [(4, 32, 4, 1), (8, 64, 8, 1)],
