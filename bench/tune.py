@@ -38,16 +38,10 @@ WORK = [
     ("one_query_attention", "d128", "bfloat16", one_query_problem, (K, 512, 128, 12)),
     ("repeat_dropout", "any", "bfloat16", dropout_problem, (K, 16_384, 768)),
     ("dropout_add_layer_norm", "128", "bfloat16", norm_problem, (K, 8192, 768)),
-<<<<<<< HEAD
     ("dropout_add_layer_norm", "256", "bfloat16", norm_problem, (K, 4096, 2048)),
-    ("mc_statistics", "64", "float32", statistics_problem, (K, 8192, 8, 60)),
-    ("mc_statistics", "256", "float32", statistics_problem, (K, 4096, 8, 150)),
-=======
-    ("dropout_add_layer_norm", "256", "bfloat16", norm_problem, (K, 8192, 1024)),
     ("mc_statistics", "128", "float32", statistics_problem, (K, 8192, 8, 77)),
     ("mc_statistics", "160", "float32", statistics_problem, (K, 4096, 8, 150)),
     ("mc_statistics", "256", "float32", statistics_problem, (K, 4096, 8, 200)),
->>>>>>> 3833bfa5dd4aa9804df4455cc8b1032f32c1be23
     ("mc_statistics", "512", "float32", statistics_problem, (K, 2048, 4, 500)),
     ("mc_head", "16 bit 16", "bfloat16", head_problem, (K, 4096, 768, 16)),
 ]
