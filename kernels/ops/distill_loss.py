@@ -255,13 +255,13 @@ if triton is not None:
         return plan[1:]
 
     def row_class(classes: int) -> str:
-        """Rows up to that many classes share their choice of warps."""
-        return str(min(max(triton.next_power_of_2(classes), 512), 32_768))
+        """Rows that share their choice of warps."""
+        return "2048" if classes <= 2048 else "wider"
 
     def row_tiles(classes: int, warps: int) -> dict[str, int]:
         """TILES and BLOCK: four classes a lane and tile are 16 bytes of float32; up to 40 a lane stay in registers."""
         tiles = triton.cdiv(classes, 128 * warps)
-        return {"TILES": tiles, "BLOCK": 128 * warps} if tiles <= 10 else {"TILES": 0, "BLOCK": 256 * warps}
+        return {"TILES": tiles if tiles <= 10 else 0, "BLOCK": 128 * warps}
 
     def distill_loss_triton(
         student_logits: Tensor, teacher_probs: Tensor, scores: Tensor, offsets: list[int], teacher_to_union: Tensor,
@@ -302,7 +302,7 @@ if triton is not None:
         )
         for dtype in ("fp32", "fp16", "bf16")
         for soft, columns in ((True, "in order"), (True, "mapped"), (True, "shared"), (False, "shared"))
-        for classes, teachers in ((4, 2), (308, 4), (1200, 8), (4000, 2), (10_000, 2), (20_000, 2))
+        for classes, teachers in ((4, 2), (308, 4), (1200, 8), (2048, 8), (4000, 2), (10_000, 2), (20_000, 2))
         for (warps,) in tuning.CANDIDATES["distill_loss"][row_class(classes)]
     ]
 
