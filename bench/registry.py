@@ -146,8 +146,8 @@ def loss_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Pro
         lambda: backward(distill_loss.distill_loss(student, probs, scores, offsets, mapping, **options)),
         {"eager": lambda: backward(eager_loss(student, probs, scores, owner, mapping))},
         check,
-        # Forward as the op's file says; backward: the kept gradient in, the student's out.
-        distill_loss.bytes_moved(texts, teachers, width, width, student.element_size()) + 8 * texts * width,
+        # Forward as the op's file says; backward: the kept gradient in, float32, the student's out.
+        distill_loss.bytes_moved(texts, teachers, width, width, student.element_size()) + (4 + student.element_size()) * texts * width,
         0,
         ("exponentials", distill_loss.operations(texts, teachers, width)),
     )

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from muka_fast.ops import table
+from muka_fast.ops import table, tuning
 from muka_fast.ops.aot import Specialisation
 from muka_fast.ops.philox import triton
 from muka_fast.ops.reference import distill_loss_ref, distill_target_ref, select_teacher_ref
+from muka_fast.ops.scale_rows import scale_rows
 
 SCHEMA = (
     "(Tensor student_logits, Tensor teacher_probs, Tensor scores, int[] offsets, Tensor teacher_to_union, bool soft, float tau, "
@@ -105,8 +106,8 @@ if triton is not None:
     import triton.language as tl
 
     @triton.jit
-    def choose_weights(p_scores, N, inverse_tau, SOFT: tl.constexpr, BLOCK_N: tl.constexpr):
-        """Of one text: the largest score / tau and the sum of the exponentials (soft), the selected teacher, the teacher margin."""
+    def choose_weights(p_scores, N, inverse_tau, BLOCK_N: tl.constexpr):
+        """Of one text: w of every teacher (soft), the selected teacher (hard), the teacher margin."""
         o_n = tl.arange(0, BLOCK_N)
         m_n = o_n < N
         b_s = tl.load(p_scores + o_n, mask=m_n, other=float("-inf"))
@@ -116,97 +117,124 @@ if triton is not None:
         b_selected = tl.min(tl.where(m_n & (b_clean == b_best), o_n, BLOCK_N), 0)
         b_second = tl.max(tl.where(o_n == b_selected, float("-inf"), b_clean), 0)
         b_margin = tl.where(b_nan > 0, float("nan"), tl.where(N == 1, 1.0, b_best - b_second))
-        b_top = b_best * inverse_tau
-        b_sum = 1.0
-        if SOFT:
-            b_sum = tl.sum(tl.where(m_n, tl.exp(b_s * inverse_tau - b_top), 0.0), 0)  # NaN where a score is
-        return b_top, b_sum, b_selected, b_margin
+        b_e = tl.where(m_n, tl.exp(b_s * inverse_tau - b_best * inverse_tau), 0.0)  # NaN where a score is
+        return b_e / tl.sum(b_e, 0), b_selected, b_margin
 
     @triton.jit
-    def gather_target(
-        p_probs, p_scores, p_source, p_owner, o_c, m_c, b_top, b_sum, b_selected, inverse_tau, C, M, SOFT: tl.constexpr
-    ):  # fmt: skip
-        """q of the classes o_c: every class reads its own columns, so that nothing is scattered and the order of sums is fixed."""
-        b_q = tl.zeros(o_c.shape, tl.float32)
-        for i_m in range(0, M):
-            b_source = tl.load(p_source + i_m * C + o_c, mask=m_c, other=-1)
-            b_owner = tl.load(p_owner + b_source, mask=b_source >= 0, other=0)
-            if SOFT:
-                b_p = tl.load(p_probs + b_source, mask=b_source >= 0, other=0.0).to(tl.float32)
-                b_s = tl.load(p_scores + b_owner, mask=b_source >= 0, other=float("-inf"))
-                b_q += tl.where(b_source >= 0, tl.exp(b_s * inverse_tau - b_top) / b_sum * b_p, 0.0)
-            else:
-                b_q += tl.load(p_probs + b_source, mask=(b_source >= 0) & (b_owner == b_selected), other=0.0).to(tl.float32)
+    def load_column(teachers, i_m, o_c, C, SOFT: tl.constexpr, IN_ORDER: tl.constexpr):
+        """Of one column of every class o_c: its teacher and its probability (hard: 0 where the teacher is not the selected one)."""
+        p_probs, p_source, p_owner, b_selected = teachers
+        m_c = o_c < C
+        b_owner = tl.load(p_owner + i_m * C + o_c, mask=m_c, other=0)
+        if not IN_ORDER:
+            o_c = tl.load(p_source + i_m * C + o_c, mask=m_c, other=-1)
+            m_c = o_c >= 0
+        return b_owner, tl.load(p_probs + o_c, mask=m_c if SOFT else m_c & (b_owner == b_selected), other=0.0).to(tl.float32)
+
+    @triton.jit
+    def compose(teachers, b_w, column, o_c, C, M, SOFT: tl.constexpr, IN_ORDER: tl.constexpr):
+        """q of the classes o_c from their first column and the others: nothing is scattered, and the order of sums is fixed."""
+        b_owner, b_p = column
+        b_q = tl.gather(b_w, b_owner, 0) * b_p if SOFT else b_p
+        for i_m in range(1, M):
+            b_owner, b_p = load_column(teachers, i_m, o_c, C, SOFT, IN_ORDER)
+            b_q += tl.gather(b_w, b_owner, 0) * b_p if SOFT else b_p
         return b_q
 
-    @triton.jit(do_not_specialize=["N", "M"])
+    @triton.jit
+    def load_logits(p_z, o_c, C, inverse_temperature):
+        return tl.load(p_z + o_c, mask=o_c < C, other=float("-inf")).to(tl.float32) * inverse_temperature
+
+    @triton.jit
+    def divergence(b_q, b_d):
+        """q ln q - q d. Where q is 0 the student's log-probability must not enter, be it -inf."""
+        return tl.where(b_q == 0, 0.0, b_q * (tl.log(b_q) - b_d))
+
+    @triton.jit
+    def short_row(
+        p_z, p_grad, teachers, b_w, C, M, inverse_temperature, b_step,
+        SOFT: tl.constexpr, IN_ORDER: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """Writes the gradient and returns loss / f of a row that stays in registers, TILES blocks of it."""
+        b_max = tl.full([BLOCK], float("-inf"), tl.float32)
+        b_z, columns, b_e, b_q = (), (), (), ()
+        for t in tl.static_range(TILES):  # all loads are under way before the first gather, which is a barrier
+            o_c = t * BLOCK + tl.arange(0, BLOCK)
+            b_z += (load_logits(p_z, o_c, C, inverse_temperature),)
+            columns += (load_column(teachers, 0, o_c, C, SOFT, IN_ORDER),)
+            b_max = tl.maximum(b_max, b_z[t])
+        b_max = tl.max(b_max, 0)
+        b_sum, b_mass, b_cross = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        for t in tl.static_range(TILES):
+            b_d = b_z[t] - b_max
+            b_e += (tl.exp(b_d),)
+            b_q += (compose(teachers, b_w, columns[t], t * BLOCK + tl.arange(0, BLOCK), C, M, SOFT, IN_ORDER),)
+            b_sum += b_e[t]
+            b_mass += b_q[t]
+            b_cross += divergence(b_q[t], b_d)
+        b_sum, b_mass = tl.sum(b_sum, 0), tl.sum(b_mass, 0)
+        for t in tl.static_range(TILES):
+            o_c = t * BLOCK + tl.arange(0, BLOCK)
+            tl.store(p_grad + o_c, (b_mass / b_sum * b_e[t] - b_q[t]) * b_step, mask=o_c < C)
+        return tl.sum(b_cross, 0) + b_mass * tl.log(b_sum)
+
+    @triton.jit
+    def long_row(
+        p_z, p_grad, teachers, b_w, C, M, inverse_temperature, b_step,
+        SOFT: tl.constexpr, IN_ORDER: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """The same of a row that registers do not hold: read three times, twice from the cache."""
+        b_max = tl.full([BLOCK], float("-inf"), tl.float32)
+        for i_c in range(0, C, BLOCK):
+            b_max = tl.maximum(b_max, load_logits(p_z, i_c + tl.arange(0, BLOCK), C, inverse_temperature))
+        b_max = tl.max(b_max, 0)
+        b_sum, b_mass, b_cross = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        for i_c in range(0, C, BLOCK):
+            o_c = i_c + tl.arange(0, BLOCK)
+            b_d = load_logits(p_z, o_c, C, inverse_temperature) - b_max
+            b_q = compose(teachers, b_w, load_column(teachers, 0, o_c, C, SOFT, IN_ORDER), o_c, C, M, SOFT, IN_ORDER)
+            b_sum += tl.exp(b_d)
+            b_mass += b_q
+            b_cross += divergence(b_q, b_d)
+        b_sum, b_mass = tl.sum(b_sum, 0), tl.sum(b_mass, 0)
+        for i_c in range(0, C, BLOCK):
+            o_c = i_c + tl.arange(0, BLOCK)
+            b_e = tl.exp(load_logits(p_z, o_c, C, inverse_temperature) - b_max)
+            b_q = compose(teachers, b_w, load_column(teachers, 0, o_c, C, SOFT, IN_ORDER), o_c, C, M, SOFT, IN_ORDER)
+            tl.store(p_grad + o_c, (b_mass / b_sum * b_e - b_q) * b_step, mask=o_c < C)
+        return tl.sum(b_cross, 0) + b_mass * tl.log(b_sum)
+
+    @triton.jit(do_not_specialize=["N"])  # M = 1 is compiled for itself, without a loop
     def distill_loss_kernel(
         p_z,  # [B, C], rows z_stride apart
         p_probs,  # [B, S], rows probs_stride apart
         p_scores,  # [B, N]
         p_source,  # int32 [M, C]: the columns of teacher_probs that land on each class, -1 where there are no more
-        p_owner,  # int32 [S]: the teacher of each column
+        p_owner,  # int32 [M, C]: the teachers of these columns
         p_loss,  # [B]
         p_grad,  # [B, C]
         C, N, M, z_stride, probs_stride, inverse_tau, inverse_temperature,
-        SOFT: tl.constexpr, MARGIN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKED: tl.constexpr,
+        SOFT: tl.constexpr, MARGIN: tl.constexpr, IN_ORDER: tl.constexpr,  # IN_ORDER: class c has column c and no other
+        TILES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     ):  # fmt: skip
-        """One text per program. Up to BLOCK classes stay in registers; more (CHUNKED) are read a second time, from the cache, for
-        the gradient."""
+        """One text per program."""
         i_b = tl.program_id(0).to(tl.int64)
         p_z += i_b * z_stride
-        p_probs += i_b * probs_stride
-        p_scores += i_b * N
         p_grad += i_b * C
-        b_top, b_weights, b_selected, b_margin = choose_weights(p_scores, N, inverse_tau, SOFT, BLOCK_N)
-        o_c = tl.arange(0, BLOCK)
-        m_c = o_c < C
-        b_z = tl.load(p_z + o_c, mask=m_c, other=float("-inf")).to(tl.float32) * inverse_temperature
-        b_q = gather_target(p_probs, p_scores, p_source, p_owner, o_c, m_c, b_top, b_weights, b_selected, inverse_tau, C, M, SOFT)
-        b_max = tl.max(b_z, 0)
-        b_d = b_z - b_max
-        if CHUNKED:  # a first chunk of nothing but -inf says nothing yet
-            b_d = tl.where(b_z == float("-inf"), float("-inf"), b_d)
-        b_e = tl.exp(b_d)
-        b_sum, b_mass = tl.sum(b_e, 0), tl.sum(b_q, 0)
-        # Where q is 0 the student's log-probability must not enter, be it -inf.
-        b_cross = tl.sum(tl.where(b_q == 0, 0.0, b_q * (tl.log(b_q) - b_d)), 0)
-        if CHUNKED:
-            for i_c in range(BLOCK, C, BLOCK):
-                o_c = i_c + tl.arange(0, BLOCK)
-                m_c = o_c < C
-                b_z = tl.load(p_z + o_c, mask=m_c, other=float("-inf")).to(tl.float32) * inverse_temperature
-                b_q = gather_target(
-                    p_probs, p_scores, p_source, p_owner, o_c, m_c, b_top, b_weights, b_selected, inverse_tau, C, M, SOFT
-                )
-                b_new = tl.maximum(b_max, tl.max(b_z, 0))
-                # Before the first finite logit both are -inf, and nothing has been added that would need rescaling.
-                b_shift = tl.where(b_new == b_max, 0.0, b_new - b_max)
-                b_d = tl.where(b_z == float("-inf"), float("-inf"), b_z - b_new)
-                b_sum = b_sum * tl.exp(-b_shift) + tl.sum(tl.exp(b_d), 0)
-                b_cross += tl.where(b_mass == 0, 0.0, b_mass * b_shift)
-                b_cross += tl.sum(tl.where(b_q == 0, 0.0, b_q * (tl.log(b_q) - b_d)), 0)
-                b_mass += tl.sum(b_q, 0)
-                b_max = b_new
+        b_w, b_selected, b_margin = choose_weights(p_scores + i_b * N, N, inverse_tau, BLOCK_N)
         b_factor = (b_margin + 1e-6) if MARGIN else 1.0
-        tl.store(p_loss + i_b, (b_cross + b_mass * tl.log(b_sum)) * b_factor)
         b_step = b_factor * inverse_temperature
-        if CHUNKED:
-            for i_c in range(0, C, BLOCK):
-                o_c = i_c + tl.arange(0, BLOCK)
-                m_c = o_c < C
-                b_z = tl.load(p_z + o_c, mask=m_c, other=float("-inf")).to(tl.float32) * inverse_temperature
-                b_q = gather_target(
-                    p_probs, p_scores, p_source, p_owner, o_c, m_c, b_top, b_weights, b_selected, inverse_tau, C, M, SOFT
-                )
-                tl.store(p_grad + o_c, (b_mass / b_sum * tl.exp(b_z - b_max) - b_q) * b_step, mask=m_c)
+        teachers = (p_probs + i_b * probs_stride, p_source, p_owner, b_selected)
+        if TILES:
+            b_loss = short_row(p_z, p_grad, teachers, b_w, C, M, inverse_temperature, b_step, SOFT, IN_ORDER, TILES, BLOCK)
         else:
-            tl.store(p_grad + o_c, (b_mass / b_sum * b_e - b_q) * b_step, mask=m_c)
+            b_loss = long_row(p_z, p_grad, teachers, b_w, C, M, inverse_temperature, b_step, SOFT, IN_ORDER, BLOCK)
+        tl.store(p_loss + i_b, b_loss * b_factor)
 
     _plans = WeakTensorKeyDictionary()
 
-    def gather_plan(teacher_to_union: Tensor, offsets: tuple[int, ...], classes: int) -> tuple[Tensor, Tensor, int]:
-        """The map turned round: columns of each class [M, C] and owner of each column, int32 on the map's device, and M.
+    def gather_plan(teacher_to_union: Tensor, offsets: tuple[int, ...], classes: int) -> tuple[Tensor, Tensor, bool]:
+        """The map turned round: columns of each class and their teachers, int32 [M, C] on the map's device, and IN_ORDER.
 
         Kept for as long as the map lives and is not written to: it is the same in every step of a run.
         """
@@ -218,19 +246,22 @@ if triton is not None:
             order = mapping.argsort(stable=True)
             counts = torch.bincount(mapping, minlength=classes)
             place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[mapping[order]]  # how many columns of its class come before
-            depth = int(counts.max())
-            source = torch.full((depth, classes), -1, dtype=torch.int32)
+            teachers = torch.repeat_interleave(torch.arange(len(offsets) - 1, dtype=torch.int32), torch.tensor(offsets).diff())
+            source = torch.full((int(counts.max()), classes), -1, dtype=torch.int32)
+            owner = torch.zeros_like(source)
             source[place, mapping[order]] = order.to(torch.int32)
-            owner = torch.repeat_interleave(torch.arange(len(offsets) - 1, dtype=torch.int32), torch.tensor(offsets).diff())
-            plan = _plans[teacher_to_union] = (key, source.to(device), owner.to(device), depth)
+            owner[place, mapping[order]] = teachers[order]
+            plan = _plans[teacher_to_union] = (key, source.to(device), owner.to(device), torch.equal(mapping, torch.arange(classes)))
         return plan[1:]
 
-    def configuration(classes: int, teachers: int, soft: bool, margin: bool) -> tuple[dict[str, int], int]:
-        """Constexprs and number of warps."""
-        block = max(16, min(4096, triton.next_power_of_2(classes)))
-        constexprs = {"SOFT": soft, "MARGIN": margin, "BLOCK": block, "BLOCK_N": triton.next_power_of_2(teachers)}
-        warps = 8 if block == 4096 else max(1, min(4, block // 256))  # eight at 2048 spill on sm_100 in half precision
-        return {**constexprs, "CHUNKED": classes > block}, warps
+    def row_class(classes: int) -> str:
+        """Rows that share their choice of warps."""
+        return "2048" if classes <= 2048 else "wider"
+
+    def row_tiles(classes: int, warps: int) -> dict[str, int]:
+        """TILES and BLOCK: four classes a lane and tile are 16 bytes of float32; up to 40 a lane stay in registers."""
+        tiles = triton.cdiv(classes, 128 * warps)
+        return {"TILES": tiles if tiles <= 10 else 0, "BLOCK": 128 * warps}
 
     def distill_loss_triton(
         student_logits: Tensor, teacher_probs: Tensor, scores: Tensor, offsets: list[int], teacher_to_union: Tensor,
@@ -242,16 +273,17 @@ if triton is not None:
             )
         logits, probs, scores = row_major(student_logits), row_major(teacher_probs), scores.float().contiguous()
         loss, grad = empty_outputs(logits)
-        texts, classes = logits.shape
-        source, owner, depth = gather_plan(teacher_to_union, tuple(offsets), classes)
-        constexprs, warps = configuration(classes, scores.shape[1], soft, margin)
+        (texts, classes), teachers = logits.shape, scores.shape[1]
+        source, owner, in_order = gather_plan(teacher_to_union, tuple(offsets), classes)
         if texts == 0:
             return loss, grad
+        (warps,) = tuning.choose("distill_loss", row_class(classes), logits.device)
         # Triton launches on the current device, which need not be that of the logits.
         with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
             distill_loss_kernel[(texts,)](
-                logits, probs, scores, source, owner, loss, grad, classes, scores.shape[1], depth, logits.stride(0), probs.stride(0),
-                1.0 / tau, 1.0 / temperature, **constexprs, num_warps=warps,
+                logits, probs, scores, source, owner, loss, grad, classes, teachers, len(source), logits.stride(0), probs.stride(0),
+                1.0 / tau, 1.0 / temperature, SOFT=soft, MARGIN=margin, IN_ORDER=in_order,
+                BLOCK_N=triton.next_power_of_2(teachers), **row_tiles(classes, warps), num_warps=warps,
             )  # fmt: skip
         return loss, grad
 
@@ -260,16 +292,18 @@ if triton is not None:
     _TYPES |= dict.fromkeys(("inverse_tau", "inverse_temperature"), "fp32")
     SPECIALISATIONS = [
         Specialisation(
-            f"distill_loss {dtype} {'soft' if soft else 'hard'} C={classes} N={teachers}",
+            f"distill_loss {dtype} {'soft' if soft else 'hard'} C={classes} N={teachers} {columns} {warps} warps",
             distill_loss_kernel,
             {"p_z": f"*{dtype}", **_TYPES},
-            configuration(classes, teachers, soft, soft)[0],
-            num_warps=configuration(classes, teachers, soft, soft)[1],
-            fast=dtype == "fp32" and classes in (308, 20_000),
+            {"SOFT": soft, "MARGIN": soft, "IN_ORDER": columns == "in order", "BLOCK_N": triton.next_power_of_2(teachers)}
+            | row_tiles(classes, warps) | ({} if columns == "shared" else {"M": 1}),
+            num_warps=warps,
+            fast=dtype == "fp32" and soft and columns == "shared" and classes in (308, 20_000),
         )
         for dtype in ("fp32", "fp16", "bf16")
-        for soft in (True, False)
-        for classes, teachers in ((4, 2), (308, 4), (1200, 8), (4000, 2), (20_000, 2))
+        for soft, columns in ((True, "in order"), (True, "mapped"), (True, "shared"), (False, "shared"))
+        for classes, teachers in ((4, 2), (308, 4), (1200, 8), (2048, 8), (4000, 2), (10_000, 2), (20_000, 2))
+        for (warps,) in tuning.CANDIDATES["distill_loss"][row_class(classes)]
     ]
 
 RAW = table.register(
@@ -295,12 +329,14 @@ class WithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        # From a mean or a sum every text's factor is the same, stored once: a product with a scalar takes half the time.
+        # In place where no further backward can ask for it: no second [B, C], and autograd keeps this one as the leaf's gradient.
+        alone = ctx.ours and not graph_is_kept()
+        if alone and type(grad) is Tensor and table.TABLE["distill_loss"].get(grad.device.type) == "triton":  # no tracer's fake
+            return scale_rows(grad, grad_loss, ctx.dtype), None, None, None
+        # From a sum every text's factor is the same, stored once: a product with a scalar takes half the time.
         same = grad_loss.stride(0) == 0 and grad_loss.shape[0] > 0
         factor = grad_loss[0] if same else grad_loss[:, None]
-        # In place where no further backward can ask for it: no second [B, C], and autograd keeps this one as the leaf's gradient.
-        product = grad.mul_(factor) if ctx.ours and not graph_is_kept() else grad * factor
-        return product if product.dtype == ctx.dtype else product.to(ctx.dtype), None, None, None
+        return (grad.mul_(factor) if alone else grad * factor).to(ctx.dtype), None, None, None
 
 
 # Whether the running backward was called with retain_graph. Private to PyTorch, so not taken for granted.
