@@ -255,8 +255,8 @@ if triton is not None:
         return plan[1:]
 
     def row_class(classes: int) -> str:
-        """Rows that share their choice of warps."""
-        return "2048" if classes <= 2048 else "wider"
+        """Of tuning.py."""
+        return next((size for size in ("512", "1280", "2048", "10240") if classes <= int(size)), "wider")
 
     def row_tiles(classes: int, warps: int) -> dict[str, int]:
         """TILES and BLOCK: four classes a lane and tile are 16 bytes of float32; up to 40 a lane stay in registers."""

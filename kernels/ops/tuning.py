@@ -54,8 +54,11 @@ CANDIDATES: dict[str, dict[str, Sequence[Entry]]] = {
         "16 bit 64": [(4, 64, 8, 1), (2, 64, 8, 2)],
         "16 bit 128": [(2, 64, 8, 2)],
     },
-    "distill_loss": {  # warps of a row, by its classes; other numbers spill a few bytes at some width
-        "2048": [(2,)],
+    "distill_loss": {  # warps of a row, by its classes; other numbers spill a few bytes somewhere
+        "512": [(4,)],
+        "1280": [(2,)],
+        "2048": [(4,)],
+        "10240": [(16,)],
         "wider": [(8,)],
     },
 }
