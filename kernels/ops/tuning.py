@@ -15,13 +15,27 @@ Entry = tuple[int, ...]
 
 # op -> class of shape -> candidates. What the numbers are stands beside each op; the last one or two are warps (and stages).
 CANDIDATES: dict[str, dict[str, Sequence[Entry]]] = {
-    "packed_attention": {  # queries at a time, keys at a time, warps
-        "32 bit d32": [(16, 32, 4)],
-        "32 bit d64": [(16, 16, 4), (32, 16, 4)],
-        "32 bit d128": [(32, 16, 8)],
-        "16 bit one row": [(16, 32, 4)],
-        "16 bit d64": [(64, 32, 8), (32, 32, 4), (32, 64, 8)],
-        "16 bit d128": [(32, 32, 8), (32, 16, 8)],
+    "packed_attention": {  # queries at a time, keys at a time, warps, stages
+        "32 bit one row": [(16, 32, 4, 1)],
+        "32 bit d32": [(64, 32, 4, 1), (128, 32, 8, 1)],
+        "32 bit d32 masked": [(64, 32, 4, 1), (128, 32, 8, 1)],
+        "32 bit d32 biased": [(64, 32, 4, 1)],
+        "32 bit d64": [(64, 32, 4, 1), (128, 32, 8, 1), (32, 32, 4, 1)],
+        "32 bit d64 masked": [(64, 32, 4, 1), (128, 32, 8, 1)],
+        "32 bit d64 biased": [(64, 32, 8, 1), (32, 32, 4, 1)],
+        "32 bit d128": [(32, 32, 4, 1), (16, 32, 4, 1)],
+        "32 bit d128 masked": [(16, 32, 4, 1)],
+        "32 bit d128 biased": [(16, 32, 4, 1)],
+        "16 bit one row": [(16, 32, 2, 1), (16, 32, 4, 1)],
+        "16 bit d32": [(64, 64, 4, 2), (64, 64, 4, 1)],
+        "16 bit d32 masked": [(64, 64, 4, 2), (64, 64, 4, 1)],
+        "16 bit d32 biased": [(32, 32, 4, 2)],
+        "16 bit d64": [(64, 64, 4, 2), (64, 64, 4, 1), (64, 64, 4, 3), (128, 64, 8, 2), (64, 32, 4, 2), (32, 64, 2, 2)],
+        "16 bit d64 masked": [(64, 64, 4, 2), (64, 64, 4, 1), (64, 64, 4, 3), (128, 64, 8, 2), (64, 32, 4, 2)],
+        "16 bit d64 biased": [(64, 64, 4, 2), (64, 32, 4, 2)],
+        "16 bit d128": [(64, 64, 4, 2), (64, 64, 4, 1)],
+        "16 bit d128 masked": [(64, 64, 4, 2), (64, 64, 4, 1)],
+        "16 bit d128 biased": [(32, 32, 4, 2)],
     },
     "one_query_attention": {  # keys at a time, warps
         "d32": [(32, 4)],
@@ -65,7 +79,6 @@ MEASURED: dict[str, dict[str, dict[str, Entry]]] = {'sm_90': {'dropout_add_layer
            'mc_head': {'16 bit 16': (2, 64, 4, 2)},
            'mc_statistics': {'256': (16, 4), '512': (4, 4), '64': (16, 2)},
            'one_query_attention': {'d128': (16, 4)},
-           'packed_attention': {'16 bit d64': (64, 32, 8), '32 bit d64': (16, 16, 4)},
            'repeat_dropout': {'any': (128, 4)}}}
 SOURCES: dict[str, str] = {'sm_90': 'python bench/tune.py --write; NVIDIA H200, torch 2.11.0+cu130, 2026-11'}
 # -- end --
