@@ -38,7 +38,7 @@ WORK = [
     ("packed_attention", "32 bit d64", "float32", plain_attention_problem, (K, 32, 128, 12)),
     ("packed_attention", "16 bit d64 masked", "bfloat16", attention_problem, (K, 64, 128, 12)),
     ("packed_attention", "16 bit d64", "bfloat16", plain_attention_problem, (K, 64, 128, 12)),
-    ("one_query_attention", "d128", "bfloat16", one_query_problem, (K, 512, 128, 12)),
+    ("one_query_attention", "d64", "bfloat16", one_query_problem, (K, 512, 128, 12)),
     ("repeat_dropout", "any", "bfloat16", dropout_problem, (K, 16_384, 768)),
     ("dropout_add_layer_norm", "128", "bfloat16", norm_problem, (K, 8192, 768)),
     ("dropout_add_layer_norm", "256", "bfloat16", norm_problem, (K, 8192, 1024)),

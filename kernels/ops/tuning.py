@@ -38,8 +38,9 @@ CANDIDATES: dict[str, dict[str, Sequence[Entry]]] = {
         "16 bit d128 biased": [(32, 32, 4, 2)],
     },
     "one_query_attention": {  # keys at a time, warps
-        "d32": [(32, 4)],
-        "d128": [(16, 8), (16, 4)],
+        "d32": [(32, 2)],
+        "d64": [(32, 2), (32, 8)],
+        "d128": [(32, 4), (32, 8)],
     },
     "repeat_dropout": {  # Philox calls of a program (eight elements each), warps
         "any": [(128, 4), (256, 4), (256, 8)],
@@ -78,7 +79,6 @@ CHOSEN = "chosen without a card"
 MEASURED: dict[str, dict[str, dict[str, Entry]]] = {'sm_90': {'dropout_add_layer_norm': {'128': (4,), '256': (4,)},
            'mc_head': {'16 bit 16': (2, 64, 4, 2)},
            'mc_statistics': {'256': (16, 4), '512': (4, 4), '64': (16, 2)},
-           'one_query_attention': {'d128': (16, 4)},
            'repeat_dropout': {'any': (128, 4)}}}
 SOURCES: dict[str, str] = {'sm_90': 'python bench/tune.py --write; NVIDIA H200, torch 2.11.0+cu130, 2026-11'}
 # -- end --
