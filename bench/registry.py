@@ -202,7 +202,7 @@ def dropout_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> 
     )
 
 
-def attention_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Problem:
+def attention_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str, p: float = P) -> Problem:
     """Texts of 1/4 to all of L tokens, evenly; every replica has states of its own, as in scope all. eager and sdpa are padded."""
     samples, texts, length, heads = shape
     lengths = torch.linspace(max(1, length // 4), length, texts).long()
@@ -213,11 +213,11 @@ def attention_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -
     unseen = (torch.arange(length) >= lengths[:, None]).repeat(samples, 1)[:, None, None].to(device)
     bias = torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, -torch.inf)
     starts, ids, zeros = ends.to(device), torch.arange(texts, device=device), torch.zeros(texts, dtype=torch.int64, device=device)
-    masks = (samples, P, SEED, SITE)
+    masks = (samples, p, SEED, SITE)
 
     def eager() -> Tensor:
         probs = torch.softmax(padded[0] @ padded[1].transpose(2, 3) * scaling + bias, -1)
-        return F.dropout(probs, P) @ padded[2]
+        return F.dropout(probs, p) @ padded[2]
 
     def check() -> str:
         few = min(texts, 3)
@@ -233,12 +233,17 @@ def attention_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -
     pairs = int((lengths * lengths).sum())
     return Problem(
         lambda: packed_attention.packed_attention(query, key, value, starts, zeros, starts, length, heads, scaling, *masks, ids),
-        {"eager": eager, "sdpa": lambda: F.scaled_dot_product_attention(*padded, attn_mask=bias, dropout_p=P)},
+        {"eager": eager, "sdpa": lambda: F.scaled_dot_product_attention(*padded, attn_mask=bias, dropout_p=p)},
         check,
         packed_attention.bytes_moved(samples, tokens, tokens, width, query.element_size()),
         packed_attention.operations(samples, pairs, width)[0],
-        ("random lanes", samples * pairs * heads),
+        ("random lanes", samples * pairs * heads if p else 0),
     )
+
+
+def plain_attention_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Problem:
+    """What the deterministic layers of a trunk do."""
+    return attention_problem(shape, dtype, device, 0.0)
 
 
 def rows_of_texts(rows: int, width: int, device: str) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from registry import (
     head_problem,
     norm_problem,
     one_query_problem,
+    plain_attention_problem,
     statistics_problem,
 )
 from timing import interleaved, spread
@@ -33,9 +34,11 @@ FILE = Path(__file__).resolve().parent.parent / "kernels" / "ops" / "tuning.py"
 WORTH = 0.98  # of the default's time
 # op, class of shape, dtype, the registry's problem and its shape: one that fills the card, in the method's own proportions
 WORK = [
-    ("packed_attention", "32 bit d64", "float32", attention_problem, (K, 32, 128, 12)),
-    ("packed_attention", "16 bit d64", "bfloat16", attention_problem, (K, 64, 128, 12)),
-    ("one_query_attention", "d128", "bfloat16", one_query_problem, (K, 512, 128, 12)),
+    ("packed_attention", "32 bit d64 masked", "float32", attention_problem, (K, 32, 128, 12)),
+    ("packed_attention", "32 bit d64", "float32", plain_attention_problem, (K, 32, 128, 12)),
+    ("packed_attention", "16 bit d64 masked", "bfloat16", attention_problem, (K, 64, 128, 12)),
+    ("packed_attention", "16 bit d64", "bfloat16", plain_attention_problem, (K, 64, 128, 12)),
+    ("one_query_attention", "d64", "bfloat16", one_query_problem, (K, 512, 128, 12)),
     ("repeat_dropout", "any", "bfloat16", dropout_problem, (K, 16_384, 768)),
     ("dropout_add_layer_norm", "128", "bfloat16", norm_problem, (K, 8192, 768)),
     ("dropout_add_layer_norm", "256", "bfloat16", norm_problem, (K, 4096, 2048)),
@@ -46,7 +49,7 @@ WORK = [
     ("mc_head", "16 bit 16", "bfloat16", head_problem, (K, 4096, 768, 16)),
 ]
 TOYS = {attention_problem: (4, 4, 24, 2), one_query_problem: (4, 4, 24, 2), dropout_problem: (4, 32, 384), norm_problem: (4, 32, 384)}
-TOYS |= {statistics_problem: (4, 32, 2, 2), head_problem: (4, 32, 384, 2)}
+TOYS |= {plain_attention_problem: (4, 4, 24, 2), statistics_problem: (4, 32, 2, 2), head_problem: (4, 32, 384, 2)}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -125,7 +128,7 @@ def main() -> None:
         for entry, ms in times.items():
             note = "taken" if entry == found[op][shape] else ""
             rows.append({"op": op, "shape": shape, "size": size, "dtype": dtype, "entry": entry, "ms": ms, "taken": bool(note)})
-            print(f"{op:<24}{shape:<16}{entry!s:<18}{ms:10.4f} ms  {'default ' if entry == default else ''}{note}", flush=True)
+            print(f"{op:<24}{shape:<20}{entry!s:<18}{ms:10.4f} ms  {'default ' if entry == default else ''}{note}", flush=True)
         if args.json:
             Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
         if args.write:

@@ -8,6 +8,7 @@ class Specialisation(NamedTuple):
 
     signature: argument name -> Triton type ("*fp32", "i32", "i64", "fp32") of every argument that is not a constexpr.
     constexprs: argument name -> value. fast: compiled by the default test run too, not only by the slow one.
+    aligned: compiled as Triton's JIT does for pointers that 16 divides, as those of torch's allocations are; else without that.
     """
 
     name: str
@@ -17,3 +18,4 @@ class Specialisation(NamedTuple):
     num_warps: int = 4
     num_stages: int = 2
     fast: bool = False
+    aligned: bool = False

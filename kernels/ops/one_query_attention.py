@@ -5,7 +5,7 @@
     mask: contract of philox.py, element = (head * 16384 + query position) * 16384 + l; sample first_sample + r (plain_first: r - 1)
 
 Bytes: keys and values once per text, R rows out. Operations: 2 T D (scores) + 2 R T D (values); exact, since other rows of the
-layer's output are read by nobody.
+layer's output are read by nobody. The values' products run on the matrix units as several of TF32, whose error is that of float32.
 Letters: R replicas · B texts · T tokens, packed · H heads of d · D = H d.
 """
 
@@ -82,6 +82,18 @@ if philox.triton is not None:
     import triton
     import triton.language as tl
 
+    from muka_fast.ops.packed_attention import halves, product
+
+    @triton.jit
+    def weighted(b_p, b_v):
+        """b_p b_v in float32; values of 16 bits are numbers of TF32 as they are."""
+        if b_v.dtype == tl.float32:
+            return product(b_p, b_v)
+        else:
+            b_high, b_low = halves(b_p)
+            b_v = b_v.to(tl.float32)
+            return tl.dot(b_high, b_v, tl.dot(b_low, b_v, input_precision="tf32"), input_precision="tf32")
+
     @triton.jit(do_not_specialize=["seed", "site", "first_sample", "threshold", "num_plain", "R", "B", "bias_stride"])
     def one_query_attention_kernel(
         p_q,  # [B, H * d]
@@ -110,8 +122,12 @@ if philox.triton is not None:
         # Masks act after the softmax, so the online softmax carries one maximum and one sum for all replicas.
         highest, total = -float("inf"), 0.0
         b_y = tl.zeros([R_PAD, D_PAD], tl.float32)
+        # Columns of a block: of 32 keys, column 4 i + t holds key 8 t + i. A matrix unit takes columns t, t + 4, ... of a factor from
+        # thread t of four: the eight keys of one Philox call, so that no lane has to change threads.
+        o_n = tl.arange(0, BLOCK)
+        o_n = o_n // 32 * 32 + o_n % 4 * 8 + o_n // 4 % 8
         for l in range(0, length, BLOCK):  # noqa: E741
-            o_l = l + tl.arange(0, BLOCK)
+            o_l = l + o_n
             m_l = o_l < length
             o_kv = (b_start + o_l)[:, None] * (G * D) + (i_h // (H // G)) * D + o_d[None, :]
             m_kv = m_l[:, None] & m_d[None, :]
@@ -127,9 +143,10 @@ if philox.triton is not None:
             highest = higher
             b_call = (first_call + l // 8 + tl.arange(0, BLOCK // 8))[None, :] + tl.zeros([R_PAD, 1], tl.int32)
             keep = philox.keep_lanes(seed, b_call, b_sample, site, b_id, b_threshold, BLOCK // 8, R_PAD)
-            b_masked = tl.where(keep, b_p[None, :] * b_scale, 0.0)
-            b_v = tl.load(p_v + o_kv, mask=m_kv, other=0.0).to(tl.float32)
-            b_y = b_y * shrink + tl.dot(b_masked, b_v, input_precision="ieee")
+            keep = tl.permute(tl.reshape(keep, [R_PAD, BLOCK // 32, 4, 8]), (0, 1, 3, 2))
+            b_masked = tl.where(tl.reshape(keep, [R_PAD, BLOCK]), b_p[None, :] * b_scale, 0.0)
+            b_v = tl.load(p_v + o_kv, mask=m_kv, other=0.0)
+            b_y = b_y * shrink + weighted(b_masked, b_v)
         p_y += (o_r[:, None].to(tl.int64) * B + i_b) * (H * D) + i_h * D + o_d[None, :]
         tl.store(p_y, (b_y / total).to(p_y.dtype.element_ty), mask=(o_r < R)[:, None] & m_d[None, :])
 
@@ -139,7 +156,7 @@ if philox.triton is not None:
         return max(16, triton.next_power_of_2(size))  # the least that tl.dot takes
 
     def shape_class(head_dim: int) -> str:
-        return "d32" if pad(head_dim) <= 32 else "d128"
+        return f"d{next((width for width in (32, 64) if pad(head_dim) <= width), 128)}"
 
     def _triton(
         query, key, value, starts, num_heads, scaling, num_samples, p, seed, site, example_ids, query_positions, position_bias,
@@ -180,6 +197,7 @@ if philox.triton is not None:
             num_warps=num_warps,
             num_stages=1,
             fast=dtype == "bf16" and head_dim == 64 and not biased and place == 0,
+            aligned=True,
         )
         for dtype in ("fp32", "fp16", "bf16")
         for head_dim, replicas, biased in ((32, 32, False), (64, 16, False), (64, 32, True), (128, 32, False))

@@ -5,7 +5,8 @@
     mask: contract of philox.py, element = (head * 16384 + query position) * 16384 + l; sample first_sample + r (plain_first: r - 1)
 
 No padding and no probabilities in memory: an online softmax over blocks of keys (Milakov, Gimelshein, arXiv 1805.02867; Dao et al.,
-arXiv 2205.14135), the masks struck after the exponential, where they leave the sum alone.
+arXiv 2205.14135), the masks struck after the exponential, where they leave the sum alone. Products run on the matrix units, those of
+float32 as three of TF32, whose error is that of float32 (infinite states give NaN).
 
 Bytes: queries, keys, values and the result once each per replica (shared ones once, from the cache after that). Operations: 4 d per
 query, key and head on the matrix units, and one Philox call per eight pairs on the integer units: by bench/predict.py, with d = 64
@@ -120,6 +121,40 @@ if philox.triton is not None:
     import triton
     import triton.language as tl
 
+    LOG2E = tl.constexpr(1.4426950408889634)
+
+    @triton.jit
+    def halves(x):
+        """float32 rounded to the 19 bits that TF32 keeps, and the rest, of which it keeps all but the last bit."""
+        high = (x.to(tl.int32, bitcast=True) + 4096 & -8192).to(tl.float32, bitcast=True)
+        return high, x - high
+
+    @triton.jit
+    def product(a, b):
+        """a b, accumulated in float32. Of float32 factors all but low * low: 2^-22 of the result."""
+        if a.dtype == tl.float32:
+            a_high, a_low = halves(a)
+            b_high, b_low = halves(b)
+            mixed = tl.dot(a_low, b_high, tl.dot(a_high, b_low, input_precision="tf32"), input_precision="tf32")
+            return tl.dot(a_high, b_high, mixed, input_precision="tf32")
+        else:
+            return tl.dot(a, b)
+
+    @triton.jit
+    def column_keys(BLOCK_N: tl.constexpr):
+        """Key of every column of a block: of 32, column 8 i + 2 t + j holds key 8 t + 2 i + j, which attention does not mind.
+
+        The matrix units leave columns 2 t and 2 t + 1 of every eight to thread t of four. In this order those are the eight keys of
+        one Philox call: every thread draws its own lanes, and none travels through shared memory.
+        """
+        o_n = tl.arange(0, BLOCK_N)
+        return o_n // 32 * 32 + o_n // 2 % 4 * 8 + o_n // 8 % 4 * 2 + o_n % 2
+
+    @triton.jit
+    def columns_of_keys(x, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+        """[ROWS, BLOCK_N] by keys -> by the columns of `column_keys`."""
+        return tl.reshape(tl.permute(tl.reshape(x, [ROWS, BLOCK_N // 32, 4, 4, 2]), (0, 1, 3, 2, 4)), [ROWS, BLOCK_N])
+
     @triton.jit(
         do_not_specialize=[
             "seed", "site", "first_sample", "threshold", "num_plain", "Q", "T", "q_replica", "kv_replica", "bias_head", "bias_row",
@@ -150,55 +185,60 @@ if philox.triton is not None:
             m_d = (o_d < D)[None, :]
             first_key = tl.load(p_starts + i_b)
             length = (tl.load(p_starts + i_b + 1) - first_key).to(tl.int32)
-            o_q = (first_query + o_m)[:, None] * (H * D) + i_h * D + o_d[None, :]
-            b_q = tl.load(p_q + i_r.to(tl.int64) * q_replica * Q * H * D + o_q, mask=m_m[:, None] & m_d, other=0.0)
-            p_kv = i_r.to(tl.int64) * kv_replica * T * G * D + (i_h // (H // G)) * D
-            position = tl.load(p_positions + i_b) + o_m
+            o_q, m_q = o_m[:, None] * (H * D) + o_d[None, :], m_m[:, None] & m_d
+            b_q = tl.load(p_q + ((i_r * q_replica * Q + first_query) * H + i_h) * D + o_q, mask=m_q, other=0.0)
+            kv = ((i_r * kv_replica * T + first_key) * G + i_h // (H // G)) * D  # first_query and first_key are int64
+            position = tl.load(p_positions + i_b).to(tl.int32) + o_m
+            o_n = column_keys(BLOCK_N)
+            # The exponential of two is the machine's own. A bias may be the lowest number there is: it is not multiplied.
+            UNIT: tl.constexpr = LOG2E if HAS_BIAS else 1.0
+            if not HAS_BIAS:
+                scaling *= LOG2E
             if MASKED:
-                b_id = tl.load(p_ids + i_b) + tl.zeros([BLOCK_M, 1], tl.int64)
                 # element // 8 of key 0: the stride of a row of probabilities is a multiple of eight.
-                first_call = ((i_h.to(tl.int64) * 16384 + position) * 2048).to(tl.int32)
-                sample = first_sample - num_plain + i_r
+                first_call = (i_h * 16384 + position) * 2048
+                sample, text_id = first_sample - num_plain + i_r, tl.load(p_ids + i_b)
                 plain = i_r < num_plain  # the plain replica keeps every lane
                 b_threshold, b_scale = tl.where(plain, 0, threshold), tl.where(plain, 1.0, scale)
             highest, total = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
             b_y = tl.zeros([BLOCK_M, D_PAD], tl.float32)
             for l in range(0, length, BLOCK_N):  # noqa: E741
-                o_l = l + tl.arange(0, BLOCK_N)
+                o_l = l + o_n
                 m_l = o_l < length
-                o_kv = p_kv + (first_key + o_l)[:, None] * (G * D) + o_d[None, :]
-                b_k = tl.load(p_k + o_kv, mask=m_l[:, None] & m_d, other=0.0)
-                b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scaling
+                o_kv, m_kv = o_l[:, None] * (G * D) + o_d[None, :], m_l[:, None] & m_d
+                b_k = tl.load(p_k + kv + o_kv, mask=m_kv, other=0.0)
+                b_s = product(b_q, tl.trans(b_k)) * scaling
                 if HAS_BIAS:
-                    o_bias = i_h * bias_head + position[:, None] * bias_row + o_l[None, :]
-                    b_s += tl.load(p_bias + o_bias, mask=m_m[:, None] & m_l[None, :], other=0.0).to(tl.float32)
-                b_s = tl.where(m_l[None, :], b_s, -float("inf"))
+                    p_row = p_bias + i_h * bias_head + position.to(tl.int64)[:, None] * bias_row
+                    m_bias = m_m[:, None] & m_l[None, :]
+                    b_s += tl.load(p_row + o_l[None, :], mask=m_bias, other=-float("inf")).to(tl.float32)
+                else:
+                    b_s = tl.where(m_l[None, :], b_s, -float("inf"))
                 higher = tl.maximum(highest, tl.max(b_s, 1))
-                shrink = tl.exp(highest - higher)
-                b_p = tl.exp(b_s - higher[:, None])
+                shrink = tl.exp2((highest - higher) * UNIT)
+                b_p = tl.exp2((b_s - higher[:, None]) * UNIT)
                 total = total * shrink + tl.sum(b_p, 1)
                 highest = higher
                 if MASKED:
                     b_call = first_call[:, None] + (l // 8 + tl.arange(0, BLOCK_N // 8))[None, :]
-                    keep = philox.keep_lanes(seed, b_call, sample, site, b_id, b_threshold, BLOCK_N // 8, BLOCK_M)
-                    b_p = tl.where(keep, b_p, 0.0)
-                b_v = tl.load(p_v + o_kv, mask=m_l[:, None] & m_d, other=0.0)
-                b_y = b_y * shrink[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+                    keep = philox.keep_lanes(seed, b_call, sample, site, text_id, b_threshold, BLOCK_N // 8, BLOCK_M)
+                    b_p = tl.where(columns_of_keys(keep, BLOCK_M, BLOCK_N), b_p, 0.0)
+                b_v = tl.load(p_v + kv + o_kv, mask=m_kv, other=0.0)
+                b_y = b_y * shrink[:, None] + product(b_p.to(b_v.dtype), b_v)
             b_y = b_y / total[:, None]
             if MASKED:
                 b_y *= b_scale
-            p_y += i_r.to(tl.int64) * Q * H * D
-            tl.store(p_y + o_q, b_y.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_d)
+            tl.store(p_y + ((i_r * Q + first_query) * H + i_h) * D + o_q, b_y.to(p_y.dtype.element_ty), mask=m_q)
 
     def pad(size: int) -> int:
         return max(16, triton.next_power_of_2(size))  # the least that tl.dot takes
 
-    def shape_class(itemsize: int, head_dim: int, longest_query: int) -> str:
-        """Of tuning.py. Float32 products are kept exact, without the matrix units, so that their tiles are smaller."""
-        if itemsize == 2 and longest_query <= 16:
-            return "16 bit one row"
-        widths = (32, 64, 128) if itemsize == 4 else (64, 128)
-        return f"{8 * itemsize} bit d{next((width for width in widths if pad(head_dim) <= width), widths[-1])}"
+    def shape_class(itemsize: int, head_dim: int, longest_query: int, masked: bool, biased: bool) -> str:
+        """Of tuning.py."""
+        if longest_query <= 16:
+            return f"{8 * itemsize} bit one row"
+        width = next((width for width in (32, 64) if pad(head_dim) <= width), 128)
+        return f"{8 * itemsize} bit d{width}{' biased' if biased else ' masked' if masked else ''}"
 
     def _triton(
         query, key, value, query_starts, first_positions, starts, longest, num_heads, scaling, num_samples, p, seed, site, example_ids,
@@ -219,8 +259,8 @@ if philox.triton is not None:
         threshold, scale = philox.mask_parameters(p)
         texts, tokens, queries, head_dim = len(starts) - 1, key.shape[-2], query.shape[-2], query.shape[-1] // num_heads
         longest_query = 1 if queries == texts else longest
-        shape = shape_class(query.element_size(), head_dim, longest_query)
-        BLOCK_M, BLOCK_N, num_warps = tuning.choose("packed_attention", shape, query.device)
+        shape = shape_class(query.element_size(), head_dim, longest_query, p > 0, position_bias is not None)
+        BLOCK_M, BLOCK_N, num_warps, num_stages = tuning.choose("packed_attention", shape, query.device)
         bias = query.new_empty(1, 1, 1) if position_bias is None else position_bias
         bias = bias if bias.stride(-1) == 1 else bias.contiguous()
         # Triton launches on the current device, which need not be that of the query.
@@ -230,7 +270,8 @@ if philox.triton is not None:
                 query, key, value, query_starts, first_positions, starts, bias, out, example_ids, scaling, seed, site, first_sample,
                 threshold, scale, int(plain_first), queries, tokens, num_heads, key.shape[-1] // head_dim, int(query.dim() == 3),
                 int(key.dim() == 3), bias.stride(0) if bias.shape[0] > 1 else 0, bias.stride(1), D=head_dim, D_PAD=pad(head_dim),
-                BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HAS_BIAS=position_bias is not None, MASKED=p > 0, num_warps=num_warps, num_stages=1,
+                BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HAS_BIAS=position_bias is not None, MASKED=p > 0, num_warps=num_warps,
+                num_stages=num_stages,
             )  # fmt: skip
         return out
 
@@ -242,7 +283,7 @@ if philox.triton is not None:
     def _specialisation(
         dtype: str, head_dim: int, longest_query: int, biased: bool, masked: bool, tile: tuple[int, ...], first: bool
     ) -> Specialisation:
-        BLOCK_M, BLOCK_N, num_warps = tile
+        BLOCK_M, BLOCK_N, num_warps, num_stages = tile
         constexprs = {"D": head_dim, "D_PAD": pad(head_dim), "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
         return Specialisation(
             f"packed_attention {dtype} d={head_dim} rows={min(longest_query, 99)}{' biased' * biased}{' masked' * masked} {tile}",
@@ -250,8 +291,9 @@ if philox.triton is not None:
             {**dict.fromkeys(("p_q", "p_k", "p_v", "p_bias", "p_y"), f"*{dtype}"), **_TYPES},
             constexprs | {"HAS_BIAS": biased, "MASKED": masked},
             num_warps=num_warps,
-            num_stages=1,
-            fast=dtype == "bf16" and head_dim == 64 and longest_query > 16 and masked and first,
+            num_stages=num_stages,
+            fast=dtype == "bf16" and head_dim == 64 and longest_query > 16 and masked and not biased and first,
+            aligned=True,
         )
 
     CANDIDATES = tuning.CANDIDATES["packed_attention"]
@@ -259,8 +301,8 @@ if philox.triton is not None:
         _specialisation(dtype, head_dim, rows, biased, masked, tile, place == 0)
         for dtype in ("fp32", "fp16", "bf16")
         for head_dim in (32, 64, 128)
-        for rows, biased, masked in ((128, False, False), (128, True, True), (1, True, True))
-        for place, tile in enumerate(CANDIDATES[shape_class(4 if dtype == "fp32" else 2, head_dim, rows)])
+        for rows, biased, masked in ((128, False, False), (128, False, True), (128, True, True), (1, True, True))
+        for place, tile in enumerate(CANDIDATES[shape_class(4 if dtype == "fp32" else 2, head_dim, rows, masked, biased)])
     ]
 
 _op = table.register(

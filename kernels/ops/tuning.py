@@ -15,17 +15,32 @@ Entry = tuple[int, ...]
 
 # op -> class of shape -> candidates. What the numbers are stands beside each op; the last one or two are warps (and stages).
 CANDIDATES: dict[str, dict[str, Sequence[Entry]]] = {
-    "packed_attention": {  # queries at a time, keys at a time, warps
-        "32 bit d32": [(16, 32, 4)],
-        "32 bit d64": [(16, 16, 4), (32, 16, 4)],
-        "32 bit d128": [(32, 16, 8)],
-        "16 bit one row": [(16, 32, 4)],
-        "16 bit d64": [(64, 32, 8), (32, 32, 4), (32, 64, 8)],
-        "16 bit d128": [(32, 32, 8), (32, 16, 8)],
+    "packed_attention": {  # queries at a time, keys at a time, warps, stages
+        "32 bit one row": [(16, 32, 4, 1)],
+        "32 bit d32": [(64, 32, 4, 1), (128, 32, 8, 1)],
+        "32 bit d32 masked": [(64, 32, 4, 1), (128, 32, 8, 1)],
+        "32 bit d32 biased": [(64, 32, 4, 1)],
+        "32 bit d64": [(64, 32, 4, 1), (128, 32, 8, 1), (32, 32, 4, 1)],
+        "32 bit d64 masked": [(64, 32, 4, 1), (128, 32, 8, 1)],
+        "32 bit d64 biased": [(64, 32, 8, 1), (32, 32, 4, 1)],
+        "32 bit d128": [(32, 32, 4, 1), (16, 32, 4, 1)],
+        "32 bit d128 masked": [(16, 32, 4, 1)],
+        "32 bit d128 biased": [(16, 32, 4, 1)],
+        "16 bit one row": [(16, 32, 2, 1), (16, 32, 4, 1)],
+        "16 bit d32": [(64, 64, 4, 2), (64, 64, 4, 1)],
+        "16 bit d32 masked": [(64, 64, 4, 2), (64, 64, 4, 1)],
+        "16 bit d32 biased": [(32, 32, 4, 2)],
+        "16 bit d64": [(64, 64, 4, 2), (64, 64, 4, 1), (64, 64, 4, 3), (128, 64, 8, 2), (64, 32, 4, 2), (32, 64, 2, 2)],
+        "16 bit d64 masked": [(64, 64, 4, 2), (64, 64, 4, 1), (64, 64, 4, 3), (128, 64, 8, 2), (64, 32, 4, 2)],
+        "16 bit d64 biased": [(64, 64, 4, 2), (64, 32, 4, 2)],
+        "16 bit d128": [(64, 64, 4, 2), (64, 64, 4, 1)],
+        "16 bit d128 masked": [(64, 64, 4, 2), (64, 64, 4, 1)],
+        "16 bit d128 biased": [(32, 32, 4, 2)],
     },
     "one_query_attention": {  # keys at a time, warps
-        "d32": [(32, 4)],
-        "d128": [(16, 8), (16, 4)],
+        "d32": [(32, 2)],
+        "d64": [(32, 2), (32, 8)],
+        "d128": [(32, 4), (32, 8)],
     },
     "repeat_dropout": {  # Philox calls of a row at a time (eight elements each), calls of a program, warps
         "any": [(32, 32, 1), (64, 64, 1), (32, 128, 4), (128, 128, 4), (32, 256, 4), (256, 256, 4)],

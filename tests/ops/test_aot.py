@@ -37,10 +37,12 @@ def cases():
 
 def usage(item, arch):
     """Registers, stack bytes (spills and local arrays) and shared memory of the machine code that Triton would load."""
+    pointers = [place for place, name in enumerate(item.kernel.arg_names) if item.signature.get(name, "").startswith("*")]
     source = ASTSource(
         fn=item.kernel,
         signature={**item.signature, **dict.fromkeys(item.constexprs, "constexpr")},
         constexprs=item.constexprs,
+        attrs={(place,): [["tt.divisibility", 16]] for place in pointers} if item.aligned else {},
     )
     options = {"num_warps": item.num_warps, "num_stages": item.num_stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

@@ -85,7 +85,7 @@ def test_a_run_that_is_cut_off_keeps_what_it_has_measured(tune, monkeypatch, tmp
     assert [(row["entry"], row["taken"]) for row in json.loads(file.read_text())] == [([16, 16, 4], False), ([32, 16, 4], True)]
     names: dict = {}
     exec(compile(table.read_text(), "tuning.py", "exec"), names)
-    assert names["MEASURED"]["sm_90"] == {"packed_attention": {"32 bit d64": (32, 16, 4)}}
+    assert names["MEASURED"]["sm_90"]["packed_attention"] == {"32 bit d64 masked": (32, 16, 4)}
     assert "a card" in names["SOURCES"]["sm_90"]
 
 
