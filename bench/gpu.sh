@@ -86,10 +86,10 @@ else
   run build 90 "$python" setup.py -q build_ext --inplace
   # While the tests run, what later stages time is compiled, and what they read is made: nothing of this is timed.
   case ",$stages," in *,correct,*)
-    background() { timeout --kill-after=10 150 "$python" "$@" >"$work/background.log" 2>&1 & }
+    background() { timeout --kill-after=10 100 "$python" "$@" >"$work/background.log" 2>&1 & }
     background bench/tune.py --seconds 0.01
     background bench/throughput.py --device cuda --seconds 0.01 --json "$work/float32.json"
-    background bench/throughput.py --device cuda --dtype bfloat16 --seconds 0.01 --json "$work/bfloat16.json"
+    background bench/throughput.py --device cuda --dtype bfloat16 --compare eager,ours --seconds 0.01 --json "$work/bfloat16.json"
     background -c "import sys; sys.path.insert(0, 'bench'); import synthetic as s; from pathlib import Path; s.make_texts(Path('$work'), $texts)"
   esac
   # shellcheck disable=SC2086
@@ -101,16 +101,18 @@ else
   run tune 75 "$python" bench/tune.py --write --seconds 0.3 --json "$out/tuning.json"
   cp kernels/ops/tuning.py "$out/tuning.py"
   for dtype in float32 bfloat16; do
-    case $dtype in float32) stem=throughput ;; *) stem=throughput_$dtype ;; esac
-    run ops 90 "$python" bench/throughput.py --device cuda --dtype "$dtype" --seconds 0.3
+    case $dtype in float32) stem=throughput compare=() ;; *) stem=throughput_$dtype compare=(--compare eager,ours) ;; esac
+    run ops 90 "$python" bench/throughput.py --device cuda --dtype "$dtype" --seconds 0.3 "${compare[@]}"
     for measured in "$out/$stem"_h[12]00_*.json; do
       machine=${measured##*"$stem"_}
       [ -f "$measured" ] && run predicted 30 "$python" bench/predict.py --machine "${machine%%_*}" --dtype "$dtype" --measured "$measured"
     done
   done
-  # Enough texts that the seconds of loading teachers do not hide what a text costs; a batch that the host's launches do not limit.
-  run amalgamation 240 "$python" bench/amalgamation.py --synthetic base --texts 16384 --precisions bf16 --repetitions 1 \
+  run amalgamation 120 "$python" bench/amalgamation.py --synthetic base --texts 4096 --precisions bf16 --repetitions 1 \
     --workdir "$work/amalgamation"
+  # Enough texts that loading teachers does not hide what a text costs; a batch of training that the host's launches do not limit.
+  run amalgamation 120 "$python" bench/amalgamation.py --synthetic base --texts $texts --scopes last:1 head --precisions bf16 \
+    --repetitions 1 --workdir "$work/amalgamation" --stem amalgamation_long
   run train 120 "$python" bench/student.py --size base --batch_size 2048 --steps $((texts / 2048)) --workdir "$work/student"
   run sanitize 300 "$python" -m pytest -q -m gpu tests/test_sanitizer.py
   run launches 60 "$python" bench/launches.py

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from ceilings import gemm_flops_per_s
-from environment import show
+from environment import markdown_table, show
 from synthetic import DECODERS, SIZES, make_encoder, make_teacher, make_texts
 from timing import largest_resident_bytes, own_process
 from transformers import AutoConfig, AutoTokenizer
@@ -81,6 +81,12 @@ def work(args: argparse.Namespace, folder: Path, stage: str, batch_size: int) ->
     return {"texts_per_s": statistics.median(line["texts_per_s"] for line in lines[1:] or lines), "peak_bytes": peak}
 
 
+def table(rows: list[dict]) -> str:
+    shown = {"stage": "{}", "batch_size": "{}", "texts_per_s": "{:.1f}", "mfu": "{:.1%}"} | dict.fromkeys(("peak_MiB", "planned_MiB"), "{:.0f}")
+    in_mib = [row | {f"{name}_MiB": row[f"{name}_bytes"] / 2**20 for name in ("peak", "planned")} for row in rows]
+    return markdown_table(in_mib, shown)
+
+
 def main() -> int:
     args = parse_arguments()
     if args.work:
@@ -108,16 +114,9 @@ def main() -> int:
             planned = stage_memory(stage, cost, 1, args.precision)
             row |= {"mfu": row["texts_per_s"] * flops / limit, "planned_bytes": planned.device}
             rows.append({"stage": stage, "batch_size": batch_size, **row})
-            print(json.dumps(rows[-1]), flush=True)
-    parameters = f"{cost.num_parameters / 1e6:,.0f} M parameters, {args.precision}, {mean} tokens a text"
-    lines = [f"# The student's loop: {args.size}, {parameters}, {args.device}", "", f"Matrix rate {limit / 1e12:.2f} TFLOP/s.", ""]
-    lines += ["| ZeRO | batch | texts/s | MFU | peak MiB | planned MiB |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        speed, memory = f"{row['texts_per_s']:.1f} | {100 * row['mfu']:.1f} %", (row["peak_bytes"], row["planned_bytes"])
-        lines.append(f"| {row['stage']} | {row['batch_size']} | {speed} | " + " | ".join(f"{size / 2**20:.0f}" for size in memory) + " |")
-    text = "\n".join(lines) + "\n"
-    if rows:
-        show(f"student_{args.size}", rows, text, args.device, args.json)
+            told = f"{cost.num_parameters / 1e6:,.0f} M parameters, {args.precision}, {mean} tokens a text, {args.device}"
+            text = f"# The student's loop: {args.size}, {told}\n\nMatrix rate {limit / 1e12:.2f} TFLOP/s.\n\n{table(rows)}"
+            show(f"student_{args.size}", rows, text, args.device, args.json)  # anew after every row: a run may be cut off
     return int(bool(failed))
 
 

@@ -46,7 +46,8 @@ WORK = [
     ("mc_statistics", "160", "float32", statistics_problem, (K, 4096, 8, 150)),
     ("mc_statistics", "256", "float32", statistics_problem, (K, 4096, 8, 200)),
     ("mc_statistics", "512", "float32", statistics_problem, (K, 2048, 4, 500)),
-    ("mc_head", "16 bit 16", "bfloat16", head_problem, (K, 4096, 768, 16)),
+    ("mc_head", "16 bit 16", "bfloat16", head_problem, (K, 1024, 768, 16)),
+    ("mc_head", "32 bit 16", "float32", head_problem, (K, 1024, 768, 16)),
 ]
 TOYS = {attention_problem: (4, 4, 24, 2), one_query_problem: (4, 4, 24, 2), dropout_problem: (4, 32, 384), norm_problem: (4, 32, 384)}
 TOYS |= {plain_attention_problem: (4, 4, 24, 2), statistics_problem: (4, 32, 2, 2), head_problem: (4, 32, 384, 2)}
