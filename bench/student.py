@@ -82,7 +82,8 @@ def work(args: argparse.Namespace, folder: Path, stage: str, batch_size: int) ->
 
 
 def table(rows: list[dict]) -> str:
-    shown = {"stage": "{}", "batch_size": "{}", "texts_per_s": "{:.1f}", "mfu": "{:.1%}"} | dict.fromkeys(("peak_MiB", "planned_MiB"), "{:.0f}")
+    shown = {"stage": "{}", "batch_size": "{}", "texts_per_s": "{:.1f}", "mfu": "{:.1%}"}
+    shown |= dict.fromkeys(("peak_MiB", "planned_MiB"), "{:.0f}")
     in_mib = [row | {f"{name}_MiB": row[f"{name}_bytes"] / 2**20 for name in ("peak", "planned")} for row in rows]
     return markdown_table(in_mib, shown)
 
