@@ -81,8 +81,16 @@ CHOSEN = "chosen without a card"
 
 # Architecture ("sm_90") -> op -> class of shape -> candidate, and the command, card and versions that measured it.
 # -- written by bench/tune.py --
-MEASURED: dict[str, dict[str, dict[str, Entry]]] = {}
-SOURCES: dict[str, str] = {}
+MEASURED: dict[str, dict[str, dict[str, Entry]]] = {'sm_90': {'dropout_add_layer_norm': {'128': (4, 2), '256': (4, 4)},
+           'mc_head': {'16 bit 16': (4, 64, 4, 1), '32 bit 16': (4, 32, 4, 1)},
+           'mc_statistics': {'128': (4, 4), '160': (2, 8), '256': (1, 8), '512': (1, 8)},
+           'one_query_attention': {'d64': (32, 2)},
+           'packed_attention': {'16 bit d64': (64, 32, 4, 2),
+                                '16 bit d64 masked': (64, 32, 4, 2),
+                                '32 bit d64': (64, 32, 4, 1),
+                                '32 bit d64 masked': (64, 32, 4, 1)},
+           'repeat_dropout': {'any': (32, 32, 1)}}}
+SOURCES: dict[str, str] = {'sm_90': 'python bench/tune.py --write; NVIDIA H200, torch 2.11.0+cu130, 2026-11'}
 # -- end --
 
 
