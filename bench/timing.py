@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-WAITS = (10**6, 10**7, 5 * 10**7)  # cycles of a GPU: about 0.5, 5 and 25 ms
+WAITS = (10**6, 10**7, 5 * 10**7, 2 * 10**8)  # cycles of a GPU: about 0.5, 5, 25 and 100 ms
 MOST_CALLS = {"cpu": 1000, "cuda": 50}  # in a row: a GPU takes about a thousand launches ahead, and a call may be a dozen
 
 

@@ -62,7 +62,7 @@ class Card:
 
 def test_a_wait_of_the_device_covers_all_launches(bench, monkeypatch):
     timing = bench("timing")
-    for cycles_a_call, waits in ((1e3, 1), (1e5, 2), (1e6, 3), (1e8, 3)):  # the last is never covered
+    for cycles_a_call, waits in ((1e3, 1), (1e5, 2), (1e6, 3), (5e6, 4), (1e8, 4)):  # the last is never covered
         card = Card(monkeypatch, cycles_a_call)
         assert timing.seconds_per_call(card.run, "cuda", 20) == 1.0
         assert card.waits == list(timing.WAITS[:waits])

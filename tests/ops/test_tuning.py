@@ -73,6 +73,7 @@ def test_a_run_that_is_cut_off_keeps_what_it_has_measured(tune, monkeypatch, tmp
     table.write_text(tune.FILE.read_text())
     results = iter([{(16, 16, 4): 2.0, (32, 16, 4): 1.0}])
     monkeypatch.setattr(tune, "FILE", table)
+    monkeypatch.setattr(tuning, "MEASURED", {"sm_90": {"packed_attention": {"32 bit d32": (64, 32, 4, 1)}}})
     monkeypatch.setattr(tune, "time_candidates", lambda *given: next(results))
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(tune, "environment", lambda device: {"gpu": "a card"})
@@ -85,7 +86,7 @@ def test_a_run_that_is_cut_off_keeps_what_it_has_measured(tune, monkeypatch, tmp
     assert [(row["entry"], row["taken"]) for row in json.loads(file.read_text())] == [([16, 16, 4], False), ([32, 16, 4], True)]
     names: dict = {}
     exec(compile(table.read_text(), "tuning.py", "exec"), names)
-    assert names["MEASURED"]["sm_90"]["packed_attention"] == {"32 bit d64 masked": (32, 16, 4)}
+    assert names["MEASURED"]["sm_90"] == {"packed_attention": {"32 bit d32": (64, 32, 4, 1), "32 bit d64 masked": (32, 16, 4)}}
     assert "a card" in names["SOURCES"]["sm_90"]
 
 
