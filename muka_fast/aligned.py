@@ -86,7 +86,8 @@ def reconstruction(rebuilt: Tensor, features: Tensor, widths: Sequence[int]) -> 
 
 def discrepancy(x: Tensor, y: Tensor) -> Tensor:
     """MMD^2 of two batches of directions [B, D] under a sum of five RBF kernels (biased estimate, >= 0); a scalar."""
-    both = normalize(torch.cat([x, y]).float(), dim=-1)
+    # In fp64: directions may be so close to each other that their distances, which the width is measured by, are fp32's rounding.
+    both = normalize(torch.cat([x, y]).double(), dim=-1)
     # exp(0) on the diagonal, whose gradient is 0; cdist's would not be finite there.
     distances = (2 - 2 * both @ both.T).clamp_min(1e-12)
     width = distances.detach().mean().clamp_min(1e-12)

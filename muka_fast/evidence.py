@@ -155,7 +155,8 @@ class RelativeMahalanobis:
     """RMD(F) = maha(F, mu, S0) - min_c maha(F, mu_c, S), squared distances: how much more a text looks like one of the teacher's
     classes (mean mu_c, pooled covariance S) than like any text of the pool (mu, S0).
 
-    With x = F - mu and m_c = mu_c - mu it is x^T (S0^-1 - S^-1) x + max_c (2 x^T S^-1 m_c - m_c^T S^-1 m_c). All fp32.
+    With x = F - mu and m_c = mu_c - mu it is x^T (S0^-1 - S^-1) x + max_c (2 x^T S^-1 m_c - m_c^T S^-1 m_c). Kept in fp32, summed in
+    fp64: where classes hardly spread, the two terms are 1 / LEAST_WITHIN times their sum.
     """
 
     mean: np.ndarray  # mu [D]
@@ -183,9 +184,9 @@ class RelativeMahalanobis:
         return cls(*(part.astype(np.float32) for part in parts))
 
     def scores(self, features: np.ndarray) -> np.ndarray:
-        """RMD of features [.., D]."""
-        x = features - self.mean
-        return ((x @ self.form) * x).sum(1) + (x @ self.pull - self.offset).max(1)
+        """RMD of features [n, D], fp32."""
+        x = (features - self.mean).astype(np.float64)
+        return (((x @ self.form) * x).sum(1) + (x @ self.pull - self.offset).max(1)).astype(np.float32)
 
 
 def precision(deviations: np.ndarray, least: float) -> np.ndarray:

@@ -48,6 +48,7 @@ def test_figures_of_a_row(bench, monkeypatch):
         "agreement_all_vs_all": 0.96,
         "work": {"fp32": importlib.import_module("work").Work(tokens=1000, plain_flops=4e9, gemm_flops_per_s=1e10)},
         "forwards": {names[0]: 17.0, names[1]: 6.0},
+        "peaks": {names[0]: None, names[1]: 1 << 30},
     }
     accuracies = {names[0]: [0.7, 0.72], names[1]: [0.71, 0.7], "published": [0.7, 0.7]}
     spent = {names[0]: 10.0, names[1]: 12.0, "published, fp32": 80.0}
@@ -55,6 +56,7 @@ def test_figures_of_a_row(bench, monkeypatch):
     assert full.keys() >= KEYS and early.keys() >= KEYS
     assert (early["speedup_vs_published"], early["cost_in_plain_forwards"], early["texts_per_s"]) == (15.0, 4.0, 12.5)
     assert (early["mc_tokens_per_s"], early["share_of_gemm"], early["plain_share_of_gemm"]) == (625.0, 0.3, 0.2)
+    assert (full["peak_bytes"], early["peak_bytes"]) == (None, 1 << 30)  # a GPU's is known by then
     assert early["end_to_end_speedup"] == 200 / 20 and full["student_accuracy"] == pytest.approx(0.71)
     without = bench.rows_of(args, scoring, None)[0]
     assert without.keys() >= KEYS and without["student_accuracy"] is None

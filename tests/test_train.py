@@ -217,7 +217,7 @@ def test_zero_stages_change_nothing_where_modules_are_trained_beside(go, method)
     for stage in (1, 3):
         sharded = go(f"stage{stage}", ds={**SMOOTH_ADAM, "zero_optimization": {"stage": stage}}, method=method, epochs=1)
         assert largest_difference(weights(sharded), weights(plain)) <= (1e-4 if stage == 3 else 0)
-        assert losses(sharded) == pytest.approx(losses(plain), rel=1e-4 if stage == 3 else 0)
+        assert losses(sharded) == pytest.approx(losses(plain), rel=1e-5 if stage == 3 else 0)
 
 
 def test_dfa_does_not_depend_on_the_micro_batch_and_cfl_refuses_to(go, world):
