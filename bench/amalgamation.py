@@ -1,7 +1,8 @@
 """What a user gains end to end: muka_fast against the published procedure, same teachers, texts, student and steps, in one run.
 
     python bench/amalgamation.py --encoder DIR --train F --eval F [--texts 320] [--scopes last:1 head all] [--seeds 3] [--json F]
-    python bench/amalgamation.py --synthetic toy|small|base        random weights and installed docstrings: times only
+    python bench/amalgamation.py --synthetic toy|small|base        random weights and installed docstrings: times only, --seeds 1 with
+                                                                   those of training
     python bench/amalgamation.py --encoder DIR ... --scaling       shared layers; peak memory against teachers and passes
 
 Teachers are fine-tuned first (kept in --workdir); the pool is a random part of --train. Scoring times are medians of interleaved
@@ -87,7 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--precisions", nargs="+", choices=list(DTYPES), default=["fp32"], help="of teachers; rows for each")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--repetitions", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=1, help="students per row; 0 leaves the training out")
+    parser.add_argument("--seeds", type=int, help="students per row; 0 leaves the training out (default: 1, of --synthetic 0)")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--batch_size", type=int, default=16)
@@ -103,6 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     ways = [(scope, None) for scope in args.scopes]
     ways += [("all", args.mc_stop)] if args.mc_stop and "all" in args.scopes else []
     args.rows = [Row(*way, precision) for precision in args.precisions for way in ways]
+    args.seeds = (0 if args.synthetic else 1) if args.seeds is None else args.seeds
     if not args.synthetic and not (args.encoder and args.train and args.eval):
         parser.error("--encoder, --train and --eval, or --synthetic")
     return args
@@ -113,7 +115,6 @@ def prepare(args: argparse.Namespace) -> list[str]:
     work = Path(args.workdir)
     work.mkdir(parents=True, exist_ok=True)
     if args.synthetic:
-        args.seeds = 0
         args.train, args.eval = make_texts(work, args.texts)
         args.encoder = str(work / "encoder")
         if not Path(args.encoder).is_dir():
@@ -260,11 +261,14 @@ def timed_so_far(args: argparse.Namespace, times: dict[str, list[float]], publis
 def measure_students(
     args: argparse.Namespace, paths: list[str], texts: TextSet, evaluation: TextSet, space: LabelSpace, stores: Path
 ) -> Iterator[tuple[dict, dict]]:
-    """Accuracies over the seeds and median seconds of a training, per row (from its scores) and of the published procedure; anew
-    after every seed."""
+    """Accuracies over the seeds (none of random teachers) and median seconds of a training, per row (from its scores) and of the
+    published procedure; anew after every seed."""
     accuracies: dict[str, list[float]] = {name: [] for name in [*(row.name for row in args.rows), "published"]}
     seconds: dict[str, list[float]] = {row.name: [] for row in args.rows}
-    scores = published_scores(args, load_published(paths, args.device), texts.texts, padding="longest")
+    if args.synthetic:  # the time of a step does not depend on them
+        scores = torch.rand(len(texts.texts), len(paths))
+    else:
+        scores = published_scores(args, load_published(paths, args.device), texts.texts, padding="longest")
     steps = args.epochs * -(-len(texts.texts) // args.batch_size)
     timed = lambda dtype: published_student(args, paths, texts.texts, scores, space, 0, "max_length", args.published_steps, dtype)[2]
     published_s = {f"published, {precision}": steps * timed(DTYPES[precision]) for precision in args.precisions}
@@ -286,10 +290,12 @@ def measure_students(
                 start = time.perf_counter()
                 output = train(row, seed, folder, args.epochs)
                 seconds[row.name].append(time.perf_counter() - start)
-                student = load_plain(output, args.device).eval()
-                accuracies[row.name].append(measure(student, AutoTokenizer.from_pretrained(output)))
-        student, tokenizer, _ = published_student(args, paths, texts.texts, scores, space, seed)
-        accuracies["published"].append(measure(student, tokenizer))
+                if not args.synthetic:
+                    student = load_plain(output, args.device).eval()
+                    accuracies[row.name].append(measure(student, AutoTokenizer.from_pretrained(output)))
+        if not args.synthetic:
+            student, tokenizer, _ = published_student(args, paths, texts.texts, scores, space, seed)
+            accuracies["published"].append(measure(student, tokenizer))
         yield accuracies, {name: statistics.median(values) for name, values in seconds.items()} | published_s
 
 
@@ -346,9 +352,9 @@ def rows_of(args: argparse.Namespace, scoring: dict, students: tuple[dict, dict]
             published_training_s = spent[f"published, {row.precision}"]
             figures |= {
                 "end_to_end_speedup": (published_s + published_training_s) / (seconds + spent[row.name]),
-                "student_accuracy": statistics.mean(accuracies[row.name]),
+                "student_accuracy": statistics.mean(accuracies[row.name]) if accuracies[row.name] else None,
                 "student_accuracies": accuracies[row.name],
-                "student_accuracy_published": statistics.mean(accuracies["published"]),
+                "student_accuracy_published": statistics.mean(accuracies["published"]) if accuracies["published"] else None,
                 "student_accuracies_published": accuracies["published"],
                 "training_s": spent[row.name],
                 "published_training_s": published_training_s,
@@ -379,12 +385,13 @@ def note(args: argparse.Namespace, texts: TextSet, paths: list[str], students: t
         told += f" Published scoring timed on {args.published_texts} texts and scaled, plus loading its teachers once."
     if students is None:
         return told
+    told += f" Published training timed on {args.published_steps} steps and scaled."
+    told += " End to end is scoring plus the median training from its scores."
+    if not students[0]["published"]:
+        return told
     spread = "; ".join(f"{name} {', '.join(f'{value:.1%}' for value in values)}" for name, values in students[0].items())
-    return told + (
-        f" Published training timed on {args.published_steps} steps and scaled; its students are trained over all steps, on batches "
-        "padded to their longest text. End to end is scoring plus the median training from its scores. "
-        f"Student accuracy by seed: {spread}."
-    )
+    told += " Published students are trained over all steps, on batches padded to their longest text."
+    return f"{told} Student accuracy by seed: {spread}."
 
 
 def page(rows: list[dict], told: str) -> str:

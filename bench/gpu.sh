@@ -77,6 +77,8 @@ if [ $dry = 1 ]; then
   run launches 60 "$python" bench/launches.py --size toy --repetitions 3 --json "$out/launches.json"
   run amalgamation 600 "$python" bench/amalgamation.py --synthetic toy --texts 40 --published_texts 8 --max_length 32 \
     --precisions fp32 bf16 --samples 4 --repetitions 1 --device cpu --workdir "$work/amalgamation" --json "$out/amalgamation.json"
+  run amalgamation 300 "$python" bench/amalgamation.py --synthetic toy --texts 40 --published_texts 8 --max_length 32 --scopes last:1 \
+    --samples 4 --seeds 1 --repetitions 1 --device cpu --workdir "$work/amalgamation" --json "$out/amalgamation_end_to_end.json"
   run train 300 "$python" bench/student.py --size toy --stages 0 3 --precision fp32 --device cpu --steps 3 --batch_size 4 \
     --json "$out/student.json"
   run large 300 "$python" bench/teacher.py --size toy --texts 40 --samples 4 --precisions fp32 bf16 --device cpu --json "$out/teacher.json"
@@ -113,6 +115,8 @@ else
   # Enough texts that loading teachers does not hide what a text costs; a batch of training that the host's launches do not limit.
   run amalgamation 120 "$python" bench/amalgamation.py --synthetic base --texts $texts --scopes last:1 head --precisions bf16 \
     --repetitions 1 --workdir "$work/amalgamation" --stem amalgamation_long
+  run amalgamation 120 "$python" bench/amalgamation.py --synthetic base --texts 4096 --scopes last:1 --precisions bf16 --seeds 1 \
+    --repetitions 1 --batch_size 64 --workdir "$work/amalgamation" --stem amalgamation_end_to_end
   run train 120 "$python" bench/student.py --size base --batch_size 2048 --steps $((texts / 2048)) --workdir "$work/student"
   run sanitize 300 "$python" -m pytest -q -m gpu tests/test_sanitizer.py
   run launches 60 "$python" bench/launches.py
