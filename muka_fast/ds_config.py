@@ -158,6 +158,6 @@ def fill_precision(ds: dict[str, Any], name: str, device: str) -> None:
     if half and zero["stage"] == 0:
         raise UserError(f"{name}: {half[0]} with ZeRO stage 0 keeps no fp32 master weights here: set zero_optimization.stage to 1")
     if half == ["bf16"]:
-        # bf16 has the range of fp32: a gradient that is no number ends the run as it does there (`Step.settle`, `save_student`), and is not
-        # looked for tensor by tensor, which took six kernels each.
+        # bf16 has the range of fp32: a gradient that is no number ends the run as it does there (`Step.settle`, `save_student`),
+        # and is not looked for tensor by tensor, which took six kernels each.
         ds["bf16"].setdefault("check_grad_overflow", False)
