@@ -66,6 +66,8 @@ def test_dry_run(tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     for name in ("ceilings", "tuning", "throughput", "launches", "amalgamation", "student", "teacher"):
         assert json.loads((tmp_path / f"{name}.json").read_text())
+    assert json.loads((tmp_path / "amalgamation_end_to_end.json").read_text())[0]["end_to_end_speedup"] > 0
     rows = done.stdout.split("--- bench/gpu.sh")[1].splitlines()[1:]
-    assert [row.split()[:2] for row in rows] == [[name, "ok"] for name in stages]
+    runs = [name for name in stages for _ in range(2 if name == "amalgamation" else 1)]
+    assert [row.split()[:2] for row in rows] == [[name, "ok"] for name in runs]
     assert list(tmp_path.glob("paper_quick_*.md"))
