@@ -1,6 +1,7 @@
 """What the processes of a job do as one: how long they wait for each other, work of process 0 for all, leaving."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,6 +16,9 @@ T = TypeVar("T")
 JOINING = timedelta(minutes=10)
 # Within it: one may score for hours while the others wait; a process that dies closes its connections, which ends the wait at once.
 PATIENCE = timedelta(days=7)
+# Gloo's threads, which nothing ends, let go of the tensors of the last exchange a moment after it. Where the interpreter is gone by
+# then they abort the process, whose work was done (one in eight of the smallest scripts).
+LETTING_GO_S = 0.2
 
 
 def set_patience(timeout: timedelta, group: Any = None) -> None:
@@ -78,4 +82,6 @@ def shut_down(at_exit: bool = False) -> None:
     A group of one stays until exit: DeepSpeed keeps references to it, which a second run in this interpreter would meet.
     """
     if torch.distributed.is_initialized() and (at_exit or torch.distributed.get_world_size() > 1):
+        if torch.distributed.get_world_size() > 1:
+            time.sleep(LETTING_GO_S)
         torch.distributed.destroy_process_group()
