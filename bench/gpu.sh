@@ -12,7 +12,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-texts=40960
+texts=40960  # of the stages amalgamation and train
 stages=build,correct,ceilings,tune,ops,predicted,amalgamation,train,matrix
 dry=0 out=bench/results archive='' wheels='' data='' encoders=''
 while [ $# -gt 0 ]; do
@@ -59,7 +59,7 @@ run() { # name, limit in seconds, command...
   shift 2
   case ",$stages," in *",$name,"*) ;; *) return ;; esac
   echo "=== $name: $*"
-  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$out/gpu_$name.log" | tail -n 40
+  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$out/gpu_$name.log" | tail -n 40  # some stages run several commands
   code=${PIPESTATUS[0]}
   table+="$(printf '%-14s %-8s %5ds' "$name" "$([ "$code" = 0 ] && echo ok || echo "rc $code")" $((SECONDS - start)))"$'\n'
   printf '%s' "$table" >"$out/gpu_stages.txt"
@@ -88,7 +88,7 @@ else
   run build 90 "$python" setup.py -q build_ext --inplace
   # While the tests run, what later stages time is compiled, and what they read is made: nothing of this is timed.
   case ",$stages," in *,correct,*)
-    background() { timeout --kill-after=10 100 "$python" "$@" >"$work/background.log" 2>&1 & }
+    background() { timeout --kill-after=10 100 "$python" "$@" >>"$out/gpu_background.log" 2>&1 & }
     background bench/tune.py --seconds 0.01
     background bench/throughput.py --device cuda --seconds 0.01 --json "$work/float32.json"
     background bench/throughput.py --device cuda --dtype bfloat16 --compare eager,ours --seconds 0.01 --json "$work/bfloat16.json"

@@ -153,7 +153,8 @@ class Replicas:
         if p == 0 and not x.is_cuda:  # one pass less, which on a CPU is no gain, in 16 bits a loss
             return norm(x + residual)
         shared = x.dim() == 2
-        ids, offsets = self._rows(x.shape[-1], one_row)
+        # Without masks nobody asks which element a row begins with.
+        ids, offsets = self._rows(x.shape[-1], one_row) if p else (self.packed.tables["ids" if one_row else "token_ids"],) * 2
         y = dropout_add_layer_norm(
             x[None] if shared else x, residual, norm.weight, norm.bias, norm.eps, p, self.seed, site or 0, ids, offsets,
             self.first_sample, self.plain,

@@ -8,7 +8,7 @@ classes, then the selection. They read every logit three times, mostly from the 
 import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
@@ -214,10 +214,13 @@ if triton is not None:
     MANY, AT_ONCE = {"sample": (2048, 4), "class": (256, 4), "selection": (128, 1)}, 8
     CROWD = 2048  # texts that fill a card at one warp each
 
-    def configuration(counts: Sequence[int], samples: int, texts: int, tiles: Mapping[int, tuple[int, ...]] = TILES) -> dict[str, int]:
+    def size_class(most: int) -> int:
+        """Of tuning.py."""
+        return next(size for size in TILES if size >= most)
+
+    def configuration(counts: Sequence[int], samples: int, texts: int, entry: tuple[int, ...]) -> dict[str, int]:
         """Constexprs of mc_statistics_kernel; as many warps as TEACHERS."""
-        most = max(counts)
-        at_once, warps = tiles[next(size for size in tiles if size >= most)]
+        most, (at_once, warps) = max(counts), entry
         at_once = math.gcd(at_once, samples)
         lanes, head = 32 // at_once, triton.next_power_of_2(most) // 2
         head = max(lanes, head)
@@ -261,8 +264,8 @@ if triton is not None:
             if max(counts) > max(TILES):
                 launch_many_classes(logits, bounds, log_classes, out, max(counts))
                 return
-            tiles = {size: tuning.choose("mc_statistics", str(size), logits.device) for size in TILES}
-            constexprs = configuration(counts, samples, texts, tiles)
+            entry = tuning.choose("mc_statistics", str(size_class(max(counts))), logits.device)
+            constexprs = configuration(counts, samples, texts, entry)
             mc_statistics_kernel[(texts,)](
                 logits, bounds, log_classes, out, samples, len(counts), width, logits.stride(0), logits.stride(1),
                 **constexprs, num_warps=constexprs["TEACHERS"],
@@ -276,19 +279,21 @@ if triton is not None:
         signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
         return Specialisation(f"mc_statistics {dtype} {name}", kernel, signature, constexprs, num_warps=warps, fast=fast)
 
-    _CASES = [([size] * 8, samples, "fp32", TILES) for samples in (16, 1) for size in TILES]
-    _CASES += [([2] + [size] * 7, 16, dtype, TILES) for dtype in ("fp32", "fp16", "bf16") for size in (16, 150, 1024)]
+    _CASES = [([size] * 8, samples, "fp32", entry) for samples in (16, 1) for size, entry in TILES.items()]
     _CASES += [
-        ([size] * 8, 16, dtype, TILES | {size: entry})
+        ([2] + [size] * 7, 16, dtype, TILES[size_class(size)]) for dtype in ("fp32", "fp16", "bf16") for size in (16, 150, 1024)
+    ]
+    _CASES += [
+        ([size] * 8, 16, dtype, entry)
         for size, entries in CANDIDATES.items()
         for entry in entries
         for dtype in ("fp32", "bf16")
         if entry != TILES[size] or dtype != "fp32"
     ]
-    for _counts, _samples, _dtype, _tiles in _CASES:
-        _constexprs = configuration(_counts, _samples, 1, _tiles)
+    for _counts, _samples, _dtype, _entry in _CASES:
+        _constexprs = configuration(_counts, _samples, 1, _entry)
         _name = f"C={_counts[0]}..{_counts[-1]} K={_samples} {[*_constexprs.values()][:2]}"
-        _fast = _dtype == "fp32" and _samples == 16 and _tiles is TILES and _counts[-1] in (16, 256)
+        _fast = _dtype == "fp32" and _samples == 16 and _entry == TILES.get(_counts[-1]) and _counts[-1] in (16, 256)
         SPECIALISATIONS.append(
             _specialisation(_name, mc_statistics_kernel, _dtype, _constexprs, _constexprs["TEACHERS"], _fast)
         )
