@@ -48,7 +48,7 @@ def learned(args: argparse.Namespace, name: str, seed: int, folder: Path) -> dic
     configs = [load_config(RunConfig, None, given) for given in options]
     texts, sup, space = paper.open_pool(configs[0])
     neutral = pool_features(configs[0], texts, folder)
-    weights = [pool_weights(config, sup, space, texts, neutral) for config in configs]
+    weights = [pool_weights(config, sup, space, texts, neutral, folder) for config in configs]
     rows = sample_rows(texts.example_ids, seed, SAMPLE)
     x = np.concatenate([teacher_scores(sup.restrict(space), rows), *(np.log(w + 1e-4) for w in weights)], axis=1)
     found = learn(x, first_owner(texts.labels, space), len(sup.teachers))

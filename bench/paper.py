@@ -230,7 +230,7 @@ def supervision_figures(config: RunConfig, method: str, folder: Path) -> dict[st
     if method == "dawid-skene":
         return {"selection": None, "recall": None, "target": vote(sup, space, texts, folder)}
     labels = texts.labels if config.method in LABELLED_METHODS else None
-    weights = pool_weights(config, sup, space, texts, pool_features(config, texts, folder))
+    weights = pool_weights(config, sup, space, texts, pool_features(config, texts, folder), folder)
     return figures(build_method(config, sup, space, labels, weights), texts, space)
 
 

@@ -133,7 +133,7 @@ def _scores(plain: Tensor, passes: Tensor, features: Tensor, num_samples: Tensor
 
 
 def token_batches(tokens: Tokens, pad_id: int, token_budget: int, rows: np.ndarray) -> Batches:
-    """The batches of one teacher over any of the texts `rows` of the token store, which are named by their place in `rows`."""
+    """The batches of one teacher over any of the texts `rows` of a shard, which are named by their place in `rows`."""
 
     def batches(places: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         chosen = rows[places.numpy()]

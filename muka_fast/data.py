@@ -6,8 +6,8 @@ Shapes: n texts; B texts of a batch; L tokens of its longest text.
 import hashlib
 import json
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -44,7 +44,6 @@ class TextSet:
         source: file or data set name as given.
         fingerprint: SHA-256 (hex) over example ids and texts.
         num_blank: rows skipped because their text is empty, white space or null.
-        tokenized: what `tokens` has made.
     """
 
     texts: list[str]
@@ -53,17 +52,9 @@ class TextSet:
     source: str
     fingerprint: str
     num_blank: int
-    tokenized: dict[str, "Tokens"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.texts)
-
-    def tokens(self, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> "Tokens":
-        """`tokenize`, done once for every distinct tokenizer and length: teachers, neutral encoder and student often have the same."""
-        key = tokenizer_key(tokenizer, max_length)
-        if key not in self.tokenized:
-            self.tokenized[key] = tokenize(tokenizer, self.texts, max_length)
-        return self.tokenized[key]
 
 
 def cut_length(max_length: int, limit: int, what: str) -> int:
@@ -171,6 +162,11 @@ class Tokens:
     ids: np.ndarray
     offsets: np.ndarray
 
+    @classmethod
+    def of(cls, ids: np.ndarray, lengths: np.ndarray) -> "Tokens":
+        """From the tokens of each text, [n]."""
+        return cls(ids, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -202,6 +198,17 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_len
     Raises:
         UserError: max_length leaves no room beside the special tokens.
     """
+    with progress(len(texts), "tokenising") as bar:
+        tokens, num_empty = tokenize_quietly(tokenizer, texts, max_length, bar.advance)
+    if num_empty:
+        log.warning("%d texts give no token (control characters only): each is read as one unknown token", num_empty)
+    return tokens
+
+
+def tokenize_quietly(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_length: int, done: Callable[[int], None] = lambda count: None
+) -> tuple[Tokens, int]:
+    """`tokenize` without a bar, and the number of texts that give no token; tells `done` how many texts it did, again and again."""
     limit = getattr(tokenizer, "model_max_length", None) or max_length
     if max_length > limit > 0:
         log.warning("--max_length %d exceeds what the tokenizer allows: texts are cut to %d tokens", max_length, limit)
@@ -210,22 +217,19 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_len
         raise UserError(f"--max_length {max_length}: leaves no room beside the special tokens of the tokenizer")
     chunks, lengths = [], np.empty(len(texts), dtype=np.int64)
     num_empty = 0
-    with progress(len(texts), "tokenising") as bar:
-        for start in range(0, len(texts), TOKENIZE_CHUNK):
-            chunk = [_cut(tokenizer, text, max_length) for text in texts[start : start + TOKENIZE_CHUNK]]
-            rows = _token_ids(tokenizer, chunk, max_length)
-            for i, row in enumerate(rows):
-                if not row:
-                    rows[i] = [_stand_in(tokenizer)]
-                    num_empty += 1
-            sizes = [len(row) for row in rows]
-            lengths[start : start + len(rows)] = sizes
-            chunks.append(np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=sum(sizes)))
-            bar.advance(len(rows))
-    if num_empty:
-        log.warning("%d texts give no token (control characters only): each is read as one unknown token", num_empty)
+    for start in range(0, len(texts), TOKENIZE_CHUNK):
+        chunk = [_cut(tokenizer, text, max_length) for text in texts[start : start + TOKENIZE_CHUNK]]
+        rows = _token_ids(tokenizer, chunk, max_length)
+        for i, row in enumerate(rows):
+            if not row:
+                rows[i] = [_stand_in(tokenizer)]
+                num_empty += 1
+        sizes = [len(row) for row in rows]
+        lengths[start : start + len(rows)] = sizes
+        chunks.append(np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=sum(sizes)))
+        done(len(rows))
     ids = np.concatenate(chunks) if chunks else np.empty(0, dtype=np.int32)
-    return Tokens(ids, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    return Tokens.of(ids, lengths), num_empty
 
 
 def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_length: int) -> list[list[int]]:

@@ -51,7 +51,8 @@ def held_out_figures(
 
     if config.method == "supervised":
         return None, None
-    weights = pool_weights(config, sup, space, held_out, pool_features(config, held_out, Path(config.store)))
+    store = Path(config.store)
+    weights = pool_weights(config, sup, space, held_out, pool_features(config, held_out, store), store)
     method = build_method(config, sup, space, held_out.labels, weights)
     return target_accuracy(method, held_out.labels, space), selection_accuracy(method, held_out.labels, space)
 

@@ -26,6 +26,7 @@ from muka_fast.features import Features, read_or_refuse
 from muka_fast.intercept import run_without_waiting
 from muka_fast.memory import send, token_budget
 from muka_fast.names import readable
+from muka_fast.pool_tokens import PoolTokens
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.store import (
     FEATURES,
@@ -89,10 +90,10 @@ def find_encoder(encoder: str | Path) -> tuple[Path, transformers.PreTrainedToke
     return folder, load_tokenizer(folder, f"{ROLE} {encoder}")
 
 
-def neutral_tokens(encoder: str | Path, texts: TextSet, options: ScoringOptions) -> Tokens:
+def neutral_tokens(store: str | Path, encoder: str | Path, texts: TextSet, options: ScoringOptions) -> Tokens:
     """The texts as the neutral encoder's tokenizer cuts them, special tokens included."""
     _, tokenizer = find_encoder(encoder)
-    return texts.tokens(tokenizer, min(options.max_length, tokenizer.model_max_length))
+    return PoolTokens(texts, tokenizer, min(options.max_length, tokenizer.model_max_length), Path(store)).whole(ShardQueue())
 
 
 @torch.inference_mode()
@@ -150,14 +151,14 @@ def _compute(
 ) -> None:
     """One pass of the encoder over the texts of the missing shards that this process gets, each written as soon as it is whole."""
     model = load_encoder(folder, tokenizer, device_of(options.device), options.scoring_precision)
-    tokens = texts.tokens(tokenizer, min(max_length, token_limit(model, tokenizer)))
+    pool = PoolTokens(texts, tokenizer, min(max_length, token_limit(model, tokenizer)), place.parent)
     budget = token_budget(options.token_budget, model, model.device)
 
-    def begin(number: int) -> Callable[[], None]:
+    def begin(number: int, tokens: Tokens) -> Callable[[], None]:
         shard, parts = todo[number], []
-        batches = token_budget_batches(tokens.lengths[shard.start : shard.stop], budget)
+        batches = token_budget_batches(tokens.lengths, budget)
         for batch in batches:
-            parts.append(mean_states(model, **collate(tokens, shard.start + batch, tokenizer.pad_token_id)))
+            parts.append(mean_states(model, **collate(tokens, batch, tokenizer.pad_token_id)))
             bar.advance(queue.advance(key, len(batch)) - bar.done)
             queue.check()
 
@@ -172,7 +173,7 @@ def _compute(
         return write
 
     with progress(sum(shard.stop - shard.start for shard in todo), "neutral features") as bar:
-        queue.work(key, len(todo), begin, model.device)
+        queue.work(key, len(todo), lambda number: pool.shard(todo[number]), begin, model.device)
 
 
 def load_encoder(

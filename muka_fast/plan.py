@@ -166,6 +166,7 @@ def plan(options: PlanConfig) -> dict[str, Any]:
         "disk": {
             "store": store_bytes(widths, num_texts, shard_size),
             "neutral": num_texts * neutral_config.get_text_config().hidden_size * np.dtype(FEATURE_TYPE).itemsize,
+            "tokens": round(num_texts * (4 * tokens + 8)),  # int32 ids and an int64 length (pool_tokens.py)
             "checkpoints": CHECKPOINTS * 12 * cost.num_parameters,
             "student": 4 * cost.num_parameters,
         },
@@ -233,7 +234,8 @@ def print_tables(found: dict[str, Any], options: PlanConfig) -> None:
     console.print(fill(new_table(title, "", "parameters", "weights", "forwards a text", "TFLOP/s", "time"), rows))
     disk = found["disk"]
     checkpoints = f"checkpoints, {CHECKPOINTS} at a time"
-    names = {"store": "supervision store", "neutral": "neutral features", "checkpoints": checkpoints, "student": "student"}
+    names = {"store": "supervision store", "neutral": "neutral features", "tokens": "token ids, of each tokenizer"}
+    names |= {"checkpoints": checkpoints, "student": "student"}
     rows = [[name, size(disk[what])] for what, name in names.items()]
     console.print(fill(new_table("Disk", "", "size"), rows))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from muka_fast.console import progress
 from muka_fast.data import TextSet, Tokens, collate, cut_length, token_budget_batches
 from muka_fast.errors import UserError
 from muka_fast.memory import replica_budget_bytes, token_budget
+from muka_fast.pool_tokens import PoolTokens
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.shared import score_together, trunk_tree
 from muka_fast.store import (
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("muka_fast")
 Tensors = dict[str, np.ndarray]  # of one shard, by name
 Fill = Callable[[], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,9 @@ class Scoring:
     queue: ShardQueue
     need_features: bool
 
-    def tokens_of(self, teacher: Teacher) -> Tokens:
-        return self.texts.tokens(teacher.tokenizer, cut_length(self.max_length, teacher.max_length, f"teacher {teacher.name}"))
+    def tokens_of(self, teacher: Teacher) -> PoolTokens:
+        max_length = cut_length(self.max_length, teacher.max_length, f"teacher {teacher.name}")
+        return PoolTokens(self.texts, teacher.tokenizer, max_length, self.store)
 
     def missing_shards(self, key: str, entry: dict[str, Any]) -> list[ShardRange]:
         """The shards of a teacher that are not there, or damaged (those are named), or lack features that are needed."""
@@ -100,15 +103,15 @@ class Scoring:
         """Compute the missing shards of related teachers (or of one)."""
         scorers, todo, work = [job.scorer for job in group], group[0].todo, " ".join(job.key for job in group)
         if todo:
-            tokens, pad_id = self.tokens_of(scorers[0].teacher), scorers[0].teacher.pad_id
+            pool, pad_id = self.tokens_of(scorers[0].teacher), scorers[0].teacher.pad_id
             budget = token_budget(self.token_budget, scorers[0].teacher.model, self.device)
             tree = trunk_tree(scorers) if len(scorers) > 1 else None  # which reads every weight
 
-        def score(shard: ShardRange, ids: np.ndarray, shards: Sequence[Tensors], done: Callable[[int], None]) -> Fill:
-            batches = token_budget_batches(tokens.lengths[shard.start : shard.stop], budget)
+        def score(tokens: Tokens, ids: np.ndarray, shards: Sequence[Tensors], done: Callable[[int], None]) -> Fill:
+            batches = token_budget_batches(tokens.lengths, budget)
             results = []
             for batch in batches:
-                inputs = collate(tokens, shard.start + batch, pad_id)
+                inputs = collate(tokens, batch, pad_id)
                 results.append(score_together(scorers, inputs["input_ids"], inputs["attention_mask"], ids[batch], tree))
                 done(len(batch))
 
@@ -121,25 +124,26 @@ class Scoring:
 
             return fill
 
-        self._compute(group, todo, work, score)
+        self._compute(group, todo, work, lambda shard: pool.shard(shard), score)
 
     def score_in_waves(self, crew: Crew, jobs: Sequence[Job], options: ScoringOptions) -> None:
         """`score_together` for all teachers under --mc_stop: the passes of as many texts as fit are kept until these are decided."""
         numbers = sorted({shard.number for job in jobs for shard in job.todo})
         todo = [shard_ranges(len(self.texts), self.shard_size)[number] for number in numbers]
-        mine = []
+        pools, settings = [], []
         for i in range(len(jobs) if todo else 0):
             teacher = crew[i].teacher
-            mine.append((self.tokens_of(teacher), teacher.pad_id, token_budget(self.token_budget, teacher.model, self.device)))
+            pools.append(self.tokens_of(teacher))
+            settings.append((teacher.pad_id, token_budget(self.token_budget, teacher.model, self.device)))
             del teacher  # gone before the next one is loaded
         rule = options.mc_samples, options.mc_stop, options.uncertainty
         text_bytes = 4 * options.mc_samples * sum(len(job.entry["labels"]) for job in jobs)
         at_once = max(1, replica_budget_bytes(torch.device("cpu")) // text_bytes)
 
-        def score(shard: ShardRange, ids: np.ndarray, shards: Sequence[Tensors], done: Callable[[int], None]) -> Fill:
+        def score(found: list[Tokens], ids: np.ndarray, shards: Sequence[Tensors], done: Callable[[int], None]) -> Fill:
             for first in range(0, len(ids), at_once):
                 part = np.arange(first, min(first + at_once, len(ids)))
-                batches = [token_batches(*found, shard.start + part) for found in mine]
+                batches = [token_batches(tokens, *setting, part) for tokens, setting in zip(found, settings, strict=True)]
                 results, counts = run_waves(crew, batches, torch.from_numpy(ids[part]), *rule)
                 for job, tensors, result in zip(jobs, shards, results, strict=True):
                     self._keep(job, tensors, part, result)
@@ -147,19 +151,20 @@ class Scoring:
                 done(len(part))
             return lambda: None
 
-        self._compute(jobs, todo, " ".join(job.key for job in jobs), score)
+        self._compute(jobs, todo, " ".join(job.key for job in jobs), lambda shard: [pool.shard(shard) for pool in pools], score)
 
     def _compute(
         self,
         jobs: Sequence[Job],
         todo: Sequence[ShardRange],
         work: str,
-        score: Callable[[ShardRange, np.ndarray, Sequence[Tensors], Callable[[int], None]], Fill],
+        tokens_of: Callable[[ShardRange], T],
+        score: Callable[[T, np.ndarray, Sequence[Tensors], Callable[[int], None]], Fill],
     ) -> None:
         """Every shard that this process gets, written as soon as it is whole; once all are, the manifest.
 
-        score(shard, example ids, the shard's tensors of each job, done): tells `done` how many texts it did, again and again; what
-        it returns fills the tensors, and may wait for the device.
+        score(the shard's tokens, example ids, its tensors of each job, done): tells `done` how many texts it did, again and again;
+        what it returns fills the tensors, and may wait for the device.
         """
         names, num_texts, mine = ", ".join(job.entry["name"] for job in jobs), sum(s.stop - s.start for s in todo), 0
         if 0 < num_texts < len(self.texts):
@@ -171,11 +176,11 @@ class Scoring:
             bar.advance(self.queue.advance(work, count) - bar.done)
             self.queue.check()
 
-        def begin(number: int) -> Fill:
+        def begin(number: int, tokens: T) -> Fill:
             shard = todo[number]
             ids = self.texts.example_ids[shard.start : shard.stop].astype(np.int64)
             shards = [empty_shard(ids, len(job.entry["labels"])) for job in jobs]
-            fill = score(shard, ids, shards, done)
+            fill = score(tokens, ids, shards, done)
 
             def write() -> None:
                 fill()
@@ -186,7 +191,7 @@ class Scoring:
             return write
 
         with progress(num_texts, f"scoring {names}") if todo else nullcontext() as bar:
-            all_done = self.queue.work(work, len(todo), begin, self.device)
+            all_done = self.queue.work(work, len(todo), lambda number: tokens_of(todo[number]), begin, self.device)
         if todo and self.queue.world_size > 1:
             log.info("process %d scored %d of %d texts with %s", self.queue.rank, mine, num_texts, names)
         if all_done:

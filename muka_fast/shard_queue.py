@@ -22,7 +22,7 @@ from torch import distributed
 from muka_fast.errors import UserError
 from muka_fast.group import PATIENCE, set_patience
 
-T = TypeVar("T")
+T, P = TypeVar("T"), TypeVar("P")
 log = logging.getLogger("muka_fast")
 JOINING = timedelta(seconds=30)  # for all to connect, which they begin together
 
@@ -100,27 +100,41 @@ class ShardQueue:
         with self._reachable():
             return json.loads(self._store.compare_set(name, "", proposal))
 
-    def work(self, name: str, count: int, begin: Callable[[int], Callable[[], None]], device: torch.device) -> bool:
+    def work(
+        self,
+        name: str,
+        count: int,
+        prepare: Callable[[int], P],
+        begin: Callable[[int, P], Callable[[], None]],
+        device: torch.device,
+    ) -> bool:
         """Run `begin` for the numbers 0 to count - 1, each in one process only; whether all of them, of all processes, are finished.
 
-        What `begin` returns finishes its number. With a GPU it runs in a second thread while `begin` is at the next one, so that
-        the device does not wait for the disk; one number at a time, so that two shards at most are in memory. (Beside a CPU's own
-        threads it would cost 2 %.) Its faults are raised here.
+        `begin` takes a number and what `prepare` made of it; what it returns finishes the number. With a GPU both run in threads of
+        their own while `begin` is at the number between, so that the device waits neither for the tokenizer nor for the disk; one
+        number at a time, so that three shards at most are in memory. (Beside a CPU's own threads it would cost 2 %.) Their faults
+        are raised here.
         """
-        with ThreadPoolExecutor(1) as second:
-            last: Future[None] | None = None
-            for number in self._take(name, count):
-                finish = begin(number)
-                if device.type == "cpu":
-                    finish()
-                    self._add(f"{name} finished", 1)
-                    continue
+        numbers = self.take(name, count)
+        if device.type == "cpu":
+            for number in numbers:
+                begin(number, prepare(number))()
+                self._add(f"{name} finished", 1)
+            return self._add(f"{name} finished", 0) == count
+        with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as behind:
+            start = lambda number: None if number is None else ahead.submit(prepare, number)
+            number, last = next(numbers, None), None
+            prepared = start(number)
+            while prepared is not None:
+                following = next(numbers, None)
+                found, prepared = prepared.result(), start(following)
+                finish = begin(number, found)
                 self._settle(name, last)
-                last = second.submit(finish)
+                number, last = following, behind.submit(finish)
             self._settle(name, last)
         return self._add(f"{name} finished", 0) == count
 
-    def _take(self, name: str, count: int) -> Iterator[int]:
+    def take(self, name: str, count: int) -> Iterator[int]:
         """The numbers 0 to count - 1, each in one process only."""
         while True:
             self.check()

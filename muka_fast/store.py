@@ -4,6 +4,7 @@
     STORE/.lock                                  held while the manifest is merged
     STORE/<teacher key>/shard-00000.safetensors  one row range of one teacher
     STORE/neutral-<key>/shard-00000.safetensors  one row range of an encoder's neutral features (neutral.py)
+    STORE/tokens-<key>/shard-00000.safetensors   one row range of a tokenizer's token ids (pool_tokens.py)
     STORE/logs/rank0.log                         what each of several processes said, where `muka-fast score` ran in them
 
 Invariants, each with a test:

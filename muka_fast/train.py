@@ -48,6 +48,7 @@ from muka_fast.methods import (
     target_accuracy,
 )
 from muka_fast.neutral import find_encoder, name_features, neutral_features, neutral_tokens
+from muka_fast.pool_tokens import PoolTokens
 from muka_fast.preflight import (
     check_inputs,
     check_labels,
@@ -125,7 +126,7 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
     if not config.teachers:  # else they were checked before the scoring
         on_first_process(lambda: check_labels(config, sup.teachers, space, label_map))
     with clock("select teachers"):
-        weights = on_first_process(lambda: pool_weights(config, sup, space, texts, neutral))
+        weights = on_first_process(lambda: pool_weights(config, sup, space, texts, neutral, output))
         doubt = on_first_process(lambda: doubt_targets(config, sup, space))
     with told_once():
         method = build_method(config, sup, space, labels, weights)
@@ -134,7 +135,9 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
         model, tokenizer = load_student(config.student, space.names, config.seed, ds_config)
         if config.activation_checkpointing:
             checkpoint_activations(model, f"student {config.student}")
-        tokens = texts.tokens(tokenizer, cut_length(config.max_length, token_limit(model, tokenizer), f"student {config.student}"))
+        max_length = cut_length(config.max_length, token_limit(model, tokenizer), f"student {config.student}")
+    with clock("tokenise"):
+        tokens = PoolTokens(texts, tokenizer, max_length, store_folder(config, output)).whole(ShardQueue(group=True))
     epochs, rate = default_epochs(len(texts), config.batch_size), default_learning_rate(model.config.get_text_config().hidden_size)
     config = settle_recipe(config, ds_config, epochs, rate)
     plan = Plan(tokens.lengths, config)
@@ -221,7 +224,7 @@ def pool_features(config: RunConfig, texts: TextSet, output: Path, queue: ShardQ
 
 
 def pool_weights(
-    config: RunConfig, sup: Supervision, space: LabelSpace, texts: TextSet, neutral: Features | None
+    config: RunConfig, sup: Supervision, space: LabelSpace, texts: TextSet, neutral: Features | None, output: Path
 ) -> np.ndarray | None:
     """The teachers' weights [n, N] by the method's rule over the pool, less that of "no teacher"; None where it has no rule."""
     if METHODS[config.method].rule is None:
@@ -231,7 +234,7 @@ def pool_weights(
         weights = np.ones((len(sup), 1), np.float32)
     else:
         sample = sample_rows(texts.example_ids, config.seed, SAMPLE)
-        view = with_words(neutral, neutral_tokens(encoder, texts, config), sample, config.seed)
+        view = with_words(neutral, neutral_tokens(store_folder(config, output), encoder, texts, config), sample, config.seed)
         weights = METHODS[config.method].rule(sup, view, config.seed, lambda: name_features(encoder, space.names, config))
     return weights * (1 - nobody_weights(sup, weights, neutral, config.seed)[:, None]) if config.coverage else weights
 

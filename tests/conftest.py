@@ -245,6 +245,14 @@ def build_model(family, labels, tokenizer, *, seed=0, hidden=16, layers=2, dropo
     return model.eval()
 
 
+@pytest.fixture
+def product_log(caplog, monkeypatch):
+    """caplog, also after another test has set up the console."""
+    monkeypatch.setattr(logging.getLogger("muka_fast"), "propagate", True)
+    caplog.set_level(logging.INFO, "muka_fast")
+    return caplog
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """A test that passed passes again."""

@@ -10,15 +10,20 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
+from transformers import AutoTokenizer
 
 from muka_fast import engine
 from muka_fast.cli import guarded
 from muka_fast.config import RunConfig
+from muka_fast.data import read_texts
 from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine, init_distributed
 from muka_fast.errors import UserError
+from muka_fast.group import shut_down
+from muka_fast.pool_tokens import PoolTokens
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.snapshots import save_snapshot
 
@@ -78,3 +83,14 @@ def wait_alone(variables: dict[str, str]) -> None:
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         os._exit(2)
+
+
+def tokenise_whole(variables: dict[str, str], texts: Path, tokenizer: Path, store: Path, output: Path) -> None:
+    """All tokens of a pool, of which this process makes a share; writes its shards' first rows and all ids."""
+    os.environ.update(variables)
+    init_distributed()
+    pool = PoolTokens(read_texts(texts), AutoTokenizer.from_pretrained(tokenizer), 8, store)
+    made, make = [], pool._make
+    pool._make = lambda shard: (made.append(shard.start), make(shard))[1]
+    np.savez(output, ids=pool.whole(ShardQueue(group=True)).ids, made=made)
+    shut_down()

@@ -4,7 +4,6 @@ import csv
 import gzip
 import hashlib
 import json
-import logging
 import time
 
 import numpy as np
@@ -51,14 +50,6 @@ def write(path, texts, labels):
             writer.writeheader()
             writer.writerows(rows)
     return path
-
-
-@pytest.fixture
-def product_log(caplog, monkeypatch):
-    """caplog, also after another test has set up the console."""
-    monkeypatch.setattr(logging.getLogger("muka_fast"), "propagate", True)
-    caplog.set_level(logging.INFO, "muka_fast")
-    return caplog
 
 
 @pytest.mark.parametrize(
@@ -243,16 +234,6 @@ def test_tokens_are_those_of_the_tokenizer(make_tokenizer, texts, family):
         assert tokens.lengths.tolist() == [len(row) for row in want]
         assert len(tokens) == len(texts)
         assert tokens.ids.dtype == np.int32 and tokens.offsets.dtype == np.int64
-
-
-def test_texts_are_tokenised_once_for_every_distinct_tokenizer_and_length(make_tokenizer, tmp_path):
-    (tmp_path / "a.txt").write_text("a first text\nand another one")
-    texts = read_texts(tmp_path / "a.txt")
-    tokens = texts.tokens(make_tokenizer("bert"), 8)
-    assert texts.tokens(make_tokenizer("bert"), 8) is tokens
-    np.testing.assert_array_equal(tokens.ids, tokenize(make_tokenizer("bert"), texts.texts, 8).ids)
-    others = [texts.tokens(make_tokenizer("bert"), 4), texts.tokens(make_tokenizer("roberta"), 8)]
-    assert others[0].lengths.max() == 4 and len({id(found) for found in (tokens, *others)}) == 3
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "deberta-v2", "llama"])

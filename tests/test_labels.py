@@ -1,6 +1,5 @@
 """Label spaces against an oracle written from the definition, and every mistake a label map can hold."""
 
-import logging
 import re
 
 import numpy as np
@@ -15,14 +14,6 @@ from muka_fast.labels import build_label_space, read_label_map, rename_labels
 
 LABELS = st.sampled_from(["cat", "dog", "Dog", "fish", "a/b", "", "LABEL_0", "LABEL_1", "LABEL_x", "7"])
 LABEL_SETS = st.lists(LABELS, min_size=1, max_size=6, unique=True)
-
-
-@pytest.fixture
-def product_log(caplog, monkeypatch):
-    """caplog, also after another test has set up the console."""
-    monkeypatch.setattr(logging.getLogger("muka_fast"), "propagate", True)
-    caplog.set_level(logging.INFO, "muka_fast")
-    return caplog
 
 
 def oracle(teachers, label_map):

@@ -100,7 +100,7 @@ def test_they_are_computed_once_and_again_where_a_shard_is_damaged(tmp_path, enc
 
 def test_each_process_computes_the_shards_that_it_gets(tmp_path, encoder, pool):
     class First(ShardQueue):
-        def _take(self, _name, _count):
+        def take(self, _name, _count):
             yield from (0, 2)
 
     store, folder = tmp_path / "s", encoder()

@@ -24,7 +24,7 @@ def two_queues():
 def numbers(queue, name, count):
     """The numbers that a queue works on, finished in order."""
     begun, finished = [], []
-    queue.work(name, count, lambda number: begun.append(number) or (lambda: finished.append(number)), CPU)
+    queue.work(name, count, str, lambda number, text: begun.append(int(text)) or (lambda: finished.append(number)), CPU)
     assert begun == finished
     return begun
 
@@ -36,7 +36,7 @@ def test_every_number_is_given_once_whoever_asks():
 
     def work(i):
         start.wait()
-        told[i].append(queues[i].work("teacher", 500, lambda number: taken[i].append(number) or (lambda: None), CPU))
+        told[i].append(queues[i].work("teacher", 500, str, lambda number, _: taken[i].append(number) or (lambda: None), CPU))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     for thread in threads:
@@ -53,14 +53,14 @@ def test_a_number_counts_when_it_is_finished_and_not_before(device):
     one, other = two_queues()
     counted = []
     finish = lambda: counted.append(other._add("teacher finished", 0))
-    assert one.work("teacher", 3, lambda number: finish, device)
-    assert counted == [0, 1, 2] and other.work("teacher", 3, None, device)  # no number is left
+    assert one.work("teacher", 3, str, lambda number, _: finish, device)
+    assert counted == [0, 1, 2] and other.work("teacher", 3, None, None, device)  # no number is left
 
 
 def test_beside_a_gpu_a_number_is_finished_while_the_next_one_is_begun_and_never_two():
     begun, under_way = threading.Event(), []
 
-    def begin(number):
+    def begin(number, _):
         if number == 1:
             begun.set()
 
@@ -73,13 +73,43 @@ def test_beside_a_gpu_a_number_is_finished_while_the_next_one_is_begun_and_never
         return finish
 
     with ShardQueue() as queue:
-        assert queue.work("teacher", 4, begin, GPU)
+        assert queue.work("teacher", 4, str, begin, GPU)
+
+
+def test_beside_a_gpu_the_next_number_is_prepared_meanwhile_and_no_other():
+    prepared, begun = [threading.Event() for _ in range(3)], []
+
+    def prepare(number):
+        assert number <= len(begun) + 1
+        prepared[number].set()
+        return 10 * number
+
+    def begin(number, found):
+        assert found == 10 * number
+        assert number == 2 or prepared[number + 1].wait(timeout=30)
+        begun.append(number)
+        return lambda: None
+
+    with ShardQueue() as queue:
+        assert queue.work("teacher", 3, prepare, begin, GPU)
+    assert begun == [0, 1, 2]
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_fault_in_preparing_is_raised_where_the_work_is(wrong, device):
+    def prepare(number):
+        if number == wrong:
+            raise UserError("no room beside the special tokens")
+
+    with ShardQueue() as queue, pytest.raises(UserError, match="no room"):
+        queue.work("teacher", 2, prepare, lambda number, _: lambda: None, device)
 
 
 @pytest.mark.parametrize("device", [CPU, GPU])
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_a_fault_in_finishing_is_raised_where_the_work_is(wrong, device):
-    def begin(number):
+    def begin(number, _):
         def finish():
             if number == wrong:
                 raise UserError("the disk is full")
@@ -88,8 +118,8 @@ def test_a_fault_in_finishing_is_raised_where_the_work_is(wrong, device):
 
     with ShardQueue() as queue:
         with pytest.raises(UserError, match="the disk is full"):
-            queue.work("teacher", 2, begin, device)
-        assert not queue.work("teacher", 2, begin, device)
+            queue.work("teacher", 2, str, begin, device)
+        assert not queue.work("teacher", 2, str, begin, device)
 
 
 def test_the_first_proposal_holds_for_all():

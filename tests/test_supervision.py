@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from muka_fast import data, supervision
+from muka_fast import pool_tokens, supervision
 from muka_fast import store as store_module
 from muka_fast.config import RunConfig
 from muka_fast.data import TextSet, Tokens
@@ -59,13 +59,13 @@ class Stage:
         self.loaded.append(path)
         self.dtypes.append(dtype)
         return SimpleNamespace(
-            name=name, path=path, labels=LABELS[path], fingerprint=f"weights of {path}", tokenizer=None,
+            name=name, path=path, labels=LABELS[path], fingerprint=f"weights of {path}", tokenizer=SimpleNamespace(is_fast=True),
             tokenizer_key="bpe", seed=run_seed, pad_id=0, max_length=64, model=SimpleNamespace(device="cpu"),
         )  # fmt: skip
 
     def tokenize(self, tokenizer, texts, max_length):
         self.tokenised.append(max_length)
-        return Tokens(np.zeros(3 * len(texts), np.int32), np.arange(len(texts) + 1, dtype=np.int64) * 3)
+        return Tokens.of(np.zeros(3 * len(texts), np.int32), np.full(len(texts), 3)), 0
 
     def make_scorer(self, teacher, **options):
         return SimpleNamespace(
@@ -98,8 +98,8 @@ def stage(monkeypatch):
     monkeypatch.setattr(supervision, "check_sites", lambda names, files, options: None)
     monkeypatch.setattr(supervision, "family_of", lambda path: path)
     monkeypatch.setattr(supervision, "load_teacher", stage.load_teacher)
-    monkeypatch.setattr(data, "tokenize", stage.tokenize)
-    monkeypatch.setattr(data, "tokenizer_key", lambda tokenizer, max_length: str(max_length))
+    monkeypatch.setattr(pool_tokens, "tokenize_quietly", stage.tokenize)
+    monkeypatch.setattr(pool_tokens, "tokenizer_key", lambda tokenizer, max_length: str(max_length))
     monkeypatch.setattr(supervision, "StochasticTeacher", stage.make_scorer)
     return stage
 
@@ -152,7 +152,8 @@ def test_files_of_the_store_are_as_documented(tmp_path, stage):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["format"] == 1 and manifest["shard_size"] == 4
     assert manifest["texts"] == {"fingerprint": "fp--10", "count": 10, "source": "texts.jsonl", "num_blank": 0}
-    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", ".lock", *manifest["teachers"]}
+    (tokens,) = tmp_path.glob("tokens-*")
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", ".lock", tokens.name, *manifest["teachers"]}
     for key, entry in manifest["teachers"].items():
         assert entry["mc_samples"] == 16 and entry["mc_scope"] == "last:1" and entry["sites"] and entry["seed"] == 0
         assert key == teacher_key(entry, "fp--10")
@@ -243,10 +244,10 @@ def test_a_store_is_opened_in_the_order_of_the_latest_scoring(tmp_path, stage):
 
 
 def test_each_distinct_tokenizer_tokenises_once(tmp_path, stage):
-    fill(tmp_path, max_length=128)
-    assert stage.tokenised == [64]  # cut at the teachers' own limit
-    fill(tmp_path, max_length=128)
-    assert stage.tokenised == [64]
+    shards = len(fill(tmp_path, max_length=128)) // 4 + 1
+    assert stage.tokenised == [64] * shards  # cut at the teachers' own limit
+    fill(tmp_path, max_length=128, seed=1)
+    assert stage.tokenised == [64] * shards
 
 
 def test_batch_and_shard_sizes_do_not_matter(tmp_path, stage):
@@ -436,7 +437,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path, stage, monkey
 
     def full(descriptor):
         calls.append(descriptor)
-        if len(calls) == 4:  # manifest, two shards, then the disk is full
+        if len(calls) == 7:  # manifest, tokens and scores of two shards, tokens of the third, then the disk is full
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
@@ -444,7 +445,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path, stage, monkey
     with pytest.raises(UserError, match=r"shard-00002.*the disk is full.*finished shards are kept"):
         fill(tmp_path)
     assert not list(tmp_path.rglob("*.tmp"))
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3 + 2
     done = len(stage.scored)
     check(fill(tmp_path))
     assert len(stage.scored) - done == 20 - 8
@@ -454,7 +455,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path, stage, monkey
 def test_nan_is_refused_with_teacher_and_text_and_not_stored(tmp_path, stage, monkeypatch, device):
     """On a GPU shards are looked at and written in a second thread, here beside the CPU."""
     work = ShardQueue.work
-    monkeypatch.setattr(ShardQueue, "work", lambda self, name, count, begin, _: work(self, name, count, begin, torch.device(device)))
+    monkeypatch.setattr(ShardQueue, "work", lambda *given: work(*given[:-1], torch.device(device)))
     stage.poison = ("blue", 13)
     with pytest.raises(UserError, match="teacher blue: NaN logits for text 13"):
         fill(tmp_path)
