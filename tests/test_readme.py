@@ -1,4 +1,4 @@
-"""README and CONTRIBUTING stay true: the file tree is that of the repository, links lead somewhere, commands and code parse."""
+"""README, CONTRIBUTING and docs stay true: the file tree is that of the repository, links lead somewhere, commands and code parse."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ from muka_fast.errors import UserError
 from muka_fast.labels import build_label_space, read_label_map
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/measured.md", "docs/selection.md")
 LAUNCHERS = ("deepspeed", "torchrun")
 
 if not (ROOT / "README.md").is_file():
@@ -90,7 +90,12 @@ def test_a_wrong_command_would_be_noticed():
 def test_links_lead_somewhere(name):
     for target in re.findall(r"\]\(([^)\s]+)\)", page(name)):
         if not target.startswith("http"):
-            assert (ROOT / target.split("#")[0]).exists(), target
+            file, _, heading = target.partition("#")
+            file = (ROOT / name).parent / file if file else ROOT / name
+            assert file.exists(), target
+            if heading:
+                titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+                assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], target
 
 
 def test_python_code_calls_what_exists():
@@ -150,8 +155,8 @@ def test_the_file_tree_is_that_of_the_repository():
 
 
 def test_figures_come_from_results():
-    measured = page("README.md").split("## Measured")[1].split("\n## ")[0]
-    for line in measured.splitlines():
+    in_short = page("README.md").split("## Measured")[1].split("\n## ")[0]
+    for line in (in_short + page("docs/measured.md")).splitlines():
         if re.search(r"\d", line) and not line.startswith("|"):
             assert "bench/results/" in line or not re.search(r"\d\s?(x|%|texts/s)", line), (
                 f"a figure without its source: {line}"
