@@ -98,9 +98,9 @@ def read_texts(
             num_blank += 1
             continue
         if not isinstance(row.text, str):
-            place = f"{name}, line {row.line}: column '{text_column}'"
+            place = f"{name}, {row.place}: column '{text_column}'"
             raise UserError(f"{place} holds {type(row.text).__name__} ({str(row.text)[:40]}), not text")
-        label = _label_name(row, f"{name}, line {row.line}", label_column, need_labels) if labels is not None else None
+        label = _label_name(row, f"{name}, {row.place}", label_column, need_labels) if labels is not None else None
         if label is None:
             labels = None
         elif labels is not None:

@@ -21,11 +21,16 @@ MAX_FIELD_CHARS = 2**31 - 1
 
 
 class Row(NamedTuple):
-    """One row: `line` is the 1-based line (or record) it starts at; values are as found, None where there is none."""
+    """One row: `number` is the line it starts at, or the record, from 1 on; values are as found, None where there is none."""
 
-    line: int
+    number: int
     text: Any
     label: Any
+    unit: str = "line"
+
+    @property
+    def place(self) -> str:
+        return f"{self.unit} {self.number}"
 
 
 class Columns(NamedTuple):
@@ -134,7 +139,7 @@ def _json_rows(path: Path, columns: Columns) -> Iterator[Row]:
     if not isinstance(records, list):
         raise UserError(f"{path}: a list of objects is expected, found {_kind(records)}")
     for number, record in enumerate(records, 1):
-        yield Row(number, *_pick(record, f"{path}, record {number}", columns))
+        yield Row(number, *_pick(record, f"{path}, record {number}", columns), "record")
 
 
 def _csv_rows(path: Path, columns: Columns) -> Iterator[Row]:
@@ -189,7 +194,7 @@ def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
             labels = batch.column(columns.label).to_pylist() if columns.label in have else [None] * len(texts)
             for text, label in zip(texts, labels, strict=True):
                 number += 1
-                yield Row(number, text, label)
+                yield Row(number, text, label, "record")
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -225,4 +230,4 @@ def _hub_rows(name: str, split: str, columns: Columns) -> Iterator[Row]:
             number += 1
             # -1 is how hub sets say "no label".
             hidden = names is not None and label is not None and label < 0
-            yield Row(number, text, None if hidden else names[label] if names and label is not None else label)
+            yield Row(number, text, None if hidden else names[label] if names and label is not None else label, "record")

@@ -209,13 +209,16 @@ def load_teacher(
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own loading report off the screen: what matters in it is raised or logged here."""
-    level = transformers.logging.get_verbosity()
+    """Keep transformers' own loading report and bars off the screen: what matters in them is raised or logged here."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
 
 
 def load_classifier(

@@ -189,7 +189,7 @@ def test_missing_files_folders_and_columns(tmp_path):
     with pytest.raises(UserError, match=r"--text_column"):
         read_texts(write(tmp_path / "a.parquet", TEXTS, LABELS), text_column="sentence")
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
-    with pytest.raises(UserError, match="line 1: column 'text' holds int"):
+    with pytest.raises(UserError, match=r"numbers.parquet, record 1: column 'text' holds int"):
         read_texts(tmp_path / "numbers.parquet")
     (tmp_path / "a.txt").write_text("x\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"\.txt file has no labels"):

@@ -348,3 +348,20 @@ def test_a_vocabulary_without_its_merges(make_teacher):
         file.unlink()
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
     refusal(folder, "tokenizer")
+
+
+@pytest.mark.parametrize("wished", [True, False])
+def test_loading_shows_no_bar_and_leaves_the_users_setting(make_teacher, monkeypatch, wished):
+    (transformers.logging.enable_progress_bar if wished else transformers.logging.disable_progress_bar)()
+    shown, load = [], transformers.AutoModelForSequenceClassification.from_pretrained
+
+    def watched(*args, **options):
+        shown.append(transformers.logging.is_progress_bar_enabled())
+        return load(*args, **options)
+
+    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", watched)
+    try:
+        teachers.load_teacher(make_teacher("bert", "ab"), run_seed=0)
+        assert shown and not any(shown) and transformers.logging.is_progress_bar_enabled() == wished
+    finally:
+        transformers.logging.disable_progress_bar()
