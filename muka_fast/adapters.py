@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from muka_fast import checkpoint
+from muka_fast.console import quiet_transformers
 from muka_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def load_merged(folder: Path, labels: list[str], dtype: "torch.dtype", what: str
         config = transformers.AutoConfig.from_pretrained(
             source, local_files_only=True, trust_remote_code=False, **names
         )
-        with teachers.quiet_transformers():
+        with quiet_transformers():
             model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
                 base,
                 config=config,

@@ -90,6 +90,22 @@ def setup_logging(verbose: bool = False, rank: int = 0) -> None:
 
 
 @contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own reports and bars off the screen: what matters in them is raised or logged by us."""
+    from transformers import logging as theirs
+
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if bars:
+            theirs.enable_progress_bar()
+
+
+@contextlib.contextmanager
 def first_of_node_tells() -> Iterator[None]:
     """Around what the processes of a job check before they are connected: one a node tells bad input, all end with exit code 2."""
     try:

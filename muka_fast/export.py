@@ -25,6 +25,7 @@ import transformers
 import yaml
 
 from muka_fast import __version__
+from muka_fast.console import quiet_transformers
 from muka_fast.errors import UserError
 from muka_fast.teachers import settle_tokenizer, token_limit
 
@@ -195,7 +196,8 @@ def save_student(
         output.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        model.save_pretrained(partial, state_dict=None if state_dict is None else dict(state_dict))
+        with quiet_transformers():
+            model.save_pretrained(partial, state_dict=None if state_dict is None else dict(state_dict))
         if state_dict is not None:
             _set_dtype(partial / "config.json", state_dict)
         if head is not None:

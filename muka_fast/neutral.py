@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor
 
 from muka_fast import checkpoint
-from muka_fast.console import progress
+from muka_fast.console import progress, quiet_transformers
 from muka_fast.data import TextSet, Tokens, collate, token_budget_batches, tokenize, tokenizer_key
 from muka_fast.errors import UserError
 from muka_fast.features import Features, read_or_refuse
@@ -47,7 +47,6 @@ from muka_fast.teachers import (
     LOADING_ERRORS,
     check_vocabulary,
     load_tokenizer,
-    quiet_transformers,
     settle_forward,
     settle_tokenizer,
     token_limit,

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from muka_fast import adapters, checkpoint
 from muka_fast.config import PlanConfig, RunConfig
+from muka_fast.console import quiet_transformers
 from muka_fast.data import read_texts, tokenize
 from muka_fast.errors import UserError
 from muka_fast.footprint import STAGES, Footprint, footprint, measured_flops, stage_memory
@@ -21,7 +22,7 @@ from muka_fast.recipe import default_epochs
 from muka_fast.scoring import empty_shard
 from muka_fast.store import FEATURE_TYPE, FEATURES, default_shard_size, shard_ranges
 from muka_fast.supervision import device_of
-from muka_fast.teachers import DTYPES, LOADING_ERRORS, quiet_transformers, teacher_names
+from muka_fast.teachers import DTYPES, LOADING_ERRORS, teacher_names
 
 log = logging.getLogger("muka_fast")
 # Data sheets: GiB of memory, dense FLOP/s in half precision and in fp32 without TF32.

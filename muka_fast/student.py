@@ -11,13 +11,13 @@ import transformers
 from torch import nn
 
 from muka_fast import checkpoint
+from muka_fast.console import quiet_transformers
 from muka_fast.engine import partitioned_loading, whole_parameters
 from muka_fast.errors import UserError
 from muka_fast.teachers import (
     LOADING_ERRORS,
     check_vocabulary,
     load_tokenizer,
-    quiet_transformers,
     settle_forward,
     settle_tokenizer,
     some,

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from muka_fast import adapters, checkpoint
 from muka_fast.adaptive import Crew, sampling_summary
-from muka_fast.console import log_file
+from muka_fast.console import log_file, quiet_transformers
 from muka_fast.data import TextSet, read_texts
 from muka_fast.engine import init_distributed, resolve_device
 from muka_fast.errors import UserError
@@ -44,7 +44,6 @@ from muka_fast.teachers import (
     TeacherFiles,
     check_teachers,
     load_teacher,
-    quiet_transformers,
     teacher_names,
 )
 from muka_fast.trunk import StochasticTeacher

@@ -4,11 +4,10 @@ A teacher is any single-label `*ForSequenceClassification` folder (or hub name) 
 tokenizer, or a LoRA adapter of one. Whatever else is met ends in a UserError that names the teacher and the way out.
 """
 
-import contextlib
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from muka_fast import adapters, checkpoint, placement
+from muka_fast.console import quiet_transformers
 from muka_fast.data import tokenizer_key
 from muka_fast.errors import UserError
 from muka_fast.sites import trace_inputs
@@ -205,20 +205,6 @@ def load_teacher(
         pad_id=tokenizer.pad_token_id,
         max_length=max_length,
     )
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own loading report and bars off the screen: what matters in them is raised or logged here."""
-    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.logging.enable_progress_bar()
 
 
 def load_classifier(
