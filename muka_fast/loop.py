@@ -1,8 +1,9 @@
-"""The training loop: which texts each step sees, one step whose gradient no layout changes, metrics, checkpoints, SIGTERM."""
+"""The training loop: which texts each step sees, one step whose gradient no layout changes, metrics, checkpoints, signals to stop."""
 
 import json
 import logging
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -46,36 +47,44 @@ class Plan:
 
 
 @contextmanager
-def sigterm_flag() -> Iterator[dict[str, bool]]:
-    """A dictionary whose "stop" turns true when SIGTERM arrives (only the main thread can listen)."""
-    flag = {"stop": False}
-    try:
-        before = signal.signal(signal.SIGTERM, lambda *_: flag.update(stop=True))
-    except ValueError:
-        yield flag
+def stop_signals() -> Iterator[list[signal.Signals]]:
+    """The signals to stop that have arrived so far: SIGTERM, or Ctrl-C, of which a second one ends at once. Only the main thread can
+    listen."""
+    arrived: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield arrived
         return
+
+    def arrive(number: int, _frame: Any) -> None:
+        arrived.append(signal.Signals(number))
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+            log.warning("interrupted: stopping after a checkpoint (Ctrl-C once more: at once, without)")
+
+    before = {number: signal.signal(number, arrive) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield flag
+        yield arrived
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train(
     engine: Engine, method: Method, tokens: Tokens, texts: TextSet, plan: Plan, config: RunConfig, output: Path, pad_id: int
 ) -> bool:
-    """All steps that are left; False where SIGTERM ended it (after a checkpoint)."""
+    """All steps that are left; False where SIGTERM ended it (after a checkpoint). Raises KeyboardInterrupt, after one, for Ctrl-C."""
     if config.resume:
         found = restore_newest(engine, output)
         if found:
             log.info("resuming after step %d of %d (%s)", engine.completed_steps, plan.total_steps, found)
     save_every = config.save_every or plan.steps_per_epoch
-    with Metrics(output, engine, plan, config) as metrics, sigterm_flag() as flag:
+    with Metrics(output, engine, plan, config) as metrics, stop_signals() as arrived:
         bar = progress(plan.total_steps - engine.completed_steps, "training", "steps")
         with bar if engine.rank == 0 else nullcontext():
             running: list[Step] = []
             while engine.completed_steps < plan.total_steps:
                 rows = plan.rows(engine.completed_steps)
-                running.append(train_step(engine, method, tokens, texts, rows, config, flag, pad_id))
+                running.append(train_step(engine, method, tokens, texts, rows, config, arrived, pad_id))
                 save, stop = engine.completed_steps % save_every == 0 or engine.completed_steps == plan.total_steps, False
                 # A step's loss is looked at while the next one runs, so that the device never waits for the host; before anything is
                 # written, all that are left.
@@ -90,7 +99,10 @@ def train(
                     save_snapshot(engine, output)
                 if stop and engine.completed_steps < plan.total_steps:
                     done = engine.completed_steps
-                    log.warning("stopped by SIGTERM after step %d of %d; continue with --resume", done, plan.total_steps)
+                    by = arrived[0].name if arrived else "a signal to another process"
+                    log.warning("stopped by %s after step %d of %d; continue with --resume", by, done, plan.total_steps)
+                    if signal.SIGINT in arrived:
+                        raise KeyboardInterrupt
                     return False
     return True
 
@@ -118,7 +130,7 @@ def train_step(
     texts: TextSet,
     rows: np.ndarray,
     config: RunConfig,
-    flag: dict[str, bool],
+    arrived: list[signal.Signals],
     pad_id: int,
 ) -> Step:
     """One optimizer step over the global batch `rows`. Nothing in it waits for the device.
@@ -140,7 +152,7 @@ def train_step(
         total += loss.detach()
         seen.append((used, losses.detach()))
         if micro + 1 == len(parts):
-            outcome = engine.sum_and_max(total, flag["stop"])
+            outcome = engine.sum_and_max(total, bool(arrived))
         engine.backward(loss)
         engine.step()
     return Step(step + 1, rows, outcome, seen)

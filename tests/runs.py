@@ -70,12 +70,12 @@ def go(world, tmp_path):
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """stop_at(step): SIGTERM arrives while this step is under way."""
+    """stop_at(step): SIGTERM, or another signal, arrives while this step is under way."""
 
-    def arm(step: int) -> None:
+    def arm(step: int, number: signal.Signals = signal.SIGTERM) -> None:
         def train_step(engine, *rest, _original=loop.train_step):
             if engine.completed_steps == step:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
             return _original(engine, *rest)
 
         monkeypatch.setattr(loop, "train_step", train_step)

@@ -269,7 +269,7 @@ def test_no_training_step_of_ours_waits_for_the_device(precision, make_model):
     method = METHODS[config.method](config, sup, space, None)
     engine = Engine.create(make_model("bert", ("a", "b", "c", "d")), config, ds, 10)
     tokens = Tokens(np.full(30, 7, np.int32), np.arange(0, 31, 5))
-    step = lambda: train_step(engine, method, tokens, None, np.arange(6), config, {"stop": False}, 0)
+    step = lambda: train_step(engine, method, tokens, None, np.arange(6), config, [], 0)
     for _ in range(2):  # compiles, allocates
         step().settle(None, config)
     torch.cuda.synchronize()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from runs import SMOOTH_ADAM, largest_difference, losses, weights
 
-from muka_fast import snapshots
+from muka_fast import loop, snapshots
 from muka_fast.errors import UserError
 
 
@@ -25,6 +25,23 @@ def test_sigterm_saves_and_resume_continues_bit_for_bit(go, stop_at, monkeypatch
     assert not resumed.stopped and losses(resumed) == losses(whole)
     assert largest_difference(weights(resumed), weights(whole)) == 0
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(go, stop_at, monkeypatch, caplog):
+    caplog.set_level("WARNING", logger="muka_fast")
+    before, whole = signal.getsignal(signal.SIGINT), go("whole")
+    stop_at(7, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        go("cut")
+    monkeypatch.undo()
+    assert "stopped by SIGINT after step 8 of 15; continue with --resume" in caplog.text
+    assert losses(go("cut", resume=True)) == losses(whole)
+    with loop.stop_signals() as arrived:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert arrived == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_resume_in_another_layout(go, stop_at, monkeypatch, world):
