@@ -5,6 +5,7 @@ Nothing is imported from here (`--import-mode=importlib`): ask for the fixtures 
 """
 
 import copy
+import json
 import logging
 import os
 import tempfile
@@ -21,6 +22,8 @@ import transformers
 from hypothesis import settings
 from runs import go, stop_at, world  # noqa: F401, fixtures
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from muka_fast.data import read_texts
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -243,6 +246,14 @@ def build_model(family, labels, tokenizer, *, seed=0, hidden=16, layers=2, dropo
                 if parameter.ndim == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+@pytest.fixture
+def pool(tmp_path, texts):
+    """Eleven texts, read from a file whose first row is blank."""
+    path = tmp_path / "pool.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["", *texts[:11]]))
+    return read_texts(path)
 
 
 @pytest.fixture

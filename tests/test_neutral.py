@@ -1,6 +1,5 @@
 """Neutral features: means over tokens, whatever the batch; cached under what decides them; whole or computed again."""
 
-import json
 
 import numpy as np
 import pytest
@@ -9,19 +8,11 @@ import transformers
 
 from muka_fast import neutral
 from muka_fast.config import RunConfig
-from muka_fast.data import read_texts
 from muka_fast.errors import UserError
 from muka_fast.intercept import run_without_waiting
 from muka_fast.neutral import name_features, neutral_features
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.store import merge_manifest
-
-
-@pytest.fixture
-def pool(tmp_path, texts):
-    path = tmp_path / "pool.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["", *texts[:11]]))
-    return read_texts(path)
 
 
 @pytest.fixture

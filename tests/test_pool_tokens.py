@@ -1,6 +1,5 @@
 """A pool's token ids: those of the tokenizer, made once for all who ask and all processes, kept, and made again where damaged."""
 
-import json
 
 import numpy as np
 import pytest
@@ -15,13 +14,6 @@ from muka_fast.shard_queue import ShardQueue
 from muka_fast.store import merge_manifest, shard_ranges
 
 RANGES = shard_ranges(11, 4)
-
-
-@pytest.fixture
-def pool(tmp_path, texts):
-    path = tmp_path / "pool.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["", *texts[:11]]))
-    return read_texts(path)
 
 
 @pytest.fixture
