@@ -120,7 +120,7 @@ def test_a_process_killed_while_scoring_ends_the_job_and_resume_finishes(world, 
     _, told = finish(processes)
     assert "is gone while scoring: stopping" in told
     before = {path: path.stat().st_mtime_ns for path in store.glob("*/shard-*")}
-    whole = 3 * 19  # shards of 4 of the 75 texts: two teachers and the neutral features
+    whole = 4 * 19  # shards of 4 of the 75 texts: two teachers, the neutral features and the token ids that all share
     assert 4 <= len(before) < whole
     codes, told = finish(run_processes(options, 2, ("--resume",)))
     assert codes == [0, 0], told
