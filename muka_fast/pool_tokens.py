@@ -35,9 +35,9 @@ log = logging.getLogger("muka_fast")
 
 
 def tokens_key(texts: TextSet, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
-    """16 hex digits over all that decides the ids: texts, tokenizer, max_length, and the version of the code that runs it."""
-    version = (tokenizers if tokenizer.is_fast else transformers).__version__
-    parts = [FORMAT, "tokens", texts.fingerprint, tokenizer_key(tokenizer, max_length), version]
+    """16 hex digits over all that decides the ids: texts, tokenizer, max_length, and the versions of the code that runs it."""
+    versions = [tokenizers.__version__, transformers.__version__]
+    parts = [FORMAT, "tokens", texts.fingerprint, tokenizer_key(tokenizer, max_length), *versions]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -59,7 +59,7 @@ class Stage:
         self.loaded.append(path)
         self.dtypes.append(dtype)
         return SimpleNamespace(
-            name=name, path=path, labels=LABELS[path], fingerprint=f"weights of {path}", tokenizer=SimpleNamespace(is_fast=True),
+            name=name, path=path, labels=LABELS[path], fingerprint=f"weights of {path}", tokenizer=None,
             tokenizer_key="bpe", seed=run_seed, pad_id=0, max_length=64, model=SimpleNamespace(device="cpu"),
         )  # fmt: skip
 
