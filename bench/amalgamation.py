@@ -274,21 +274,19 @@ def measure_students(
     published_s = {f"published, {precision}": steps * timed(DTYPES[precision]) for precision in args.precisions}
     measure = lambda student, tokenizer: accuracy(student, tokenizer, evaluation, space, args.max_length)
 
-    def train(row: Row, seed: int, folder: str, epochs: int) -> str:
+    def train(row: Row, seed: int, folder: str) -> str:
         return muka_fast.amalgamate(
             store=stores / row.name, student=args.encoder, texts=args.train, limit=args.texts, output=f"{folder}/run",
-            method="muka-soft", seed=seed, mc_samples=args.samples, epochs=epochs, device=args.device,
-            learning_rate=args.learning_rate, batch_size=args.batch_size, max_length=args.max_length, **row.options,
+            method="muka-soft", seed=seed, mc_samples=args.samples, epochs=args.epochs, device=args.device,
+            learning_rate=args.learning_rate, batch_size=args.batch_size, max_length=args.max_length,
+            precision=row.precision if args.device == "cuda" else "fp32", **row.options,
         ).output  # fmt: skip
 
-    if args.device == "cuda":  # compiles
-        with tempfile.TemporaryDirectory() as folder:
-            train(args.rows[0], 0, folder, epochs=1)
     for seed in range(args.seeds):
         for row in args.rows:
             with tempfile.TemporaryDirectory() as folder:
                 start = time.perf_counter()
-                output = train(row, seed, folder, args.epochs)
+                output = train(row, seed, folder)
                 seconds[row.name].append(time.perf_counter() - start)
                 if not args.synthetic:
                     student = load_plain(output, args.device).eval()
@@ -381,12 +379,13 @@ def note(args: argparse.Namespace, texts: TextSet, paths: list[str], students: t
     told += " On a GPU: every row ran once before; peaks are of its memory." if args.device == "cuda" else ""
     if args.precisions != ["fp32"]:
         told += " Plain and published forwards of a row are in its precision; published students were taught by fp32 teachers."
+        told += " Both students' steps are timed in it, too." if args.device == "cuda" else ""
     if args.published_texts < count:
         told += f" Published scoring timed on {args.published_texts} texts and scaled, plus loading its teachers once."
     if students is None:
         return told
     told += f" Published training timed on {args.published_steps} steps and scaled."
-    told += " End to end is scoring plus the median training from its scores."
+    told += " End to end is scoring plus the median training from its scores, which compiles, saves and exports as well."
     if not students[0]["published"]:
         return told
     spread = "; ".join(f"{name} {', '.join(f'{value:.1%}' for value in values)}" for name, values in students[0].items())

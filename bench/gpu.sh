@@ -68,7 +68,7 @@ run() { # name, limit in seconds, command...
 
 if [ $dry = 1 ]; then
   run build 300 "$python" setup.py -q build_ext --inplace
-  run correct 120 "$python" -m pytest -q -m "gpu or not gpu" tests/test_gpu.py
+  run correct 120 "$python" -m pytest -q -m "gpu or not gpu" tests/test_gpu.py tests/test_gpu_training.py
   run sanitize 60 "$python" -m pytest -q -m "gpu or not gpu" tests/test_sanitizer.py
   run ceilings 60 "$python" bench/ceilings.py --device cpu --toy --json "$out/ceilings.json"
   run tune 60 "$python" bench/tune.py --device cpu --toy --json "$out/tuning.json"
@@ -79,6 +79,8 @@ if [ $dry = 1 ]; then
     --precisions fp32 bf16 --samples 4 --repetitions 1 --device cpu --workdir "$work/amalgamation" --json "$out/amalgamation.json"
   run amalgamation 300 "$python" bench/amalgamation.py --synthetic toy --texts 40 --published_texts 8 --max_length 32 --scopes last:1 \
     --samples 4 --seeds 1 --repetitions 1 --device cpu --workdir "$work/amalgamation" --json "$out/amalgamation_end_to_end.json"
+  run train 60 "$python" bench/step.py --size toy --batch_size 2 --length 8 --precision fp32 --device cpu --seconds 0.05 \
+    --json "$out/step.json"
   run train 300 "$python" bench/student.py --size toy --stages 0 3 --precision fp32 --device cpu --steps 3 --batch_size 4 \
     --json "$out/student.json"
   run large 300 "$python" bench/teacher.py --size toy --texts 40 --samples 4 --precisions fp32 bf16 --device cpu --json "$out/teacher.json"
@@ -95,7 +97,7 @@ else
     background -c "import sys; sys.path.insert(0, 'bench'); import synthetic as s; from pathlib import Path; s.make_texts(Path('$work'), $texts)"
   esac
   # shellcheck disable=SC2086
-  run correct 150 "$python" -m pytest -q -m gpu $parallel tests/test_gpu.py
+  run correct 150 "$python" -m pytest -q -m gpu $parallel tests/test_gpu.py tests/test_gpu_training.py
   wait
   mkdir -p "$work/amalgamation" "$work/student"
   for folder in amalgamation student; do cp "$work"/{pool,eval}.jsonl "$work/$folder" 2>/dev/null; done
@@ -112,12 +114,11 @@ else
   done
   run amalgamation 120 "$python" bench/amalgamation.py --synthetic base --texts 4096 --precisions bf16 --repetitions 1 \
     --workdir "$work/amalgamation"
-  # Enough texts that loading teachers does not hide what a text costs; a batch of training that the host's launches do not limit.
-  run amalgamation 120 "$python" bench/amalgamation.py --synthetic base --texts $texts --scopes last:1 head --precisions bf16 \
-    --repetitions 1 --workdir "$work/amalgamation" --stem amalgamation_long
-  run amalgamation 120 "$python" bench/amalgamation.py --synthetic base --texts 4096 --scopes last:1 --precisions bf16 --seeds 1 \
-    --repetitions 1 --batch_size 64 --workdir "$work/amalgamation" --stem amalgamation_end_to_end
-  run train 120 "$python" bench/student.py --size base --batch_size 2048 --steps $((texts / 2048)) --workdir "$work/student"
+  # Enough texts that loading teachers does not hide what a text costs.
+  run amalgamation 200 "$python" bench/amalgamation.py --synthetic base --texts $texts --scopes last:1 --precisions bf16 --seeds 1 \
+    --repetitions 1 --workdir "$work/amalgamation" --stem amalgamation_end_to_end
+  run train 60 "$python" bench/step.py
+  run train 150 "$python" bench/student.py --size base --batch_size 2048 --steps $((texts / 2048)) --workdir "$work/student"
   run sanitize 300 "$python" -m pytest -q -m gpu tests/test_sanitizer.py
   run launches 60 "$python" bench/launches.py
   run large 180 "$python" bench/student.py --size 1b --stages 3 "3 offload" --steps 6 --batch_size 16

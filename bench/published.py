@@ -70,11 +70,18 @@ def soft_targets(logits: list[Tensor], scores: Tensor, to_union: list[Tensor], n
 
 
 def train_step(
-    student: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], q: Tensor, weight: Tensor
+    student: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor],
+    q: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype = torch.float32,
 ) -> float:
-    """One step on mean(weight * KL(q, softmax(student))), gradients clipped to norm 1."""
+    """One step on mean(weight * KL(q, softmax(student))), gradients clipped to norm 1; in half precision under autocast."""
     student.train()
-    log_p = torch.log_softmax(student(**batch).logits, dim=-1)
+    with torch.autocast(q.device.type, dtype, enabled=dtype != torch.float32):
+        logits = student(**batch).logits
+    log_p = torch.log_softmax(logits.float(), dim=-1)
     loss = (weight * (torch.special.xlogy(q, q) - q * log_p).sum(-1)).mean()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -120,8 +127,8 @@ def published_student(
     max_steps: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple:
-    """Train the student as published, every teacher (of this dtype) run again in every step: student, tokenizer, seconds of a step
-    (median)."""
+    """Train the student as published, in this precision, as every teacher that is run again in every step: student, tokenizer, seconds
+    of a step (median)."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(args.encoder)
     student = load_plain(args.encoder, args.device, num_labels=space.num_classes)
@@ -143,7 +150,7 @@ def published_student(
         batch = padded_batches(tokenizer, [texts[i] for i in rows], args.max_length, len(rows), padding, args.device)[0]
         logits = [deterministic_logits(teacher, batch) for teacher in teachers]
         q = soft_targets(logits, scores[rows], to_union, space.num_classes, tau=0.2)
-        train_step(student, optimizer, batch, q, margin[rows] + 1e-6)
+        train_step(student, optimizer, batch, q, margin[rows] + 1e-6, dtype)
         schedule.step()
         seconds.append(time.perf_counter() - start)
     return student.eval(), tokenizer, statistics.median(seconds)

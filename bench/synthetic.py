@@ -55,7 +55,8 @@ def make_encoder(folder: Path, size: str, texts: list[str]) -> str:
         "intermediate_size": 4 * hidden, "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
     torch.manual_seed(0)
-    model = LlamaModel(LlamaConfig(**shape, num_key_value_heads=8)) if size in DECODERS else BertModel(BertConfig(**shape))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a CPU draws a billion numbers in a minute
+        model = LlamaModel(LlamaConfig(**shape, num_key_value_heads=8)) if size in DECODERS else BertModel(BertConfig(**shape))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

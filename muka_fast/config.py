@@ -239,6 +239,12 @@ class RunConfig(ScoringOptions):
     warmup_ratio: float = option(0.1, "share of the steps with rising learning rate", "Training", ge=0, le=1)
     weight_decay: float = option(0.01, "decoupled weight decay", "Training", ge=0, le=1)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", "Training", gt=0, le=1e6)
+    precision: Literal[PRECISIONS] | None = option(
+        None, "of the student's forward and backward (default: what the ds_config says, else fp32); a CPU takes fp32", "Training"
+    )
+    cuda_graphs: bool = option(
+        True, "on one GPU replay the steps of small batches as CUDA graphs, which spares the host their launches", "Training"
+    )
     activation_checkpointing: bool = option(
         False, "keep only the layers' inputs for the backward and compute the rest again: less memory, a third slower", "Training"
     )

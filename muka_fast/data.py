@@ -317,11 +317,26 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, w
     return [*batches, rest] if len(rest) else batches
 
 
-def collate(tokens: Tokens, rows: np.ndarray, pad_id: int) -> dict[str, torch.Tensor]:
-    """Pad the texts `rows` on the right to the longest of them: input_ids and attention_mask, int64 [B, L]."""
+def few_lengths(length: int) -> int:
+    """The least L >= length of a few: multiples of 8, beyond 128 of an eighth of the power of two below.
+
+    A GPU meets them again: cuDNN plans an attention and `RecordedSteps` records a step for each shape of a batch.
+    """
+    step = max(8, 1 << max(0, (length - 1).bit_length() - 4))
+    return -(-length // step) * step
+
+
+def collate(tokens: Tokens, rows: np.ndarray, pad_id: int, few_shapes: bool = False) -> dict[str, torch.Tensor]:
+    """Pad the texts `rows` on the right to the longest of them: input_ids and attention_mask, int64 [B, L].
+
+    few_shapes: to the next of `few_lengths`, or the longest text of all.
+    """
     rows = np.asarray(rows, dtype=np.int64)
     lengths = tokens.lengths[rows]
-    mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    longest = int(lengths.max(initial=0))
+    if few_shapes:
+        longest = min(few_lengths(longest), int(tokens.lengths.max()))
+    mask = np.arange(longest) < lengths[:, None]
     input_ids = np.full(mask.shape, pad_id, dtype=np.int64)
     input_ids[mask] = np.concatenate([tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]] for row in rows])
     return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}

@@ -84,7 +84,7 @@ def prepare_ds_config(
             f"{name} sets activation_checkpointing, which DeepSpeed applies to models written for it only: remove it and use "
             "--activation_checkpointing"
         )
-    fill_precision(ds, name, device)
+    fill_precision(ds, name, config.precision, world_size, device)
     zero = ds["zero_optimization"]
     if "offload_optimizer" in zero or "offload_param" in zero:
         # We hand over torch's fused AdamW; DeepSpeed's own CPU Adam would be compiled at the first run.
@@ -145,18 +145,35 @@ def fill_batch(ds: dict[str, Any], name: str, world_size: int) -> None:
     ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"] = micro, accumulation
 
 
-def fill_precision(ds: dict[str, Any], name: str, device: str) -> None:
-    """fp32 by default; half precision keeps fp32 master weights, which DeepSpeed shards from ZeRO stage 1 on."""
+def fill_scheduler(scheduler: dict[str, Any], total_steps: int, warmup_steps: int, lr: float) -> dict[str, Any]:
+    """DeepSpeed's scheduler with what it needs to know of the run where it does not say so itself."""
+    fill = {"total_num_steps": total_steps, "warmup_num_steps": max(2, warmup_steps), "warmup_max_lr": lr}
+    wanted = {"WarmupLR": ("warmup_num_steps", "warmup_max_lr"), "WarmupDecayLR": tuple(fill)}
+    names = wanted.get(scheduler.get("type"), ())
+    return scheduler | {"params": {name: fill[name] for name in names} | scheduler.get("params", {})}
+
+
+def fill_precision(ds: dict[str, Any], name: str, asked: str | None, world_size: int, device: str) -> None:
+    """fp32 by default. Half precision keeps fp32 master weights, which DeepSpeed shards from ZeRO stage 1 on. In bf16 at stage 0, the
+    default of a single process, the weights themselves are fp32 and the forward runs under autocast."""
     half = [key for key in ("bf16", "fp16") if ds.get(key, {}).get("enabled")]
     if len(half) == 2:
         raise UserError(f"{name}: bf16 and fp16 are both enabled, choose one")
+    if half and asked not in (None, *half):
+        raise UserError(f"{name} enables {half[0]}, but --precision is {asked}: remove one of them")
+    if not half and asked in ("bf16", "fp16"):
+        if "enabled" in ds.get(asked, {}):
+            raise UserError(f"{name} sets {asked}.enabled to false, but --precision is {asked}: remove one of them")
+        half, ds[asked] = [asked], {**ds.get(asked, {}), "enabled": True}
     if half and device == "cpu":
-        raise UserError(f"{name}: {half[0]} is enabled, but this run is on the CPU, which trains in fp32: set it to false")
+        where = "--precision" if asked else name
+        raise UserError(f"{where}: {half[0]} is enabled, but this run is on the CPU, which trains in fp32: set it to false")
     zero = ds.setdefault("zero_optimization", {})
-    if zero.setdefault("stage", 1 if half else 0) not in (0, 1, 2, 3):
+    alone = world_size == 1 and half == ["bf16"]
+    if zero.setdefault("stage", 1 if half and not alone else 0) not in (0, 1, 2, 3):
         raise UserError(f"{name}: zero_optimization.stage must be 0, 1, 2 or 3, found {zero['stage']!r}")
-    if half and zero["stage"] == 0:
-        raise UserError(f"{name}: {half[0]} with ZeRO stage 0 keeps no fp32 master weights here: set zero_optimization.stage to 1")
+    if half == ["fp16"] and zero["stage"] == 0:
+        raise UserError(f"{name}: fp16 with ZeRO stage 0 keeps no fp32 master weights here: set zero_optimization.stage to 1")
     if half == ["bf16"]:
         # bf16 has the range of fp32: a gradient that is no number ends the run as it does there (`Step.settle`, `save_student`),
         # and is not looked for tensor by tensor, which took six kernels each.

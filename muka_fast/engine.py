@@ -18,12 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from muka_fast.aligned import StudentOutput
 from muka_fast.config import RunConfig
+from muka_fast.ds_config import fill_scheduler
 from muka_fast.errors import UserError
 from muka_fast.group import JOINING, PATIENCE, set_patience, shut_down
 from muka_fast.intercept import run_without_waiting
 from muka_fast.memory import Fetch, send
 from muka_fast.optim import clip_gradients, dense_gradients, linear_schedule, parameter_groups, sparse_embeddings
+from muka_fast.recorded import RecordedSteps, recordable
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic one: what changes
@@ -131,11 +134,12 @@ class Engine:
     ) -> None:
         self.ds = ds_engine
         self.base_lr, self.schedule, self.max_norm = base_lr, schedule, max_norm
-        # ZeRO stage 0 in fp32 runs torch's own optimizer on the whole tensors; everything else wraps it.
+        # ZeRO stage 0 runs torch's own optimizer on the whole tensors; everything else wraps it.
         self.plain = not hasattr(ds_engine.optimizer, "optimizer")
         self.plain_norm: Tensor | None = None
         self.embedding_zeros: dict[nn.Parameter, Tensor] = {}
         self.device = torch.device("cpu") if device == "cpu" else ds_engine.device
+        self.recorded: RecordedSteps | None = None
         self.completed_steps = 0
 
     @classmethod
@@ -149,22 +153,20 @@ class Engine:
         options = {key: params[key] for key in ("lr", "betas", "eps")}
         kind = torch.optim.AdamW if ds_config["optimizer"]["type"] == "AdamW" else torch.optim.Adam
         zero = ds_config["zero_optimization"]
+        recorded = device != "cpu" and recordable(model, config, ds_config)
         # On the CPU torch's own choice is a loop over tensors, six times as slow.
-        fused = {"fused": True} if device == "cpu" or "offload_optimizer" in zero else {}
+        fused = {"fused": True, "capturable": recorded} if device == "cpu" or "offload_optimizer" in zero or recorded else {}
         optimizer = kind(parameter_groups(model, params["weight_decay"]), **options, **fused)
         warmup_steps = round(config.warmup_ratio * total_steps)
         schedule = lambda step: linear_schedule(step, total_steps, warmup_steps)
         ds_config = {key: value for key, value in ds_config.items() if key != "optimizer"}
         max_norm = ds_config["gradient_clipping"]
+        in_bf16 = zero["stage"] == 0 and ds_config.pop("bf16", {}).get("enabled", False)
         if zero["stage"] == 0:
             ds_config["gradient_clipping"] = 0.0  # `step` clips, by the formula of the other stages, and keeps the norm
+            ds_config |= {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}} if in_bf16 and not recorded else {}
         if "scheduler" in ds_config:
-            schedule = None
-            fill = {"total_num_steps": total_steps, "warmup_num_steps": max(2, warmup_steps), "warmup_max_lr": params["lr"]}
-            wanted = {"WarmupLR": ("warmup_num_steps", "warmup_max_lr"), "WarmupDecayLR": tuple(fill)}
-            given = ds_config["scheduler"].get("params", {})
-            names = wanted.get(ds_config["scheduler"].get("type"), ())
-            ds_config["scheduler"] = ds_config["scheduler"] | {"params": {name: fill[name] for name in names} | given}
+            schedule, ds_config["scheduler"] = None, fill_scheduler(ds_config["scheduler"], total_steps, warmup_steps, params["lr"])
         model.train()
         if device != "cpu":
             run_without_waiting(model)
@@ -175,6 +177,8 @@ class Engine:
             if device == "cpu":
                 engine.embedding_zeros = sparse_embeddings(model)
         engine._create_moments(0)
+        if recorded:
+            engine.recorded = RecordedSteps(model, in_bf16, optimizer, max_norm)
         return engine
 
     @property
@@ -200,11 +204,14 @@ class Engine:
     @property
     def last_lr(self) -> float:
         """Learning rate of the last completed step."""
-        return float(self.ds.optimizer.param_groups[0]["lr"])
+        if self.schedule is None:
+            return self.ds.optimizer.param_groups[0]["lr"]
+        return self.base_lr * self.schedule(self.completed_steps - 1)
 
     def __call__(self, **batch: Tensor) -> Any:
         """The student's forward."""
-        return self.ds(**{name: send(tensor, self.device) for name, tensor in batch.items()})
+        on_device = {name: send(tensor, self.device) for name, tensor in batch.items()}
+        return self.ds(**on_device) if self.recorded is None else StudentOutput(self.recorded.logits(on_device))
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of one micro-batch; the last one of a step also updates the weights.
@@ -212,6 +219,9 @@ class Engine:
         loss: sum over the micro-batch's texts of loss_b / (texts in the global batch). DeepSpeed averages gradients over processes,
         so the sum over all of them needs the factor world_size; it must not divide by the accumulation steps again.
         """
+        if self.recorded is not None:
+            loss.backward()
+            return
         if self.schedule is not None:
             for group in self.ds.optimizer.param_groups:
                 group["lr"] = group.get("base_lr", self.base_lr) * self.schedule(self.completed_steps)
@@ -219,6 +229,10 @@ class Engine:
 
     def step(self) -> bool:
         """Call after each `backward`. True where this completed a step of the optimizer."""
+        if self.recorded is not None:
+            self.plain_norm = self.recorded.update(self.lr)
+            self.completed_steps += 1
+            return True
         complete = self.ds.is_gradient_accumulation_boundary()
         if complete and self.plain:
             self.plain_norm = clip_gradients(self.ds.optimizer.param_groups, self.max_norm)
@@ -285,7 +299,7 @@ class Engine:
         for name, tensor in self.named_states(moments=True):
             if self.rank or failure is not None:  # after a failure too: the others gather until the end, and wait for this process
                 continue
-            shard[name] = tensor.detach().cpu().contiguous().clone()
+            shard[name] = tensor.detach().contiguous().to("cpu", copy=True)
             if sum(t.nbytes for t in shard.values()) >= SHARD_BYTES:
                 try:
                     save_file(shard, folder / f"state-{files:05d}.safetensors")

@@ -3,10 +3,10 @@
 The same function with the same gradient for less work: keys and values are those of all tokens; query, attention, feed-forward and
 norms run on one row a text. Everything else is the model's own forward.
 
-B texts · L tokens · D width · H heads.
+B texts · L tokens · R rows · D width · H heads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +17,22 @@ from muka_fast.intercept import patched
 from muka_fast.postln import PostLayer, layer_calls, layer_parts
 
 
+class Parts:
+    """What a layer is computed by; muka_fast/fused_layers.py has another form of it."""
+
+    def project(self, layer: PostLayer, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the rows [B, R, D], keys and values of x [B, L, D]."""
+        return layer.query(rows), layer.key(x), layer.value(x)
+
+    def add_norm(self, dense: nn.Module, dropout: nn.Module, norm: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
+        return norm(dropout(dense(x)) + rows)
+
+
+PLAIN = Parts()
+
+
 @contextmanager
-def first_token_only(model: nn.Module) -> Iterator[None]:
+def first_token_only(model: nn.Module, parts: Parts = PLAIN) -> Iterator[None]:
     """Inside it the last layer of a sequence classifier gives [B, 1, D]; a model that postln.py does not cover stays as it is.
 
     All sequence classifiers of the families there read token 0 of what it gives, and nothing else. Weights are reached through their
@@ -26,13 +40,12 @@ def first_token_only(model: nn.Module) -> Iterator[None]:
     activation checkpointing this layer keeps its activations (transformers 5.23), since its backward comes first, so that they would
     be recomputed at once, or is recomputed all the same (5.17).
     """
-    calls = layer_calls(model) if hasattr(getattr(model, "config", None), "model_type") else None
-    if calls is None:
+    calls = covered_calls(model)
+    if not calls:
         yield
         return
-    last, is_mpnet = calls[-1], model.config.model_type == "mpnet"
-    layer = PostLayer(*layer_parts(model, last)[0])
-    head_dim = model.config.hidden_size // model.config.num_attention_heads
+    last = calls[-1]
+    run = layer_form(model, last, parts)
     remaining = 0
 
     def restart(*_: Any) -> None:
@@ -42,15 +55,9 @@ def first_token_only(model: nn.Module) -> Iterator[None]:
     def forward(original: Any, x: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         nonlocal remaining
         remaining -= 1  # below 0: a checkpoint's recomputation, which begins with the last call
-        # Flash and flex attention bring masks of another form.
-        known = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4)
-        if remaining not in (0, -1) or not known:
+        if remaining not in (0, -1) or not is_known(attention_mask):
             return original(x, attention_mask, *args, **kwargs)
-        bias = None if attention_mask is None else attention_mask[:, :, :1]
-        if not is_mpnet:
-            return first_row(layer, x, head_dim, bias)
-        positions = args[0][:, :, :1]  # float, as MPNet's mask is
-        return (first_row(layer, x, head_dim, positions if bias is None else positions + bias),)
+        return run(x, x[:, :1], attention_mask, *args)
 
     handle = model.base_model.register_forward_pre_hook(restart)
     try:
@@ -60,16 +67,40 @@ def first_token_only(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def first_row(layer: PostLayer, x: Tensor, head_dim: int, bias: Tensor | None) -> Tensor:
-    """Row 0 of a layer's result [B, 1, D] from hidden states [B, L, D].
+def covered_calls(model: nn.Module) -> list[nn.Module]:
+    """As postln.py's `layer_calls`, of any module; empty for what is not covered."""
+    return (layer_calls(model) if hasattr(getattr(model, "config", None), "model_type") else None) or []
 
-    bias: what its query does not see (bool, False) or what is added to its scores (float), [B, 1 | H, 1, L].
+
+def is_known(attention_mask: Any) -> bool:
+    """Flash and flex attention bring masks of another form."""
+    return attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4)
+
+
+def layer_form(model: nn.Module, module: nn.Module, parts: Parts) -> Callable[..., Any]:
+    """One of `covered_calls` as (x [B, L, D], its first rows [B, R, D], attention_mask, MPNet's position bias) -> what it gives."""
+    layer = PostLayer(*layer_parts(model, module)[0])
+    head_dim, is_mpnet = model.config.hidden_size // model.config.num_attention_heads, model.config.model_type == "mpnet"
+
+    def run(x: Tensor, rows: Tensor, attention_mask: Tensor | None, *args: Any) -> Any:
+        bias = None if attention_mask is None else attention_mask[:, :, : rows.shape[1]]
+        if not is_mpnet:
+            return layer_rows(layer, x, rows, head_dim, bias, parts)
+        positions = args[0][:, :, : rows.shape[1]]  # float, as MPNet's mask is
+        return (layer_rows(layer, x, rows, head_dim, positions if bias is None else positions + bias, parts),)
+
+    return run
+
+
+def layer_rows(layer: PostLayer, x: Tensor, rows: Tensor, head_dim: int, bias: Tensor | None, parts: Parts) -> Tensor:
+    """The first R rows of a layer's result [B, R, D] from hidden states [B, L, D] and the first R of these.
+
+    bias: what a query does not see (bool, False) or what is added to its scores (float), [B, 1 | H, 1 | R, L].
     """
-    rows = x[:, :1]
     query, key, value = (
-        states.unflatten(-1, (-1, head_dim)).transpose(1, 2) for states in (layer.query(rows), layer.key(x), layer.value(x))
+        states.unflatten(-1, (-1, head_dim)).transpose(1, 2) for states in parts.project(layer, x, rows)
     )
     p = layer.attention_dropout.p if layer.attention_dropout.training else 0.0
     attention = scaled_dot_product_attention(query, key, value, bias, dropout_p=p)
-    y = layer.norm1(layer.output_dropout(layer.output(attention.transpose(1, 2).flatten(-2))) + rows)
-    return layer.norm2(layer.ffn_dropout(layer.down(layer.activation(layer.up(y)))) + y)
+    y = parts.add_norm(layer.output, layer.output_dropout, layer.norm1, attention.transpose(1, 2).flatten(-2), rows)
+    return parts.add_norm(layer.down, layer.ffn_dropout, layer.norm2, layer.activation(layer.up(y)), y)

@@ -89,15 +89,17 @@ def footprint(config: PreTrainedConfig, texts: int, tokens: int, precision: str,
 def stage_memory(stage: str, cost: Footprint, processes: int, precision: str) -> StageMemory:
     """Weights, gradients, fp32 master weights and moments of AdamW as ZeRO partitions them (arXiv 1910.02054), and its buffers.
 
-    fp32 without ZeRO needs no master weights: 16 P bytes. From stage 1 on it is 4 P (2 P in half precision) of weights and of
-    gradients and 12 P of optimizer state, of which each stage partitions one more: the state, the gradients, the weights.
+    Without ZeRO the weights are fp32 and need no master weights: 16 P bytes, in bf16 2 P more of casts that the backward keeps.
+    From stage 1 on it is 4 P (2 P in half precision) of weights and of gradients and 12 P of optimizer state, of which each stage
+    partitions one more: the state, the gradients, the weights.
     """
     width, share = DTYPES[precision].itemsize, -(-cost.num_parameters // processes)
     whole = width * cost.num_parameters
     common = {"stage": stage, "activations": cost.activation_bytes, "host": 0}
     if stage == "0":
-        buffers = min(whole, width * REDUCE_BUCKET) if processes > 1 else 0
-        return StageMemory(weights=whole, gradients=whole, optimizer=8 * cost.num_parameters, buffers=buffers, **common)
+        casts, whole = (0 if precision == "fp32" else whole), 4 * cost.num_parameters
+        buffers = min(whole, 4 * REDUCE_BUCKET) if processes > 1 else 0
+        return StageMemory(weights=whole + casts, gradients=whole, optimizer=8 * cost.num_parameters, buffers=buffers, **common)
     bucket = width * REDUCE_BUCKET
     if stage in ("1", "2"):
         gradients = whole if stage == "1" else width * share

@@ -146,7 +146,8 @@ def train_step(
         torch.manual_seed(runinfo.dropout_seed(config.seed, step, micro, engine.rank))
         used = part if len(part) else rows[:1]  # the last batch may leave a process without texts: it takes part with weight 0
         texts_used = torch.from_numpy(used)
-        output = engine(**collate(tokens, used, pad_id), **method.student_inputs(texts_used))
+        batch = collate(tokens, used, pad_id, few_shapes=engine.device.type != "cpu")
+        output = engine(**batch, **method.student_inputs(texts_used))
         losses = method.loss(StudentOutput(output.logits.float(), getattr(output, "penalty", None)), texts_used)
         loss = losses.sum() / denominator if len(part) else losses.sum() * 0.0
         total += loss.detach()

@@ -31,15 +31,24 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def clip_gradients(groups: list[dict[str, Any]], max_norm: float) -> Tensor:
     """Scale whole gradients to a joint norm of at most `max_norm` and return the norm before.
 
-    DeepSpeed clips stage 0 by another formula than stages 1 and 2; this is the latter's, in its order of summation, so that the stage
-    changes no bit of the result. Of a sparse gradient the rows that it holds are scaled.
+    DeepSpeed clips stage 0 by another formula than stages 1 and 2; this is the latter's, on the CPU in its order of summation, so that
+    the stage changes no bit of the result. Of a sparse gradient the rows that it holds are scaled.
     """
     gradients = [[_values(p) for p in group["params"] if p.grad is not None] for group in groups]
+    if any(g.device.type != "cpu" for group in gradients for g in group):
+        return _clip_together([g for group in gradients for g in group], max_norm)
     norms = [torch.stack([_square(g) for g in group]).sum().float().sqrt() for group in gradients if group]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     scale = 1.0 / torch.clamp((norm + 1e-6) / max_norm, min=1.0)
     for gradient in (g for group in gradients for g in group):
         gradient.mul_(scale)
+    return norm
+
+
+def _clip_together(gradients: list[Tensor], max_norm: float) -> Tensor:
+    """The same on a GPU in a few launches."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    torch._foreach_mul_(gradients, 1.0 / torch.clamp((norm + 1e-6) / max_norm, min=1.0))
     return norm
 
 
@@ -56,9 +65,7 @@ def _values(parameter: nn.Parameter) -> Tensor:
 
 
 def _square(gradient: Tensor) -> Tensor:
-    """Sum of squares in float64. On the CPU piece by piece: a float64 copy of all the gradients would cost more than AdamW does."""
-    if gradient.device.type != "cpu":
-        return torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+    """Sum of squares in float64, piece by piece: a float64 copy of all the gradients would cost more than AdamW does."""
     pieces = (piece.double() for piece in gradient.flatten().split(PIECE))
     return torch.stack([torch.dot(piece, piece) for piece in pieces]).sum()
 

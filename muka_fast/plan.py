@@ -175,8 +175,8 @@ def plan(options: PlanConfig) -> dict[str, Any]:
 
 
 def memory(cost: Footprint, options: PlanConfig) -> list[dict[str, Any]]:
-    """One row per ZeRO stage that trains in this precision: half precision keeps its master weights from stage 1 on."""
-    stages = [stage for stage in STAGES if stage != "0" or options.precision == "fp32"]
+    """One row per ZeRO stage that trains in this precision: fp16 keeps its master weights from stage 1 on."""
+    stages = [stage for stage in STAGES if stage != "0" or options.precision != "fp16"]
     rows = [stage_memory(stage, cost, options.gpus, options.precision) for stage in stages]
     fits = lambda row: None if options.gpu is None else row.device <= GPUS[options.gpu][0] * 2**30
     return [asdict(row) | {"device": row.device, "fits": fits(row)} for row in rows]

@@ -22,7 +22,7 @@ from muka_fast.engine import quiet_deepspeed
 from muka_fast.errors import UserError
 from muka_fast.evaluate import metrics, predict
 from muka_fast.export import check_replaceable, clean_tokenizer, is_write_error, open_weights, set_labels, sync_folder
-from muka_fast.first_token import first_token_only
+from muka_fast.fused_layers import fused_layers
 from muka_fast.labels import warn_of_lookalikes
 from muka_fast.optim import linear_schedule, parameter_groups
 from muka_fast.recipe import default_epochs, default_learning_rate
@@ -147,7 +147,7 @@ def fine_tune(
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
-        with progress(total, description, "steps") as bar, first_token_only(model):
+        with progress(total, description, "steps") as bar, fused_layers(model):
             for epoch in range(recipe.epochs):
                 losses = []
                 for rows in epoch_batches(tokens.lengths, recipe.batch_size, recipe.seed, epoch):

@@ -34,8 +34,8 @@ from muka_fast.evidence import SAMPLE, sample_rows
 from muka_fast.export import LABELLED_METHODS
 from muka_fast.features import Features
 from muka_fast.files import write_json, write_text
-from muka_fast.first_token import first_token_only
 from muka_fast.fit_doubt import doubt_targets, fit_head
+from muka_fast.fused_layers import fused_layers
 from muka_fast.group import on_first_process, shut_down, told_once
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
 from muka_fast.loop import Plan, train
@@ -146,7 +146,7 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
     on_first_process(lambda: begin_run(output, config, record))
     trained = method.wrap(model)
     engine = Engine.create(trained, config, ds_config, plan.total_steps)
-    with clock("train"), first_token_only(model):
+    with clock("train"), fused_layers(model):
         finished = train(engine, method, tokens, texts, plan, config, output, model.config.get_text_config().pad_token_id)
     if not finished:
         return RunResult(output, stopped=True)

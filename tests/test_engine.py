@@ -66,6 +66,9 @@ def test_batch_is_micro_batch_times_accumulation_times_processes(micro, accumula
         ({"zero_optimization": {"stage": 4}}, {}, "must be 0, 1, 2 or 3"),
         ({"activation_checkpointing": {}}, {}, "activation_checkpointing, which .* use --activation_checkpointing"),
         ({"bf16": {"enabled": True}}, {}, "bf16 is enabled, but this run is on the CPU"),
+        ({}, {"precision": "bf16"}, "--precision: bf16 is enabled, but this run is on the CPU"),
+        ({"bf16": {"enabled": True}}, {"precision": "fp32"}, "enables bf16, but --precision is fp32"),
+        ({"bf16": {"enabled": False}}, {"precision": "bf16"}, "bf16.enabled to false, but --precision is bf16"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, {}, "both enabled"),
     ],
 )
@@ -75,11 +78,16 @@ def test_contradictions_name_both_sides(ds, options, message):
     assert "\n" not in str(caught.value)
 
 
-def test_half_precision_keeps_master_weights():
-    ds, _ = prepare_ds_config({"bf16": {"enabled": True}}, RunConfig(), 1, device="cuda")
-    assert ds["zero_optimization"]["stage"] == 1
-    with pytest.raises(UserError, match="master weights"):
-        prepare_ds_config({"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}, RunConfig(), 1, device="cuda")
+@pytest.mark.parametrize(("half", "processes", "stage"), [("bf16", 1, 0), ("bf16", 2, 1), ("fp16", 1, 1)])
+def test_half_precision_keeps_fp32_weights(half, processes, stage):
+    given = {half: {"enabled": True}}
+    ds, _ = prepare_ds_config(given, RunConfig(), processes, device="cuda")
+    assert ds["zero_optimization"]["stage"] == stage
+    asked, _ = prepare_ds_config(None, RunConfig(precision=half), processes, device="cuda")
+    assert asked == ds
+    if half == "fp16":
+        with pytest.raises(UserError, match="master weights"):
+            prepare_ds_config(given | {"zero_optimization": {"stage": 0}}, RunConfig(), processes, device="cuda")
 
 
 def test_bf16_gradients_are_not_searched_for_overflows_unless_asked():

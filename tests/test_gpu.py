@@ -1,21 +1,9 @@
 """On a CUDA device (bench/gpu.sh): ops against float64, masks and scores against the CPU's, graphs, waiting, memory."""
 
-import os
-import warnings
-from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
-import muka_fast.ops
-from muka_fast.config import RunConfig
-from muka_fast.data import Tokens
-from muka_fast.ds_config import prepare_ds_config
-from muka_fast.engine import Engine, init_distributed
-from muka_fast.loop import train_step
-from muka_fast.methods import METHODS
 from muka_fast.ops import table
 from muka_fast.ops.distill_loss import distill_loss
 from muka_fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
@@ -254,36 +242,6 @@ def test_no_scoring_step_waits_for_the_device(family, scope, dtype, make_teacher
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert scorer.fast is not None and not any(value.isnan().any() for value in vars(scores).values())
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_no_training_step_of_ours_waits_for_the_device(precision, make_model):
-    """Through DeepSpeed, whose own waiting is its business: the files that a wait is told of must not be ours."""
-    config = RunConfig(method="muka-soft", uncertainty="predictive_entropy", batch_size=6, learning_rate=1e-4)
-    init_distributed("cuda")
-    ds = {"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": 1}, "bf16": {"enabled": precision == "bf16"}}
-    ds, config = prepare_ds_config(ds, config, 1, "cuda")
-    space = SimpleNamespace(teacher_to_union=[0, 1, 1, 2, 3], num_classes=4)
-    measures = dict.fromkeys(("predictive_entropy", "expected_entropy", "mutual_information", "normalized_entropy"), torch.rand(6, 2))
-    sup = SimpleNamespace(logits=torch.randn(6, 5), offsets=[0, 2, 5], teachers=[0, 1], class_counts=[2, 3], **measures)
-    method = METHODS[config.method](config, sup, space, None)
-    engine = Engine.create(make_model("bert", ("a", "b", "c", "d")), config, ds, 10)
-    tokens = Tokens(np.full(30, 7, np.int32), np.arange(0, 31, 5))
-    step = lambda: train_step(engine, method, tokens, None, np.arange(6), config, [], 0)
-    for _ in range(2):  # compiles, allocates
-        step().settle(None, config)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            last = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert np.isfinite(last.settle(None, config)[0])
-    waits = {f"{warning.filename}:{warning.lineno}" for warning in told if "synchroniz" in str(warning.message)}
-    ours = tuple(str(Path(package.__file__).parent) + os.sep for package in (muka_fast, muka_fast.ops))
-    assert not [place for place in waits if place.startswith(ours)], waits
 
 
 @pytest.mark.parametrize("scope", ["last:1", "all"])

@@ -132,7 +132,7 @@ def test_plan_reads_configurations_alone_and_prints_json(make_teacher, student, 
     assert main([*words, "--flops", "1e9", "--gpus", "2"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["student"]["classes"] == 5 and [teacher["name"] for teacher in found["teachers"]] == ["abc", "cde"]
-    assert [row["stage"] for row in found["memory"]] == ["1", "2", "3", "3 offload"]
+    assert [row["stage"] for row in found["memory"]] == ["0", "1", "2", "3", "3 offload"]
     assert found["disk"]["student"] == 4 * found["student"]["parameters"]
     step = cost.footprint(transformers.AutoConfig.from_pretrained(student, num_labels=5), 1, 128, "bf16", "x").forward_flops
     assert found["student"]["epochs"] == 16  # of 63 steps: a thousand

@@ -222,6 +222,23 @@ def dropout_add_layer_norm_ref(
     return torch.nn.functional.layer_norm(summed, (x.shape[-1],), weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
 
 
+def residual_norm_ref(
+    x: Tensor, dense_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, p: float, eps: float, seed: Tensor | None
+) -> Tensor:
+    """layer_norm(dropout(x + dense_bias) + residual): x, residual [..., D]; dense_bias, weight, bias [D]; seed int64, one element.
+
+    Mask element: column d of text i, the row, under sample 0 at site 0. Computed in float32 (float64 for float64), returned in the
+    dtype of x. Differentiable.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    width, rows = x.shape[-1], torch.arange(x.shape[:-1].numel(), device=x.device)
+    z = x.to(dtype) + dense_bias.to(dtype)
+    if dropout_threshold(p):
+        z = repeat_dropout_ref(z.reshape(-1, width), 1, p, seed.view(1), 0, rows, torch.zeros_like(rows))[0].view_as(x)
+    z = z + residual.to(dtype)
+    return torch.nn.functional.layer_norm(z, (width,), weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
+
+
 def one_query_attention_ref(
     query: Tensor,
     key: Tensor,

@@ -1,0 +1,237 @@
+"""residual_norm: what follows every dense layer of a post-LN encoder in training, one pass over memory in each direction.
+
+    z = mask(x + dense_bias) + residual          x: the dense layer's product, without its bias
+    y = (z - mean) rstd * weight + bias          mean, rstd = 1 / sqrt(variance + eps) of a row of z
+    mask: the contract of philox.py, column d of row i being element d of text i, sample 0, site 0, drawn again for the gradient
+
+    dz = rstd (g - mean(g) - xhat mean(g xhat))  g = dy * weight, xhat = (z - mean) rstd; also the gradient of residual
+    dx = mask(dz)                                dweight = sum dy xhat, dbias = sum dy, ddense_bias = sum dx, over rows
+
+Bytes: forward x and residual read, y and z written; backward dy and z read, dz and dx written (p = 0: dz alone, it is dx).
+A program takes rows until there are none, with the sums of its columns in registers; one sum over programs ends the gradient.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from muka_fast.ops import philox, table
+from muka_fast.ops.aot import Specialisation
+from muka_fast.ops.reference import residual_norm_ref
+
+_triton: Callable | None = None
+SPECIALISATIONS: list[Specialisation] = []
+if philox.triton is not None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kept(seed, o_i, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """True where kept, [ROWS, COLUMNS]."""
+        o_call, zero = tl.arange(0, COLUMNS // 8)[None, :], tl.full([], 0, tl.int32)
+        return philox.keep_lanes(seed, o_call, zero, zero, o_i, threshold, COLUMNS // 8, ROWS)
+
+    @triton.jit(do_not_specialize=["threshold", "rows"])
+    def residual_norm_kernel(
+        p_x,  # [rows, D]
+        p_residual,  # [rows, D]
+        p_y,  # [rows, D]
+        p_z,  # [rows, D], written where SAVED, as are
+        p_mean,  # fp32 [rows]
+        p_rstd,  # fp32 [rows]
+        p_dense_bias,  # [D]
+        p_weight,  # [D]
+        p_bias,  # [D]
+        p_seed,  # int64 [1], read where MASKED
+        threshold, scale, eps, rows,
+        D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, SAVED: tl.constexpr,
+    ):  # fmt: skip
+        o_d = tl.arange(0, COLUMNS)[None, :]
+        m_d = o_d < D
+        b_dense_bias = tl.load(p_dense_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_bias = tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
+        if MASKED:
+            seed = tl.load(p_seed)
+        for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+            o_i = first + tl.arange(0, ROWS)[:, None]
+            m_i = o_i < rows
+            o, m = o_i.to(tl.int64) * D + o_d, m_i & m_d
+            b_z = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32) + b_dense_bias
+            b_residual = tl.load(p_residual + o, mask=m, other=0.0).to(tl.float32)
+            if MASKED:
+                b_z = tl.where(kept(seed, o_i, threshold, ROWS, COLUMNS), b_z, 0.0) * scale
+            b_z += b_residual  # 0 behind the last column
+            b_mean = tl.sum(b_z, 1, keep_dims=True) / D
+            b_centred = tl.where(m_d, b_z - b_mean, 0.0)
+            b_rstd = tl.rsqrt(tl.sum(b_centred * b_centred, 1, keep_dims=True) / D + eps)
+            tl.store(p_y + o, (b_centred * b_rstd * b_weight + b_bias).to(p_y.dtype.element_ty), mask=m)
+            if SAVED:
+                tl.store(p_z + o, b_z.to(p_z.dtype.element_ty), mask=m)
+                tl.store(p_mean + o_i, b_mean, mask=m_i)
+                tl.store(p_rstd + o_i, b_rstd, mask=m_i)
+
+    @triton.jit(do_not_specialize=["threshold", "rows"])
+    def residual_norm_backward_kernel(
+        p_dy,  # [rows, D]
+        p_z,  # [rows, D]
+        p_mean,  # fp32 [rows]
+        p_rstd,  # fp32 [rows]
+        p_weight,  # [D]
+        p_dz,  # [rows, D]
+        p_dx,  # [rows, D], written where MASKED
+        p_sums,  # fp32 [3, programs, D]: of dweight, dbias, ddense_bias
+        p_seed,  # int64 [1], read where MASKED
+        threshold, scale, rows,
+        D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+    ):  # fmt: skip
+        o_d = tl.arange(0, COLUMNS)[None, :]
+        m_d = o_d < D
+        b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+        if MASKED:
+            seed = tl.load(p_seed)
+        b_dweight = tl.zeros([ROWS, COLUMNS], tl.float32)
+        b_dbias = tl.zeros([ROWS, COLUMNS], tl.float32)
+        b_ddense_bias = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+            o_i = first + tl.arange(0, ROWS)[:, None]
+            m_i = o_i < rows
+            o, m = o_i.to(tl.int64) * D + o_d, m_i & m_d
+            b_dy = tl.load(p_dy + o, mask=m, other=0.0).to(tl.float32)
+            b_z = tl.load(p_z + o, mask=m, other=0.0).to(tl.float32)
+            b_mean, b_rstd = tl.load(p_mean + o_i, mask=m_i, other=0.0), tl.load(p_rstd + o_i, mask=m_i, other=0.0)
+            b_xhat = (b_z - b_mean) * b_rstd
+            b_g = b_dy * b_weight  # 0 behind the last column, so that xhat does not count there
+            b_along = tl.sum(b_g * b_xhat, 1, keep_dims=True) / D
+            b_dz = (b_g - tl.sum(b_g, 1, keep_dims=True) / D - b_xhat * b_along) * b_rstd
+            tl.store(p_dz + o, b_dz.to(p_dz.dtype.element_ty), mask=m)
+            b_dweight += b_dy * b_xhat
+            b_dbias += b_dy
+            if MASKED:
+                b_dz = tl.where(kept(seed, o_i, threshold, ROWS, COLUMNS), b_dz, 0.0) * scale
+                tl.store(p_dx + o, b_dz.to(p_dx.dtype.element_ty), mask=m)
+            b_ddense_bias += b_dz
+        p_sums += tl.program_id(0) * D
+        programs = tl.num_programs(0)
+        tl.store(p_sums + o_d, tl.sum(b_dweight, 0, keep_dims=True), mask=m_d)
+        tl.store(p_sums + programs * D + o_d, tl.sum(b_dbias, 0, keep_dims=True), mask=m_d)
+        tl.store(p_sums + 2 * programs * D + o_d, tl.sum(b_ddense_bias, 0, keep_dims=True), mask=m_d)
+
+    def tile(width: int) -> tuple[int, int, int]:
+        """ROWS and COLUMNS at a time, and warps: up to 4096 columns eight elements a lane, one 16-byte access in 16 bits."""
+        columns = max(8, triton.next_power_of_2(width))
+        warps = max(8, min(16, columns // 256))
+        return max(1, 256 * warps // columns), columns, warps
+
+    def launch_options(rows: int, width: int, device: torch.device, warps_at_once: int) -> tuple[int, dict[str, int]]:
+        """Programs, all of them at work at once: `warps_at_once` on a multiprocessor, as registers allow. In the interpreter three."""
+        ROWS, COLUMNS, warps = tile(width)
+        programs = 3
+        if device.type == "cuda":
+            processors = torch.cuda.get_device_properties(device).multi_processor_count
+            programs = processors * max(1, warps_at_once // warps)
+        return min(programs, triton.cdiv(rows, ROWS)), {"D": width, "ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": warps}
+
+    def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+        """Triton launches on the current device, which need not be that of x."""
+        return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+    class ResidualNorm(torch.autograd.Function):
+        """x and residual contiguous, of one dtype; saved: z in it, mean and rstd in fp32."""
+
+        @staticmethod
+        def forward(ctx: Any, x, dense_bias, residual, weight, bias, p, eps, seed, saved) -> Tensor:
+            y, (width, rows) = torch.empty_like(x), (x.shape[-1], x.shape[:-1].numel())
+            z = torch.empty_like(x) if saved else None
+            mean, rstd = (torch.empty(rows if saved else 0, dtype=torch.float32, device=x.device) for _ in range(2))
+            (threshold, scale), dense_bias = philox.mask_parameters(p), dense_bias.contiguous()
+            if rows:
+                programs, options = launch_options(rows, width, x.device, 32)
+                with on_device_of(x):
+                    residual_norm_kernel[(programs,)](
+                        x, residual, y, z, mean, rstd, dense_bias, weight.contiguous(), bias.contiguous(), seed, threshold, scale, eps,
+                        rows, MASKED=threshold > 0, SAVED=saved, **options,
+                    )  # fmt: skip
+            ctx.save_for_backward(z, mean, rstd, weight, seed)
+            ctx.p, ctx.dtypes = p, (weight.dtype, bias.dtype, dense_bias.dtype)
+            return y
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+            z, mean, rstd, weight, seed = ctx.saved_tensors
+            width, rows = z.shape[-1], len(mean)
+            threshold, scale = philox.mask_parameters(ctx.p)
+            dz = torch.empty_like(z)
+            dx = torch.empty_like(z) if threshold else dz
+            programs, options = launch_options(rows, width, z.device, 16 if z.dtype == torch.float32 else 24)
+            # A program's sums are traffic as well: few rows share fewer programs, each with four tiles.
+            programs = min(programs, triton.cdiv(rows, 4 * options["ROWS"]))
+            sums = torch.empty(3, programs, width, dtype=torch.float32, device=z.device)
+            if rows:
+                with on_device_of(z):
+                    residual_norm_backward_kernel[(programs,)](
+                        dy.contiguous(), z, mean, rstd, weight.contiguous(), dz, dx, sums, seed, threshold, scale, rows,
+                        MASKED=threshold > 0, **options,
+                    )  # fmt: skip
+            dweight, dbias, ddense_bias = (s.to(dtype) for s, dtype in zip(sums.sum(1), ctx.dtypes, strict=True))
+            return dx, ddense_bias, dz, dweight, dbias, None, None, None, None
+
+    def _triton(x, dense_bias, residual, weight, bias, p, eps, seed) -> Tensor:
+        saved = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dense_bias, residual, weight, bias))
+        return ResidualNorm.apply(x.contiguous(), dense_bias, residual.contiguous(), weight, bias, p, eps, seed, saved)
+
+    def _specialisation(dtype: str, parameters: str, width: int, masked: bool, direction: str) -> Specialisation:
+        ROWS, COLUMNS, warps = tile(width)
+        backward = direction == "backward"
+        kernel = residual_norm_backward_kernel if backward else residual_norm_kernel
+        types = dict.fromkeys(("p_x", "p_residual", "p_y", "p_z", "p_dy", "p_dz", "p_dx"), f"*{dtype}")
+        types |= dict.fromkeys(("p_dense_bias", "p_weight", "p_bias"), f"*{parameters}")
+        types |= dict.fromkeys(("p_mean", "p_rstd", "p_sums"), "*fp32")
+        types |= {"p_seed": "*i64", "threshold": "i32", "scale": "fp32", "eps": "fp32", "rows": "i32"}
+        return Specialisation(
+            f"residual_norm {dtype} {parameters} D={width} {direction}{' masked' * masked}",
+            kernel,
+            {name: types[name] for name in kernel.arg_names if name in types},
+            {"D": width, "ROWS": ROWS, "COLUMNS": COLUMNS, "MASKED": masked} | ({} if backward else {"SAVED": direction == "forward"}),
+            num_warps=warps,
+            fast=dtype == "bf16" and width == 768 and masked,
+            aligned=True,
+        )
+
+    _MODES = [(True, "forward"), (True, "backward"), (False, "forward"), (False, "backward"), (False, "inference")]
+    SPECIALISATIONS = [
+        _specialisation(*dtypes, width, *mode)
+        for dtypes in (("fp32", "fp32"), ("fp16", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"))
+        for width in (33, 384, 768, 1024, 2048, 4096)
+        for mode in _MODES
+    ]
+
+
+def residual_norm(
+    x: Tensor, dense_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, p: float, eps: float, seed: Tensor | None
+) -> Tensor:
+    """layer_norm(dropout(x + dense_bias) + residual), shape and dtype of x; differentiable in all five. For training.
+
+    x, residual: [..., D], one dtype. dense_bias, weight, bias: [D] (fp32 under autocast); their gradients are summed in fp32.
+    p: dropout probability in [0, 65535.5 / 65536), to 16 bits; no masks are drawn where it is 0. eps > 0.
+    seed: int64, one element on the device of x, read there, so that a CUDA graph draws anew; may be None where p is 0.
+    Computed in fp32 (float64 for float64). On a GPU by Triton, elsewhere by PyTorch: equal masks for one seed.
+    Raises ValueError for shapes, dtypes, p, eps or seed that do not fit.
+    """
+    if x.dim() == 0 or x.shape[-1] == 0 or residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(f"x {list(x.shape)} and residual {list(residual.shape)} must have one shape [..., D > 0] and one dtype")
+    if any(t.shape != x.shape[-1:] for t in (dense_bias, weight, bias)):
+        shapes = ", ".join(str(list(t.shape)) for t in (dense_bias, weight, bias))
+        raise ValueError(f"dense_bias, weight and bias must have shape [{x.shape[-1]}], not {shapes}")
+    if not eps > 0:
+        raise ValueError(f"eps {eps} must be positive")
+    threshold, _ = philox.mask_parameters(p)
+    if threshold and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device):
+        raise ValueError(f"seed must be one int64 element on {x.device} where p is not 0")
+    fused = table.BACKEND == "triton" or (table.BACKEND == "auto" and x.is_cuda)
+    form = _triton if _triton is not None and fused and x.dtype != torch.float64 else residual_norm_ref
+    return form(x, dense_bias, residual, weight, bias, p, eps, seed)

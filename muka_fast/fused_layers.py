@@ -1,0 +1,89 @@
+"""On a GPU, the layers of a BERT-type classifier in fewer kernels: one product for queries, keys and values, and `residual_norm`.
+
+The dense layer's bias, its dropout, the residual and the norm are four passes over memory in PyTorch, and one here. On a CPU, and
+where a layer is not what this file expects, the modules run as they are.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from muka_fast.first_token import PLAIN, Parts, covered_calls, first_token_only, is_known, layer_form
+from muka_fast.intercept import SDPA_NAME, patched
+from muka_fast.ops.residual_norm import residual_norm
+from muka_fast.postln import PostLayer, layer_parts
+
+
+@contextmanager
+def fused_layers(model: nn.Module) -> Iterator[None]:
+    """Inside it `model` runs as under `first_token_only`, its layers fused on a GPU wherever they can be.
+
+    The same function with the same gradient; dropout falls on the same sites with the same p (to 16 bits), on other elements. Where
+    PyTorch computes in 16 bits, under autocast, hidden states between layers have 16 bits as well.
+    """
+    calls = covered_calls(model)
+    fitting = [module for module in dict.fromkeys(calls) if fits(model, module)]
+    with ExitStack() as stack:
+        for module in fitting:
+            stack.enter_context(patched(module, partial(forward, layer_form(model, module, FUSED))))
+        stack.enter_context(first_token_only(model, FUSED if calls and calls[-1] in fitting else PLAIN))
+        yield
+
+
+def forward(run: Any, original: Any, x: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    if on_gpu(x) and is_known(attention_mask):
+        return run(x, x, attention_mask, *args)
+    return original(x, attention_mask, *args, **kwargs)
+
+
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def fits(model: nn.Module, module: nn.Module) -> bool:
+    """Weights are whole (ZeRO-3's are not), their modules PyTorch's own that nobody listens to, and no activation is recomputed."""
+    if model.config._attn_implementation not in ("eager", "sdpa", SDPA_NAME):
+        return False
+    if any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
+        return False
+    layer = PostLayer(*layer_parts(model, module)[0])
+    dense = (layer.query, layer.key, layer.value, layer.output, layer.down)
+    norms, dropouts = (layer.norm1, layer.norm2), (layer.output_dropout, layer.ffn_dropout)
+    modules = [*dense, *norms, *dropouts]
+    return (
+        all(type(part) is nn.Linear and part.bias is not None for part in dense)
+        and all(type(part) is nn.LayerNorm and part.weight is not None and part.bias is not None for part in norms)
+        and all(type(part) in (nn.Dropout, nn.Identity) for part in dropouts)
+        and not any(hasattr(weight, "ds_id") for part in modules for weight in part.parameters())
+        and not any("forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks for part in modules)
+        and not any(part._backward_hooks or part._backward_pre_hooks for part in modules)
+    )
+
+
+class Fused(Parts):
+    """The parts on a GPU."""
+
+    def project(self, layer: PostLayer, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all rows in one product, whose gradient is one as well and needs no sum over three."""
+        if not on_gpu(x) or rows is not x:
+            return super().project(layer, x, rows)
+        each = (layer.query, layer.key, layer.value)
+        return linear(x, torch.cat([dense.weight for dense in each]), torch.cat([dense.bias for dense in each])).chunk(3, -1)
+
+    def add_norm(self, dense: nn.Module, dropout: nn.Module, norm: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
+        """norm(dropout(dense(x)) + rows) in the dtype of the product."""
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        if not on_gpu(x) or p > 0.99:  # all but everything dropped is nothing that the masks' 16 bits are for
+            return super().add_norm(dense, dropout, norm, x, rows)
+        product = linear(x, dense.weight)
+        seed = torch.empty(1, dtype=torch.int64, device=x.device).random_() if p > 0 else None
+        rows = rows.to(product.dtype)
+        return residual_norm(product, dense.bias, rows, norm.weight, norm.bias, p=p, eps=norm.eps, seed=seed)
+
+
+FUSED = Fused()
