@@ -1,6 +1,10 @@
-"""What the processes of a job do as one: how long they wait for each other, work of process 0 for all, leaving."""
+"""What the processes of a job do as one: how long they wait for each other, work of process 0 for all, a death among them, leaving."""
 
 import contextlib
+import logging
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -12,10 +16,14 @@ from muka_fast.console import first_of_node_tells
 from muka_fast.errors import UserError
 
 T = TypeVar("T")
+log = logging.getLogger("muka_fast")
 # To join the group: nothing tells a process that one which it waits for died before they were connected.
 JOINING = timedelta(minutes=10)
-# Within it: one may score for hours while the others wait; a process that dies closes its connections, which ends the wait at once.
+# Within it: one may score for hours while the others wait; a process that dies ends the wait, at once or after a grace (`Watch`).
 PATIENCE = timedelta(days=7)
+GRACE_S = 10.0  # for a process to end by itself after another one's death: mostly gloo wakes it, or it leaves at the next shard
+LIFETIME = timedelta(days=3650)  # of a job, at most
+WATCH_TAG = 7  # of a watch's messages; those of a ShardQueue have none
 # Gloo's threads, which nothing ends, let go of the tensors of the last exchange a moment after it. Where the interpreter is gone by
 # then they abort the process, whose work was done (one in eight of the smallest scripts).
 LETTING_GO_S = 0.2
@@ -24,6 +32,73 @@ LETTING_GO_S = 0.2
 def set_patience(timeout: timedelta, group: Any = None) -> None:
     """How long an exchange within a group (None: of all processes) may take from now on."""
     torch.distributed.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+class Watch:
+    """Ends this process where another one of the group is gone and this one does not end by itself within GRACE_S.
+
+    Gloo raises in an exchange whose connection closes, save where the message itself is half written or half read: of that its
+    `Pair::signalException` does not know, and the exchange waits for PATIENCE. So it goes for a process that hands a result to one
+    which has just died, before gloo's thread has seen the end: the write fails and counts as not yet done. NCCL notices no end at
+    all. What hangs so cannot be woken, so the process is ended, with exit code 1.
+
+    Each process has a receive open, and a thread that waits for it, for one word of the process before it: that it leaves, or that
+    one of the job is gone, which goes round. Until that word comes nothing of it is read: there gloo does raise.
+    All processes create their watches together.
+    """
+
+    def __init__(self) -> None:
+        rank, self._size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self._previous, self._next = (rank - 1) % self._size, (rank + 1) % self._size
+        self._group: Any = None  # that of all processes
+        if torch.distributed.get_backend() != "gloo":
+            self._group = torch.distributed.new_group(backend="gloo", timeout=JOINING)
+        self._well = torch.zeros(1)
+        self._receive = torch.distributed.irecv(self._well, src=self._previous, group=self._group, tag=WATCH_TAG)
+        self._told, self._send = False, None
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="muka_fast watch")
+        self._thread.start()
+
+    def leave(self, well: bool) -> None:
+        """Tell the next process that this one leaves, after a fault if not `well`; nothing ends this process any more.
+
+        Python must not end under a thread that waits in gloo, which the word of the process before ends. Where that one goes on
+        (a script with work of its own), this one leaves all the same after a while.
+        """
+        self._leaving.set()
+        self._tell(well)
+        self._thread.join(timeout=GRACE_S)
+
+    def _tell(self, well: bool) -> None:
+        """Once; not waited for, since the next process may be the one that is gone."""
+        if not self._told:
+            self._told = True
+            with contextlib.suppress(RuntimeError):
+                self._send = torch.distributed.isend(torch.full((1,), float(well)), self._next, self._group, WATCH_TAG)
+
+    def _run(self) -> None:
+        what = "another process of this job has failed or is gone"
+        try:
+            self._receive.wait(LIFETIME)
+        except RuntimeError:
+            what = f"process {self._previous} of {self._size} is gone"
+        if self._well.item():
+            return
+        self._tell(False)
+        if not self._leaving.wait(GRACE_S):
+            log.error("%s: stopping; its log has the reason", what)
+            os._exit(1)
+
+
+_watch: Watch | None = None
+
+
+def watch() -> None:
+    """From now on until `shut_down` notice where a process of the group is gone. Collective."""
+    global _watch
+    if torch.distributed.get_world_size() > 1:
+        _watch = Watch()
 
 
 def on_first_process(work: Callable[[], T]) -> T:
@@ -81,7 +156,11 @@ def shut_down(at_exit: bool = False) -> None:
 
     A group of one stays until exit: DeepSpeed keeps references to it, which a second run in this interpreter would meet.
     """
+    global _watch
     if torch.distributed.is_initialized() and (at_exit or torch.distributed.get_world_size() > 1):
+        if _watch is not None:
+            _watch.leave(well=sys.exc_info()[1] is None and getattr(sys, "last_value", None) is None)
+            _watch = None
         if torch.distributed.get_world_size() > 1:
             time.sleep(LETTING_GO_S)
         torch.distributed.destroy_process_group()

@@ -3,7 +3,10 @@
 import logging
 import multiprocessing
 import os
+import signal
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,14 +18,14 @@ import safetensors.torch
 import torch
 from transformers import AutoTokenizer
 
-from muka_fast import engine
+from muka_fast import engine, group
 from muka_fast.cli import guarded
 from muka_fast.config import RunConfig
 from muka_fast.data import read_texts
 from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine, init_distributed
 from muka_fast.errors import UserError
-from muka_fast.group import shut_down
+from muka_fast.group import on_first_process, shut_down
 from muka_fast.pool_tokens import PoolTokens
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.snapshots import save_snapshot
@@ -94,3 +97,44 @@ def tokenise_whole(variables: dict[str, str], texts: Path, tokenizer: Path, stor
     pool._make = lambda shard: (made.append(shard.start), make(shard))[1]
     np.savez(output, ids=pool.whole(ShardQueue(group=True)).ids, made=made)
     shut_down()
+
+
+def die_while_handing_over(variables: dict[str, str], victim: int) -> None:
+    """The victim is killed when process 0 has written and process 1 has read a part of a result of process 0."""
+    os.environ.update(variables)
+    logging.getLogger("muka_fast").addHandler(logging.StreamHandler())
+    group.GRACE_S = 1.0
+    rank, _ = init_distributed()
+    pids, calls = [None, None], []
+    torch.distributed.all_gather_object(pids, os.getpid())
+    stopped = lambda pid: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+    def broadcast(*rest, _original=torch.distributed.distributed_c10d.broadcast, **options):
+        calls.append(rest)
+        if len(calls) == 2 and rank == 1:  # the first one is of the result's size; stop when ready for the result
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+        elif len(calls) == 2:
+            while not stopped(pids[1]):
+                time.sleep(0.01)
+            subprocess.Popen(["sh", "-c", f"sleep 1; kill -KILL {pids[victim]}; kill -CONT {pids[1 - victim]}"])
+        return _original(*rest, **options)
+
+    torch.distributed.distributed_c10d.broadcast = broadcast
+    on_first_process(lambda: bytes(1 << 25))  # more than a connection holds
+    os._exit(7)
+
+
+def leave_alone(variables: dict[str, str], well: bool) -> None:
+    """Process 1 leaves the group, well or after a fault, while process 0 is busy for longer than the grace."""
+    os.environ.update(variables)
+    logging.getLogger("muka_fast").addHandler(logging.StreamHandler())
+    group.GRACE_S = 1.0
+    rank, _ = init_distributed()
+    if rank == 0:
+        time.sleep(4)
+        return
+    try:
+        if not well:
+            raise ArithmeticError("of process 1")
+    finally:
+        shut_down()
