@@ -334,7 +334,7 @@ def collate(tokens: Tokens, rows: np.ndarray, pad_id: int, few_shapes: bool = Fa
     rows = np.asarray(rows, dtype=np.int64)
     lengths = tokens.lengths[rows]
     longest = int(lengths.max(initial=0))
-    if few_shapes:
+    if few_shapes and longest:
         longest = min(few_lengths(longest), int(tokens.lengths.max()))
     mask = np.arange(longest) < lengths[:, None]
     input_ids = np.full(mask.shape, pad_id, dtype=np.int64)

@@ -22,7 +22,7 @@ from muka_fast.aligned import StudentOutput
 from muka_fast.config import RunConfig
 from muka_fast.ds_config import fill_scheduler
 from muka_fast.errors import UserError
-from muka_fast.group import JOINING, PATIENCE, set_patience, shut_down, watch
+from muka_fast.group import JOINING, joined, shut_down
 from muka_fast.intercept import run_without_waiting
 from muka_fast.memory import Fetch, send
 from muka_fast.optim import clip_gradients, dense_gradients, linear_schedule, parameter_groups, sparse_embeddings
@@ -94,8 +94,7 @@ def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, i
         except torch.distributed.DistStoreError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"not all processes of this job have started ({reason}): look for the error of another one") from error
-        set_patience(PATIENCE)
-        watch()
+        joined()
         atexit.register(shut_down, at_exit=True)
     return comm.get_rank(), comm.get_world_size()
 

@@ -94,9 +94,10 @@ class Watch:
 _watch: Watch | None = None
 
 
-def watch() -> None:
-    """From now on until `shut_down` notice where a process of the group is gone. Collective."""
+def joined() -> None:
+    """From now on until `shut_down` processes wait for each other, and notice where one is gone. Collective."""
     global _watch
+    set_patience(PATIENCE)
     if torch.distributed.get_world_size() > 1:
         _watch = Watch()
 

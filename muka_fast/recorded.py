@@ -69,7 +69,7 @@ class RecordedSteps:
         self.lr = torch.tensor(0.0, device=model.device)
         for group in optimizer.param_groups:
             group["lr"] = self.lr  # so that a replay reads it
-        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.pool: Any = None
         self.met: dict[tuple[int, ...], Recording | None] = {}
         self.possible: bool | None = None
         self.replayed: Recording | None = None
@@ -104,7 +104,7 @@ class RecordedSteps:
 
     def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         # Not cached: a recording would keep casts as they were.
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.in_bf16, cache_enabled=False):
+        with torch.autocast(self.lr.device.type, torch.bfloat16, enabled=self.in_bf16, cache_enabled=False):
             return functional_call(self.model, self.casts, kwargs=dict(batch)).logits
 
     def _cast(self) -> None:
@@ -131,14 +131,15 @@ class RecordedSteps:
         """The first forward of all, of weights that a checkpoint may have changed: a model that waits in it cannot be recorded."""
         self._cast()
         before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as told:
-                warnings.simplefilter("always")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")  # which warns of itself
+            try:
                 logits = self._logits(batch)
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-        waits = [f"{warning.filename}:{warning.lineno}" for warning in told if "synchroniz" in str(warning.message)]
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        told = [warning for warning in told if "synchroniz" in str(warning.message) and "prototype" not in str(warning.message)]
+        waits = [f"{warning.filename}:{warning.lineno}" for warning in told]
         self.possible = not waits
         if waits:
             log.info("the student's forward waits for the GPU (%s): its steps are launched one kernel at a time", waits[0])
@@ -160,6 +161,8 @@ class RecordedSteps:
         inputs = {name: values.clone() for name, values in batch.items()}
         forward, update = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
+        if self.pool is None:
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         try:
             with self._recording(forward):
                 logits = self._logits(inputs)

@@ -18,6 +18,7 @@ from muka_fast.data import (
     collate,
     cut_length,
     epoch_batches,
+    few_lengths,
     padding_share,
     read_texts,
     token_budget_batches,
@@ -339,6 +340,14 @@ def test_budget_batches_stay_large():
     assert len(token_budget_batches(lengths, 8192)) < 2 * lengths.sum() / 8192 + 8
 
 
+@given(st.integers(1, 20_000))
+def test_few_lengths_are_few_and_waste_little(length):
+    padded = few_lengths(length)
+    assert padded % 8 == 0 and length <= padded < length + max(8, length / 8 + 1)
+    assert few_lengths(padded) == padded and few_lengths(length + 1) >= padded
+    assert len({few_lengths(n) for n in range(1, length + 1)}) <= 16 + 8 * max(0, (length - 1).bit_length() - 7)
+
+
 @given(st.lists(st.lists(st.integers(5, 99), min_size=1, max_size=20), min_size=1, max_size=30), st.data())
 def test_collate_pads_on_the_right(rows, data):
     tokens = Tokens(
@@ -346,7 +355,12 @@ def test_collate_pads_on_the_right(rows, data):
         np.cumsum([0, *map(len, rows)]).astype(np.int64),
     )
     chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=10))
+    few = collate(tokens, np.array(chosen), pad_id=1, few_shapes=True)
     batch = collate(tokens, np.array(chosen), pad_id=1)
+    length = batch["input_ids"].shape[1]
+    assert few["input_ids"].shape[1] == min(few_lengths(length), tokens.lengths.max())
+    for name, values in few.items():
+        assert (values[:, :length] == batch[name]).all() and (values[:, length:] == (name == "input_ids")).all()
     width = max(len(rows[i]) for i in chosen)
     assert batch["input_ids"].tolist() == [rows[i] + [1] * (width - len(rows[i])) for i in chosen]
     assert batch["attention_mask"].tolist() == [[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in chosen]

@@ -1,0 +1,111 @@
+"""Recorded steps before anything is recorded: what they learn, and in what precision; which runs have them.
+
+Recording itself needs a device: tests/test_gpu_training.py.
+"""
+
+import contextlib
+
+import pytest
+import torch
+
+from muka_fast.config import RunConfig
+from muka_fast.ds_config import prepare_ds_config
+from muka_fast.optim import clip_gradients
+from muka_fast.recorded import RecordedSteps, recordable
+
+IDS = torch.tensor([[5, 7, 9, 11, 6], [5, 8, 6, 0, 0]])
+BATCH = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
+
+
+def new_steps(make_model, in_bf16):
+    model = make_model("bert", ("a", "b", "c"), dropout=0.1).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, fused=True)
+    steps = RecordedSteps(model, in_bf16, optimizer, max_norm=0.5)
+    steps.possible = False  # no device to try it on
+    return model, steps
+
+
+def learn(model, logits, update, count=4):
+    """Losses and norms of a few steps."""
+    told = []
+    for step in range(count):
+        torch.manual_seed(step)
+        loss = torch.nn.functional.cross_entropy(logits().float(), torch.tensor([0, 2]))
+        loss.backward()
+        told.append((loss.item(), update(1e-2 / (step + 1)).item()))
+    return told
+
+
+def by_hand(model, context=contextlib.nullcontext):
+    """The same with PyTorch alone."""
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def logits():
+        with context():
+            return model(**BATCH).logits
+
+    def update(lr):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        norm = clip_gradients(optimizer.param_groups, 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    return learn(model, logits, update)
+
+
+def test_fp32_learns_as_by_hand(make_model):
+    model, steps = new_steps(make_model, in_bf16=False)
+    plain = make_model("bert", ("a", "b", "c"), dropout=0.1).train()
+    told, wanted = learn(model, lambda: steps.logits(BATCH), steps.update), by_hand(plain)
+    for figures, wanted_figures in zip(told, wanted, strict=True):
+        assert figures == pytest.approx(wanted_figures, rel=1e-5)
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+        assert ours.grad is None
+
+
+def test_bf16_learns_as_under_autocast_over_fp32_weights(make_model):
+    model, steps = new_steps(make_model, in_bf16=True)
+    plain = make_model("bert", ("a", "b", "c"), dropout=0.1).train()
+    told = learn(model, lambda: steps.logits(BATCH), steps.update)
+    wanted = by_hand(plain, lambda: torch.autocast("cpu", torch.bfloat16))
+    for (loss, norm), (wanted_loss, wanted_norm) in zip(told, wanted, strict=True):
+        assert loss == pytest.approx(wanted_loss, abs=2e-2) and norm == pytest.approx(wanted_norm, rel=5e-2)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert steps.casts and all(cast.dtype == torch.bfloat16 and cast.grad is None for cast in steps.casts.values())
+    for cast, parameter in zip(steps.casts.values(), steps.cast_from, strict=True):
+        assert torch.equal(cast.detach(), parameter.detach().bfloat16())
+
+
+def test_frozen_weights_stay(make_model):
+    model = make_model("bert", ("a", "b", "c")).train()
+    frozen = list(model.bert.encoder.layer[0].parameters())
+    for parameter in frozen:
+        parameter.requires_grad = False
+    before = [parameter.clone() for parameter in frozen]
+    steps = RecordedSteps(model, True, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True), 1.0)
+    steps.possible = False
+    learn(model, lambda: steps.logits(BATCH), steps.update)
+    assert all(torch.equal(now, then) for now, then in zip(frozen, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("ds", "options", "expected"),
+    [
+        ({}, {}, True),
+        ({}, {"precision": "bf16"}, True),
+        ({}, {"cuda_graphs": False}, False),
+        ({}, {"activation_checkpointing": True}, False),
+        ({}, {"precision": "fp16"}, False),  # ZeRO 1
+        ({"zero_optimization": {"stage": 2}}, {}, False),
+        ({"train_micro_batch_size_per_gpu": 4}, {}, False),
+        ({"scheduler": {"type": "WarmupLR"}}, {}, False),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, {}, False),
+    ],
+)
+def test_steps_of_one_process_with_whole_weights_are_recorded(ds, options, expected, make_model):
+    ds, config = prepare_ds_config(ds, RunConfig(batch_size=8, **options), 1, "cuda")
+    assert recordable(make_model("bert"), config, ds) is expected
+    assert not recordable(torch.nn.Linear(2, 2), config, ds)
