@@ -100,6 +100,8 @@ def run(config: RunConfig) -> RunResult:
         ds_config, config = prepare_ds_config(config.ds_config, config, world_size, device)
         check_layout(config, ds_config)
     tell_unused_options(config)
+    if device != "cpu" and runinfo.ds_identity(ds_config)["precision"] == "fp32":
+        log.info("training in fp32; --precision bf16 is faster on most GPUs")
     on_first_process(lambda: export.check_output(*output_options(config)) and None)
     done = on_first_process(lambda: runinfo.complete_run(config, ds_config)) if config.resume else None
     if done is not None:
