@@ -27,6 +27,7 @@ KNOWN_KEYS = (
     "sparse_gradients", "comms_logger", "tensorboard", "wandb", "csv_monitor", "flops_profiler", "autotuning",
     "data_types", "aio", "checkpoint", "dump_state", "timers",
 )
+AUTOCAST = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}  # whose gradients it would average in bf16
 ADAM_DEFAULTS = {"betas": [0.9, 0.999], "eps": 1e-8}
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from muka_fast.aligned import StudentOutput
 from muka_fast.config import RunConfig
-from muka_fast.ds_config import fill_scheduler
+from muka_fast.ds_config import AUTOCAST, fill_scheduler
 from muka_fast.errors import UserError
 from muka_fast.group import JOINING, joined, shut_down
 from muka_fast.intercept import run_without_waiting
@@ -164,7 +164,7 @@ class Engine:
         in_bf16 = zero["stage"] == 0 and ds_config.pop("bf16", {}).get("enabled", False)
         if zero["stage"] == 0:
             ds_config["gradient_clipping"] = 0.0  # `step` clips, by the formula of the other stages, and keeps the norm
-            ds_config |= {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}} if in_bf16 and not recorded else {}
+            ds_config |= {"torch_autocast": AUTOCAST} if in_bf16 and not recorded else {}
         if "scheduler" in ds_config:
             schedule, ds_config["scheduler"] = None, fill_scheduler(ds_config["scheduler"], total_steps, warmup_steps, params["lr"])
         model.train()

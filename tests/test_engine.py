@@ -90,6 +90,22 @@ def test_half_precision_keeps_fp32_weights(half, processes, stage):
             prepare_ds_config(given | {"zero_optimization": {"stage": 0}}, RunConfig(), processes, device="cuda")
 
 
+def test_bf16_without_partitioning_is_autocast_over_fp32_weights(make_model):
+    """As a GPU has it where steps are not recorded; here on the CPU, which prepare_ds_config would refuse."""
+    ds, config = prepare_ds_config({"train_micro_batch_size_per_gpu": 2}, RunConfig(batch_size=4, learning_rate=1e-2), 1)
+    engine = Engine.create(make_model("bert"), config, ds | {"bf16": {"enabled": True}}, 10)
+    before = [parameter.detach().clone() for parameter in engine.ds.module.parameters()]
+    ids = torch.tensor([[5, 7, 9], [8, 6, 11]])
+    for complete in (False, True):
+        logits = engine(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        assert logits.dtype == torch.bfloat16
+        engine.backward(logits.float().square().sum())
+        assert engine.step() == complete
+    moved = [not torch.equal(a, b) for a, b in zip(before, engine.ds.module.parameters(), strict=True)]
+    assert any(moved) and all(parameter.dtype == torch.float32 for parameter in engine.ds.module.parameters())
+    assert not engine.ds.torch_autocast_lower_precision_safe_modules()
+
+
 def test_bf16_gradients_are_not_searched_for_overflows_unless_asked():
     bf16 = lambda **more: prepare_ds_config({"bf16": {"enabled": True, **more}}, RunConfig(), 1, device="cuda")[0]["bf16"]
     assert bf16() == {"enabled": True, "check_grad_overflow": False}
