@@ -144,18 +144,19 @@ def test_recorded_steps_are_those_launched_one_by_one(precision, family, make_mo
 def test_no_training_step_of_ours_waits_for_the_device(stage, precision, make_model):
     """Through DeepSpeed, whose own waiting is its business: the files that a wait is told of must not be ours."""
     ds = {"train_micro_batch_size_per_gpu": 6 if stage == 0 else 3, "zero_optimization": {"stage": stage}}
-    _, all_rows = student_steps(make_model("bert", ("a", "b", "c", "d")), ds, precision)
+    engine, all_rows = student_steps(make_model("bert", ("a", "b", "c", "d")), ds, precision)
     step = lambda: all_rows(range(6))
-    for _ in range(3):  # compiles, allocates, records
-        step().settle(None, None)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            last = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with fused_layers(engine.ds.module):
+        for _ in range(3):  # compiles, allocates, records
+            step().settle(None, None)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                last = step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     assert np.isfinite(last.settle(None, None)[0])
     waits = {f"{warning.filename}:{warning.lineno}" for warning in told if "synchroniz" in str(warning.message)}
     ours = tuple(str(Path(package.__file__).parent) + os.sep for package in (muka_fast, muka_fast.ops))
