@@ -12,7 +12,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-texts=40960  # of the stages amalgamation and train
+texts=32768  # of the stages amalgamation and train
 stages=build,correct,ceilings,tune,ops,predicted,amalgamation,train,matrix
 dry=0 out=bench/results archive='' wheels='' data='' encoders=''
 while [ $# -gt 0 ]; do

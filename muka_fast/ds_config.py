@@ -167,8 +167,8 @@ def fill_precision(ds: dict[str, Any], name: str, asked: str | None, world_size:
             raise UserError(f"{name} sets {asked}.enabled to false, but --precision is {asked}: remove one of them")
         half, ds[asked] = [asked], {**ds.get(asked, {}), "enabled": True}
     if half and device == "cpu":
-        where = "--precision" if asked else name
-        raise UserError(f"{where}: {half[0]} is enabled, but this run is on the CPU, which trains in fp32: set it to false")
+        where, way_out = ("--precision", "leave it out") if asked else (name, "set it to false")
+        raise UserError(f"{where}: {half[0]} is enabled, but this run is on the CPU, which trains in fp32: {way_out}")
     zero = ds.setdefault("zero_optimization", {})
     alone = world_size == 1 and half == ["bf16"]
     if zero.setdefault("stage", 1 if half and not alone else 0) not in (0, 1, 2, 3):
