@@ -138,8 +138,12 @@ class RecordedSteps:
                 logits = self._logits(batch)
             finally:
                 torch.cuda.set_sync_debug_mode(before)
-        told = [warning for warning in told if "synchroniz" in str(warning.message) and "prototype" not in str(warning.message)]
-        waits = [f"{warning.filename}:{warning.lineno}" for warning in told]
+        waits = []
+        for warning in told:
+            if "synchroniz" not in str(warning.message):
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+            elif "prototype" not in str(warning.message):
+                waits.append(f"{warning.filename}:{warning.lineno}")
         self.possible = not waits
         if waits:
             log.info("the student's forward waits for the GPU (%s): its steps are launched one kernel at a time", waits[0])

@@ -4,6 +4,7 @@ Recording itself needs a device: tests/test_gpu_training.py.
 """
 
 import contextlib
+import warnings
 
 import pytest
 import torch
@@ -89,6 +90,31 @@ def test_frozen_weights_stay(make_model):
     steps.possible = False
     learn(model, lambda: steps.logits(BATCH), steps.update)
     assert all(torch.equal(now, then) for now, then in zip(frozen, before, strict=True))
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_model_whose_forward_waits_is_told_and_not_recorded(waits, make_model, monkeypatch, product_log):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    _, steps = new_steps(make_model, in_bf16=True)
+    steps.possible = None
+    with torch.no_grad():
+        steps.cast_from[0].add_(1)  # as a checkpoint does
+
+    def forward(*_, _original=steps.model.forward, **inputs):
+        warnings.warn("Synchronization debug mode is a prototype feature, does not detect all synchronizing operations", stacklevel=1)
+        warnings.warn("of the model", stacklevel=1)
+        if waits:
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        return _original(**inputs)
+
+    monkeypatch.setattr(steps.model, "forward", forward)
+    with pytest.warns(UserWarning, match="of the model") as shown:
+        steps.logits(BATCH)
+    assert len(shown) == 1 and modes == ["warn", 0]
+    assert steps.possible is not waits and ("waits for the GPU (" in product_log.text) is waits
+    assert torch.equal(next(iter(steps.casts.values())).detach(), steps.cast_from[0].detach().bfloat16())
 
 
 @pytest.mark.parametrize(
