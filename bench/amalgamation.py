@@ -6,7 +6,7 @@
     python bench/amalgamation.py --encoder DIR ... --scaling       shared layers; peak memory against teachers and passes
 
 Teachers are fine-tuned first (kept in --workdir); the pool is a random part of --train. Scoring times are medians of interleaved
-repetitions; on a GPU every row runs once before, untimed, which compiles. The published procedure pads every text to one length,
+repetitions; on a GPU every row scores once before, untimed: compiling. The published procedure pads every text to one length,
 so its cost per text and per step is constant: it is timed on --published_texts texts and --published_steps steps and scaled,
 which the result says; loading its teachers, which a row's time holds as well, is added once. Its students are trained for real,
 by its own code over all texts and steps, on batches padded to their longest text: the same procedure, not its time. Correctness

@@ -3,12 +3,13 @@
     python bench/step.py [--size base] [--batch_size 16 64 2048] [--length 56] [--precision bf16] [--json F]
 
 Random weights, one batch of texts of --length tokens and a few less; loss and labels are of no account. `launched, plain layers` is
-the step as DeepSpeed and transformers run it. Before anything is timed, recorded steps must lose what launched ones do, under the same
-masks. MFU counts three times the forward's products over all padded tokens, against the matrix rate measured in the same run. On a CPU
+the step as DeepSpeed and transformers run it. Before a time is shown, recorded steps must have lost what launched ones do, under the
+same masks. MFU counts three times the forward's products over all padded tokens, against the matrix rate measured in the same run. On a CPU
 only the first row exists.
 """
 
 import argparse
+import copy
 import gc
 import statistics
 import sys
@@ -19,7 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from ceilings import gemm_flops_per_s
 from environment import markdown_table, show
-from synthetic import SIZES
+from synthetic import SIZES, shape_of
 from transformers import BertConfig, BertForSequenceClassification
 
 from muka_fast.config import RunConfig
@@ -46,18 +47,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def new_model(size: str) -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    hidden, layers, heads = SIZES[size]
-    shape = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 4 * hidden}
-    return BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, num_labels=CLASSES, **shape))
-
-
 def measure(
-    args: argparse.Namespace, batch_size: int, graphs: bool, layers: Callable[..., AbstractContextManager]
+    args: argparse.Namespace, model_config: BertConfig, batch_size: int, graphs: bool, layers: Callable[..., AbstractContextManager]
 ) -> tuple[list[float], dict]:
     """The first losses, and median seconds of a step, of the device and of the host."""
-    model = new_model(args.size)
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(copy.deepcopy(model_config))  # the engine changes it
     options = {"batch_size": batch_size, "learning_rate": 5e-5, "precision": args.precision, "cuda_graphs": graphs}
     ds, config = prepare_ds_config(None, RunConfig(**options, device=args.device), 1, args.device)
     engine = Engine.create(model, config, ds, 1000)
@@ -92,14 +87,14 @@ def measure(
 def main() -> int:
     args = parse_arguments()
     init_distributed(args.device)
-    rows, config = [], new_model(args.size).config
+    rows, config = [], BertConfig(**shape_of(args.size, VOCABULARY), num_labels=CLASSES)
     limit = gemm_flops_per_s(args.device, args.size == "toy", DTYPES[args.precision])
     flops = 3 * footprint(config, 1, args.length, args.precision, "the student").forward_flops
     ways = WAYS if args.device == "cuda" else {"launched, plain layers": WAYS["launched, plain layers"]}
     for batch_size in args.batch_size:
         found, first = {}, 0.0
         for way, (graphs, layers) in ways.items():
-            found[way], figures = measure(args, batch_size, graphs, layers)
+            found[way], figures = measure(args, config, batch_size, graphs, layers)
             gc.collect()
             if args.device == "cuda":
                 torch.cuda.empty_cache()

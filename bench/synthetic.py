@@ -45,15 +45,18 @@ def make_texts(folder: Path, count: int) -> tuple[str, str]:
     return paths[0], paths[1]
 
 
+def shape_of(size: str, vocab_size: int) -> dict[str, int]:
+    """Configuration of a model of this size, as BERT and Llama call it."""
+    hidden, layers, heads = (SIZES | DECODERS)[size]
+    shape = {"vocab_size": vocab_size, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return shape | {"intermediate_size": 4 * hidden}
+
+
 def make_encoder(folder: Path, size: str, texts: list[str]) -> str:
     """A BERT encoder folder (or a Llama decoder's) with random weights and a tokenizer trained on the texts."""
-    hidden, layers, heads = (SIZES | DECODERS)[size]
     tokenizer = train_tokenizer(texts)
     tokenizer.model_max_length = 512  # of BERT; a demo's texts are shorter
-    shape = {
-        "vocab_size": len(tokenizer), "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "intermediate_size": 4 * hidden, "pad_token_id": tokenizer.pad_token_id,
-    }  # fmt: skip
+    shape = shape_of(size, len(tokenizer)) | {"pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a CPU draws a billion numbers in a minute
         model = LlamaModel(LlamaConfig(**shape, num_key_value_heads=8)) if size in DECODERS else BertModel(BertConfig(**shape))

@@ -34,21 +34,15 @@ def clip_gradients(groups: list[dict[str, Any]], max_norm: float) -> Tensor:
     DeepSpeed clips stage 0 by another formula than stages 1 and 2; this is the latter's, on the CPU in its order of summation, so that
     the stage changes no bit of the result. Of a sparse gradient the rows that it holds are scaled.
     """
+    parameters = [p for group in groups for p in group["params"] if p.grad is not None]
+    if any(p.device.type != "cpu" for p in parameters):
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)  # the same formula, in a few launches
     gradients = [[_values(p) for p in group["params"] if p.grad is not None] for group in groups]
-    if any(g.device.type != "cpu" for group in gradients for g in group):
-        return _clip_together([g for group in gradients for g in group], max_norm)
     norms = [torch.stack([_square(g) for g in group]).sum().float().sqrt() for group in gradients if group]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     scale = 1.0 / torch.clamp((norm + 1e-6) / max_norm, min=1.0)
     for gradient in (g for group in gradients for g in group):
         gradient.mul_(scale)
-    return norm
-
-
-def _clip_together(gradients: list[Tensor], max_norm: float) -> Tensor:
-    """The same on a GPU in a few launches."""
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    torch._foreach_mul_(gradients, 1.0 / torch.clamp((norm + 1e-6) / max_norm, min=1.0))
     return norm
 
 

@@ -70,6 +70,7 @@ class RecordedSteps:
         for group in optimizer.param_groups:
             group["lr"] = self.lr  # so that a replay reads it
         self.pool: Any = None
+        self.stream: torch.cuda.Stream | None = None
         self.met: dict[tuple[int, ...], Recording | None] = {}
         self.possible: bool | None = None
         self.replayed: Recording | None = None
@@ -151,7 +152,7 @@ class RecordedSteps:
 
     @contextmanager
     def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        """As torch.cuda.graph, which would also give all cached memory back, of the host too, and take a second for a few shapes."""
+        """As torch.cuda.graph, which would also give all cached memory back, of the host too."""
         with torch.cuda.stream(self.stream):
             # Another thread's calls (NCCL's watchdog) are no concern of the recording.
             graph.capture_begin(self.pool, capture_error_mode="thread_local")

@@ -1,10 +1,15 @@
 """Layers fused as on a GPU, here with the plain form of the op: the plain model's logits and gradients, dropout, what stays."""
 
+import contextlib
+
 import pytest
 import torch
 from test_first_token import EACH_FAMILY, batch, logits_and_gradients
 
 from muka_fast import fused_layers as fused
+from muka_fast.config import RunConfig
+from muka_fast.ds_config import prepare_ds_config
+from muka_fast.engine import Engine
 from muka_fast.first_token import first_token_only
 from muka_fast.fused_layers import fused_layers
 from muka_fast.intercept import layer_modules
@@ -116,3 +121,22 @@ def test_with_activation_checkpointing_no_layer_is_fused(family, make_model, as_
     model.gradient_checkpointing_enable()
     compare(model, batch(model))
     assert not calls
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_under_deepspeed_they_learn_as_the_plain_model(stage, make_model, as_on_a_gpu, calls):
+    ids = torch.tensor([[5, 7, 9, 11, 6], [5, 8, 6, 0, 0]])
+    told = []
+    for layers in (lambda model: contextlib.nullcontext(), fused_layers):
+        ds, config = prepare_ds_config({"zero_optimization": {"stage": stage}}, RunConfig(batch_size=2, learning_rate=1e-2), 1)
+        model = make_model("bert", ("a", "b", "c"), dropout=0.0)
+        engine = Engine.create(model, config, ds, 10)
+        with layers(model):
+            for _ in range(3):
+                loss = engine(input_ids=ids, attention_mask=(ids != 0).long()).logits.square().sum()
+                engine.backward(loss)
+                engine.step()
+                told.append((loss.item(), engine.grad_norm))
+    assert len(calls) == 3 * 2 * 2  # steps, layers, norms of each
+    for plain, ours in zip(told[:3], told[3:], strict=True):
+        assert ours == pytest.approx(plain, rel=1e-3)
