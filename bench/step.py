@@ -4,8 +4,8 @@
 
 Random weights, one batch of texts of --length tokens and a few less; loss and labels are of no account. `launched, plain layers` is
 the step as DeepSpeed and transformers run it. Before a time is shown, recorded steps must have lost what launched ones do, under the
-same masks. MFU counts three times the forward's products over all padded tokens, against the matrix rate measured in the same run. On a CPU
-only the first row exists.
+same masks. MFU counts three times the forward's products over all padded tokens, against the matrix rate measured in the same run. On
+a CPU only the first row exists.
 """
 
 import argparse
