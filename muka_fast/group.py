@@ -23,15 +23,10 @@ JOINING = timedelta(minutes=10)
 PATIENCE = timedelta(days=7)
 GRACE_S = 10.0  # for a process to end by itself after another one's death: mostly gloo wakes it, or it leaves at the next shard
 LIFETIME = timedelta(days=3650)  # of a job, at most
-WATCH_TAG = 7  # of a watch's messages; those of a ShardQueue have none
+WATCH_TAG = 7  # of a watch's messages
 # Gloo's threads, which nothing ends, let go of the tensors of the last exchange a moment after it. Where the interpreter is gone by
 # then they abort the process, whose work was done (one in eight of the smallest scripts).
 LETTING_GO_S = 0.2
-
-
-def set_patience(timeout: timedelta, group: Any = None) -> None:
-    """How long an exchange within a group (None: of all processes) may take from now on."""
-    torch.distributed.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 class Watch:
@@ -44,8 +39,10 @@ class Watch:
 
     Each process has a receive open, and a thread that waits for it, for one word of the process before it: that it leaves, or that
     one of the job is gone, which goes round. Until that word comes nothing of it is read: there gloo does raise.
-    All processes create their watches together.
+    All processes create their watches together. gone: what has ended, None while all is well.
     """
+
+    gone: str | None = None
 
     def __init__(self) -> None:
         rank, self._size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -85,6 +82,7 @@ class Watch:
             what = f"process {self._previous} of {self._size} is gone"
         if self._well.item():
             return
+        self.gone = what
         self._tell(False)
         if not self._leaving.wait(GRACE_S):
             log.error("%s: stopping; its log has the reason", what)
@@ -97,9 +95,14 @@ _watch: Watch | None = None
 def joined() -> None:
     """From now on until `shut_down` processes wait for each other, and notice where one is gone. Collective."""
     global _watch
-    set_patience(PATIENCE)
+    torch.distributed.distributed_c10d._set_pg_timeout(PATIENCE)
     if torch.distributed.get_world_size() > 1:
         _watch = Watch()
+
+
+def gone() -> str | None:
+    """What is known of a process of this job that has failed or is gone, in words; None while all is well."""
+    return None if _watch is None else _watch.gone
 
 
 def on_first_process(work: Callable[[], T]) -> T:

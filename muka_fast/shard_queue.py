@@ -10,21 +10,18 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
-from typing import Any, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 from torch import distributed
 
 from muka_fast.errors import UserError
-from muka_fast.group import PATIENCE, set_patience
+from muka_fast.group import gone
 
 T, P = TypeVar("T"), TypeVar("P")
 log = logging.getLogger("muka_fast")
-JOINING = timedelta(seconds=30)  # for all to connect, which they begin together
 
 
 class _Stopped(Exception):
@@ -43,9 +40,6 @@ class ShardQueue:
         self.rank, self.world_size = 0, 1
         if group and distributed.is_initialized():
             self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
-        self._lost = False
-        self._watcher: threading.Thread | None = None
-        self._group: distributed.ProcessGroup | None = None  # None: that of all processes
 
     def __enter__(self) -> Self:
         if self.world_size == 1:
@@ -55,27 +49,18 @@ class ShardQueue:
         with self._reachable():
             entries = store.add(f"muka_fast/scoring/{self.rank}", 1)  # the same in every process, and a fresh name each time
             self._store = distributed.PrefixStore(f"muka_fast/scoring/{entries}", store)
-            if distributed.get_backend() != "gloo":  # NCCL does not notice a peer that is gone
-                distributed.barrier()  # so that nobody waits in the next line for one that is hours behind
-                self._group = distributed.new_group(backend="gloo", timeout=JOINING)
-                set_patience(PATIENCE, self._group)
-        self._work = distributed.irecv(torch.zeros(1), src=(self.rank - 1) % self.world_size, group=self._group)
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
-        self._watcher.start()
         return self
 
     def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> bool:
         if self.world_size == 1:
             return False
         if error is not None and not isinstance(error, (UserError, _Stopped)):
-            return False  # this process ends, and its connections with it: the others notice
+            return False  # this process ends, and the others notice
         with self._reachable():
             if isinstance(error, UserError):
                 self._store.set("failed", str(self.rank))
             told: list[str | None] = [None] * self.world_size
-            distributed.all_gather_object(told, str(error) if isinstance(error, UserError) else None, group=self._group)
-            distributed.send(torch.ones(1), dst=(self.rank + 1) % self.world_size, group=self._group)
-        self._watcher.join()
+            distributed.all_gather_object(told, str(error) if isinstance(error, UserError) else None)
         failed = [rank for rank, message in enumerate(told) if message is not None]
         if failed and failed[0] != self.rank:
             raise SystemExit(2) from error
@@ -85,8 +70,8 @@ class ShardQueue:
         """Leave where another process has failed or is gone. Cheap: called for every batch."""
         if self.world_size == 1:
             return
-        if self._lost:
-            self._end(self._previous_is_gone())
+        if (what := gone()) is not None:
+            self._end(what)
         with self._reachable():
             if self._store.check(["failed"]):
                 raise _Stopped
@@ -157,26 +142,13 @@ class ShardQueue:
         with self._reachable():
             return self._store.add(name, amount)
 
-    def _watch(self) -> None:
-        """The process before this one sends a byte when all is done; a connection that closes before shows its end."""
-        try:
-            self._work.wait()
-        except RuntimeError:
-            self._lost = True
-
-    def _previous_is_gone(self) -> str:
-        return f"process {(self.rank - 1) % self.world_size} of {self.world_size} is gone"
-
     @contextlib.contextmanager
     def _reachable(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:  # of gloo and of the store alike
-            self._end(self._previous_is_gone() if self._lost else f"another process is gone ({str(error).splitlines()[0]})")
+            self._end(gone() or f"another process is gone ({str(error).splitlines()[0]})")
 
-    def _end(self, what: str) -> None:
+    def _end(self, what: str) -> NoReturn:
         log.error("%s while scoring: stopping; its log has the reason, finished shards are kept", what)
-        if self._watcher is not None:
-            # The process before this one ends next, if it has not yet; until then a thread waits, under which Python must not end.
-            self._watcher.join(timeout=10)
         raise SystemExit(1)
