@@ -249,7 +249,9 @@ class RunConfig(ScoringOptions):
         False, "keep only the layers' inputs for the backward and compute the rest again: less memory, a third slower", "Training"
     )
     log_every: int = option(10, "steps between two lines of metrics", "Run", ge=1)
-    save_every: int | None = option(None, "steps between two checkpoints (default: one per epoch)", "Run", ge=1)
+    save_every: int | None = option(
+        None, "steps between two checkpoints (default: where an epoch ends a minute or more after the last one)", "Run", ge=1
+    )
     resume: bool = option(False, "continue the run in the output folder; where there is none, begin it", "Run")
     overwrite: bool = option(False, "replace the run in the output folder", "Run")
 

@@ -19,12 +19,13 @@ from muka_fast.config import RunConfig
 from muka_fast.console import progress
 from muka_fast.data import TextSet, Tokens, collate, epoch_batches
 from muka_fast.engine import Engine
-from muka_fast.group import told_by_first
+from muka_fast.group import on_first_process, told_by_first
 from muka_fast.memory import Fetch
 from muka_fast.snapshots import restore_newest, save_snapshot
 from muka_fast.targets import Method
 
 log = logging.getLogger("muka_fast")
+SAVE_S = 60.0  # between two checkpoints at the least, where nobody says --save_every: of short epochs they would take their share
 
 
 class Plan:
@@ -77,7 +78,13 @@ def train(
         found = restore_newest(engine, output)
         if found:
             log.info("resuming after step %d of %d (%s)", engine.completed_steps, plan.total_steps, found)
-    save_every = config.save_every or plan.steps_per_epoch
+    saved = time.monotonic()
+
+    def save_due(step: int) -> bool:
+        if config.save_every or step == plan.total_steps:
+            return step == plan.total_steps or step % config.save_every == 0
+        return step % plan.steps_per_epoch == 0 and on_first_process(lambda: time.monotonic() - saved >= SAVE_S)
+
     with Metrics(output, engine, plan, config) as metrics, stop_signals() as arrived:
         bar = progress(plan.total_steps - engine.completed_steps, "training", "steps")
         with bar if engine.rank == 0 else nullcontext():
@@ -85,7 +92,7 @@ def train(
             while engine.completed_steps < plan.total_steps:
                 rows = plan.rows(engine.completed_steps)
                 running.append(train_step(engine, method, tokens, texts, rows, config, arrived, pad_id))
-                save, stop = engine.completed_steps % save_every == 0 or engine.completed_steps == plan.total_steps, False
+                save, stop = save_due(engine.completed_steps), False
                 # A step's loss is looked at while the next one runs, so that the device never waits for the host; before anything is
                 # written, all that are left.
                 while len(running) > (0 if save or stop or metrics.due else 1):
@@ -97,6 +104,7 @@ def train(
                         bar.advance(note=f"loss {loss:.4f}")
                 if save or stop:
                     save_snapshot(engine, output)
+                    saved = time.monotonic()
                 if stop and engine.completed_steps < plan.total_steps:
                     done = engine.completed_steps
                     by = arrived[0].name if arrived else "a signal to another process"

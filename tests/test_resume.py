@@ -77,6 +77,12 @@ def test_the_last_two_checkpoints_stay_and_a_damaged_one_is_passed_over(go, stop
     assert [folder.name for folder in snapshots.snapshots(resumed.output)] == ["step-00000012", "step-00000015"]
 
 
+@pytest.mark.parametrize(("seconds", "kept"), [(0, ["step-00000010", "step-00000015"]), (60, ["step-00000015"])])
+def test_epochs_leave_checkpoints_unless_they_are_short(go, monkeypatch, seconds, kept):
+    monkeypatch.setattr(loop, "SAVE_S", seconds)
+    assert [folder.name for folder in snapshots.snapshots(go("run").output)] == kept
+
+
 def test_resume_refuses_another_run(go, stop_at, monkeypatch, world, tmp_path):
     stop_at(3)
     go("cut")
