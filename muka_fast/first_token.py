@@ -20,15 +20,27 @@ from muka_fast.postln import PostLayer, layer_calls, layer_parts
 class Parts:
     """What a layer is computed by; muka_fast/fused_layers.py has another form of it."""
 
-    def project(self, layer: PostLayer, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of the rows [B, R, D], keys and values of x [B, L, D]."""
-        return layer.query(rows), layer.key(x), layer.value(x)
+    def attention(self, layer: PostLayer, x: Tensor, rows: Tensor, head_dim: int, bias: Tensor | None) -> Tensor:
+        """Of the rows [B, R, D] to x [B, L, D], before the dense layer; bias as of `layer_rows`."""
+        return attention(layer, layer.query(rows), layer.key(x), layer.value(x), head_dim, bias)
 
     def add_norm(self, dense: nn.Module, dropout: nn.Module, norm: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
         return norm(dropout(dense(x)) + rows)
 
 
 PLAIN = Parts()
+
+
+def attention(layer: PostLayer, query: Tensor, key: Tensor, value: Tensor, head_dim: int, bias: Tensor | None) -> Tensor:
+    """PyTorch's own, of heads side by side: query [B, R, D], key and value [B, L, D]."""
+    query, key, value = (states.unflatten(-1, (-1, head_dim)).transpose(1, 2) for states in (query, key, value))
+    p = probability(layer.attention_dropout)
+    return scaled_dot_product_attention(query, key, value, bias, dropout_p=p).transpose(1, 2).flatten(-2)
+
+
+def probability(dropout: nn.Module) -> float:
+    """With which a site drops now."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 @contextmanager
@@ -97,10 +109,5 @@ def layer_rows(layer: PostLayer, x: Tensor, rows: Tensor, head_dim: int, bias: T
 
     bias: what a query does not see (bool, False) or what is added to its scores (float), [B, 1 | H, 1 | R, L].
     """
-    query, key, value = (
-        states.unflatten(-1, (-1, head_dim)).transpose(1, 2) for states in parts.project(layer, x, rows)
-    )
-    p = layer.attention_dropout.p if layer.attention_dropout.training else 0.0
-    attention = scaled_dot_product_attention(query, key, value, bias, dropout_p=p)
-    y = parts.add_norm(layer.output, layer.output_dropout, layer.norm1, attention.transpose(1, 2).flatten(-2), rows)
+    y = parts.add_norm(layer.output, layer.output_dropout, layer.norm1, parts.attention(layer, x, rows, head_dim, bias), rows)
     return parts.add_norm(layer.down, layer.ffn_dropout, layer.norm2, layer.activation(layer.up(y)), y)

@@ -1,4 +1,5 @@
-"""On a GPU, the layers of a BERT-type classifier in fewer kernels: one product for queries, keys and values, and `residual_norm`.
+"""On a GPU, the layers of a BERT-type classifier in fewer kernels: one product for queries, keys and values, `self_attention` between
+it and the next (16 bits, up to 128 tokens), and `residual_norm`.
 
 The dense layer's bias, its dropout, the residual and the norm are four passes over memory in PyTorch, and one here. On a CPU, and
 where a layer is not what this file expects, the modules run as they are.
@@ -13,10 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from muka_fast.first_token import PLAIN, Parts, covered_calls, first_token_only, is_known, layer_form
+from muka_fast.first_token import (
+    PLAIN,
+    Parts,
+    attention,
+    covered_calls,
+    first_token_only,
+    is_known,
+    layer_form,
+    probability,
+)
 from muka_fast.intercept import SDPA_NAME, patched
 from muka_fast.ops.residual_norm import residual_norm
+from muka_fast.ops.self_attention import self_attention, takes
 from muka_fast.postln import PostLayer, layer_parts
+
+MOST = 0.99  # all but everything dropped is nothing that the masks' 16 bits are for
 
 
 @contextmanager
@@ -68,22 +81,31 @@ def fits(model: nn.Module, module: nn.Module) -> bool:
 class Fused(Parts):
     """The parts on a GPU."""
 
-    def project(self, layer: PostLayer, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of all rows in one product, whose gradient is one as well and needs no sum over three."""
+    def attention(self, layer: PostLayer, x: Tensor, rows: Tensor, head_dim: int, bias: Tensor | None) -> Tensor:
+        """Queries, keys and values of all rows in one product, whose gradient is one as well and needs no sum over three."""
         if not on_gpu(x) or rows is not x:
-            return super().project(layer, x, rows)
+            return super().attention(layer, x, rows, head_dim, bias)
         each = (layer.query, layer.key, layer.value)
-        return linear(x, torch.cat([dense.weight for dense in each]), torch.cat([dense.bias for dense in each])).chunk(3, -1)
+        qkv = linear(x, torch.cat([dense.weight for dense in each]), torch.cat([dense.bias for dense in each]))
+        p = probability(layer.attention_dropout)
+        hides = bias is None or (bias.dtype == torch.bool and bias.shape[1] == 1)  # not so MPNet's, which learns
+        if hides and p <= MOST and takes(qkv.dtype, qkv.shape[1], head_dim, qkv.device):
+            return self_attention(qkv, layer.query.out_features // head_dim, p=p, seed=draw_seed(p, x.device), mask=bias)
+        return attention(layer, *qkv.chunk(3, -1), head_dim, bias)
 
     def add_norm(self, dense: nn.Module, dropout: nn.Module, norm: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
         """norm(dropout(dense(x)) + rows) in the dtype of the product."""
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        if not on_gpu(x) or p > 0.99:  # all but everything dropped is nothing that the masks' 16 bits are for
+        p = probability(dropout)
+        if not on_gpu(x) or p > MOST:
             return super().add_norm(dense, dropout, norm, x, rows)
         product = linear(x, dense.weight)
-        seed = torch.empty(1, dtype=torch.int64, device=x.device).random_() if p > 0 else None
-        rows = rows.to(product.dtype)
+        rows, seed = rows.to(product.dtype), draw_seed(p, x.device)
         return residual_norm(product, dense.bias, rows, norm.weight, norm.bias, p=p, eps=norm.eps, seed=seed)
 
 
 FUSED = Fused()
+
+
+def draw_seed(p: float, device: torch.device) -> Tensor | None:
+    """For an op that reads it on the device: a step that is recorded as a graph draws anew in every replay."""
+    return torch.empty(1, dtype=torch.int64, device=device).random_() if p > 0 else None

@@ -18,7 +18,7 @@ from muka_fast.postln import layer_calls
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Options and dtypes of every call of the op."""
+    """Options and dtypes of every call of residual_norm."""
     told = []
 
     def op(x, dense_bias, residual, *norm, **options):
@@ -32,7 +32,19 @@ def calls(monkeypatch):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
+    """One that self_attention takes everything on."""
     monkeypatch.setattr(fused, "on_gpu", lambda x: True)
+    monkeypatch.setattr(fused, "takes", lambda *states: True)
+
+
+@pytest.fixture
+def attentions(monkeypatch):
+    """Dropout probability and seed of every call of self_attention."""
+    told = []
+    original = fused.self_attention
+    op = lambda *states, p, seed, mask: told.append((p, seed)) or original(*states, p=p, seed=seed, mask=mask)
+    monkeypatch.setattr(fused, "self_attention", op)
+    return told
 
 
 def compare(model, inputs, rtol=1e-5, atol=1e-5):
@@ -46,12 +58,13 @@ def compare(model, inputs, rtol=1e-5, atol=1e-5):
 
 @EACH_FAMILY
 @pytest.mark.parametrize("padded", [True, False])
-def test_same_logits_and_gradients(family, options, padded, make_model, as_on_a_gpu, calls):
+def test_same_logits_and_gradients(family, options, padded, make_model, as_on_a_gpu, calls, attentions):
     model = make_model(family, ("a", "b", "c"), dropout=0.0, **options).train()
     inputs = batch(model)
     compare(model, inputs if padded else {name: value[:1] for name, value in inputs.items()})
     assert len(calls) == 2 * len(layer_calls(model))
     assert all(call["p"] == 0 and call["seed"] is None for call in calls)
+    assert attentions == ([] if family == "mpnet" else [(0.0, None)] * (len(layer_calls(model)) - 1))  # all but the last, of one row
 
 
 @EACH_FAMILY
@@ -65,6 +78,25 @@ def test_every_fused_dropout_drops(family, options, make_model, as_on_a_gpu, cal
         calls.clear()
         model.eval()(**batch(model))
     assert calls and all(call["p"] == 0 and call["seed"] is None for call in calls)
+
+
+@EACH_FAMILY
+def test_what_attention_drops_is_of_a_seed_of_its_own(family, options, make_model, as_on_a_gpu, attentions):
+    model = make_model(family, ("a", "b", "c"), dropout=0.1, **options).train()
+    with fused_layers(model):
+        model(**batch(model))
+    drawn = [seed.item() for p, seed in attentions if p == 0.1]
+    assert len(set(drawn)) == len(attentions) == (0 if family == "mpnet" else len(layer_calls(model)) - 1)
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_attention_that_the_op_does_not_take_is_pytorchs(p, make_model, as_on_a_gpu, attentions, monkeypatch):
+    model = make_model("bert", dropout=0.0, layers=3).train()
+    monkeypatch.setattr(fused, "takes", lambda *states: p > 0)
+    for layer in layer_modules(model):
+        layer.attention.self.dropout.p = p
+    compare(model, batch(model))
+    assert not attentions
 
 
 def test_dropping_everything_is_the_modules_own(make_model, as_on_a_gpu, calls):

@@ -9,6 +9,7 @@ class Specialisation(NamedTuple):
     signature: argument name -> Triton type ("*fp32", "i32", "i64", "fp32") of every argument that is not a constexpr.
     constexprs: argument name -> value. fast: compiled by the default test run too, not only by the slow one.
     aligned: compiled as Triton's JIT does for pointers that 16 divides, as those of torch's allocations are; else without that.
+    least_arch: the first compute capability that it is launched on, 80 for 8.0.
     """
 
     name: str
@@ -19,3 +20,4 @@ class Specialisation(NamedTuple):
     num_stages: int = 2
     fast: bool = False
     aligned: bool = False
+    least_arch: int = 80

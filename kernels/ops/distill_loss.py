@@ -12,7 +12,6 @@ logarithm per student class.
 Letters: B texts (b) · N teachers (i) · S = sum of their class counts (s) · C student classes (c).
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -278,8 +277,7 @@ if triton is not None:
         if texts == 0:
             return loss, grad
         (warps,) = tuning.choose("distill_loss", row_class(classes), logits.device)
-        # Triton launches on the current device, which need not be that of the logits.
-        with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
+        with table.on_device_of(logits):
             distill_loss_kernel[(texts,)](
                 logits, probs, scores, source, owner, loss, grad, classes, teachers, len(source), logits.stride(0), probs.stride(0),
                 1.0 / tau, 1.0 / temperature, SOFT=soft, MARGIN=margin, IN_ORDER=in_order,

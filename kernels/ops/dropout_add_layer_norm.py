@@ -9,7 +9,6 @@ without masks (p = 0) the latter alone.
 Letters: R replicas (r) · rows (i) · D columns.
 """
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -159,8 +158,7 @@ if philox.triton is not None:
         CALLS, shape = block(width)
         most, num_warps = tuning.choose("dropout_add_layer_norm", shape, x.device)
         at_once = max(1, min(most, replicas * rows // FULL))
-        # Triton launches on the current device, which need not be that of x.
-        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        with table.on_device_of(x):
             dropout_add_layer_norm_kernel[(rows, triton.cdiv(replicas, at_once))](
                 x, residual, weight, bias, out, example_ids, offsets, seed, site, first_sample, threshold, scale, int(plain_first),
                 eps, replicas, at_once, rows, width, 0 if residual.dim() == 2 else rows, CALLS=CALLS, MASKED=threshold > 0,

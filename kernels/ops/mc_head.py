@@ -9,7 +9,6 @@ them. Never in memory: masks, [K, B, D], [K, B, C].
 Letters: K samples (k) · B texts (b) · D features (d) · C classes (c).
 """
 
-import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -282,8 +281,7 @@ if philox.triton is not None:
                 HAS_BIAS=b is not None, PRECISION="tf32x3", STAGE=stage, enable_fp_fusion=True, **config,
             )  # fmt: skip
 
-        # Triton launches on the current device, which need not be that of x.
-        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        with table.on_device_of(x):
             if tiles == 1:
                 launch(0, mean, mean, predictive)
                 return outputs

@@ -5,7 +5,6 @@ classes: three launches, so that few texts fill the card as well: softmax sums b
 classes, then the selection. They read every logit three times, mostly from the cache.
 """
 
-import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from muka_fast.ops import tuning
+from muka_fast.ops import table, tuning
 from muka_fast.ops.aot import Specialisation
 from muka_fast.ops.philox import triton
 
@@ -259,8 +258,7 @@ if triton is not None:
         counts = [stop - start for start, stop in pairwise(offsets)]
         samples, texts, width = logits.shape
         bounds, log_classes = on_device(tuple(offsets), logits.device)
-        # Triton launches on the current device, which need not be that of the logits.
-        with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
+        with table.on_device_of(logits):
             if max(counts) > max(TILES):
                 launch_many_classes(logits, bounds, log_classes, out, max(counts))
                 return

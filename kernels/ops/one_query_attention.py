@@ -9,7 +9,6 @@ layer's output are read by nobody. The values' products run on the matrix units 
 Letters: R replicas · B texts · T tokens, packed · H heads of d · D = H d.
 """
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -176,8 +175,7 @@ if philox.triton is not None:
             return out
         BLOCK, num_warps = tuning.choose("one_query_attention", shape_class(head_dim), query.device)
         R_PAD = min(pad(replicas), MOST_REPLICAS)
-        # Triton launches on the current device, which need not be that of the query.
-        with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+        with table.on_device_of(query):
             one_query_attention_kernel[(texts, num_heads, triton.cdiv(replicas, R_PAD))](
                 query, key, value, starts, bias, out, example_ids, query_positions, scaling, seed, site, first_sample, threshold,
                 scale, int(plain_first), replicas, texts, num_heads, key.shape[1] // head_dim, bias.shape[1], D=head_dim,

@@ -14,7 +14,6 @@ and 16 bits an H200 spends a little longer on the random numbers than on the pro
 Letters: R replicas · B texts · T tokens, packed · Q queries: T, or one a text · H heads of d, G key heads · D = H d.
 """
 
-import contextlib
 import itertools
 from collections.abc import Callable
 
@@ -263,8 +262,7 @@ if philox.triton is not None:
         BLOCK_M, BLOCK_N, num_warps, num_stages = tuning.choose("packed_attention", shape, query.device)
         bias = query.new_empty(1, 1, 1) if position_bias is None else position_bias
         bias = bias if bias.stride(-1) == 1 else bias.contiguous()
-        # Triton launches on the current device, which need not be that of the query.
-        with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+        with table.on_device_of(query):
             grid = (num_heads * (out.shape[0] if out.dim() == 3 else 1), texts, triton.cdiv(longest_query, BLOCK_M))
             packed_attention_kernel[grid](
                 query, key, value, query_starts, first_positions, starts, bias, out, example_ids, scaling, seed, site, first_sample,

@@ -41,6 +41,12 @@ def mask_parameters(p: float) -> tuple[int, float]:
     return dropout_threshold(p), torch.tensor(dropout_scale(p), dtype=torch.float32).item()
 
 
+def check_seed(seed: Tensor | None, p: float, device: torch.device) -> None:
+    """Of ops that read their seed on the device. ValueError where p draws masks and it is not one int64 element there."""
+    if dropout_threshold(p) and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device):
+        raise ValueError(f"seed must be one int64 element on {device} where p is not 0")
+
+
 def check_rows(name: str, value: Tensor, rows: int, device: torch.device) -> Tensor:
     """`value` as a contiguous int64 [rows] tensor on `device`; ValueError where it is not one entry a row or not an integer."""
     if value.shape != (rows,):

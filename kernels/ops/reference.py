@@ -239,6 +239,27 @@ def residual_norm_ref(
     return torch.nn.functional.layer_norm(z, (width,), weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
 
 
+def self_attention_ref(qkv: Tensor, num_heads: int, p: float, seed: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Attention with dropout of its probabilities: qkv [B, L, 3 H d] -> [B, L, H d]; mask bool, [B | 1, 1, L | 1, L | 1], or None.
+
+    Mask element = (head * 16384 + query) * 16384 + key of text b, its row in the batch, under sample 0 at site 0; seed int64, one
+    element. A query that sees no key gets zeros. In float32 (float64 for float64), returned in the dtype of qkv. Differentiable.
+    """
+    dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    texts, length = qkv.shape[:2]
+    query, key, value = qkv.to(dtype).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, L, d] each
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    seen = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand_as(scores)
+    some = seen.any(-1, keepdim=True)
+    probs = torch.softmax(scores.masked_fill(some & ~seen, -torch.inf), -1) * some
+    if dropout_threshold(p):
+        element = torch.arange(num_heads, device=qkv.device)[:, None] * ATTENTION_STRIDE + torch.arange(length, device=qkv.device)
+        element = (element * ATTENTION_STRIDE).expand(texts, -1, -1).flatten()
+        ids = torch.arange(texts, device=qkv.device).repeat_interleave(num_heads * length)
+        probs = repeat_dropout_ref(probs.reshape(-1, length), 1, p, seed.view(1), 0, ids, element)[0].view_as(probs)
+    return (probs @ value).transpose(1, 2).flatten(-2).to(qkv.dtype)
+
+
 def one_query_attention_ref(
     query: Tensor,
     key: Tensor,

@@ -9,7 +9,6 @@ a row begins inside a call.
 Letters: K samples (k) · rows (r) · D columns.
 """
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -142,8 +141,7 @@ if philox.triton is not None:
         *calls, num_warps = tuning.choose("repeat_dropout", "any", x.device)
         ROWS, CALLS = block(width, *calls)
         grid = (triton.cdiv(rows, ROWS) * triton.cdiv(width, CALLS * LANES),)
-        # Triton launches on the current device, which need not be that of x.
-        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        with table.on_device_of(x):
             repeat_dropout_kernel[grid](
                 source, out, example_ids, offsets, seed, site, first_sample, threshold, scale, num_samples, rows, width,
                 rows * width, ROWS=ROWS, CALLS=CALLS, REPEATED=source.dim() == 2, num_warps=num_warps,

@@ -11,7 +11,6 @@ Bytes: forward x and residual read, y and z written; backward dy and z read, dz 
 A program takes rows until there are none, with the sums of its columns in registers; one sum over programs ends the gradient.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -135,10 +134,6 @@ if philox.triton is not None:
             programs = processors * max(1, warps_at_once // warps)
         return min(programs, triton.cdiv(rows, ROWS)), {"D": width, "ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": warps}
 
-    def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
-        """Triton launches on the current device, which need not be that of x."""
-        return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
     class ResidualNorm(torch.autograd.Function):
         """x and residual contiguous, of one dtype; saved: z in it, mean and rstd in fp32."""
 
@@ -150,7 +145,7 @@ if philox.triton is not None:
             (threshold, scale), dense_bias = philox.mask_parameters(p), dense_bias.contiguous()
             if rows:
                 programs, options = launch_options(rows, width, x.device, 32)
-                with on_device_of(x):
+                with table.on_device_of(x):
                     residual_norm_kernel[(programs,)](
                         x, residual, y, z, mean, rstd, dense_bias, weight.contiguous(), bias.contiguous(), seed, threshold, scale, eps,
                         rows, MASKED=threshold > 0, SAVED=saved, **options,
@@ -172,7 +167,7 @@ if philox.triton is not None:
             programs = min(programs, triton.cdiv(rows, 4 * options["ROWS"]))
             sums = torch.empty(3, programs, width, dtype=torch.float32, device=z.device)
             if rows:
-                with on_device_of(z):
+                with table.on_device_of(z):
                     residual_norm_backward_kernel[(programs,)](
                         dy.contiguous(), z, mean, rstd, weight.contiguous(), dz, dx, sums, seed, threshold, scale, rows,
                         MASKED=threshold > 0, **options,
@@ -229,9 +224,6 @@ def residual_norm(
         raise ValueError(f"dense_bias, weight and bias must have shape [{x.shape[-1]}], not {shapes}")
     if not eps > 0:
         raise ValueError(f"eps {eps} must be positive")
-    threshold, _ = philox.mask_parameters(p)
-    if threshold and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device):
-        raise ValueError(f"seed must be one int64 element on {x.device} where p is not 0")
-    fused = table.BACKEND == "triton" or (table.BACKEND == "auto" and x.is_cuda)
-    form = _triton if _triton is not None and fused and x.dtype != torch.float64 else residual_norm_ref
+    philox.check_seed(seed, p, x.device)
+    form = _triton if _triton is not None and table.runs_triton(x) and x.dtype != torch.float64 else residual_norm_ref
     return form(x, dense_bias, residual, weight, bias, p, eps, seed)

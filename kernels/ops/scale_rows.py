@@ -3,12 +3,12 @@
 PyTorch's product with one factor a row reads single elements, and needs a second pass for another dtype.
 """
 
-import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from muka_fast.ops import table
 from muka_fast.ops.aot import Specialisation
 from muka_fast.ops.philox import triton
 
@@ -44,8 +44,7 @@ if triton is not None:
         if texts == 0:
             return product
         block, warps = configuration(classes)
-        # Triton launches on the current device, which need not be that of the gradient.
-        with torch.cuda.device(grad.device) if grad.is_cuda else contextlib.nullcontext():
+        with table.on_device_of(grad):
             scale_rows_kernel[(texts * triton.cdiv(classes, block),)](
                 grad, factor, product, classes, factor.stride(0), BLOCK=block, num_warps=warps
             )

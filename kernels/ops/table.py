@@ -4,10 +4,12 @@ MUKA_FAST_BACKEND = auto | reference | cpu | triton overrides the choice (for te
 result beyond float rounding. `auto` takes C++ on the CPU and Triton on CUDA, and the PyTorch reference where neither exists.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 try:
     from muka_fast import _C
@@ -57,3 +59,13 @@ def register(
         LIBRARY.impl(name, have[chosen], device)
     torch.library.register_fake(f"muka_fast::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.muka_fast, name)
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Of ops that stand outside of the table (their backward is their own): whether Triton computes them where x lies."""
+    return BACKEND == "triton" or (BACKEND == "auto" and x.is_cuda)
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Around a launch: Triton launches on the current device, which need not be that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
