@@ -23,6 +23,9 @@ from muka_fast.optim import clip_gradients
 
 log = logging.getLogger("muka_fast")
 LARGEST = 1 << 24  # B x L x D: from there on the device's work hides the launches, and activations would be held twice
+# Keys of a ds_config that a recorded step obeys. What else is enabled (a profiler, a monitor, a scheduler) DeepSpeed's own step does.
+OBEYED = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "gradient_clipping"}
+OBEYED |= {"bf16", "zero_optimization", "zero_allow_untested_optimizer", "steps_per_print", "timers"}
 
 
 class Recording(NamedTuple):
@@ -43,10 +46,16 @@ def recordable(model: nn.Module, config: RunConfig, ds_config: dict[str, Any]) -
         config.cuda_graphs
         and ds_config["zero_optimization"]["stage"] == 0
         and ds_config["train_batch_size"] == ds_config["train_micro_batch_size_per_gpu"]
-        and not ds_config.keys() & {"scheduler", "torch_autocast"}
+        and not any(enabled(value) for key, value in ds_config.items() if key not in OBEYED)
         and not config.activation_checkpointing
         and isinstance(model, PreTrainedModel)  # else it gives more than logits
+        and not any(getattr(module, "layerdrop", 0) for module in model.modules())  # drawn on the host: for ever what it was once
     )
+
+
+def enabled(value: Any) -> bool:
+    """Whether an entry of a ds_config asks for anything."""
+    return value.get("enabled", True) if isinstance(value, dict) else bool(value)
 
 
 class RecordedSteps:
@@ -72,19 +81,20 @@ class RecordedSteps:
         self.pool: Any = None
         self.stream: torch.cuda.Stream | None = None
         self.met: dict[tuple[int, ...], Recording | None] = {}
+        self.too_large: set[tuple[int, ...]] = set()  # shapes for whose recording there was no memory
         self.possible: bool | None = None
         self.replayed: Recording | None = None
         self.leaf: Tensor | None = None
 
     def fits(self, texts: int, length: int) -> bool:
         """Whether batches of this shape are recorded where any are."""
-        return texts * length * self.width <= LARGEST
+        return texts * length * self.width <= LARGEST and (texts, length) not in self.too_large
 
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits [B, C] of a batch on the device, input_ids [B, L] among it; their gradient is what `update` takes."""
         shape = tuple(batch["input_ids"].shape)
         if self.possible and shape in self.met and self.met[shape] is None and self.fits(*shape):
-            self.met[shape] = self._record(batch)
+            self.met[shape] = self._record(batch) or self._record_again(batch)
         self.replayed = self.met.setdefault(shape, None)
         if self.replayed is None:
             return self._try(batch) if self.possible is None else self._logits(batch)
@@ -123,9 +133,7 @@ class RecordedSteps:
         norm = clip_gradients(self.optimizer.param_groups, self.max_norm)
         self.optimizer.step()
         self._cast()
-        self.optimizer.zero_grad(set_to_none=True)
-        for leaf in self.leaves:
-            leaf.grad = None
+        self._forget_gradients()
         return norm
 
     def _try(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -161,8 +169,18 @@ class RecordedSteps:
             finally:
                 graph.capture_end()
 
-    def _record(self, batch: Mapping[str, Tensor]) -> Recording:
-        """Raises UserError where CUDA refuses."""
+    def _record_again(self, batch: Mapping[str, Tensor]) -> Recording | None:
+        """After a lack of memory: while recording the allocator gives nothing back that launched steps have left in its caches."""
+        torch.cuda.empty_cache()
+        recording = self._record(batch)
+        if recording is None:
+            shape = tuple(batch["input_ids"].shape)
+            self.too_large.add(shape)
+            log.info("no memory is left to record steps of %d texts of %d tokens: they are launched one kernel at a time", *shape)
+        return recording
+
+    def _record(self, batch: Mapping[str, Tensor]) -> Recording | None:
+        """None where there is not memory enough. Raises UserError where CUDA refuses."""
         inputs = {name: values.clone() for name, values in batch.items()}
         forward, update = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
@@ -178,7 +196,16 @@ class RecordedSteps:
                     leaf.grad = value
                 norm = self._update()
         except RuntimeError as error:
+            cause = error.__context__ or error  # the end of a recording that failed may raise an error of its own
+            if isinstance(cause, torch.OutOfMemoryError):
+                self._forget_gradients()
+                return None
             raise UserError(
-                f"the student's step cannot be recorded as a CUDA graph ({first_line(error)}): train with --no-cuda_graphs"
+                f"the student's step cannot be recorded as a CUDA graph ({first_line(cause)}): train with --no-cuda_graphs"
             ) from error
         return Recording(forward, update, inputs, logits.detach(), grad, norm)
+
+    def _forget_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        for leaf in self.leaves:
+            leaf.grad = None

@@ -11,6 +11,7 @@ import torch
 
 from muka_fast.config import RunConfig
 from muka_fast.ds_config import prepare_ds_config
+from muka_fast.errors import UserError
 from muka_fast.optim import clip_gradients
 from muka_fast.recorded import RecordedSteps, recordable
 
@@ -117,6 +118,68 @@ def test_a_model_whose_forward_waits_is_told_and_not_recorded(waits, make_model,
     assert torch.equal(next(iter(steps.casts.values())).detach(), steps.cast_from[0].detach().bfloat16())
 
 
+class FakeGraph:
+    """What is between its begin and end runs as if launched; memory runs out in the first `failures` of all."""
+
+    failures = 0
+
+    def capture_begin(self, *_, **__):
+        pass
+
+    def capture_end(self):
+        FakeGraph.failures -= 1
+        if FakeGraph.failures >= 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def replay(self):
+        pass
+
+
+@pytest.fixture
+def emptied(monkeypatch):
+    """A device of which nothing but FakeGraph is there; how often its caches were emptied."""
+    told = []
+    device = {"CUDAGraph": FakeGraph, "Stream": lambda: None, "stream": lambda _: contextlib.nullcontext()}
+    device |= {"synchronize": lambda: None, "graph_pool_handle": lambda: (0, 1), "empty_cache": lambda: told.append(1)}
+    for name, value in device.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return told
+
+
+@pytest.mark.parametrize(("failures", "recorded"), [(0, True), (1, True), (2, False)])
+def test_without_memory_for_a_recording_caches_are_emptied_and_then_steps_are_launched(
+    failures, recorded, make_model, monkeypatch, emptied, product_log
+):
+    monkeypatch.setattr(FakeGraph, "failures", failures)
+    model, steps = new_steps(make_model, in_bf16=True)
+    learn(model, lambda: steps.logits(BATCH), steps.update, count=1)
+    steps.possible = True
+    loss = steps.logits(BATCH).sum()
+    assert (steps.met[tuple(IDS.shape)] is not None) is recorded and len(emptied) == (failures > 0)
+    assert ("no memory is left to record steps of 2 texts of 5 tokens" in product_log.text) is not recorded
+    assert all(leaf.grad is None for leaf in steps.leaves)
+    if not recorded:
+        loss.backward()
+        assert torch.isfinite(steps.update(1e-3))
+        steps.logits(BATCH)
+        assert len(emptied) == 1  # not tried at every step
+
+
+def test_what_a_failed_recording_says_is_the_first_error(make_model, monkeypatch, emptied):
+    _, steps = new_steps(make_model, in_bf16=False)
+
+    def capture_end(_):
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def logits(_):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(FakeGraph, "capture_end", capture_end)
+    monkeypatch.setattr(steps, "_logits", logits)
+    with pytest.raises(UserError, match=r"CUDA graph \(CUDA error: operation not permitted when stream is capturing\)"):
+        steps._record(BATCH)
+
+
 @pytest.mark.parametrize(
     ("ds", "options", "expected"),
     [
@@ -129,9 +192,15 @@ def test_a_model_whose_forward_waits_is_told_and_not_recorded(waits, make_model,
         ({"train_micro_batch_size_per_gpu": 4}, {}, False),
         ({"scheduler": {"type": "WarmupLR"}}, {}, False),
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, {}, False),
+        ({"tensorboard": {"enabled": True}}, {}, False),
+        ({"tensorboard": {"enabled": False}, "wall_clock_breakdown": False}, {}, True),
+        ({"wall_clock_breakdown": True}, {}, False),
     ],
 )
 def test_steps_of_one_process_with_whole_weights_are_recorded(ds, options, expected, make_model):
     ds, config = prepare_ds_config(ds, RunConfig(batch_size=8, **options), 1, "cuda")
     assert recordable(make_model("bert"), config, ds) is expected
     assert not recordable(torch.nn.Linear(2, 2), config, ds)
+    skips = make_model("bert")
+    skips.bert.encoder.layerdrop = 0.1
+    assert not recordable(skips, config, ds)
