@@ -12,8 +12,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-texts=32768  # of the stages amalgamation and train
-stages=build,correct,ceilings,tune,ops,predicted,amalgamation,train,matrix
+texts=32768  # of the stages end_to_end and train
+stages=build,correct,ceilings,tune,ops,predicted,end_to_end,train,amalgamation,matrix
 dry=0 out=bench/results archive='' wheels='' data='' encoders=''
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -77,7 +77,7 @@ if [ $dry = 1 ]; then
   run launches 60 "$python" bench/launches.py --size toy --repetitions 3 --json "$out/launches.json"
   run amalgamation 600 "$python" bench/amalgamation.py --synthetic toy --texts 40 --published_texts 8 --max_length 32 \
     --precisions fp32 bf16 --samples 4 --repetitions 1 --device cpu --workdir "$work/amalgamation" --json "$out/amalgamation.json"
-  run amalgamation 300 "$python" bench/amalgamation.py --synthetic toy --texts 40 --published_texts 8 --max_length 32 --scopes last:1 \
+  run end_to_end 300 "$python" bench/amalgamation.py --synthetic toy --texts 40 --published_texts 8 --max_length 32 --scopes last:1 \
     --samples 4 --seeds 1 --repetitions 1 --device cpu --workdir "$work/amalgamation" --json "$out/amalgamation_end_to_end.json"
   run train 60 "$python" bench/step.py --size toy --batch_size 2 --length 8 --precision fp32 --device cpu --seconds 0.05 \
     --json "$out/step.json"
@@ -89,12 +89,14 @@ else
   parallel=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 10")  # most of the time goes into compiling kernels
   run build 90 "$python" setup.py -q build_ext --inplace
   # While the tests run, what later stages time is compiled, and what they read is made: nothing of this is timed.
+  background() { timeout --kill-after=10 100 "$python" "$@" >>"$out/gpu_background.log" 2>&1 & }
+  case ",$stages," in *,end_to_end,*|*,train,*)
+    background -c "import sys; sys.path.insert(0, 'bench'); import synthetic as s; from pathlib import Path; s.make_texts(Path('$work'), $texts)"
+  esac
   case ",$stages," in *,correct,*)
-    background() { timeout --kill-after=10 100 "$python" "$@" >>"$out/gpu_background.log" 2>&1 & }
     background bench/tune.py --seconds 0.01
     background bench/throughput.py --device cuda --seconds 0.01 --json "$work/float32.json"
     background bench/throughput.py --device cuda --dtype bfloat16 --compare eager,ours --seconds 0.01 --json "$work/bfloat16.json"
-    background -c "import sys; sys.path.insert(0, 'bench'); import synthetic as s; from pathlib import Path; s.make_texts(Path('$work'), $texts)"
   esac
   # shellcheck disable=SC2086
   run correct 150 "$python" -m pytest -q -m gpu $parallel tests/test_gpu.py tests/test_gpu_training.py
@@ -112,13 +114,13 @@ else
       [ -f "$measured" ] && run predicted 30 "$python" bench/predict.py --machine "${machine%%_*}" --dtype "$dtype" --measured "$measured"
     done
   done
-  run amalgamation 120 "$python" bench/amalgamation.py --synthetic base --texts 4096 --precisions bf16 --repetitions 1 \
-    --workdir "$work/amalgamation"
   # Enough texts that loading teachers does not hide what a text costs.
-  run amalgamation 200 "$python" bench/amalgamation.py --synthetic base --texts $texts --scopes last:1 --precisions bf16 --seeds 1 \
+  run end_to_end 240 "$python" bench/amalgamation.py --synthetic base --texts $texts --scopes last:1 --precisions bf16 --seeds 1 \
     --repetitions 1 --workdir "$work/amalgamation" --stem amalgamation_end_to_end
-  run train 60 "$python" bench/step.py
-  run train 150 "$python" bench/student.py --size base --batch_size 2048 --steps $((texts / 2048)) --workdir "$work/student"
+  run train 120 "$python" bench/step.py
+  run train 200 "$python" bench/student.py --size base --batch_size 1024 --steps $((texts / 1024)) --workdir "$work/student"
+  run amalgamation 120 "$python" bench/amalgamation.py --synthetic base --texts 4096 --precisions bf16 --repetitions 1 \
+    --workdir "$work/few_texts"
   run sanitize 300 "$python" -m pytest -q -m gpu tests/test_sanitizer.py
   run launches 60 "$python" bench/launches.py
   run large 180 "$python" bench/student.py --size 1b --stages 3 "3 offload" --steps 6 --batch_size 16
