@@ -41,7 +41,8 @@ MACHINES = {"h100": Machine(3.0e12, 790e12, *UNITS, 80 * 10**9), "h200": Machine
 # Instructions per random lane: ten rounds of two wide products (two issue slots each) and two xors, the key's two additions, an
 # eighth of that each, plus unpacking, comparing and selecting.
 LANE_INSTRUCTIONS = 10 * (2 * 2 + 2 + 2) / 8 + 3
-KERNELS = {"distill_loss": 2}  # forward, and the scaling of the kept gradient in backward; all others are one launch
+# Forward and backward: the scaling of the kept gradient; residual_norm's sums of its programs' sums in four launches.
+KERNELS = {"distill_loss": 2, "self_attention": 2, "residual_norm": 6}
 REASONS = {
     "mc_statistics": "reads K logits a class and writes two; small shapes are one launch",
     "mc_head": "K masks of every feature: the random lanes",
@@ -49,6 +50,8 @@ REASONS = {
     "distill_loss": "probabilities in, gradient out; backward reads and writes the gradient once more",
     "dropout_add_layer_norm": "reads states and residual, writes states: four times what the random lanes take in 16 bits",
     "one_query_attention": "keys and values once, K rows out of one softmax",
+    "residual_norm": "states and residual in, states out and kept; gradients of all three likewise",
+    "self_attention": "queries, keys and values in, states out; all of them and three gradients backward",
     "packed_attention": "bytes while every replica has states of its own; from 400 tokens on the random lanes",
 }
 
@@ -92,7 +95,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|",
     ]
     for case in CASES:
-        if "cuda" not in case.devices:
+        if "cuda" not in case.devices or args.dtype not in case.dtypes:
             continue
         seconds = floors(case, machine, getattr(torch, args.dtype))
         bound = max(seconds, key=seconds.get)

@@ -1,7 +1,7 @@
 """The ops under test: shapes, our call, the eager forms it is compared with, the exact result, and what the op must move.
 
-Letters: K samples · B texts · N teachers · C classes of each (of the one teacher for mc_head) · D features · S = N * C · L tokens of
-the longest text · H heads.
+Letters: K samples · B texts (residual_norm: rows) · N teachers · C classes of each (of the one teacher for mc_head) · D features ·
+S = N * C · L tokens of the longest text · H heads. One list of all ops, hence more than 400 lines.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,8 @@ from muka_fast.ops import (
     packed_attention,
     reference,
     repeat_dropout,
+    residual_norm,
+    self_attention,
 )
 
 K, P, SEED, SITE = 16, 0.1, 0x9E3779B97F4A7C15, 3
@@ -43,6 +45,7 @@ class Case(NamedTuple):
     letters: str
     build: Callable[..., Problem]  # (shape, dtype, device) -> Problem
     devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     compiled: bool = False  # compared with torch.compile by default (compiling takes half a minute on a small machine)
     toy: bool = False
 
@@ -312,6 +315,82 @@ def one_query_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -
     )
 
 
+def with_gradients(form: Callable[..., Tensor], leaves: list[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
+    y = form(*leaves)
+    return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+
+def as_exact(ours: Callable, definition: Callable, leaves: list[Tensor], dy: Tensor) -> str:
+    """Result and gradients of an op for training, against its definition."""
+    cast = lambda to: ([t.detach().to(to).requires_grad_() for t in leaves], dy.to(to))
+    exact, in_float = (with_gradients(definition, *cast(to)) for to in (torch.float64, torch.float32))
+    scale = 8 * max(1.0, torch.finfo(dy.dtype).eps / 4e-7)
+    return errors(with_gradients(ours, leaves, dy), in_float, exact, scales=(scale,) * (1 + len(leaves)))
+
+
+def residual_norm_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Problem:
+    """What follows a dense layer in training, both ways; parameters fp32."""
+    rows, width = shape
+    x, residual, dy = (torch.randn(rows, width, device=device).to(dtype) for _ in range(3))
+    parameters = [torch.randn(width, device=device) for _ in range(3)]
+    leaves = [t.requires_grad_() for t in (x, parameters[0], residual, *parameters[1:])]
+    seed = torch.full((1,), SITE, dtype=torch.int64, device=device)
+    ours = lambda *tensors: residual_norm.residual_norm(*tensors, p=P, eps=1e-5, seed=seed)
+
+    def eager(x, dense_bias, residual, weight, bias) -> Tensor:
+        z = F.dropout(x + dense_bias.to(x.dtype), P) + residual
+        return F.layer_norm(z.float(), (width,), weight, bias).to(x.dtype)
+
+    def check() -> str:
+        few = [t.detach()[:24].requires_grad_() if t.dim() > 1 else t for t in leaves]
+        return as_exact(ours, lambda *tensors: reference.residual_norm_ref(*tensors, P, 1e-5, seed), few, dy[:24])
+
+    return Problem(
+        lambda: with_gradients(ours, leaves, dy),
+        {"eager": lambda: with_gradients(eager, leaves, dy)},
+        check,
+        8 * rows * width * x.element_size(),
+        0,
+        ("random lanes", 2 * rows * width),
+    )
+
+
+def self_attention_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Problem:
+    """A layer's attention in training, both ways, on texts of 3/4 to all of L tokens; sdpa and eager begin and end as ours does."""
+    texts, length, heads = shape
+    width = 64 * heads
+    qkv, dy = (torch.randn(texts, length, columns, device=device).to(dtype) for columns in (3 * width, width))
+    seen = torch.arange(length, device=device) < torch.linspace(length * 3 // 4, length, texts, device=device)[:, None]
+    mask, seed = seen[:, None, None].expand(-1, 1, length, -1), torch.full((1,), SITE, dtype=torch.int64, device=device)
+    leaves = [qkv.requires_grad_()]
+    ours = lambda qkv: self_attention.self_attention(qkv, heads, p=P, seed=seed, mask=mask[: len(qkv)])
+
+    def split(qkv: Tensor) -> list[Tensor]:
+        return [t.unflatten(-1, (heads, 64)).transpose(1, 2) for t in qkv.chunk(3, -1)]
+
+    def eager(qkv: Tensor) -> Tensor:
+        query, key, value = split(qkv)
+        scores = (query @ key.transpose(2, 3) * 0.125).masked_fill(~mask, -torch.inf)
+        return (F.dropout(torch.softmax(scores, -1), P) @ value).transpose(1, 2).flatten(-2)
+
+    def sdpa(qkv: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*split(qkv), attn_mask=mask, dropout_p=P).transpose(1, 2).flatten(-2)
+
+    def check() -> str:
+        few = [qkv.detach()[:3].requires_grad_()]
+        return as_exact(ours, lambda qkv: reference.self_attention_ref(qkv, heads, P, seed, mask[: len(qkv)]), few, dy[:3])
+
+    pairs = texts * length * length
+    return Problem(
+        lambda: with_gradients(ours, leaves, dy),
+        {form.__name__: lambda form=form: with_gradients(form, leaves, dy) for form in (eager, sdpa)},
+        check,
+        11 * texts * length * width * qkv.element_size(),
+        14 * pairs * width,
+        ("random lanes", 2 * pairs * heads),
+    )
+
+
 CASES = [
     Case("mc_statistics", (K, 32, 2, 2), "KBNC", statistics_problem, toy=True),
     Case("mc_statistics", (K, 256, 4, 77), "KBNC", statistics_problem, compiled=True),
@@ -338,4 +417,9 @@ CASES = [
     Case("distill_loss", (1024, 8, 150), "BNC", loss_problem),
     Case("distill_loss", (64, 2, 10_000), "BNC", loss_problem),
     Case("distill_loss", (16_384, 8, 150), "BNC", loss_problem, devices=("cuda",)),
+    Case("residual_norm", (896, 768), "BD", residual_norm_problem, devices=("cuda",)),
+    Case("residual_norm", (114_688, 768), "BD", residual_norm_problem, devices=("cuda",)),
+    Case("self_attention", (16, 56, 12), "BLH", self_attention_problem, devices=("cuda",), dtypes=("float16", "bfloat16")),
+    Case("self_attention", (2048, 56, 12), "BLH", self_attention_problem, devices=("cuda",), dtypes=("float16", "bfloat16")),
+    Case("self_attention", (1024, 128, 12), "BLH", self_attention_problem, devices=("cuda",), dtypes=("float16", "bfloat16")),
 ]

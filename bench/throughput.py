@@ -262,7 +262,8 @@ def main() -> int:
         header += f' "in L2": less than the {rates["l2_bytes"] / 1e6:.0f} MB of that cache, which copy bandwidth does not limit.'
     rows = []
     for case in CASES:
-        if case.op in args.op.split(",") and args.device in case.devices and (case.toy or not args.toy):
+        runs = args.device in case.devices and args.dtype in case.dtypes and (case.toy or not args.toy)
+        if case.op in args.op.split(",") and runs:
             new = run_case(case, args, rates, cores)
             print(markdown(new, "").strip() if not rows else "\n".join(markdown(new, "").strip().splitlines()[2:]), flush=True)
             rows += new
