@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from muka_fast.auto import Classes
 
 TEMPERATURES = np.array([0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40], np.float32)  # of t
+SURE_ENOUGH = 1e-4  # below what is wanted: where all are sure, rounding would choose between the highest temperatures
 ROUNDS = 20  # of expectation-maximisation
 CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 TELLING = "+#<>=%"  # C and C++, <5 and >5
@@ -91,7 +92,7 @@ def calibrate(s: np.ndarray, w: np.ndarray, p: np.ndarray, classes: Classes) -> 
         kappas.append(kappa)
         wanted += share * (1 / C + (1 - 1 / C) * kappa)
         sure += share * np.array([weight @ softmax(t * similar, axis=1).max(1) for t in TEMPERATURES])
-    return kappas, float(np.interp(wanted, sure, TEMPERATURES))
+    return kappas, float(np.interp(wanted - SURE_ENOUGH, sure, TEMPERATURES))
 
 
 def cohens_kappa(one: np.ndarray, other: np.ndarray, count: int, weights: np.ndarray | None = None) -> float:
