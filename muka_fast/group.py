@@ -58,14 +58,14 @@ class Watch:
         self._thread.start()
 
     def leave(self, well: bool) -> None:
-        """Tell the next process that this one leaves, after a fault if not `well`; nothing ends this process any more.
+        """Tell the next process that this one leaves, after a fault if not `well`, and wait until the one before it leaves as well;
+        nothing ends this process any more.
 
-        Python must not end under a thread that waits in gloo, which the word of the process before ends. Where that one goes on
-        (a script with work of its own), this one leaves all the same after a while.
+        The wait ends the thread: Python aborts where it ends under one that comes back from gloo.
         """
         self._leaving.set()
         self._tell(well)
-        self._thread.join(timeout=GRACE_S)
+        self._thread.join()
 
     def _tell(self, well: bool) -> None:
         """Once; not waited for, since the next process may be the one that is gone."""

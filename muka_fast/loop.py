@@ -50,7 +50,7 @@ class Plan:
 @contextmanager
 def stop_signals() -> Iterator[list[signal.Signals]]:
     """The signals to stop that have arrived so far: SIGTERM, or Ctrl-C, of which a second one ends at once. Only the main thread can
-    listen."""
+    listen; what a shell ignores for us (Ctrl-C, of a job in the background) stays ignored."""
     arrived: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
         yield arrived
@@ -62,7 +62,8 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(signal.SIGINT, before[signal.SIGINT])
             log.warning("interrupted: stopping after a checkpoint (Ctrl-C once more: at once, without)")
 
-    before = {number: signal.signal(number, arrive) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, arrive) for number in heard}
     try:
         yield arrived
     finally:

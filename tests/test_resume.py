@@ -27,7 +27,15 @@ def test_sigterm_saves_and_resume_continues_bit_for_bit(go, stop_at, monkeypatch
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_ctrl_c_saves_and_a_second_one_ends_at_once(go, stop_at, monkeypatch, caplog):
+@pytest.fixture
+def python_hears_ctrl_c():
+    """As in a terminal; a shell's job in the background ignores it from the start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(go, stop_at, monkeypatch, caplog, python_hears_ctrl_c):
     caplog.set_level("WARNING", logger="muka_fast")
     before, whole = signal.getsignal(signal.SIGINT), go("whole")
     stop_at(7, signal.SIGINT)
@@ -37,11 +45,22 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(go, stop_at, monkeypatch, ca
     assert "stopped by SIGINT after step 8 of 15; continue with --resume" in caplog.text
     assert losses(go("cut", resume=True)) == losses(whole)
     with loop.stop_signals() as arrived:
-        signal.raise_signal(signal.SIGINT)  # in this thread: another one might hand it on too late
+        signal.raise_signal(signal.SIGINT)
         assert arrived == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_what_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with loop.stop_signals() as arrived:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+        assert arrived == [signal.SIGTERM] and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_resume_in_another_layout(go, stop_at, monkeypatch, world):

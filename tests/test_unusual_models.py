@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 from muka_fast.errors import UserError
 from muka_fast.intercept import intercept
@@ -50,6 +51,8 @@ def a_batch():
 
 @pytest.fixture(params=MODELS)
 def model(request):
+    if request.param == "Gemma2" and Version(transformers.__version__) < Version("5.21"):
+        pytest.skip("transformers before 5.21 leaves Gemma 2's softcap out of SDPA, so that such a teacher is refused")
     return build(request.param)
 
 
