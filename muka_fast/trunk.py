@@ -81,14 +81,17 @@ class StochasticTeacher:
         with understood(self.model, f"teacher {self.name}"):
             self.all_sites = list_sites(self.model)
             self.encoder = ModelSplit(self.model)
-            self.mc_scope = self._checked_scope(mc_scope)
+            ids, mask = _check_inputs(self.model)
+            with torch.inference_mode():
+                plain = self.model(input_ids=ids, attention_mask=mask).logits.float()
+            self.mc_scope = self._checked_scope(mc_scope, ids, mask, plain)
             self.p_of_site = self._probabilities(mc_dropout_p) if mc else {}
             self.layer = self._first_stochastic_layer()
-            self.reads = self._probe_read_row()
+            self.reads = self._probe_read_row(ids, mask)
             # The fast forms read weights that a split teacher's modules get only when they are called.
-            self.fast = None if is_split(self.model) else self._find_fast_form()
-            self.output_layer = output_layer(self.model, *_check_inputs(self.model))
-            self.fused_head = None if is_split(self.model) else self._find_fused_head()
+            self.fast = None if is_split(self.model) else self._find_fast_form(ids, mask, plain)
+            self.output_layer = output_layer(self.model, ids, mask)
+            self.fused_head = None if is_split(self.model) else self._find_fused_head(ids, mask)
 
     @property
     def sites(self) -> list[dict]:
@@ -248,12 +251,10 @@ class StochasticTeacher:
 
     # Set-up: run once, at construction.
 
-    def _checked_scope(self, scope: str) -> str:
+    def _checked_scope(self, scope: str, ids: Tensor, mask: Tensor, plain: Tensor) -> str:
         """Verify that our attention and the split compute what the model does; without a split only `all` is left."""
-        ids, mask = _check_inputs(self.model)
         architecture = type(self.model).__name__
         with torch.inference_mode():
-            plain = self.model(input_ids=ids, attention_mask=mask).logits.float()
             alone = self.model(input_ids=ids[1:, :4], attention_mask=mask[1:, :4]).logits.float()
         if not self._agree(alone, plain[1:]):
             log.warning("teacher %s: padding changes the logits of %s: its scores depend on the batch", self.name, architecture)
@@ -263,16 +264,17 @@ class StochasticTeacher:
             self.encoder.leave_whole()
         if scope == "all" or not self.mc or self.encoder.depth:
             return scope
-        log.warning(
-            "teacher %s: %s cannot be split into layers; --mc_scope %s is not available for it, all is used",
-            self.name, architecture, scope,
-        )  # fmt: skip
+        told = "teacher %s: %s cannot be split into layers; --mc_scope %s is not available for it, all is used"
+        log.warning(told, self.name, architecture, scope)
         return "all"
 
     def _splits_right(self, ids: Tensor, mask: Tensor, plain: Tensor) -> bool:
-        halves = lambda layer: self.encoder.run(ids, mask, start=layer, hidden=self.encoder.run(ids, mask, stop=layer))
+        """Cut at the first layer, at the last one and behind it, one cut after the other."""
+        start, hidden = 0, None
         try:
-            return all(self._agree(halves(layer), plain) for layer in (1, self.encoder.depth - 1, self.encoder.depth))
+            for layer in sorted({1, self.encoder.depth - 1, self.encoder.depth}):
+                start, hidden = layer, self.encoder.run(ids, mask, start=start, hidden=hidden, stop=layer)
+            return self._agree(self.encoder.run(ids, mask, start=start, hidden=hidden), plain)
         except Exception as error:  # whatever a layer does without those below it: T5's needs the position bias of the first
             log.debug("teacher %s: cannot be cut (%s)", self.name, error)
             return False
@@ -293,14 +295,13 @@ class StochasticTeacher:
         return min((layer for layer in layers if isinstance(layer, int)), default=self.encoder.depth)
 
     @torch.inference_mode()
-    def _probe_read_row(self) -> str | None:
+    def _probe_read_row(self, ids: Tensor, mask: Tensor) -> str | None:
         """Which token's row of the last layer the head reads: "first", "last" (unpadded) or None for more than one.
 
         Found by disturbing all the other rows: the logits must not move.
         """
         if self.encoder.depth == 0:
             return None
-        ids, mask = _check_inputs(self.model)
         hidden = self.encoder.run(ids, mask, stop=self.encoder.depth)
         plain = self.encoder.run(ids, mask, start=self.encoder.depth, hidden=hidden)
         last = mask.sum(1) - 1
@@ -335,16 +336,15 @@ class StochasticTeacher:
         return self.reads is not None and all(site.per_text for site in self.all_sites if site.layer == "head")
 
     @torch.inference_mode()
-    def _find_fast_form(self) -> LayeredEncoder | None:
+    def _find_fast_form(self, ids: Tensor, mask: Tensor, plain: Tensor) -> LayeredEncoder | None:
         """The layer-by-layer form, where the architecture has one and it computes what the model computes."""
         forms = [form.of(self.model, self.all_sites, self.reads == "last") for form in FAST_FORMS] if self._can_cut() else []
-        ids, mask = _check_inputs(self.model)
         texts = self.texts(ids, mask, np.arange(len(ids)))
         for fast in filter(None, forms):
             packed = texts.packed(fast.reads_last)
             rows = packed.unsort(fast.trunk(ids, packed, self.encoder.depth), 0)
             logits = self._logits_from(self.encoder.depth, rows[None, :, None], *self._read_token(texts), 1)[0]
-            if self._agree(logits, self.encoder.run(ids, mask)):
+            if self._agree(logits, plain):
                 return fast
             log.warning("teacher %s: its fast form differs from the model and is not used", self.name)
         return None
@@ -355,12 +355,12 @@ class StochasticTeacher:
         return bool((a.float() - b.float()).abs().max() <= tolerance * max(1.0, b.float().abs().max().item()))
 
     @torch.inference_mode()
-    def _find_fused_head(self) -> tuple[Site, nn.Linear] | None:
+    def _find_fused_head(self, ids: Tensor, mask: Tensor) -> tuple[Site, nn.Linear] | None:
         """The site and the layer of a tail that is exactly `linear(dropout(features))`; None for any other tail."""
         active = [site for site in self.all_sites if site.index in self.p_of_site]
         if len(active) != 1 or active[0].layer != "head" or not active[0].per_text or self.encoder.depth == 0:
             return None
-        features, logits = self.encoder.site_input(*_check_inputs(self.model), active[0])
+        features, logits = self.encoder.site_input(ids, mask, active[0])
         for module in self.model.modules():
             fits = isinstance(module, nn.Linear) and tuple(module.weight.shape) == (logits.shape[1], features.shape[1])
             if fits and self._agree(module(features), logits):

@@ -150,6 +150,17 @@ def test_overflow_of_a_narrow_dtype_is_found(make_teacher):
         teachers.load_teacher(folder, run_seed=0, dtype=torch.float16)
 
 
+@pytest.mark.parametrize(("values", "sound"), [([3e38, 3e38, 1.0], True), ([float("inf"), -float("inf"), 1.0], False)])
+def test_finite_weights_may_have_an_infinite_sum(values, sound):
+    model = torch.nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([values]))
+    if sound:
+        return teachers.check_finite(model, "teacher x")
+    with pytest.raises(UserError, match=r"teacher x: weight holds 2 NaN or infinite of 3 values"):
+        teachers.check_finite(model, "teacher x")
+
+
 def test_a_head_that_would_be_random(family, make_teacher):
     folder = make_teacher(family)
     head = "score.weight" if "score.weight" in load_file(folder / "model.safetensors") else "classifier"
