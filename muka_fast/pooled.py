@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 
 @torch.inference_mode()
-def output_layer(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> nn.Linear | None:
-    """The linear layer whose output the logits are, found by one forward; None where the head ends otherwise.
+def output_layer(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[nn.Linear | None, Tensor]:
+    """The linear layer whose output the logits are, None where the head ends otherwise, and the logits [B, C] of that forward.
 
     input_ids, attention_mask [B, L]: any small batch. The layer may see one row per text or all tokens of it.
     """
@@ -26,8 +26,8 @@ def output_layer(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
         rows = out[:, None] if out.dim() == 2 else out
         same_shape = rows.dim() == 3 and rows.shape[0] == len(logits) and rows.shape[-1] == logits.shape[-1]
         if same_shape and bool((rows == logits[:, None]).all(-1).any(1).all()):
-            return layer
-    return None
+            return layer, logits
+    return None, logits
 
 
 def classifier_layer(model: nn.Module) -> nn.Linear:

@@ -82,15 +82,13 @@ class StochasticTeacher:
             self.all_sites = list_sites(self.model)
             self.encoder = ModelSplit(self.model)
             ids, mask = _check_inputs(self.model)
-            with torch.inference_mode():
-                plain = self.model(input_ids=ids, attention_mask=mask).logits.float()
+            self.output_layer, plain = output_layer(self.model, ids, mask)
             self.mc_scope = self._checked_scope(mc_scope, ids, mask, plain)
             self.p_of_site = self._probabilities(mc_dropout_p) if mc else {}
             self.layer = self._first_stochastic_layer()
             self.reads = self._probe_read_row(ids, mask)
             # The fast forms read weights that a split teacher's modules get only when they are called.
             self.fast = None if is_split(self.model) else self._find_fast_form(ids, mask, plain)
-            self.output_layer = output_layer(self.model, ids, mask)
             self.fused_head = None if is_split(self.model) else self._find_fused_head(ids, mask)
 
     @property
