@@ -40,11 +40,20 @@ if philox.triton is not None:
     from muka_fast.ops.packed_attention import column_keys, columns_of_keys, pad
 
     @triton.jit
+    def keys_and_values(p_qkv, L, H, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr):
+        """Of the text and head whose first query is at p_qkv: k and v [BLOCK_N, D_PAD], offsets of such rows, and which are there."""
+        o_d, o_l = tl.arange(0, D_PAD)[None, :], column_keys(BLOCK_N)[:, None]
+        o_kv, m_kv = o_l * (3 * H * D) + o_d, (o_l < L) & (o_d < D)
+        b_k = tl.load(p_qkv + H * D + o_kv, mask=m_kv, other=0.0)
+        return b_k, tl.load(p_qkv + 2 * H * D + o_kv, mask=m_kv, other=0.0), o_kv, m_kv
+
+    @triton.jit
     def probabilities(
-        b_q, b_k, p_mask, o_m, o_l, L, mask_query, mask_key, scaling,
-        HAS_MASK: tl.constexpr,
+        b_q, b_k, p_mask, o_m, L, mask_query, mask_key, scaling,
+        BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
     ):  # fmt: skip
-        """P [BLOCK_M, BLOCK_N] of the queries o_m and the keys o_l of a text."""
+        """P [BLOCK_M, BLOCK_N] of the queries o_m of a text."""
+        o_l = column_keys(BLOCK_N)
         b_seen = (o_l < L)[None, :]
         if HAS_MASK:
             o = o_m.to(tl.int64)[:, None] * mask_query + o_l[None, :] * mask_key
@@ -71,23 +80,19 @@ if philox.triton is not None:
         D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
         MASKED: tl.constexpr,
     ):  # fmt: skip
-        i_b, i_h = tl.program_id(0) // H, tl.program_id(0) % H
-        o_d, o_l = tl.arange(0, D_PAD)[None, :], column_keys(BLOCK_N)
-        m_d, m_l = o_d < D, (o_l < L)[:, None]
+        i_b, i_h, o_d = tl.program_id(0) // H, tl.program_id(0) % H, tl.arange(0, D_PAD)[None, :]
         p_qkv += (i_b.to(tl.int64) * L * 3 * H + i_h) * D
         p_y += (i_b.to(tl.int64) * L * H + i_h) * D
         p_mask += i_b.to(tl.int64) * mask_text
-        o_kv = o_l[:, None] * (3 * H * D) + o_d
-        b_k = tl.load(p_qkv + H * D + o_kv, mask=m_l & m_d, other=0.0)
-        b_v = tl.load(p_qkv + 2 * H * D + o_kv, mask=m_l & m_d, other=0.0)
+        b_k, b_v, _, _ = keys_and_values(p_qkv, L, H, D, D_PAD, BLOCK_N)
         if MASKED:
             seed = tl.load(p_seed)
         last = BLOCK_N if BLOCK_M == BLOCK_N else L  # one block: no loop, which would keep keys and values in registers
         for first in range(0, last, BLOCK_M):
             o_m = first + tl.arange(0, BLOCK_M)
-            m_q = (o_m < L)[:, None] & m_d
+            m_q = (o_m < L)[:, None] & (o_d < D)
             b_q = tl.load(p_qkv + o_m[:, None] * (3 * H * D) + o_d, mask=m_q, other=0.0)
-            b_p = probabilities(b_q, b_k, p_mask, o_m, o_l, L, mask_query, mask_key, scaling, HAS_MASK)
+            b_p = probabilities(b_q, b_k, p_mask, o_m, L, mask_query, mask_key, scaling, BLOCK_N, HAS_MASK)
             if MASKED:
                 b_p = struck(b_p, seed, i_b, i_h, o_m, threshold, scale, BLOCK_M, BLOCK_N)
             b_y = tl.dot(b_p.to(b_v.dtype), b_v)
@@ -104,16 +109,12 @@ if philox.triton is not None:
         D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
         MASKED: tl.constexpr,
     ):  # fmt: skip
-        i_b, i_h = tl.program_id(0) // H, tl.program_id(0) % H
-        o_d, o_l = tl.arange(0, D_PAD)[None, :], column_keys(BLOCK_N)
-        m_d, m_l = o_d < D, (o_l < L)[:, None]
+        i_b, i_h, o_d = tl.program_id(0) // H, tl.program_id(0) % H, tl.arange(0, D_PAD)[None, :]
         p_qkv += (i_b.to(tl.int64) * L * 3 * H + i_h) * D
         p_dqkv += (i_b.to(tl.int64) * L * 3 * H + i_h) * D
         p_dy += (i_b.to(tl.int64) * L * H + i_h) * D
         p_mask += i_b.to(tl.int64) * mask_text
-        o_kv = o_l[:, None] * (3 * H * D) + o_d
-        b_k = tl.load(p_qkv + H * D + o_kv, mask=m_l & m_d, other=0.0)
-        b_v = tl.load(p_qkv + 2 * H * D + o_kv, mask=m_l & m_d, other=0.0)
+        b_k, b_v, o_kv, m_kv = keys_and_values(p_qkv, L, H, D, D_PAD, BLOCK_N)
         b_dk = tl.zeros([BLOCK_N, D_PAD], tl.float32)
         b_dv = tl.zeros([BLOCK_N, D_PAD], tl.float32)
         if MASKED:
@@ -121,10 +122,10 @@ if philox.triton is not None:
         last = BLOCK_N if BLOCK_M == BLOCK_N else L  # one block: no loop, which would keep keys and values in registers
         for first in range(0, last, BLOCK_M):
             o_m = first + tl.arange(0, BLOCK_M)
-            m_q = (o_m < L)[:, None] & m_d
+            m_q = (o_m < L)[:, None] & (o_d < D)
             b_q = tl.load(p_qkv + o_m[:, None] * (3 * H * D) + o_d, mask=m_q, other=0.0)
             b_dy = tl.load(p_dy + o_m[:, None] * (H * D) + o_d, mask=m_q, other=0.0)  # 0 behind the last query, as then all below
-            b_p = probabilities(b_q, b_k, p_mask, o_m, o_l, L, mask_query, mask_key, scaling, HAS_MASK)
+            b_p = probabilities(b_q, b_k, p_mask, o_m, L, mask_query, mask_key, scaling, BLOCK_N, HAS_MASK)
             b_dp, b_kept = tl.dot(b_dy, tl.trans(b_v)), b_p
             if MASKED:
                 b_kept = struck(b_p, seed, i_b, i_h, o_m, threshold, scale, BLOCK_M, BLOCK_N)
@@ -134,8 +135,8 @@ if philox.triton is not None:
             b_dq = tl.dot(b_ds, b_k)
             tl.store(p_dqkv + o_m[:, None] * (3 * H * D) + o_d, b_dq.to(p_dqkv.dtype.element_ty), mask=m_q)
             b_dk += tl.dot(tl.trans(b_ds), b_q)
-        tl.store(p_dqkv + H * D + o_kv, b_dk.to(p_dqkv.dtype.element_ty), mask=m_l & m_d)
-        tl.store(p_dqkv + 2 * H * D + o_kv, b_dv.to(p_dqkv.dtype.element_ty), mask=m_l & m_d)
+        tl.store(p_dqkv + H * D + o_kv, b_dk.to(p_dqkv.dtype.element_ty), mask=m_kv)
+        tl.store(p_dqkv + 2 * H * D + o_kv, b_dv.to(p_dqkv.dtype.element_ty), mask=m_kv)
 
     def tile(length: int, head_dim: int) -> tuple[dict[str, int], int]:
         """Constants of a launch, and warps."""
