@@ -491,6 +491,7 @@ def _explain(
         return f"--{key} is required: {field.description}" + (f" (also missing: {', '.join(others)})" if others else "")
     in_file_only = key in from_file and key not in from_flags
     value = first["input"]
-    where = f"{yaml_path}: {key}: {value}" if in_file_only else f"--{key} {value}"
+    told = str(value) if len(str(value)) <= 200 else f"{str(value)[:200]} ..."
+    where = f"{yaml_path}: {key}: {told}" if in_file_only else f"--{key} {told}"
     hint = nearest(value, list(get_args(plain_type(field)))) if get_origin(plain_type(field)) is Literal else ""
     return f"{where}: must be {allowed_values(field)}{hint}{more}"

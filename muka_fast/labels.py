@@ -116,7 +116,7 @@ def build_label_space(teachers: Sequence[tuple[str, Sequence[str]]], label_map: 
     warn_of_lookalikes(union, "merge them with --label_map")
     if len(union) == 1 and first_column > 1:
         log.warning("all labels are one class, %r: there is nothing to learn", next(iter(union)))
-    return LabelSpace(
+    space = LabelSpace(
         names=tuple(union),
         teacher_names=tuple(name for name, _ in teachers),
         teacher_labels=tuple(kept_labels),
@@ -124,6 +124,10 @@ def build_label_space(teachers: Sequence[tuple[str, Sequence[str]]], label_map: 
         offsets=offsets,
         teacher_to_union=np.array(to_union, dtype=np.int64),
     )
+    if numbers := [name for name in space.overlaps if re.fullmatch(r"[-+]?\d+", name)]:
+        told = f"{len(numbers)} classes named by numbers ({numbers[0]}, ...) are taken for the same in several teachers"
+        log.warning("%s: where they are not, name them with --label_map", told)
+    return space
 
 
 def _union_name(teacher: str, label: str, shared: Mapping, own: Mapping) -> str | None:

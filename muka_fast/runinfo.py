@@ -173,7 +173,7 @@ def complete_run(config: "RunConfig", ds_config: dict[str, Any]) -> dict[str, An
         mine = {name: now[name] for name in names} | ds_identity(ds_config)
         theirs = {name: before[name] for name in names if name in before}
         refuse_other(output, theirs | {key: done.get("identity", {}).get(key) for key in ds_identity(ds_config)}, mine)
-        if before.get("eval") != now["eval"]:
+        if now["eval"] is not None and before.get("eval") != now["eval"]:
             log.warning("%s was evaluated on %s; for %s use `muka-fast eval`", output, before.get("eval"), now["eval"])
     return done
 

@@ -189,8 +189,8 @@ def open_store(
 
     texts: refuse a store of other texts. options: only teachers scored with these values of OPTION_KEYS; a differing
     run_seed is accepted where it leaves no choice, so that students of several seeds can share a store.
-    Raises UserError where there is no store, nothing complete, nothing with these options, or one teacher under
-    several option sets.
+    Raises UserError where there is no store, nothing complete, nothing with these options, one teacher under several option sets, or
+    several of one name, which may be one before and after its files changed.
     """
     store, options = Path(store), options or {}
     manifest = read_manifest(store)
@@ -215,16 +215,16 @@ def open_store(
             "give --teachers to score them again, or the options of the store"
         )
     keys = [_only(store, found, entries, differences) for found in candidates.values()]
-    return load_supervision(store, manifest, _named(store, keys, [entries[key]["name"] for key in keys], names) if names else keys)
-
-
-def _named(store: Path, keys: list[str], there: list[str], names: Sequence[str]) -> list[str]:
-    """The keys of the teachers with these names. Raises UserError for a name that is not there, or not the name of one."""
-    for name in names:
-        if there.count(name) != 1:
-            fault = "several teachers" if name in there else "no teacher"
-            raise UserError(f"--store_teachers {name}: {store} holds {fault} of this name (it has {', '.join(there)})")
-    return [keys[there.index(name)] for name in names]
+    there = [entries[key]["name"] for key in keys]
+    for name in names or there:
+        if there.count(name) > 1:
+            raise UserError(
+                f"--store {store} holds several teachers named {name!r}, or one before and after its files changed: "
+                "give --teachers to say which is meant"
+            )
+        if name not in there:
+            raise UserError(f"--store_teachers {name}: {store} holds no teacher of this name (it has {', '.join(there)})")
+    return load_supervision(store, manifest, [keys[there.index(name)] for name in names] if names else keys)
 
 
 def _only(store: Path, keys: list[str], entries: dict[str, Any], differences: dict[str, list[str]]) -> str:

@@ -184,6 +184,13 @@ def test_faulty_map_files(tmp_path, name, content, message):
         read_label_map(tmp_path / name)
 
 
+@pytest.mark.parametrize(("other", "told"), [(["1", "2"], True), (["8", "cat"], False)])
+def test_numbers_in_common_are_told(other, told, caplog):
+    space = build_label_space([("a", ["0", "1", "2", "cat"]), ("b", other)])
+    assert space.num_classes == (4 if told else 5)
+    assert ("2 classes named by numbers (1, ...) are taken for the same in several teachers" in caplog.text) is told
+
+
 def test_a_map_that_leaves_one_class_is_told(caplog):
     build_label_space([("t", ["cat", "dog"])], {"cat": "pet", "dog": "pet"})
     assert "all labels are one class, 'pet'" in caplog.text

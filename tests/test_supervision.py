@@ -204,6 +204,21 @@ def test_adding_a_teacher_or_an_option_set_runs_only_that(tmp_path, stage):
         open_store(tmp_path, options={"mc_scope": "all"})
 
 
+@pytest.mark.parametrize("names", [[], ["red", "blue"]])
+def test_a_teacher_that_changed_is_not_merged_with_what_it_was(tmp_path, stage, names):
+    fill(tmp_path)
+    manifest = read_manifest(tmp_path)
+    key, entry = next((key, entry) for key, entry in manifest["teachers"].items() if entry["name"] == "red")
+    changed = entry | {"fingerprint": "0" * 64}
+    manifest["teachers"][teacher_key(changed, manifest["texts"]["fingerprint"])] = changed
+    shutil.copytree(tmp_path / key, tmp_path / list(manifest["teachers"])[-1])
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"several teachers named 'red', or one before and after its files changed: give --teachers"):
+        open_store(tmp_path, names=names)
+    check(fill(tmp_path))  # which names its teachers by their files
+    assert len(open_store(tmp_path, names=["blue"]).teachers) == 1
+
+
 def test_precisions_stand_side_by_side(tmp_path, stage):
     fill(tmp_path)
     assert fill(tmp_path, scoring_precision="bf16").teachers[0]["scoring_precision"] == "bf16"
