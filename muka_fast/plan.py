@@ -86,12 +86,13 @@ def scoring_forwards(config: PreTrainedConfig, options: PlanConfig) -> float:
 
 
 def count_texts(options: PlanConfig) -> tuple[int, float]:
-    """Number of texts and mean tokens of each."""
+    """Number of texts and mean tokens of each, which --max_length cuts."""
+    given = float(min(options.tokens_per_text or options.max_length, options.max_length))
     if options.texts is None:
-        return options.num_texts, float(options.tokens_per_text or options.max_length)
+        return options.num_texts, given
     texts = read_texts(options.texts, text_column=options.text_column, limit=options.limit).texts
     if options.tokens_per_text is not None:
-        return len(texts), float(options.tokens_per_text)
+        return len(texts), given
     step = max(1, len(texts) // SAMPLED_TEXTS)
     try:
         with quiet_transformers():

@@ -140,7 +140,9 @@ def test_plan_reads_configurations_alone_and_prints_json(make_teacher, student, 
     encoder = cost.footprint(transformers.AutoConfig.from_pretrained(student), 1, 128, "fp32", "x").forward_flops
     assert found["neutral"]["hours"] == pytest.approx(1000 * encoder / 1e9 / 2 / 3600)
     assert found["disk"]["neutral"] == 1000 * 64 * 2
-    assert found["disk"]["tokens"] == round(1000 * (4 * found["tokens_per_text"] + 8))
+    assert found["tokens_per_text"] == 128 and found["disk"]["tokens"] == 1000 * (4 * 128 + 8)
+    assert main([*words, "--flops", "1e9", "--gpus", "2", "--tokens_per_text", "16000"]) == 0
+    assert json.loads(capsys.readouterr().out) == found  # cut at --max_length
     assert main([*words, "--flops", "1e9", "--neutral_encoder", teachers[0]]) == 0
     other = json.loads(capsys.readouterr().out)["neutral"]
     assert other["name"] == teachers[0] and other["parameters"] != found["neutral"]["parameters"]
