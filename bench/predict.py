@@ -41,8 +41,8 @@ MACHINES = {"h100": Machine(3.0e12, 790e12, *UNITS, 80 * 10**9), "h200": Machine
 # Instructions per random lane: ten rounds of two wide products (two issue slots each) and two xors, the key's two additions, an
 # eighth of that each, plus unpacking, comparing and selecting.
 LANE_INSTRUCTIONS = 10 * (2 * 2 + 2 + 2) / 8 + 3
-# Forward and backward: the scaling of the kept gradient; residual_norm's sums of its programs' sums in four launches.
-KERNELS = {"distill_loss": 2, "self_attention": 2, "residual_norm": 6}
+# Forward and backward (of distill_loss the scaling of the kept gradient; of residual_norm also one sum over its programs' sums).
+KERNELS = {"distill_loss": 2, "self_attention": 2, "residual_norm": 3}
 REASONS = {
     "mc_statistics": "reads K logits a class and writes two; small shapes are one launch",
     "mc_head": "K masks of every feature: the random lanes",

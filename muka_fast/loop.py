@@ -82,8 +82,10 @@ def train(
     saved = time.monotonic()
 
     def save_due(step: int) -> bool:
-        if config.save_every or step == plan.total_steps:
-            return step == plan.total_steps or step % config.save_every == 0
+        if step == plan.total_steps:
+            return True
+        if config.save_every:
+            return step % config.save_every == 0
         return step % plan.steps_per_epoch == 0 and on_first_process(lambda: time.monotonic() - saved >= SAVE_S)
 
     with Metrics(output, engine, plan, config) as metrics, stop_signals() as arrived:
