@@ -163,7 +163,8 @@ def parse(command: Command, argv: Sequence[str], prog: str) -> config.Config:
         names = [f"--{option_name(key, field)}" for key, field in command.config.model_fields.items()]
         name = unknown[0].partition("=")[0]
         if not name.startswith("-"):
-            raise UserError(f"unexpected argument '{name}': see {prog} --help")
+            several = " (several files of texts: one pattern in quotes, 'pool/*.jsonl')" if os.path.isfile(name) else ""
+            raise UserError(f"unexpected argument '{name}': see {prog} --help{several}")
         hint = nearest(name.replace("--no_", "--"), names)
         raise UserError(f"unknown option '{name}'{hint}")
     flags = vars(known)

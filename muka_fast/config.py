@@ -191,7 +191,7 @@ class RunConfig(ScoringOptions):
     neutral_encoder: str | None = option(
         None, "encoder that tells muka-evidence and muka-auto which texts are alike: folder or hub name (default: the student)", FILES
     )
-    texts: str | None = option(None, "unlabelled texts: .jsonl .json .csv .tsv .parquet .txt or a hub data set", FILES)
+    texts: str | None = option(None, "unlabelled texts: file, 'pattern' (.jsonl .json .csv .tsv .parquet .txt) or hub data set", FILES)
     eval: str | None = option(None, "labelled texts to measure the student on", FILES)
     store: str | None = option(None, "supervision store to fill or reuse (default: OUTPUT/supervision)", FILES)
     store_teachers: list[str] = option(
@@ -275,7 +275,7 @@ class ScoreConfig(ScoringOptions):
     """Options of `muka-fast score`."""
 
     teachers: list[str] = option(..., "teacher folders or hub names", FILES)
-    texts: str = option(..., "texts: .jsonl .json .csv .tsv .parquet .txt or a hub data set", FILES)
+    texts: str = option(..., "texts: file, 'pattern' (.jsonl .json .csv .tsv .parquet .txt) or hub data set", FILES)
     output: str = option(..., "supervision store to fill or complete", FILES)
 
 
@@ -283,7 +283,7 @@ class TeachConfig(TextOptions):
     """Options of `muka-fast teach`."""
 
     encoder: str = option(..., "encoder to fine-tune: folder or hub name", FILES)
-    train: str = option(..., "labelled texts: .jsonl .json .csv .tsv .parquet or a hub data set", FILES)
+    train: str = option(..., "labelled texts: file, 'pattern' (.jsonl .json .csv .tsv .parquet) or hub data set", FILES)
     labels: list[str] | None = option(
         None,
         "labels of this teacher, in order, with commas or spaces between them; one that holds a comma in double quotes, "
@@ -331,7 +331,7 @@ class PredictConfig(FinishedModelOptions):
     """Options of `muka-fast predict`."""
 
     model: str = option(..., "classifier: folder or hub name; an uncertainty head beside it tells its doubt", FILES)
-    texts: str = option(..., "texts: .jsonl .json .csv .tsv .parquet .txt or a hub data set", FILES)
+    texts: str = option(..., "texts: file, 'pattern' (.jsonl .json .csv .tsv .parquet .txt) or hub data set", FILES)
     output: str | None = option(None, "new file for one JSON object per text (default: stdout)", FILES)
 
 

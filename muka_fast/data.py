@@ -73,7 +73,8 @@ def read_texts(
     limit: int | None = None,
     split: str = "train",
 ) -> TextSet:
-    """Read texts from a .jsonl, .json, .csv, .tsv, .parquet or .txt file (also .gz), or a hub data set `owner/name[:split]`.
+    """Read texts from a .jsonl, .json, .csv, .tsv, .parquet or .txt file (also .gz), from all files of a pattern (`pool/*.parquet`,
+    in the order of their names), or from a hub data set `owner/name[:split]`.
 
     Files are UTF-8. A .txt file holds one text per line. Labels are read wherever every text has one; whole numbers
     become text. Memory is linear in the texts kept, nothing else of a row stays.
@@ -93,14 +94,14 @@ def read_texts(
     example_ids = array("q")
     distinct: dict[str, str] = {}
     num_blank = 0
-    for index, row in enumerate(rows):
+    for index, (part, row) in enumerate(rows):
         if row.text is None or (isinstance(row.text, str) and not row.text.strip()):
             num_blank += 1
             continue
         if not isinstance(row.text, str):
-            place = f"{name}, {row.place}: column '{text_column}'"
+            place = f"{part}, {row.place}: column '{text_column}'"
             raise UserError(f"{place} holds {type(row.text).__name__} ({str(row.text)[:40]}), not text")
-        label = _label_name(row, f"{name}, {row.place}", label_column, need_labels) if labels is not None else None
+        label = _label_name(row, f"{part}, {row.place}", label_column, need_labels) if labels is not None else None
         if label is None:
             labels = None
         elif labels is not None:

@@ -1,6 +1,7 @@
 """Rows of text files and hub data sets, one at a time, with the place of every fault."""
 
 import csv
+import glob
 import gzip
 import json
 import re
@@ -41,21 +42,33 @@ class Columns(NamedTuple):
     need_labels: bool
 
 
-def read_rows(source: str, columns: Columns, split: str) -> Iterator[Row]:
-    """Rows of a file (.jsonl .json .csv .tsv .parquet .txt, also .gz) or of a hub data set `owner/name[:split]`.
+def read_rows(source: str, columns: Columns, split: str) -> Iterator[tuple[str, Row]]:
+    """Each row, and the name of where it is, of a file (.jsonl .json .csv .tsv .parquet .txt, also .gz), of all files of a pattern in
+    the order of their names (`pool/*.parquet`), or of a hub data set `owner/name[:split]`.
 
     Raises:
         UserError: no such file, a folder, an unknown kind of file, an empty or damaged one, a missing column.
     """
+    files = find_files(source)
+    if not files:
+        path, hub = Path(source), HUB_NAME.fullmatch(source)
+        if hub and not path.name.lower().removesuffix(".gz").endswith(SUFFIXES) and not path.parent.is_dir():
+            return ((source, row) for row in _hub_rows(hub[1], hub[2] or split, columns))
+        raise UserError(f"{source}: no such file (a hub data set is named owner/name, several files by a pattern: 'pool/*.jsonl')")
+    parts = [(name, _file_rows(name, columns)) for name in files]
+    return ((name, row) for name, rows in parts for row in rows)
+
+
+def find_files(source: str) -> list[str]:
+    """The file of this name, or else those that the pattern matches, sorted; [] where there is none."""
+    return [source] if Path(source).exists() else sorted(glob.glob(source))
+
+
+def _file_rows(source: str, columns: Columns) -> Iterator[Row]:
     path = Path(source)
     kind = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
-    if not path.exists():
-        hub = HUB_NAME.fullmatch(source)
-        if hub and kind not in SUFFIXES and not path.parent.is_dir():
-            return _hub_rows(hub[1], hub[2] or split, columns)
-        raise UserError(f"{source}: no such file (a hub data set is named owner/name)")
     if path.is_dir():
-        raise UserError(f"{source}: is a folder, a file is expected ({' '.join(SUFFIXES)})")
+        raise UserError(f"{source}: is a folder; name a file, or several by a pattern: '{path}/*{SUFFIXES[0]}' ({' '.join(SUFFIXES)})")
     if kind not in SUFFIXES:
         raise UserError(f"{source}: unknown kind of file '{path.suffix}': use one of {' '.join(SUFFIXES)}")
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows, ".txt": _txt_rows}

@@ -129,6 +129,7 @@ def test_yaml_is_read_and_flags_override_it(called, tmp_path):
         (["train", "--method", "muka"], ["--method muka", "muka-hard", "oracle"]),
         (["train", "--epo", "3"], ["unknown option '--epo'"]),
         (["train", "stray"], ["unexpected argument 'stray'"]),
+        (["train", "--texts", "a.jsonl", __file__], ["unexpected argument", "one pattern in quotes, 'pool/*.jsonl'"]),
         (["train", "--config", "no.yaml"], ["no.yaml", "No such file"]),
         (["eval", "--json"], ["--model", "--data"]),
         (["report"], ["DIR"]),

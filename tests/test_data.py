@@ -197,6 +197,30 @@ def test_missing_files_folders_and_columns(tmp_path):
         read_texts(tmp_path / "a.txt", need_labels=True)
 
 
+def test_a_pattern_reads_its_files_as_one(tmp_path):
+    one = read_texts(write(tmp_path / "all.jsonl", TEXTS, LABELS))
+    write(tmp_path / "part-0.jsonl", TEXTS[:1], LABELS[:1])
+    write(tmp_path / "part-1.csv", TEXTS[1:2], LABELS[1:2])
+    write(tmp_path / "part-2.parquet", TEXTS[2:], LABELS[2:])
+    parts = read_texts(tmp_path / "part-[0-9].*")
+    assert (parts.texts, parts.labels, parts.fingerprint) == (one.texts, one.labels, one.fingerprint)
+    assert read_texts(tmp_path / "part-*", limit=2).texts == one.texts[:2]
+
+
+def test_faults_behind_a_pattern_name_their_file(tmp_path):
+    write(tmp_path / "part-0.jsonl", TEXTS, LABELS)
+    (tmp_path / "part-1.jsonl").write_text('{"text": 3}\n')
+    with pytest.raises(UserError, match=r"part-1\.jsonl, line 1: column 'text' holds int"):
+        read_texts(tmp_path / "part-*.jsonl")
+    (tmp_path / "part-2.docx").touch()
+    with pytest.raises(UserError, match=r"part-2\.docx: unknown kind of file"):
+        read_texts(tmp_path / "part-*")
+    with pytest.raises(UserError, match=r"other-\*\.jsonl: no such file .*pattern"):
+        read_texts(tmp_path / "other-*.jsonl")
+    (tmp_path / "part-[0-9].jsonl").write_text('{"text": "a name, not a pattern"}\n')
+    assert read_texts(tmp_path / "part-[0-9].jsonl").texts == ["a name, not a pattern"]
+
+
 @pytest.mark.parametrize("label", ["null", '""', "0.5", "true", '["a"]', "NaN"])
 def test_labels_that_are_none(tmp_path, label):
     path = tmp_path / "a.jsonl"
