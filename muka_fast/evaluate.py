@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from muka_fast import adapters, checkpoint, memory
 from muka_fast.console import log, progress
-from muka_fast.data import Tokens, collate, read_texts, token_budget_batches, tokenize
+from muka_fast.data import Tokens, collate, cut_length, read_texts, token_budget_batches, tokenize
 from muka_fast.doubt import UncertaintyHead, auroc, false_positive_rate, with_head
 from muka_fast.errors import UserError
 from muka_fast.first_token import first_token_only
@@ -215,14 +215,20 @@ def teacher_blocks(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def trained_length(folder: Path) -> int:
-    """Tokens that `muka-fast train` or `teach` kept of each text, by the record in the model's folder; 128 without one."""
+def kept_length(
+    given: int | None, folder: Path, model: "transformers.PreTrainedModel", tokenizer: "transformers.PreTrainedTokenizerBase"
+) -> int:
+    """Tokens kept of each text: as given, else as `muka-fast train` or `teach` did by the record in the model's folder, 128 without
+    one; never more than the model takes."""
+    limit = token_limit(model, tokenizer)
+    if given is not None:
+        return cut_length(given, limit, f"model {folder}")
     for name, section in (("run.json", "config"), ("teach.json", "options")):
         options = _record(folder / name).get(section)
         length = options.get("max_length") if isinstance(options, dict) else None
         if isinstance(length, int) and length > 0:
-            return length
-    return 128
+            return min(length, limit)
+    return min(128, limit)
 
 
 def _record(path: Path) -> dict[str, Any]:
@@ -277,7 +283,7 @@ def evaluate(config: "EvalConfig") -> dict[str, Any]:
         )
     head = None if adapters.is_adapter(folder) else UncertaintyHead.load(folder, model)
     rows = np.flatnonzero(known) if head is None else np.arange(len(texts))  # doubt is measured on unknown labels as well
-    max_length = min(config.max_length or trained_length(folder), token_limit(model, tokenizer))
+    max_length = kept_length(config.max_length, folder, model, tokenizer)
     tokens = tokenize(tokenizer, [texts.texts[row] for row in rows], max_length)
     forward = None if head is None else with_head(model, head)
     found = predict(model, tokens, token_budget=config.token_budget, description="predicting", forward=forward)

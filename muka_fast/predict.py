@@ -16,10 +16,9 @@ from muka_fast.console import log
 from muka_fast.data import TextSet, read_texts, tokenize
 from muka_fast.doubt import UncertaintyHead, with_head
 from muka_fast.errors import UserError
-from muka_fast.evaluate import load_model, predict, trained_length
+from muka_fast.evaluate import kept_length, load_model, predict
 from muka_fast.files import write_text
 from muka_fast.supervision import device_of
-from muka_fast.teachers import token_limit
 
 if TYPE_CHECKING:
     from muka_fast.config import PredictConfig
@@ -47,11 +46,11 @@ class Predictor:
         self, model: str | Path, device: str = "auto", max_length: int | None = None, token_budget: int | None = None
     ) -> None:
         """model: folder or hub name; device: auto, cpu, cuda or cuda:N; max_length: tokens kept of each text (None: as the model was
-        trained, see `trained_length`); token_budget: padded tokens per forward (None: by the device)."""
+        trained, see `kept_length`); token_budget: padded tokens per forward (None: by the device)."""
         folder = checkpoint.resolve_folder(model, "--model")
         self.model, self.tokenizer, self.labels = load_model(model, device_of(device))
         self.head = None if adapters.is_adapter(folder) else UncertaintyHead.load(folder, self.model)
-        self.max_length = min(max_length or trained_length(folder), token_limit(self.model, self.tokenizer))
+        self.max_length = kept_length(max_length, folder, self.model, self.tokenizer)
         self.token_budget = token_budget
 
     def predict(self, texts: str | Iterable[str], description: str | None = None) -> list[Prediction]:

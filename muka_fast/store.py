@@ -311,7 +311,7 @@ def merge_manifest(
     Raises UserError, with the difference, where the store holds other texts, and for a model's folder.
     """
     if (store / "config.json").exists():
-        raise UserError(f"--store {store} is a model's folder: name another one")
+        raise UserError(f"{store}: a model's folder cannot hold scores; name another one")
     with _locked(store):
         remove_leftovers(store)
         known = read_manifest(store)

@@ -17,7 +17,7 @@ from torch import nn
 from muka_fast import __version__
 from muka_fast.config import TeachConfig, nearest
 from muka_fast.console import log, progress
-from muka_fast.data import TextSet, Tokens, collate, epoch_batches, read_texts, tokenize
+from muka_fast.data import TextSet, Tokens, collate, cut_length, epoch_batches, read_texts, tokenize
 from muka_fast.engine import quiet_deepspeed
 from muka_fast.errors import UserError
 from muka_fast.evaluate import metrics, predict
@@ -132,7 +132,7 @@ def fine_tune(
     Raises:
         UserError: the loss is not a number.
     """
-    tokens = tokenize(tokenizer, texts, min(recipe.max_length, token_limit(model, tokenizer)))
+    tokens = tokenize(tokenizer, texts, cut_length(recipe.max_length, token_limit(model, tokenizer), "the encoder"))
     labels = torch.as_tensor(label_ids, dtype=torch.int64)
     steps_per_epoch = math.ceil(len(tokens) / recipe.batch_size)
     total = recipe.epochs * steps_per_epoch

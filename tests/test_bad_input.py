@@ -400,7 +400,7 @@ def test_bad_input_with_overwrite_leaves_the_old_run_in_place(changes, command, 
 
 @pytest.mark.parametrize(("name", "option"), [("score", "output"), ("train", "store")])
 def test_a_store_in_a_models_folder(name, option, command, refused, world):
-    refused(command(name, **{option: "first"}), "first is a model's folder")
+    refused(command(name, **{option: "first"}), "first: a model's folder cannot hold scores; name another one")
 
 
 def test_a_store_of_other_texts(command, refused, world, capsys):
