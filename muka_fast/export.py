@@ -27,6 +27,7 @@ import yaml
 from muka_fast import __version__
 from muka_fast.console import quiet_transformers
 from muka_fast.errors import UserError
+from muka_fast.files import LOCK, held
 from muka_fast.teachers import settle_tokenizer, token_limit
 
 if TYPE_CHECKING:
@@ -96,7 +97,12 @@ def check_output(
         if output.exists() and not output.is_dir():
             raise UserError(f"--output {given}: this is a file; name a folder")
         # Logs alone are no run: a refused one leaves them.
-        found = sorted({entry.name for entry in output.iterdir()} - {"logs"}) if output.exists() else []
+        found = sorted({entry.name for entry in output.iterdir()} - {"logs", LOCK}) if output.exists() else []
+        if (output / LOCK).exists():
+            with held(output):
+                pass
+    except BlockingIOError as error:
+        raise busy(given) from error
     except OSError as error:
         raise UserError(f"--output {given}: {error.strerror or error}; name a folder that can be written") from error
     if found and not any((output / marker).exists() for marker in RUN_MARKERS):
@@ -134,6 +140,11 @@ def output_guard(
     except OSError as error:
         raise UserError(f"--output {given}: {error.strerror or error}; name a folder that can be written") from error
     return output
+
+
+def busy(output: str | Path) -> UserError:
+    """What to raise for a folder that another run holds."""
+    return UserError(f"--output {output}: another run is writing there; wait for its end or name another folder")
 
 
 def check_replaceable(folder: Path, given: str | Path, inputs: Sequence[str | Path | None]) -> None:

@@ -1,9 +1,15 @@
-"""Small files that are whole or not there: written aside, then renamed, so that a reader sees the old one or the new one."""
+"""Small files that are whole or not there: written aside, then renamed, so that a reader sees the old one or the new one; and a
+folder for one process alone."""
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+LOCK = ".lock"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -16,3 +22,24 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Indented JSON."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The folder for this process alone, by a lock on its LOCK. Raises BlockingIOError where another process holds it."""
+    path = folder / LOCK
+    while True:
+        file = open(path, "a")  # noqa: SIM115 - closed below
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # its last holder removed it between our opening and our lock
+    with file:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a run records about itself: identity (for --resume), versions, timings, a summary of the teachers' supervision."""
+"""What a run records about itself: versions, timings, metrics, a summary of the teachers' supervision. Its identity: identity.py."""
 
 import hashlib
 import importlib.metadata
@@ -16,40 +16,22 @@ import torch
 from torch import Tensor
 
 from muka_fast import __version__
-from muka_fast.ds_config import settle_recipe
 from muka_fast.errors import UserError
 from muka_fast.files import write_text
-from muka_fast.methods import unused_options
 from muka_fast.ops.reference import select_teacher_ref
 from muka_fast.selection import teacher_scores
-from muka_fast.store import ADDED_KEYS
 
 if TYPE_CHECKING:
-    from muka_fast.config import RunConfig
     from muka_fast.data import TextSet
     from muka_fast.labels import LabelSpace
     from muka_fast.supervision import Supervision
     from muka_fast.targets import Method
 
 log = logging.getLogger("muka_fast")
-# Options that decide the student's numbers; all others (layout, logging, paths) may change between a kill and --resume.
-IDENTITY_OPTIONS = (
-    "method", "margin", "normalize_margin", "uncertainty", "score_temperature", "kd_temperature", "target", "mc",
-    "mc_samples", "mc_scope", "mc_dropout_p", "mc_stop", "scoring_precision", "epochs", "learning_rate", "batch_size", "warmup_ratio",
-    "weight_decay", "max_grad_norm", "max_length", "seed", "teacher_balance", "coverage", "uncertainty_head",
-)
-# What a complete run read; compared by name, so that its --resume stays instant.
-INPUT_OPTIONS = ("texts", "text_column", "label_column", "limit", "student", "neutral_encoder", "label_map")
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "safetensors", "tokenizers", "datasets")
 MARGIN_BINS = 20
 EXAMPLES = 6
 EXAMPLE_CHARACTERS = 400
-
-
-def identity_options(config: "RunConfig") -> list[str]:
-    """Those of IDENTITY_OPTIONS that the method looks at."""
-    unused = unused_options(config)
-    return [name for name in IDENTITY_OPTIONS if name not in unused]
 
 
 class Clock:
@@ -91,91 +73,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def identity(
-    config: "RunConfig",
-    texts: "TextSet",
-    sup: "Supervision",
-    space: "LabelSpace",
-    encoders: dict[str, str],
-    ds_config: dict[str, Any],
-    labels: Sequence[str] | None = None,
-) -> dict[str, Any]:
-    """Everything that the final weights depend on, besides rounding.
-
-    encoders: fingerprints and tokenizer keys of the student and, where one is named, of the neutral encoder. labels: the true label
-    of each text, where the method learns from them.
-    """
-    learnt = {} if labels is None else {"true_labels": hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest()}
-    return {
-        **{name: getattr(config, name) for name in identity_options(config)},
-        **ds_identity(ds_config),
-        **learnt,
-        "texts": texts.fingerprint,
-        "teachers": [teacher["fingerprint"] for teacher in sup.teachers],
-        "tokenizers": [teacher["tokenizer_key"] for teacher in sup.teachers],
-        "labels": list(space.names),
-        "teacher_labels": [list(labels) for labels in space.teacher_labels],
-        **encoders,
-    }
-
-
-def ds_identity(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """The part of the identity that the ds_config decides."""
-    precision = next((key for key in ("bf16", "fp16") if ds_config.get(key, {}).get("enabled")), "fp32")
-    return {"scheduler": ds_config.get("scheduler"), "optimizer": ds_config["optimizer"], "precision": precision}
-
-
-def check_identity(output: Path, mine: dict[str, Any]) -> None:
-    """Raises UserError, with the differences, where the run in `output` was begun with another identity."""
-    theirs = read_run(output).get("identity")
-    if theirs is None:
-        return
-    refuse_other(output, theirs, mine)
-
-
-def refuse_other(output: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
-    """Raises UserError, with the differences, where `mine` is not what the run in `output` was begun with."""
-    mine = json.loads(json.dumps(mine))
-    shown = lambda value: value[:12] if isinstance(value, str) and len(value) == 64 else json.dumps(value, ensure_ascii=False)[:80]
-    # An option that an older version did not have was off there.
-    off = {key: False if isinstance(value, bool) else None for key, value in mine.items()} | ADDED_KEYS | {"teacher_balance": 0.0}
-    told = {key: theirs.get(key, off[key]) for key in mine}
-    differing = [f"{key} {shown(told[key])} -> {shown(mine[key])}" for key in mine if told[key] != mine[key]]
-    if any(line.startswith(("learning_rate ", "weight_decay ")) for line in differing):  # said once: both are in the optimizer, too
-        differing = [line for line in differing if not line.startswith("optimizer ")]
-    if differing:
-        raise UserError(
-            f"--resume: the run in {output} was begun with other input ({'; '.join(differing)}); "
-            "give the same as then, or start anew with --overwrite"
-        )
-
-
-def complete_run(config: "RunConfig", ds_config: dict[str, Any]) -> dict[str, Any] | None:
-    """run.json of the complete run that --resume finds, None where there is something left to do.
-
-    Raises UserError, with the differences, where that run had other options or input files; nothing slow is read.
-    """
-    output = Path(config.output)
-    done = read_run(output)
-    if done.get("state") != "complete":
-        return None
-    before = done.get("config")
-    if isinstance(before, dict):
-        config = settle_recipe(config, ds_config, before.get("epochs"), before.get("learning_rate"))  # unset is as it was then
-        now = config.resolved()
-        names = [*identity_options(config), *INPUT_OPTIONS]
-        if before.get("teachers") and now["teachers"]:
-            names.append("teachers")  # else a filled store stands for them
-        elif not before.get("teachers") and not now["teachers"]:
-            names.append("store")
-        mine = {name: now[name] for name in names} | ds_identity(ds_config)
-        theirs = {name: before[name] for name in names if name in before}
-        refuse_other(output, theirs | {key: done.get("identity", {}).get(key) for key in ds_identity(ds_config)}, mine)
-        if now["eval"] is not None and before.get("eval") != now["eval"]:
-            log.warning("%s was evaluated on %s; for %s use `muka-fast eval`", output, before.get("eval"), now["eval"])
-    return done
 
 
 def read_run(output: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Training checkpoints of a run: written aside and renamed, checksummed, rotated; the last two whole ones always exist.
+"""Training checkpoints of a run: written aside and renamed, checksummed, rotated; the last two whole ones exist until it is complete.
 
 `checkpoints/step-00000040/` holds `state-*.safetensors` (weights and moments, whole tensors), and `state.json`: the engine's state
 and the SHA-256 of each file. A folder without a suffix is complete; one that is damaged is found by its checksums, and renamed
@@ -77,6 +77,13 @@ def rotate(output: Path) -> None:
         doomed = old.with_name(old.name + ".partial")
         os.replace(old, doomed)
         shutil.rmtree(doomed)
+
+
+def discard(output: Path) -> None:
+    """Remove all checkpoints."""
+    folder = output / "checkpoints"
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def damage(folder: Path) -> str | None:

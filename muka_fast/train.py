@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import logging
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,20 +21,20 @@ import numpy as np
 import transformers
 import yaml
 
-from muka_fast import export, runinfo
+from muka_fast import export, identity, runinfo, snapshots
 from muka_fast.adaptive import sampling_summary
 from muka_fast.aligned import student_part
 from muka_fast.config import EvalConfig, RunConfig, load_config
 from muka_fast.console import log_file, setup_logging
 from muka_fast.coverage import nobody_weights
-from muka_fast.data import TextSet, cut_length, read_texts, tokenizer_key
+from muka_fast.data import TextSet, cut_length, read_texts
 from muka_fast.ds_config import prepare_ds_config, settle_recipe
 from muka_fast.engine import Engine, init_distributed, resolve_device
 from muka_fast.evaluate import evaluate
 from muka_fast.evidence import SAMPLE, sample_rows
 from muka_fast.export import LABELLED_METHODS
 from muka_fast.features import Features
-from muka_fast.files import write_json, write_text
+from muka_fast.files import held, write_json, write_text
 from muka_fast.fit_doubt import doubt_targets, fit_head
 from muka_fast.fused_layers import fused_layers
 from muka_fast.group import on_first_process, shut_down, told_once
@@ -47,7 +48,7 @@ from muka_fast.methods import (
     selection_accuracy,
     target_accuracy,
 )
-from muka_fast.neutral import find_encoder, name_features, neutral_features, neutral_tokens
+from muka_fast.neutral import name_features, neutral_features, neutral_tokens
 from muka_fast.pool_tokens import PoolTokens
 from muka_fast.preflight import (
     check_inputs,
@@ -59,7 +60,7 @@ from muka_fast.preflight import (
 )
 from muka_fast.recipe import default_epochs, default_learning_rate
 from muka_fast.shard_queue import ShardQueue
-from muka_fast.student import checkpoint_activations, encoder_fingerprint, load_student
+from muka_fast.student import checkpoint_activations, load_student
 from muka_fast.supervision import Supervision, fill_store, open_store, option_values
 from muka_fast.teachers import token_limit
 from muka_fast.words import with_words
@@ -100,25 +101,33 @@ def run(config: RunConfig) -> RunResult:
         ds_config, config = prepare_ds_config(config.ds_config, config, world_size, device)
         check_layout(config, ds_config)
     tell_unused_options(config)
-    if device != "cpu" and runinfo.ds_identity(ds_config)["precision"] == "fp32":
+    if device != "cpu" and identity.ds_identity(ds_config)["precision"] == "fp32":
         log.info("training in fp32; --precision bf16 is faster on most GPUs")
     on_first_process(lambda: export.check_output(*output_options(config)) and None)
-    done = on_first_process(lambda: runinfo.complete_run(config, ds_config)) if config.resume else None
-    if done is not None:
-        log.info("%s is complete: nothing to resume", config.output)
-        return RunResult(Path(config.output), done.get("metrics", {}))
+    earlier = on_first_process(lambda: identity.earlier_run(config, ds_config)) if config.resume else {}
+    done = None
+    if earlier.get("state") == "complete":
+        config, done = identity.as_then(config, earlier), RunResult(Path(config.output), earlier.get("metrics", {}))
+        if not on_first_process(lambda: identity.written_since(config)):
+            return nothing_to_resume(done)
 
     with clock("read texts"):
         with told_once():
             texts = read_data(config)
         on_first_process(lambda: check_inputs(config, texts))
-    output = on_first_process(lambda: open_output(config))
-    with log_file(output / "logs", rank, world_size):
-        return merge(config, ds_config, texts, output, clock)
+    with ExitStack() as holds:
+        output = on_first_process(lambda: open_output(config, texts, holds))
+        with log_file(output / "logs", rank, world_size):
+            return merge(config, ds_config, texts, output, clock, done)
 
 
-def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: Path, clock: runinfo.Clock) -> RunResult:
-    """The walk from the texts on, the output folder taken and the options settled."""
+def merge(
+    config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: Path, clock: runinfo.Clock, done: RunResult | None = None
+) -> RunResult:
+    """The walk from the texts on, the output folder taken and the options settled.
+
+    done: what the complete run found there gave, where its input files were written since: it holds if they say the same as then.
+    """
     with clock("score teachers"):
         sup, neutral = supervise(config, texts, output)
     with told_once():
@@ -145,6 +154,10 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
     plan = Plan(tokens.lengths, config)
     log.info("epochs: %d, of %d steps; peak learning rate: %g", config.epochs, plan.steps_per_epoch, config.learning_rate)
     record = begin_record(config, ds_config, texts, sup, space, labels, tokenizer)
+    if config.resume:
+        on_first_process(lambda: identity.check_identity(output, record["identity"]))
+    if done is not None:
+        return nothing_to_resume(done)
     on_first_process(lambda: begin_run(output, config, record))
     trained = method.wrap(model)
     engine = Engine.create(trained, config, ds_config, plan.total_steps)
@@ -174,7 +187,7 @@ def merge(config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: 
             on_first_process(write)
     record |= {"state": "complete", "seconds": clock.seconds}
     on_first_process(lambda: write_json(output / "run.json", record))
-    on_first_process(lambda: export.discard_replaced(output))
+    on_first_process(lambda: discard_leftovers(output))
     return RunResult(output, record["metrics"])
 
 
@@ -188,11 +201,29 @@ def true_labels(texts: TextSet, label_map: LabelMap | None, sup: Supervision) ->
     return [name or "" for name in rename_labels(texts.labels, label_map, sup.teachers)]
 
 
-def open_output(config: RunConfig) -> Path:
-    """Take the output folder, and complete an export that a kill cut off."""
+def nothing_to_resume(done: RunResult) -> RunResult:
+    """`done`, and a word about it."""
+    log.info("%s is complete: nothing to resume", done.output)
+    return done
+
+
+def open_output(config: RunConfig, texts: TextSet, holds: ExitStack) -> Path:
+    """Take the output folder, for this job alone until `holds` is closed, and complete an export that a kill cut off."""
     output = export.output_guard(*output_options(config))
+    try:
+        holds.enter_context(held(output))
+    except BlockingIOError as error:
+        raise export.busy(config.output) from error
+    if config.resume:
+        identity.check_identity(output, identity.files_identity(config, texts))
     export.finish_export(output)
     return output
+
+
+def discard_leftovers(output: Path) -> None:
+    """Remove what only an unfinished run needs: its checkpoints, and the run that it replaces."""
+    snapshots.discard(output)
+    export.discard_replaced(output)
 
 
 def read_data(config: RunConfig) -> TextSet:
@@ -257,10 +288,6 @@ def begin_record(
         for teacher, names in zip(sup.teachers, space.teacher_labels, strict=True)
     ]
     needed = labels if config.method in LABELLED_METHODS else None
-    encoders = {"student": encoder_fingerprint(config.student), "student_tokenizer": tokenizer_key(tokenizer, config.max_length)}
-    if config.neutral_encoder is not None and METHODS[config.method].rule is not None:
-        encoders["neutral_encoder"] = encoder_fingerprint(config.neutral_encoder, "neutral encoder")
-        encoders["neutral_tokenizer"] = tokenizer_key(find_encoder(config.neutral_encoder)[1], config.max_length)
     return {
         "state": "training",
         "config": config.resolved(),
@@ -268,7 +295,7 @@ def begin_record(
         "overlaps": list(space.overlaps),
         "teachers": teachers,
         "data": {"source": texts.source, "texts": len(texts), "blank": texts.num_blank, "fingerprint": texts.fingerprint},
-        "identity": runinfo.identity(config, texts, sup, space, encoders, ds_config, needed),
+        "identity": identity.identity(config, texts, sup, space, tokenizer, ds_config, needed),
         "layout": {
             "processes": init_distributed()[1],
             "micro_batch": ds_config["train_micro_batch_size_per_gpu"],
@@ -280,9 +307,7 @@ def begin_record(
 
 
 def begin_run(output: Path, config: RunConfig, record: dict[str, Any]) -> None:
-    """Refuse to resume another run; write run.yaml, which repeats this one with `--config`, and the first run.json."""
-    if config.resume:
-        runinfo.check_identity(output, record["identity"])
+    """Write run.yaml, which repeats this run with `--config`, and the first run.json."""
     options = {key: value for key, value in record["config"].items() if key not in ("resume", "overwrite") and value is not None}
     if not config.teachers:  # whoever else is scored into the store, and in whatever order
         options["store_teachers"] = [teacher["name"] for teacher in record["teachers"]]
@@ -315,7 +340,7 @@ def card(config: RunConfig, record: dict[str, Any]) -> export.Card:
         title=Path(config.output).resolve().name,
         base_model=config.student,
         teachers=record["teachers"],
-        options={name: getattr(config, name) for name in runinfo.identity_options(config)},
+        options={name: getattr(config, name) for name in identity.identity_options(config)},
         data=record["data"] | holes,
         metrics=metrics | {name: student[name] for name in ("accuracy", "macro_f1", "nll", "ece") if name in student},
     )

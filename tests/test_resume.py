@@ -11,6 +11,7 @@ from runs import SMOOTH_ADAM, largest_difference, losses, weights
 
 from muka_fast import loop, snapshots
 from muka_fast.errors import UserError
+from muka_fast.files import held
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -74,9 +75,20 @@ def test_resume_in_another_layout(go, stop_at, monkeypatch, world):
     assert largest_difference(weights(resumed), weights(whole)) < 1e-6
 
 
-def test_the_last_two_checkpoints_stay_and_a_damaged_one_is_passed_over(go, stop_at, monkeypatch, caplog):
-    whole = go("whole", save_every=2)
-    assert [folder.name for folder in snapshots.snapshots(whole.output)] == ["step-00000014", "step-00000015"]
+def keep_checkpoints(monkeypatch):
+    """The names of the checkpoints that a run leaves for its end to remove."""
+    names = []
+
+    def discard(output, _original=snapshots.discard):
+        names.extend(sorted(path.name for path in (output / "checkpoints").iterdir()))
+        _original(output)
+
+    monkeypatch.setattr(snapshots, "discard", discard)
+    return names
+
+
+def test_the_last_two_checkpoints_stay_until_the_end_and_a_damaged_one_is_passed_over(go, stop_at, monkeypatch, caplog):
+    whole = go("whole")
     stop_at(9)
     cut = go("cut", save_every=3)
     monkeypatch.undo()
@@ -87,19 +99,21 @@ def test_the_last_two_checkpoints_stay_and_a_damaged_one_is_passed_over(go, stop
         file.write(b"\x01")
     (cut.output / "checkpoints" / "step-00000012.partial").mkdir()  # as a kill leaves it
     caplog.set_level("WARNING", logger="muka_fast")
+    left = keep_checkpoints(monkeypatch)
     resumed = go("cut", resume=True, save_every=3)
     assert "step-00000010 is damaged (state-00000.safetensors does not match its checksum)" in caplog.text
     assert losses(resumed) == losses(whole) and largest_difference(weights(resumed), weights(whole)) == 0
-    assert not list(resumed.output.glob("checkpoints/*.partial"))
-    # The damaged one is kept, and takes no whole one's place.
-    assert {path.name for path in resumed.output.glob("checkpoints/*.damaged")} == {"step-00000010.damaged"}
-    assert [folder.name for folder in snapshots.snapshots(resumed.output)] == ["step-00000012", "step-00000015"]
+    # The damaged one takes no whole one's place. A complete run needs none.
+    assert left == ["step-00000010.damaged", "step-00000012", "step-00000015"]
+    assert not (resumed.output / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(("seconds", "kept"), [(0, ["step-00000010", "step-00000015"]), (60, ["step-00000015"])])
 def test_epochs_leave_checkpoints_unless_they_are_short(go, monkeypatch, seconds, kept):
     monkeypatch.setattr(loop, "SAVE_S", seconds)
-    assert [folder.name for folder in snapshots.snapshots(go("run").output)] == kept
+    left = keep_checkpoints(monkeypatch)
+    go("run")
+    assert left == kept
 
 
 def test_resume_refuses_another_run(go, stop_at, monkeypatch, world, tmp_path):
@@ -108,10 +122,16 @@ def test_resume_refuses_another_run(go, stop_at, monkeypatch, world, tmp_path):
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"learning_rate 0\.001 -> 0\.002.*--overwrite"):
         go("cut", resume=True, learning_rate=2e-3)
-    with pytest.raises(UserError, match=r"texts [0-9a-f]{12} -> [0-9a-f]{12}"):
-        go("cut", resume=True, limit=70, store=str(tmp_path / "other_store"))
-    with pytest.raises(UserError, match=r"teachers .* labels"):
-        go("cut", resume=True, teachers=[str(world / "news")])
+    others = {"store": str(tmp_path / "other_store")}  # which stays empty: nothing is scored before the refusal
+    with pytest.raises(UserError, match=r"\(other texts\)"):
+        go("cut", resume=True, limit=70, **others)
+    with pytest.raises(UserError, match=r"\(other teachers\)"):
+        go("cut", resume=True, teachers=[str(world / "news")], **others)
+    with pytest.raises(UserError, match=r"\(another order of teachers\)"):
+        go("cut", resume=True, teachers=[str(world / "home"), str(world / "news")], **others)
+    with pytest.raises(UserError, match=r"\(other student\)"):
+        go("cut", resume=True, student=str(world / "plain_student"), **others)
+    assert not (tmp_path / "other_store").exists()
     assert go("cut", resume=True).output.joinpath("model.safetensors").exists()
 
 
@@ -128,6 +148,60 @@ def test_an_output_folder_with_a_run_is_refused_and_a_complete_one_is_left_alone
     with pytest.raises(UserError, match=r"optimizer .* -> "):
         go("run", epochs=1, resume=True, ds=SMOOTH_ADAM)
     assert {path.name: path.stat().st_mtime_ns for path in first.output.iterdir()} == before
+
+
+def test_a_complete_run_is_done_only_for_the_files_that_it_read(go, world, tmp_path, caplog):
+    """Files that were written since are read again."""
+    caplog.set_level("INFO", logger="muka_fast")
+    for name in ("texts.jsonl", "news", "student"):
+        copy = shutil.copytree if (world / name).is_dir() else shutil.copy
+        copy(world / name, tmp_path / name)
+    own = {"texts": str(tmp_path / "texts.jsonl"), "teachers": [str(tmp_path / "news"), str(world / "home")], "epochs": 1}
+    own |= {"student": str(tmp_path / "student"), "store": None}
+    first = go("run", **own)
+    record = (first.output / "run.json").read_bytes()
+
+    def change(path, old, new):
+        content = path.read_text()
+        path.write_text(content.replace(old, new))
+        return lambda: path.write_text(content)
+
+    changed = {
+        "other texts": (tmp_path / "texts.jsonl", "i", "u"),
+        "other teachers": (tmp_path / "news" / "config.json", "sport", "spurt"),
+        "other tokenizers of teachers": (tmp_path / "news" / "tokenizer.json", "Whitespace", "WhitespaceSplit"),
+        "other tokenizer of the student": (tmp_path / "student" / "tokenizer.json", "Whitespace", "WhitespaceSplit"),
+    }
+    for told, where in changed.items():
+        undo = change(*where)
+        with pytest.raises(UserError, match=rf"{told}.*--overwrite"):
+            go("run", resume=True, **own)
+        undo()  # as it was, but written since
+        caplog.clear()
+        assert go("run", resume=True, **own).metrics == first.metrics
+        assert "is complete: nothing to resume" in caplog.text and "student in" not in caplog.text
+    assert (first.output / "run.json").read_bytes() == record
+
+
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}], ids=["new", "resume", "overwrite"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_one_run_at_a_time_writes_a_folder(go, tmp_path, flags, begun):
+    folder = go("run", epochs=1).output if begun else tmp_path / "run"
+    folder.mkdir(exist_ok=True)
+    with held(folder):
+        before = sorted(folder.iterdir())
+        with pytest.raises(UserError, match=r"--output .*run: another run is writing there; wait for its end"):
+            go("run", epochs=1, **flags)
+        assert sorted(folder.iterdir()) == before
+    assert not (folder / ".lock").exists()
+    if flags or not begun:
+        assert not (go("run", epochs=1, **flags).output / ".lock").exists()
+
+
+def test_a_lock_that_a_kill_left_is_no_hindrance(go, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    assert not (go("run", epochs=1).output / ".lock").exists()
 
 
 def test_a_damaged_record_stops_a_resume_but_not_an_overwrite(go, tmp_path):
@@ -147,7 +221,7 @@ def test_resume_refuses_other_true_labels(go, stop_at, monkeypatch, world, tmp_p
     go("cut", texts=str(texts), method="supervised")
     monkeypatch.undo()
     texts.write_text("".join(json.dumps(row | {"label": "bank"}) + "\n" for row in rows))
-    with pytest.raises(UserError, match=r"true_labels [0-9a-f]{12} -> [0-9a-f]{12}"):
+    with pytest.raises(UserError, match=r"other true labels"):
         go("cut", texts=str(texts), method="supervised", resume=True)
 
 
@@ -163,7 +237,7 @@ def test_resume_refuses_another_tokenizer(go, stop_at, monkeypatch, world, tmp_p
     vocabulary = content["model"]["vocab"]
     content["model"]["vocab"] = dict(zip(vocabulary, reversed(vocabulary.values()), strict=True))
     file.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"student_tokenizer [0-9a-f]{12} -> [0-9a-f]{12}"):
+    with pytest.raises(UserError, match=r"other tokenizer of the student"):
         go("cut", student=str(student), resume=True)
 
 
