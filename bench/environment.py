@@ -58,8 +58,16 @@ def environment(device: str = "cpu") -> dict:
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "versions": versions(),
         "commit": git("rev-parse", "--short", "HEAD") + ("+" if changed else ""),
-        "command": shlex.join(["python", *(Path(arg).name if Path(arg).is_absolute() else arg for arg in sys.argv)]),
+        "command": shlex.join(["python", *map(portable, sys.argv)]),
     }
+
+
+def portable(argument: str) -> str:
+    """An argument of the command without the absolute path of this checkout, or of wherever else it lies."""
+    path, root = Path(argument), BENCH.parent
+    if not path.is_absolute():
+        return argument
+    return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
 
 
 def markdown_table(rows: list[dict], shown: dict[str, str]) -> str:
