@@ -118,6 +118,7 @@ if triton is not None:
             b_start = tl.load(p_offsets + o_n)
             C = tl.load(p_offsets + o_n + 1) - b_start - o_lane  # classes from this lane on
             p_row = p_z + i_b * z_text + o_k.to(tl.int64) * z_sample + (b_start + o_lane)
+            stride = tl.full([], SAMPLES, tl.int64) * z_sample
             b_head, b_tail = load_tiles(p_row, o_head, o_tail, C, FULL)
             b_mean = tl.zeros([SAMPLES, TEACHERS, HEAD // LANES, LANES], tl.float32)
             b_tail_mean = tl.zeros([SAMPLES, TEACHERS, TAIL // LANES, LANES], tl.float32)
@@ -125,7 +126,7 @@ if triton is not None:
             for i_k in tl.range(SAMPLES, K + SAMPLES, SAMPLES):
                 b_z, b_tail_z = b_head.to(tl.float32), b_tail.to(tl.float32)
                 if i_k < K:  # the next samples, on their way while these are computed
-                    p_row += SAMPLES * z_sample
+                    p_row += stride
                     b_head, b_tail = load_tiles(p_row, o_head, o_tail, C, FULL)
                 b_top = tl.maximum(tl.max(b_z, 2, keep_dims=True), tl.max(b_tail_z, 2, keep_dims=True))
                 b_top = tl.max(b_top, 3, keep_dims=True)
@@ -180,14 +181,14 @@ if triton is not None:
         start = tl.load(p_offsets + i_n)
         o_k, o_c = tl.arange(0, SAMPLES)[:, None], i_part * BLOCK + tl.arange(0, BLOCK)[None, :]
         m_c = o_c < tl.load(p_offsets + i_n + 1) - start
-        p_row = p_z + i_b * z_text + start + o_k.to(tl.int64) * z_sample + o_c
+        p_row, stride = p_z + i_b * z_text + start + o_k.to(tl.int64) * z_sample + o_c, tl.full([], SAMPLES, tl.int64) * z_sample
         p_sample = p_samples + (i_b * N + i_n) * 3 * K + o_k
         b_mean, b_m2 = tl.zeros([SAMPLES, BLOCK], tl.float32), tl.zeros([SAMPLES, BLOCK], tl.float32)
         for i_k in range(0, K, SAMPLES):
             b_z = tl.load(p_row, mask=m_c, other=float("-inf")).to(tl.float32)
             b_e, _ = exponentials(b_z, tl.load(p_sample + i_k))
             b_mean, b_m2 = welford(b_e * tl.load(p_sample + K + i_k), b_mean, b_m2, SAMPLES / (i_k + SAMPLES * 1.0))
-            p_row += SAMPLES * z_sample
+            p_row += stride
         p_mean = p_out + i_b * (2 * S + 4 * N + 2) + start + o_c
         b_h = store_classes(p_mean, p_mean + S, m_c, K, b_mean, b_m2, SAMPLES)
         tl.store(p_parts + (i_b * N + i_n) * PARTS + i_part, tl.sum(tl.sum(b_h, 1), 0))  # 0 beyond the last class
