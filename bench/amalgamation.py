@@ -31,7 +31,7 @@ from synthetic import SIZES, make_encoder, make_teacher, make_texts
 from timing import largest_resident_bytes, own_process
 from torch import Tensor
 from transformers import AutoTokenizer
-from work import forwards, work_of
+from work import work_of
 
 import muka_fast
 from muka_fast import teach
@@ -40,6 +40,7 @@ from muka_fast.data import TextSet, collate, read_texts, token_budget_batches, t
 from muka_fast.evaluate import metrics, predict
 from muka_fast.labels import LabelSpace, build_label_space
 from muka_fast.memory import token_budget
+from muka_fast.plan import scoring_forwards
 from muka_fast.supervision import Supervision, fill_store
 from muka_fast.teachers import DTYPES, Teacher, load_teacher
 from muka_fast.trunk import ROUNDING
@@ -231,7 +232,7 @@ def measure_scoring(args: argparse.Namespace, paths: list[str], texts: TextSet, 
         "texts": len(texts.texts),
         "work": {p: work_of(found, texts, args.max_length, args.device, args.synthetic == "toy") for p, found in teachers.items()},
         "forwards": {
-            row.name: forwards(teachers[row.precision][0].model.config, row.scope, samples[row.name]) for row in args.rows
+            row.name: scoring_forwards(teachers[row.precision][0].model.config, row.scope, samples[row.name]) for row in args.rows
         },
         "times": {name: statistics.median(values) for name, values in times.items()},
         "published_s": published_s,

@@ -27,11 +27,11 @@ from predict import MACHINES
 from synthetic import SIZES, make_encoder, make_teacher, make_texts
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PreTrainedConfig
-from work import forwards
 
 from muka_fast import memory, packed, trunk
 from muka_fast.data import read_texts
 from muka_fast.footprint import footprint
+from muka_fast.plan import scoring_forwards
 from muka_fast.store import default_shard_size
 from muka_fast.teachers import DTYPES, load_teacher
 from muka_fast.trunk import StochasticTeacher
@@ -61,7 +61,7 @@ class Launches(TorchDispatchMode):
 
 @contextmanager
 def ours_counted(launches: Launches) -> Iterator[None]:
-    """Our ops do not pass PyTorch's dispatcher: each call is one launch, and what it does on a CPU is not counted."""
+    """Each call of an op of ours is one launch; what it does on a CPU, checks of values among it, is not counted."""
 
     def counted(original):
         def call(*args, **kwargs):
@@ -135,7 +135,7 @@ def main() -> int:
                 card = MACHINES[args.machine]
                 for precision, rate in (("fp32", card.matrix_float32), ("bf16", card.matrix_16bit)):
                     tokens = tokens_of(args.machine, config, DTYPES[precision])
-                    least_s = tokens / MEAN_TOKENS * text_flops * forwards(config, scope, 16) / rate
+                    least_s = tokens / MEAN_TOKENS * text_flops * scoring_forwards(config, scope, 16) / rate
                     figures = {"tokens": tokens, "least_ms": 1e3 * least_s, "times_host": least_s / host_s}
                     row |= {f"{precision}_{name}": value for name, value in figures.items()}
                 rows.append(row)

@@ -213,7 +213,6 @@ def cell(args: argparse.Namespace, name: str, seed: int, method: str, folder: Pa
     log.info("%s, seed %d, student of %s", name, seed, method)
     if method == "dawid-skene":
         options["texts"] = folder / "votes.jsonl"
-        options["store"] = folder / "store"
     result = muka_fast.amalgamate(**options, resume=True)
     if result.stopped:
         raise KeyboardInterrupt

@@ -90,7 +90,8 @@ def make_pool(args: argparse.Namespace, count: int, folder: Path) -> tuple[Super
         {"name": f"t{i}", "labels": [f"{i}.{c}" for c in range(args.classes)], "mc": True, "mc_samples": 4}
         for i in range(args.teachers)
     ]
-    parts = {name: getattr(found, name) for name in ("mean_probs", "var_probs", "predictive_entropy", "expected_entropy")}
+    parts = {name: getattr(found, name) for name in ("mean_probs", "predictive_entropy", "expected_entropy")}
+    parts["total_variance"] = found.var_probs.unflatten(-1, (args.teachers, args.classes)).sum(-1)
     sup = Supervision(z, **parts, example_ids=torch.arange(count), teachers=teachers, offsets=offsets, features=features)
     neutral = 3 * rng.standard_normal((args.teachers, args.width), np.float32)[topic]
     space = build_label_space([(teacher["name"], teacher["labels"]) for teacher in teachers])

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ceilings import gemm_flops_per_s
-from transformers import PreTrainedConfig
 
 from muka_fast.data import TextSet, tokenize
 from muka_fast.footprint import footprint
@@ -36,10 +35,3 @@ def work_of(teachers: Sequence[Teacher], texts: TextSet, max_length: int, device
         for teacher, found in zip(teachers, lengths, strict=True)
     ]
     return Work(sum(int(found.sum()) for found in lengths), sum(flops), gemm_flops_per_s(device, toy, teachers[0].model.dtype))
-
-
-def forwards(config: PreTrainedConfig, scope: str, samples: float) -> float:
-    """Plain forwards' worth of products of one text: to repeat the head, or one row of the last layer, adds next to none."""
-    if scope in ("head", "last:1"):
-        return 1.0
-    return 1 + samples * (1.0 if scope == "all" else int(scope.partition(":")[2]) / config.num_hidden_layers)

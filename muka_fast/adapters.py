@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from muka_fast import checkpoint
 from muka_fast.console import quiet_transformers
-from muka_fast.errors import UserError
+from muka_fast.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -84,12 +85,17 @@ def tokenizer_folder(folder: Path, what: str) -> Path:
 
 
 def adapter_fingerprint(folder: Path, what: str) -> str:
-    """sha256 (hex) over the adapter's settings and weights and over its base."""
+    """sha256 (hex) over the adapter's settings and weights and over its base; computed once per process as long as no file changes."""
     checkpoint.check_tokenizer_files(tokenizer_folder(folder, what), what)
+    base = base_folder(folder, what)
+    return _fingerprint(folder.resolve(), base, what, checkpoint.file_state(folder), checkpoint.file_state(base))
+
+
+@cache
+def _fingerprint(folder: Path, base: Path, what: str, *_states: tuple) -> str:
     settings = adapter_settings(folder, what)
     settings = {key: value for key, value in settings.items() if key not in ("base_model_name_or_path", "revision")}
     labels = adapter_labels(folder, what)
-    base = base_folder(folder, what)
     parts = [
         checkpoint.fingerprint(settings, labels, adapter_tensors(folder, what), what),
         checkpoint.fingerprint(
@@ -144,6 +150,6 @@ def load_merged(folder: Path, labels: list[str], dtype: "torch.dtype", what: str
                 raise UserError(f"{what}: the adapter lacks {lost}, which would be random; save it again")
             merged = adapted.merge_and_unload()
     except teachers.LOADING_ERRORS as error:
-        raise UserError(f"{what}: the adapter cannot be loaded: {checkpoint.first_line(error)}") from error
+        raise UserError(f"{what}: the adapter cannot be loaded: {first_line(error)}") from error
     teachers.settle_forward(merged)
     return merged

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from muka_fast.errors import UserError
+from muka_fast.errors import UserError, first_line
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -54,12 +54,10 @@ def resolve_folder(source: str | Path, what: str = "teacher") -> Path:
         raise UserError(f"{what} {source}: this is a file; give the folder that holds config.json and the weights")
     if not HUB_NAME.fullmatch(str(source)) or str(source).startswith("."):
         raise UserError(f"{what} {source}: no such folder; check the path")
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        wanted = {"allow_patterns": list(HUB_FILES), "ignore_patterns": "*/*"}
-        return Path(snapshot_download(str(source), etag_timeout=10, **wanted))
+        return _hub_folder(str(source))
     except RepositoryNotFoundError:
         reason = "and the hub has no public model of this name"
     except LocalEntryNotFoundError:
@@ -69,10 +67,12 @@ def resolve_folder(source: str | Path, what: str = "teacher") -> Path:
     raise UserError(f"{what} {source}: no such folder, {reason}; check the path or the name")
 
 
-def first_line(error: BaseException) -> str:
-    """The first non-blank line of an error's text, without the final period."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
+@cache
+def _hub_folder(name: str) -> Path:
+    """A snapshot from the hub, asked for once per process, so that a run sees one revision."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, etag_timeout=10, allow_patterns=list(HUB_FILES), ignore_patterns="*/*"))
 
 
 def read_json(file: Path, what: str) -> dict:

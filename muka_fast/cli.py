@@ -1,7 +1,6 @@
 """The command line: parsers generated from the configuration models, one exit code for every kind of bad input."""
 
 import argparse
-import csv
 import errno
 import importlib
 import os
@@ -90,7 +89,7 @@ class _Extend(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if self.split:
-            values = [label.strip() for row in csv.reader(values, skipinitialspace=True) for label in row if label.strip()]
+            values = config.split_labels(values)
         setattr(namespace, self.dest, [*getattr(namespace, self.dest, []), *values])
 
 
@@ -185,8 +184,7 @@ def guarded(function: Callable[[], Any]) -> int:
     try:
         return function() or 0
     except UserError as error:
-        # A message may quote another library's, which may have lines.
-        print("muka-fast: error:", " ".join(str(error).split("\n")), file=sys.stderr)
+        print(f"muka-fast: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except BrokenPipeError:
         # `muka-fast eval ... | head`: the reader has what it wanted. Python would complain once more at exit.

@@ -3,8 +3,10 @@
 Over 400 lines: all options stand here and nowhere else, so that each is found, and told apart from the others, in one place.
 """
 
+import csv
 import difflib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
@@ -70,7 +72,7 @@ class Config(BaseModel):
     @field_validator("labels", mode="before", check_fields=False)
     @classmethod
     def _comma_list(cls, value: Any) -> Any:
-        return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+        return split_labels([value]) if isinstance(value, str) else value
 
     def resolved(self) -> dict[str, Any]:
         """All options as plain values (str, int, float, bool, list, None), ready for JSON or YAML."""
@@ -83,7 +85,7 @@ class TextOptions(Config):
     text_column: str = option("text", "column that holds the text", "Data", min_length=1)
     label_column: str = option("label", "column that holds the label, where labels are needed", "Data", min_length=1)
     limit: int | None = option(None, "use only the first N texts", "Data", ge=1)
-    # 16384 is the row stride of the attention masks (muka_fast/sites.py).
+    # 16384 is the row stride of the attention masks (ATTENTION_STRIDE in kernels/ops/reference.py).
     max_length: int = option(128, "tokens kept of each text, special tokens included", "Data", ge=4, le=16384)
 
 
@@ -264,7 +266,8 @@ class RunConfig(ScoringOptions):
         if self.coverage and self.method not in RULED_METHODS:
             way_out = " or ".join(RULED_METHODS)
             raise ValueError(f"--coverage asks whose text it is, which --method {self.method} does not: take {way_out}")
-        if self.one_pass and self.uncertainty in ("mutual_information", "variance") and self.method.startswith("muka"):
+        looks_at_it = self.method in ("muka-hard", "muka-soft") or self.uncertainty_head
+        if self.one_pass and self.uncertainty in ("mutual_information", "variance") and looks_at_it:
             reason = "--mc_samples 1" if self.mc else "--no-mc"
             way_out = "take more passes or predictive_entropy"
             raise ValueError(f"--uncertainty {self.uncertainty} is 0 for all texts with {reason}: {way_out}")
@@ -424,6 +427,11 @@ def allowed_values(field: FieldInfo) -> str:
         if getattr(limit, key, None) is not None
     ]
     return f"{words} {' and '.join(bounds)}".strip()
+
+
+def split_labels(texts: Iterable[str]) -> list[str]:
+    """Label names of texts such as `a,b` and `"a, b",c`: quotes protect a comma."""
+    return [label.strip() for row in csv.reader(texts, skipinitialspace=True) for label in row if label.strip()]
 
 
 def nearest(name: str, names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""The one place for log lines and progress: bars on a terminal, a plain line every tenth of the way elsewhere."""
+"""The one place for log lines, progress (bars on a terminal, a plain line every tenth of the way elsewhere) and tables."""
 
 import contextlib
 import logging
@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -51,6 +51,30 @@ def console() -> Any:
 
         _state["console"] = Console(stderr=True, highlight=False)
     return _state["console"]
+
+
+def stdout_console() -> Any:
+    """The rich console on stdout, where results go; names from outside are never read as markup."""
+    from rich.console import Console
+
+    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 120)
+
+
+def new_table(title: str, *columns: str) -> Any:
+    """An empty rich table in the style of all of them."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    return Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD)
+
+
+def fill(table: Any, rows: Sequence[Sequence[object]]) -> Any:
+    """Add rows of plain text, or of rich.text.Text, to a table; returns it."""
+    from rich.text import Text
+
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    return table
 
 
 def setup_logging(verbose: bool = False, rank: int = 0) -> None:

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from muka_fast import __version__
 from muka_fast.config import DoctorConfig
+from muka_fast.console import fill, new_table, stdout_console
 from muka_fast.errors import UserError
 
 log = logging.getLogger("muka_fast")
@@ -59,8 +58,7 @@ class TeacherFacts:
 
 def main(config: DoctorConfig) -> int:
     """Print the diagnosis; 0, or 1 where something essential is broken."""
-    width = None if sys.stdout.isatty() else 120
-    console = Console(width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    console = stdout_console()
     findings = [*package_findings(), *machine_findings(), *extension_findings(), *folder_findings()]
     show_findings(console, f"muka_fast {__version__} on this machine", findings)
     ops, op_findings = op_table()
@@ -202,10 +200,6 @@ def op_table() -> tuple[dict[str, dict[str, str]], list[Finding]]:
     try:
         importlib.import_module("muka_fast.ops")
         table = importlib.import_module("muka_fast.ops.table")
-        # Ops register when their file is imported.
-        for file in sorted(Path(table.__file__).parent.glob("*.py")):
-            if file.stem not in ("__init__", "table", "reference"):
-                importlib.import_module(f"muka_fast.ops.{file.stem}")
     except ImportError as error:
         return {}, [Finding("ops", f"cannot be loaded: {one_line(error)}", "broken", "pip install -e . again")]
     return table.TABLE, []
@@ -314,18 +308,6 @@ def trunk_rows(facts: Sequence[TeacherFacts]) -> tuple[list[tuple[str, str]], Fi
 def one_line(error: BaseException) -> str:
     """An error's text on one line."""
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def new_table(title: str, *columns: str) -> Table:
-    """An empty table in the style of all of them."""
-    return Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD)
-
-
-def fill(table: Table, rows: Sequence[Sequence[object]]) -> Table:
-    """Add rows of plain text: names from outside are never read as markup."""
-    for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
-    return table
 
 
 def show_findings(console: Console, title: str, findings: Sequence[Finding]) -> None:

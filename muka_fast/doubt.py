@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from muka_fast import checkpoint
-from muka_fast.errors import UserError
+from muka_fast.errors import UserError, first_line
 from muka_fast.pooled import classifier_layer, head_input, last_feature
 
 FILE = "uncertainty_head.safetensors"
@@ -92,7 +92,7 @@ class UncertaintyHead:
             with safe_open(path, "pt") as file:
                 told, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({checkpoint.first_line(error)}); export the student again") from error
+            raise UserError(f"{path}: cannot be read ({first_line(error)}); export the student again") from error
         if told.get("format") != FORMAT:
             raise UserError(f"{path}: is no uncertainty head of this version ({FORMAT}); remove it, or export the student again")
         layer = classifier_layer(model)

@@ -1,12 +1,13 @@
 """Fills a partial DeepSpeed configuration from our options, and refuses one that contradicts them."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from muka_fast.config import RunConfig
+from muka_fast.config import RunConfig, nearest
 from muka_fast.errors import UserError
 from muka_fast.mappings import read_mapping
 
@@ -29,6 +30,7 @@ KNOWN_KEYS = (
 )
 AUTOCAST = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}  # whose gradients it would average in bf16
 ADAM_DEFAULTS = {"betas": [0.9, 0.999], "eps": 1e-8}
+OPTIMIZER_KEYS = ("lr", "weight_decay", "adam_w_mode", "torch_adam", *ADAM_DEFAULTS)
 
 
 def read_ds_config(path: str | Path | None) -> dict[str, Any]:
@@ -73,6 +75,9 @@ def prepare_ds_config(
     if optimizer.setdefault("type", "AdamW") not in OPTIMIZERS:
         raise UserError(f"{name}: optimizer type {optimizer['type']!r} is not supported, use one of {', '.join(OPTIMIZERS)}")
     optimizer["params"] = {**ADAM_DEFAULTS, **optimizer.get("params", {})}
+    for key in optimizer["params"]:
+        if key not in OPTIMIZER_KEYS:
+            raise UserError(f"{name}: optimizer.params.{key} is not supported{nearest(key, list(OPTIMIZER_KEYS))}; remove it")
     steps = [ds.get(key) for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
     if "train_batch_size" not in ds and None not in steps:
         ds["train_batch_size"] = steps[0] * steps[1] * world_size
@@ -99,9 +104,7 @@ def merge_shared(ds: dict[str, Any], config: RunConfig, name: str) -> RunConfig:
     """Settle every value that both sides can set: theirs unless ours is explicit; two different explicit ones are an error."""
     settled = {}
     for path, option in SHARED:
-        section = ds
-        for key in path[:-1]:
-            section = section.setdefault(key, {})
+        section = section_of(ds, path)
         theirs, ours = section.get(path[-1]), getattr(config, option)
         if theirs is None:
             if ours is not None:
@@ -113,11 +116,22 @@ def merge_shared(ds: dict[str, Any], config: RunConfig, name: str) -> RunConfig:
         else:
             settled[option] = theirs
     try:
-        type(config).model_validate(config.model_dump() | settled)  # the options' own ranges
+        valid = type(config).model_validate(config.model_dump() | settled)  # the options' own ranges and types
     except ValidationError as error:
         found = error.errors(include_url=False)[0]
         raise UserError(f"{name}: {found['loc'][0]} {found['input']!r}: {found['msg']}") from error
+    settled = {option: getattr(valid, option) for option in settled}
+    for path, option in SHARED:
+        if option in settled:
+            section_of(ds, path)[path[-1]] = settled[option]  # 32.0 is 32
     return config.model_copy(update=settled)
+
+
+def section_of(ds: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """The object that holds the last key of a path, made where it is absent."""
+    for key in path[:-1]:
+        ds = ds.setdefault(key, {})
+    return ds
 
 
 def settle_recipe(config: RunConfig, ds_config: dict[str, Any], epochs: int, learning_rate: float) -> RunConfig:

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from muka_fast.aligned import StudentOutput
 from muka_fast.config import RunConfig
 from muka_fast.ds_config import AUTOCAST, fill_scheduler
-from muka_fast.errors import UserError
+from muka_fast.errors import UserError, first_line
 from muka_fast.group import JOINING, joined, shut_down
 from muka_fast.intercept import run_without_waiting
-from muka_fast.memory import Fetch, send
+from muka_fast.memory import Fetch, device_of, send
 from muka_fast.optim import clip_gradients, dense_gradients, linear_schedule, parameter_groups, sparse_embeddings
 from muka_fast.recorded import RecordedSteps, recordable
 
@@ -34,12 +34,11 @@ SHARD_BYTES = 1 << 30  # tensors are gathered one by one and flushed to a file a
 
 
 def resolve_device(device: str) -> str:
-    """ "cpu" or "cuda" for the option --device; raises UserError for a GPU that is not there."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: PyTorch finds no GPU on this machine, use --device cpu or auto")
-    if device.startswith("cuda:") and device != "cuda:0":
+    """ "cpu" or "cuda" for the option --device of a job that trains; raises UserError for a GPU that it cannot take."""
+    found = device_of(device)
+    if found.startswith("cuda:") and found != "cuda:0":
         raise UserError(f"--device {device}: training takes the first GPU it sees, so set CUDA_VISIBLE_DEVICES={device[5:]}")
-    return "cuda" if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()) else "cpu"
+    return found.partition(":")[0]
 
 
 def quiet_deepspeed(device: str, verbose: bool) -> None:
@@ -92,8 +91,8 @@ def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, i
         try:
             deepspeed.init_distributed(backend, verbose=verbose, timeout=JOINING)
         except torch.distributed.DistStoreError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"not all processes of this job have started ({reason}): look for the error of another one") from error
+            told = f"not all processes of this job have started ({first_line(error)})"
+            raise UserError(f"{told}: look for the error of another one") from error
         joined()
         atexit.register(shut_down, at_exit=True)
     return comm.get_rank(), comm.get_world_size()
@@ -151,7 +150,9 @@ class Engine:
 
         params = ds_config["optimizer"]["params"]
         options = {key: params[key] for key in ("lr", "betas", "eps")}
-        kind = torch.optim.AdamW if ds_config["optimizer"]["type"] == "AdamW" else torch.optim.Adam
+        # As DeepSpeed reads it: its Adam decouples the weight decay, unless told otherwise.
+        coupled = ds_config["optimizer"]["type"] == "Adam" and params.get("adam_w_mode") is False
+        kind = torch.optim.Adam if coupled else torch.optim.AdamW
         zero = ds_config["zero_optimization"]
         recorded = device != "cpu" and recordable(model, config, ds_config)
         # On the CPU torch's own choice is a loop over tensors, six times as slow.
@@ -247,7 +248,7 @@ class Engine:
         norm = self.plain_norm if self.plain else self.ds.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def sum_and_max(self, total: Tensor, flag: bool) -> Fetch:
+    def sum_and_any(self, total: Tensor, flag: bool) -> Fetch:
         """Sum of a scalar over all processes, and a number above 0 where any of them raised the flag, in one exchange."""
         total = total.detach().double()
         both = torch.stack([total, torch.full_like(total, float(flag))])
@@ -255,15 +256,7 @@ class Engine:
             torch.distributed.all_reduce(both)
         return Fetch(both)
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            torch.distributed.barrier()
-
     # -- weights and optimizer state as whole tensors ------------------------------------------------------------------------------
-
-    @property
-    def stage(self) -> int:
-        return self.ds.zero_optimization_stage()
 
     def named_states(self, moments: bool) -> Iterator[tuple[str, Tensor]]:
         """(name, whole fp32 tensor) of every weight and, with `moments`, of AdamW's moments, one at a time. Collective."""

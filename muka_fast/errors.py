@@ -6,3 +6,12 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(line.strip() for line in message.splitlines()))
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-blank line of an error's text, without the final period."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+NOT_FINITE = "check the checkpoint, or take --scoring_precision fp32"  # the way out of scores that are NaN or infinite

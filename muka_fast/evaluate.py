@@ -4,7 +4,6 @@ n texts · C classes of the model.
 """
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from muka_fast import adapters, checkpoint, memory
-from muka_fast.console import log, progress
+from muka_fast.console import log, progress, stdout_console
 from muka_fast.data import Tokens, collate, cut_length, read_texts, token_budget_batches, tokenize
 from muka_fast.doubt import UncertaintyHead, auroc, false_positive_rate, with_head
 from muka_fast.errors import UserError
 from muka_fast.first_token import first_token_only
 from muka_fast.labels import read_label_map, rename_labels
-from muka_fast.supervision import device_of
+from muka_fast.memory import device_of
 from muka_fast.teachers import (
     check_finite,
     check_vocabulary,
@@ -250,7 +249,7 @@ def evaluate(config: "EvalConfig") -> dict[str, Any]:
     the model has an uncertainty head.
     Raises UserError where no label of the data is a class of the model.
     """
-    model, tokenizer, names = load_model(config.model, device_of(config.device))
+    folder = checkpoint.resolve_folder(config.model, "--model")
     texts = read_texts(
         config.data,
         text_column=config.text_column,
@@ -259,10 +258,11 @@ def evaluate(config: "EvalConfig") -> dict[str, Any]:
         limit=config.limit,
         split="test",
     )
-    folder = checkpoint.resolve_folder(config.model, "--model")
+    label_map = read_label_map(config.label_map) if config.label_map else None
+    model, tokenizer, names = load_model(config.model, device_of(config.device))
     teachers = teacher_blocks(folder)
     owners = [{"name": teacher["name"], "labels": teacher["own_labels"]} for teacher in teachers]
-    renamed = rename_labels(texts.labels, read_label_map(config.label_map) if config.label_map else None, owners)
+    renamed = rename_labels(texts.labels, label_map, owners)
     index = {name: c for c, name in enumerate(names)}
     known = np.array([label in index for label in renamed])
     unknown: dict[str, int] = {}
@@ -318,11 +318,10 @@ def doubt_figures(doubt: np.ndarray, softmax: np.ndarray, wrong: np.ndarray, unk
 
 def print_tables(figures: dict[str, Any]) -> None:
     """The figures as text tables on stdout."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = stdout_console()
 
     def show(title: str, columns: Sequence[str], lines: Sequence[tuple[str, dict[str, Any]]]) -> None:
         table = Table(title=title, title_justify="left")

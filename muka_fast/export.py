@@ -26,7 +26,7 @@ import yaml
 
 from muka_fast import __version__
 from muka_fast.console import quiet_transformers
-from muka_fast.errors import UserError
+from muka_fast.errors import UserError, first_line
 from muka_fast.files import LOCK, held
 from muka_fast.teachers import settle_tokenizer, token_limit
 
@@ -225,9 +225,8 @@ def save_student(
         shutil.rmtree(partial, ignore_errors=True)
         if not is_write_error(error):
             raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"--output {output}: the student cannot be written ({reason}); free some space, then repeat with --resume"
+            f"--output {output}: the student cannot be written ({first_line(error)}); free some space, then repeat with --resume"
         ) from error
     return output
 
@@ -282,7 +281,12 @@ def clean_tokenizer(
 
 def sync_folder(folder: Path) -> None:
     """Have the disk confirm every file of a folder, and the folder."""
-    for path in [*folder.rglob("*"), folder]:
+    sync(*folder.rglob("*"), folder)
+
+
+def sync(*paths: Path) -> None:
+    """Have the disk confirm files, and the names in folders."""
+    for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -314,17 +318,8 @@ def finish_export(output: str | Path) -> bool:
                 os.replace(ready / name, output / name)
         (ready / FILE_LIST).unlink()
     ready.rmdir()
-    sync_folder_entry(output)
+    sync(output)
     return True
-
-
-def sync_folder_entry(folder: Path) -> None:
-    """Have the disk confirm the names in a folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ---- the card ----

@@ -2,12 +2,15 @@
 folder for one process alone."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from muka_fast.errors import UserError
 
 LOCK = ".lock"
 
@@ -24,6 +27,17 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def lock(file: IO, wait: bool = True) -> None:
+    """Lock an open file until it is closed. Raises BlockingIOError where another process has it and `wait` is false, and UserError
+    where the file system knows no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        raise UserError(f"{file.name}: its file system has no locks; mount it with flock or name a folder elsewhere") from error
+
+
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """The folder for this process alone, by a lock on its LOCK. Raises BlockingIOError where another process holds it."""
@@ -31,8 +45,8 @@ def held(folder: Path) -> Iterator[None]:
     while True:
         file = open(path, "a")  # noqa: SIM115 - closed below
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            lock(file, wait=False)
+        except (OSError, UserError):
             file.close()
             raise
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):

@@ -11,19 +11,19 @@ from muka_fast.data import TextSet, tokenize
 from muka_fast.doubt import UncertaintyHead, with_features
 from muka_fast.evaluate import load_model, predict
 from muka_fast.evidence import SAMPLE, sample_rows
-from muka_fast.labels import LabelSpace
-from muka_fast.supervision import Supervision, device_of
+from muka_fast.memory import device_of
+from muka_fast.supervision import Supervision
 from muka_fast.targets import Method
 from muka_fast.teachers import token_limit
 
 log = logging.getLogger("muka_fast")
 
 
-def doubt_targets(config: RunConfig, sup: Supervision, space: LabelSpace) -> np.ndarray | None:
-    """The ensemble's doubt of every text, [n] in (0, 1): the mean of its ranks; None without --uncertainty_head."""
+def doubt_targets(config: RunConfig, sup: Supervision) -> np.ndarray | None:
+    """The ensemble's doubt of every text, [n] in (0, 1): the mean of its ranks; None without --uncertainty_head. sup: restricted."""
     if not config.uncertainty_head:
         return None
-    return doubt_ranks(sup.restrict(space), config.uncertainty, config.seed).mean(1)
+    return doubt_ranks(sup, config.uncertainty, config.seed).mean(1)
 
 
 def fit_head(config: RunConfig, output: Path, texts: TextSet, doubt: np.ndarray, method: Method) -> UncertaintyHead:

@@ -11,8 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-from muka_fast.checkpoint import first_line
-from muka_fast.errors import UserError
+from muka_fast.errors import UserError, first_line
 from muka_fast.sites import AnyValue
 from muka_fast.teachers import DTYPES, position_limit, settle_forward
 

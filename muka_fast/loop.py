@@ -50,7 +50,7 @@ class Plan:
 @contextmanager
 def stop_signals() -> Iterator[list[signal.Signals]]:
     """The signals to stop that have arrived so far: SIGTERM, or Ctrl-C, of which a second one ends at once. Only the main thread can
-    listen; what a shell ignores for us (Ctrl-C, of a job in the background) stays ignored."""
+    listen; what a shell ignores for us (Ctrl-C, of a job in the background) stays ignored, and what C code handles stays with it."""
     arrived: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
         yield arrived
@@ -62,7 +62,7 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(signal.SIGINT, before[signal.SIGINT])
             log.warning("interrupted: stopping after a checkpoint (Ctrl-C once more: at once, without)")
 
-    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not signal.SIG_IGN]
+    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     before = {number: signal.signal(number, arrive) for number in heard}
     try:
         yield arrived
@@ -164,7 +164,7 @@ def train_step(
         total += loss.detach()
         seen.append((used, losses.detach()))
         if micro + 1 == len(parts):
-            outcome = engine.sum_and_max(total, bool(arrived))
+            outcome = engine.sum_and_any(total, bool(arrived))
         engine.backward(loss)
         engine.step()
     return Step(step + 1, rows, outcome, seen)

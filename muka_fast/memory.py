@@ -1,4 +1,5 @@
-"""How much memory a run may take: batches, replicas that run at once, teachers that stay loaded; copies to and from a device."""
+"""The device, and how much of its memory a run may take: batches, replicas that run at once, teachers that stay loaded; copies to and
+from it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +9,29 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from muka_fast.errors import UserError
+
 CPU_REPLICA_BYTES = 512 << 20  # more replicas at once than this are no faster on a CPU
 CPU_TOKENS = 8192
 GPU_TOKENS = 262_144  # on an H200 65,536 to 262,144 tokens of a BERT-base in bf16 score as fast, 32,768 3 % slower
 TOKEN_WIDTHS = 24  # activations of a token in hidden sizes: a feed-forward layer holds two times four, attention four
 UNKNOWN_FREE_BYTES = 2 << 30  # where the system does not tell (not Linux)
+
+
+def device_of(name: str) -> str:
+    """The torch device that --device names; auto takes a GPU where there is one. Raises UserError where it is not there."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return "cuda" if count else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: must be auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not count:
+        raise UserError(f"--device {name}: PyTorch finds no GPU on this machine, use --device cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"--device {name}: this machine has {count} GPUs, and they are counted from 0")
+    return name
 
 
 def free_bytes(device: torch.device) -> int:
@@ -34,8 +53,13 @@ def replica_budget_bytes(device: torch.device) -> int:
 
 
 def teacher_budget_bytes(device: torch.device) -> int:
-    """What the weights of teachers that stay loaded together may take: a quarter of the free memory."""
-    return free_bytes(device) // 4
+    """What the weights of teachers that stay loaded together may take: a quarter of this process's part of the free memory."""
+    return free_bytes(device) // sharers(device) // 4
+
+
+def sharers(device: torch.device) -> int:
+    """How many processes take their part of a device's memory: all of the job that of the host, one that of a GPU."""
+    return torch.distributed.get_world_size() if device.type == "cpu" and torch.distributed.is_initialized() else 1
 
 
 def token_budget(asked: int | None, model: PreTrainedModel, device: torch.device) -> int:

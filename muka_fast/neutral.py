@@ -21,10 +21,10 @@ from torch import Tensor
 from muka_fast import checkpoint
 from muka_fast.console import progress, quiet_transformers
 from muka_fast.data import TextSet, Tokens, collate, token_budget_batches, tokenize, tokenizer_key
-from muka_fast.errors import UserError
+from muka_fast.errors import NOT_FINITE, UserError, first_line
 from muka_fast.features import Features, read_or_refuse
 from muka_fast.intercept import run_without_waiting
-from muka_fast.memory import send, token_budget
+from muka_fast.memory import device_of, send, token_budget
 from muka_fast.names import readable
 from muka_fast.pool_tokens import PoolTokens
 from muka_fast.shard_queue import ShardQueue
@@ -41,7 +41,6 @@ from muka_fast.store import (
     write_shard,
 )
 from muka_fast.student import encoder_fingerprint
-from muka_fast.supervision import device_of
 from muka_fast.teachers import (
     DTYPES,
     LOADING_ERRORS,
@@ -166,7 +165,7 @@ def _compute(
             ids = texts.example_ids[shard.start : shard.stop].astype(np.int64)
             finite = np.isfinite(pooled).all(1)
             if not finite.all():
-                raise UserError(f"{ROLE} {folder}: NaN or infinite for text {ids[~finite][0]}; check the checkpoint")
+                raise UserError(f"{ROLE} {folder}: NaN or infinite for text {ids[~finite][0]}; {NOT_FINITE}")
             write_shard(place, shard, key, {FEATURES: half(pooled), "example_ids": ids})
 
         return write
@@ -186,7 +185,7 @@ def load_encoder(
                 folder, dtype=DTYPES[precision], use_safetensors=True, local_files_only=True, trust_remote_code=False
             )
     except LOADING_ERRORS as error:
-        raise UserError(f"{what}: transformers cannot load it: {checkpoint.first_line(error)}") from error
+        raise UserError(f"{what}: transformers cannot load it: {first_line(error)}") from error
     settle_forward(model)
     settle_tokenizer(model, tokenizer, what)
     check_vocabulary(model, tokenizer, what)

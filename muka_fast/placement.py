@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from muka_fast import adapters, checkpoint
 from muka_fast.errors import UserError
-from muka_fast.memory import free_bytes
+from muka_fast.memory import free_bytes, sharers
 
 log = logging.getLogger("muka_fast")
 SHARE = 0.8  # of the free memory may be weights; the rest is for activations
@@ -37,12 +37,11 @@ def memory_limits(needed: int, device: torch.device, most_gib: float | None) -> 
     most_gib: what `device` (each GPU, if it is one) may hold, None = SHARE of what is free. A process of a group leaves the GPUs
     of the others alone, and takes its part of the host memory. The disk takes what is left.
     """
-    num_processes = distributed.get_world_size() if distributed.is_initialized() else 1
 
     def room(place: torch.device) -> int:
         if most_gib is not None and place.type == device.type:
             return int(most_gib * GIB)
-        return int(SHARE * free_bytes(place)) // (num_processes if place.type == "cpu" else 1)
+        return int(SHARE * free_bytes(place)) // sharers(place)
 
     if needed > room(device):
         gc.collect()  # a split model is a circle of references: gone only now
@@ -51,7 +50,7 @@ def memory_limits(needed: int, device: torch.device, most_gib: float | None) -> 
     limits: dict[int | str, int] = {}
     if device.type == "cuda":
         own = torch.cuda.current_device() if device.index is None else device.index
-        all_gpus = device.index is None and num_processes == 1
+        all_gpus = device.index is None and sharers(torch.device("cpu")) == 1
         for gpu in range(torch.cuda.device_count()) if all_gpus else [own]:
             limits[gpu] = room(torch.device("cuda", gpu))
     return limits | {"cpu": room(torch.device("cpu"))}

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ from muka_fast import adapters, checkpoint
 from muka_fast.config import PlanConfig, RunConfig
 from muka_fast.console import quiet_transformers
 from muka_fast.data import read_texts, tokenize
-from muka_fast.errors import UserError
+from muka_fast.errors import UserError, first_line
 from muka_fast.footprint import STAGES, Footprint, footprint, measured_flops, stage_memory
 from muka_fast.labels import build_label_space
+from muka_fast.memory import device_of
 from muka_fast.recipe import default_epochs
 from muka_fast.scoring import empty_shard
 from muka_fast.store import FEATURE_TYPE, FEATURES, default_shard_size, shard_ranges
-from muka_fast.supervision import device_of
 from muka_fast.teachers import DTYPES, LOADING_ERRORS, teacher_names
 
 log = logging.getLogger("muka_fast")
@@ -52,7 +51,7 @@ def read_model(source: str, what: str, classifier: bool = True) -> tuple[PreTrai
         with quiet_transformers():
             config = AutoConfig.from_pretrained(path if local else source, local_files_only=local, trust_remote_code=False)
     except LOADING_ERRORS as error:
-        raise UserError(f"{what}: its configuration cannot be read: {checkpoint.first_line(error)}") from error
+        raise UserError(f"{what}: its configuration cannot be read: {first_line(error)}") from error
     if labels is None:
         labels = checkpoint.check_classifier(written or config.to_dict(), what) if classifier else []
     return config, labels
@@ -71,18 +70,18 @@ def store_bytes(teachers: list[tuple[int, int]], num_texts: int, shard_size: int
     return total
 
 
-def scoring_forwards(config: PreTrainedConfig, options: PlanConfig) -> float:
-    """Cost of scoring a text in plain forwards: trunk once, tail once without and mc_samples times with dropout.
+def scoring_forwards(config: PreTrainedConfig, mc_scope: str, mc_samples: float) -> float:
+    """Cost of scoring a text in plain forwards: trunk once, tail once without and mc_samples times with dropout (0: none).
 
     A head behind the last layer costs next to nothing, and so does a last layer of which the head reads one token.
     """
-    if not options.mc or options.mc_scope == "head":
+    if mc_scope == "head":
         return 1.0
     layers = config.num_hidden_layers
-    active = layers if options.mc_scope == "all" else min(layers, int(options.mc_scope.partition(":")[2]))
+    active = layers if mc_scope == "all" else min(layers, int(mc_scope.partition(":")[2]))
     if active == 1 and getattr(config, "classifier_pooling", "cls") != "mean":
         return 1.0
-    return 1.0 + options.mc_samples * active / layers
+    return 1.0 + mc_samples * active / layers
 
 
 def count_texts(options: PlanConfig) -> tuple[int, float]:
@@ -99,7 +98,7 @@ def count_texts(options: PlanConfig) -> tuple[int, float]:
             tokenizer = AutoTokenizer.from_pretrained(options.student, trust_remote_code=False)
     except LOADING_ERRORS as error:
         raise UserError(
-            f"student {options.student}: its tokenizer cannot be loaded ({checkpoint.first_line(error)}); give --tokens_per_text"
+            f"student {options.student}: its tokenizer cannot be loaded ({first_line(error)}); give --tokens_per_text"
         ) from error
     return len(texts), float(tokenize(tokenizer, texts[::step], options.max_length).lengths.mean())
 
@@ -136,7 +135,8 @@ def plan(options: PlanConfig) -> dict[str, Any]:
         config, labels = read_model(path, f"teacher {path}")
         owners.append((name, labels))
         widths.append((len(labels), config.get_text_config().hidden_size))
-        read = reading(config, scoring_forwards(config, options), f"teacher {path}")
+        passes = options.mc_samples if options.mc else 0
+        read = reading(config, scoring_forwards(config, options.mc_scope, passes), f"teacher {path}")
         teachers.append({"name": name, "classes": len(labels)} | read)
     config, _ = read_model(options.student, f"student {options.student}", classifier=False)
     encoder = options.neutral_encoder or options.student
@@ -204,11 +204,9 @@ def duration(hours: float) -> str:
 
 def print_tables(found: dict[str, Any], options: PlanConfig) -> None:
     """The plan as text tables on stdout."""
-    from rich.console import Console
+    from muka_fast.console import fill, new_table, stdout_console
 
-    from muka_fast.doctor import fill, new_table
-
-    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = stdout_console()
     student = found["student"]
     title = (
         f"Training {student['name']}: {student['parameters']:,} parameters, {student['classes']} classes, {options.precision}; memory "

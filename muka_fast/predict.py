@@ -18,7 +18,7 @@ from muka_fast.doubt import UncertaintyHead, with_head
 from muka_fast.errors import UserError
 from muka_fast.evaluate import kept_length, load_model, predict
 from muka_fast.files import write_text
-from muka_fast.supervision import device_of
+from muka_fast.memory import device_of
 
 if TYPE_CHECKING:
     from muka_fast.config import PredictConfig
@@ -92,10 +92,10 @@ def main(config: PredictConfig) -> int:
         raise UserError(f"--output {output}: is already there; name another file")
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}; make it, or name another file")
+    texts = read_texts(config.texts, text_column=config.text_column, limit=config.limit, split="test")
     predictor = Predictor(config.model, config.device, config.max_length, config.token_budget)
     if predictor.head is None:
         log.warning("%s has no uncertainty head: its answers come without doubt (train with --uncertainty_head)", config.model)
-    texts = read_texts(config.texts, text_column=config.text_column, limit=config.limit, split="test")
     found = predictor.predict(texts.texts, "predicting")
     if output is None:
         if isinstance(sys.stdout, io.TextIOWrapper):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from muka_fast.console import log
-from muka_fast.errors import UserError
+from muka_fast.errors import UserError, first_line
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.\[\]%+-]+))?")
@@ -212,7 +212,7 @@ def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         # Arrow's own complaints are OSErrors without a number, over several lines.
-        raise UserError(f"{path}: damaged parquet file ({str(error).strip().splitlines()[0]})") from error
+        raise UserError(f"{path}: damaged parquet file ({first_line(error)})") from error
 
 
 def _hub_rows(name: str, split: str, columns: Columns) -> Iterator[Row]:
@@ -224,7 +224,7 @@ def _hub_rows(name: str, split: str, columns: Columns) -> Iterator[Row]:
     try:
         data = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = first_line(error)[:200]
         raise UserError(
             f"{name}: no such file, and not to be had as a hub data set, split '{split}': {reason}"
         ) from error

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from muka_fast.checkpoint import first_line
 from muka_fast.config import RunConfig
-from muka_fast.errors import UserError
+from muka_fast.errors import UserError, first_line
 from muka_fast.optim import clip_gradients
 
 log = logging.getLogger("muka_fast")

@@ -92,7 +92,7 @@ def read_run(output: Path) -> dict[str, Any]:
 def supervision_summary(method: "Method", sup: "Supervision", space: "LabelSpace", texts: "TextSet") -> dict[str, Any]:
     """Which teacher was trusted how often and by how much, with the clearest and the least clear texts.
 
-    Methods without a selection of their own (uhc, supervised, oracle) get that of muka-hard with predictive entropy.
+    Methods without a teacher margin get the selection of muka-hard with predictive entropy.
     """
     selected, margin, source, sup = method.selected, method.margin, method.config.method, sup.restrict(space)
     if selected is None or margin is None:

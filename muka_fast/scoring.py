@@ -15,7 +15,7 @@ import torch
 from muka_fast.adaptive import Crew, run_waves, token_batches
 from muka_fast.console import progress
 from muka_fast.data import TextSet, Tokens, collate, cut_length, token_budget_batches
-from muka_fast.errors import UserError
+from muka_fast.errors import NOT_FINITE, UserError
 from muka_fast.memory import replica_budget_bytes, token_budget
 from muka_fast.pool_tokens import PoolTokens
 from muka_fast.shard_queue import ShardQueue
@@ -212,7 +212,7 @@ class Scoring:
             example = int(tensors["example_ids"][rows[~good][0]])
             raise UserError(
                 f"teacher {job.entry['name']!r}: its output for text {example} of {self.texts.source!r} (row, counted from 0) is NaN "
-                "or infinite; check the checkpoint, or score it on another --device"
+                f"or infinite; {NOT_FINITE}"
             )
 
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, Self, TypeVar
 import torch
 from torch import distributed
 
-from muka_fast.errors import UserError
+from muka_fast.errors import UserError, first_line
 from muka_fast.group import gone
 
 T, P = TypeVar("T"), TypeVar("P")
@@ -147,7 +147,7 @@ class ShardQueue:
         try:
             yield
         except RuntimeError as error:  # of gloo and of the store alike
-            self._end(gone() or f"another process is gone ({str(error).splitlines()[0]})")
+            self._end(gone() or f"another process is gone ({first_line(error)})")
 
     def _end(self, what: str) -> NoReturn:
         log.error("%s while scoring: stopping; its log has the reason, finished shards are kept", what)

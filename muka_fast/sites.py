@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-from muka_fast.checkpoint import first_line
-from muka_fast.errors import UserError
+from muka_fast.errors import UserError, first_line
 from muka_fast.intercept import intercept, layer_modules, patched
 from muka_fast.ops.reference import ATTENTION_STRIDE
 from muka_fast.ops.repeat_dropout import repeat_dropout

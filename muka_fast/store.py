@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -51,6 +50,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from muka_fast.errors import UserError
+from muka_fast.files import lock
 
 if TYPE_CHECKING:
     from muka_fast.data import TextSet
@@ -298,7 +298,7 @@ def _locked(store: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{store}: the store cannot be written ({error.strerror or error}); name another folder") from error
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file)
         yield
 
 

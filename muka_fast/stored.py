@@ -20,7 +20,6 @@ from muka_fast.errors import UserError
 from muka_fast.features import Features, read_or_refuse, teacher_features
 from muka_fast.selection import UNCERTAINTY
 from muka_fast.store import (
-    MATRICES,
     OPTION_KEYS,
     VECTORS,
     ShardRange,
@@ -43,9 +42,9 @@ class Supervision:
     """All teachers' statistics over all texts, in the order of the text set. n texts, N teachers, S columns of all
     teachers.
 
-    logits, mean_probs, var_probs fp32 [n, S]; predictive_entropy, expected_entropy fp32 [n, N] in nats; example_ids
-    int64 [n]; teachers: manifest entries (name, labels, fingerprint, mc, ...); offsets: teacher i owns columns
-    offsets[i]:offsets[i + 1]. total_variance [n, N]: var_probs summed over all classes of the teacher. Entropies and
+    logits, mean_probs fp32 [n, S]; predictive_entropy, expected_entropy in nats and total_variance (the variances of the
+    probabilities, summed over all classes of the teacher) fp32 [n, N]; example_ids int64 [n]; teachers: manifest entries
+    (name, labels, fingerprint, mc, ...); offsets: teacher i owns columns offsets[i]:offsets[i + 1]. Entropies and
     total_variance are those of the full label set, also after `restrict`. num_samples int64 [n]: passes that each text got
     under --mc_stop, of every teacher; None: mc_samples for all. features: per teacher what its output layer reads,
     [n, D_i], on disk until a method asks for it; None where the supervision comes from no store.
@@ -53,21 +52,15 @@ class Supervision:
 
     logits: Tensor
     mean_probs: Tensor
-    var_probs: Tensor
     predictive_entropy: Tensor
     expected_entropy: Tensor
+    total_variance: Tensor
     example_ids: Tensor
     teachers: Sequence[dict[str, Any]]
     offsets: list[int]
-    total_variance: Tensor = None
     features: Sequence[Features] | None = field(default=None, repr=False)
     num_samples: Tensor | None = None
     label_space: LabelSpace | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.total_variance is None:
-            sums = [self.var_probs[:, a:b].sum(-1) for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
-            object.__setattr__(self, "total_variance", torch.stack(sums, dim=-1))
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -110,7 +103,6 @@ class Supervision:
             self,
             logits=logits,
             mean_probs=mean,
-            var_probs=self.var_probs[:, columns],
             offsets=list(label_space.offsets),
             label_space=label_space,
         )
@@ -132,8 +124,8 @@ def load_supervision(
     counts = [len(entry["labels"]) for entry in entries]
     offsets = [0, *np.cumsum(counts).tolist()]
     n, ranges = manifest["texts"]["count"], shard_ranges(manifest["texts"]["count"], manifest["shard_size"])
-    matrices = {name: torch.empty(n, offsets[-1]) for name in MATRICES}
-    vectors = {name: torch.empty(n, len(keys)) for name in VECTORS}
+    matrices = {name: torch.empty(n, offsets[-1]) for name in ("logits", "mean_probs")}
+    vectors = {name: torch.empty(n, len(keys)) for name in (*VECTORS, "total_variance")}
     ids = torch.empty(n, dtype=torch.int64)
     adaptive, features = check_company(store, entries), []
     num_samples = torch.empty(n, dtype=torch.int64) if adaptive else None
@@ -143,9 +135,10 @@ def load_supervision(
         for shard in ranges:
             tensors = read_or_refuse(store / key, shard, read)
             rows = slice(shard.start, shard.stop)
-            for name in MATRICES:
+            tensors["total_variance"] = tensors["var_probs"].sum(-1)
+            for name in matrices:
                 matrices[name][rows, offsets[i] : offsets[i + 1]] = torch.from_numpy(tensors[name])
-            for name in VECTORS:
+            for name in vectors:
                 vectors[name][rows, i] = torch.from_numpy(tensors[name])
             found = torch.from_numpy(tensors["example_ids"])
             if i == 0:

@@ -13,7 +13,7 @@ from torch import nn
 from muka_fast import checkpoint
 from muka_fast.console import quiet_transformers
 from muka_fast.engine import partitioned_loading, whole_parameters
-from muka_fast.errors import UserError
+from muka_fast.errors import UserError, first_line
 from muka_fast.teachers import (
     LOADING_ERRORS,
     check_vocabulary,
@@ -62,7 +62,7 @@ def load_student(
                 output_loading_info=True,
             )
     except LOADING_ERRORS as error:
-        raise UserError(f"{what}: transformers cannot load it: {checkpoint.first_line(error)}") from error
+        raise UserError(f"{what}: transformers cannot load it: {first_line(error)}") from error
     settle_forward(model)
     # ZeRO-3 loading records even legacy renamings (LayerNorm.gamma), and saving would apply them backwards.
     if ds_config["zero_optimization"]["stage"] == 3:
@@ -85,7 +85,7 @@ def checkpoint_activations(model: transformers.PreTrainedModel, what: str) -> No
     try:
         enable()
     except ValueError as error:
-        raise UserError(f"{what}: {checkpoint.first_line(error)}; leave out --activation_checkpointing") from error
+        raise UserError(f"{what}: {first_line(error)}; leave out --activation_checkpointing") from error
 
 
 def encoder_fingerprint(source: str | Path, role: str = "student") -> str:

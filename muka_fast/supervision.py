@@ -21,7 +21,7 @@ from muka_fast.data import TextSet, read_texts
 from muka_fast.engine import init_distributed, resolve_device
 from muka_fast.errors import UserError
 from muka_fast.group import shut_down, told_once
-from muka_fast.memory import teacher_budget_bytes
+from muka_fast.memory import device_of, teacher_budget_bytes
 from muka_fast.placement import memory_limits, weight_bytes
 from muka_fast.scoring import Job, Scoring
 from muka_fast.shard_queue import ShardQueue
@@ -51,7 +51,7 @@ from muka_fast.trunk import StochasticTeacher
 if TYPE_CHECKING:
     from muka_fast.config import ScoreConfig, ScoringOptions
 
-__all__ = ["Supervision", "check_sites", "device_of", "fill_store", "load_supervision", "main", "open_store", "option_values", "score"]
+__all__ = ["Supervision", "check_sites", "fill_store", "load_supervision", "main", "open_store", "option_values", "score"]
 
 log = logging.getLogger("muka_fast")
 FAMILY_BYTES = 1 << 20  # of the largest tensor; whether layers are equal is found out from all of them
@@ -210,19 +210,6 @@ def tell_precision(precision: str, device: str) -> None:
         log.warning("--scoring_precision %s: this CPU does not compute in it, so that it is slower than fp32", precision)
 
 
-def device_of(name: str) -> str:
-    """The torch device that --device names; auto takes a GPU where there is one. Raises UserError where there is none."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: this machine has no usable GPU; use --device cpu or auto")
-    try:
-        torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: must be auto, cpu, cuda or cuda:N") from error
-    return name
-
-
 def _load(path: str, name: str, device: torch.device, options: ScoringOptions) -> Teacher:
     dtype = DTYPES[options.scoring_precision]
     return load_teacher(path, run_seed=options.seed, device=device, dtype=dtype, name=name, most_gib=options.teacher_gib)
@@ -267,9 +254,10 @@ def option_values(options: ScoringOptions) -> dict[str, Any]:
 
 def score(config: ScoreConfig) -> Supervision:
     """Fill or complete the store `config.output` with `config.teachers` over `config.texts`; under torchrun with all processes."""
+    launched = "RANK" in os.environ
     with told_once():
-        device = resolve_device(config.device)
-    rank, world_size = init_distributed(device, config.verbose) if "RANK" in os.environ else (0, 1)
+        device = resolve_device(config.device) if launched else device_of(config.device)
+    rank, world_size = init_distributed(device, config.verbose) if launched else (0, 1)
     with log_file(Path(config.output) / "logs", rank, world_size) if world_size > 1 else nullcontext():
         columns = {"text_column": config.text_column, "label_column": config.label_column}
         with told_once():

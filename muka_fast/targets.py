@@ -91,7 +91,8 @@ class Method(ABC):
         return {}
 
     def weights(self, rows: Tensor) -> Tensor:
-        """The weight of each text [B] that `loss` already contains: 1, 0 (excluded) or teacher margin + 1e-6."""
+        """The weight of each text [B] that `loss` already contains: 0 (excluded), else 1, or what the method gives (--margin,
+        --teacher_balance)."""
         return self.included[rows]
 
     def denominator(self, rows: Tensor) -> float:
@@ -102,11 +103,7 @@ class Method(ABC):
     def target_probs(self, rows: Tensor) -> Tensor | None:
         """The composed target q [B, C] of each text; None where the method has none (uhc)."""
 
-    @property
-    def num_excluded(self) -> int:
-        return self._num_excluded
-
-    _num_excluded = 0
+    num_excluded = 0
 
     def _exclude(self, excluded: Tensor) -> None:
         if excluded.all():
@@ -119,11 +116,11 @@ class Method(ABC):
     def _leave_out(self, excluded: Tensor, why: str) -> None:
         """Give these texts (bool [n]) weight 0, and say so."""
         self.included = (~excluded).float()
-        self._num_excluded = int(excluded.sum())
-        if self._num_excluded == len(excluded):
+        self.num_excluded = int(excluded.sum())
+        if self.num_excluded == len(excluded):
             raise UserError(f"--method {self.config.method}: all {len(excluded)} texts {why}; give other texts")
-        if self._num_excluded:
-            told = (self.config.method, self._num_excluded, len(excluded), why)
+        if self.num_excluded:
+            told = (self.config.method, self.num_excluded, len(excluded), why)
             log.warning("%s: %d of %d texts %s; they are left out (weight 0)", *told)
 
 

@@ -24,10 +24,10 @@ from muka_fast.evaluate import metrics, predict
 from muka_fast.export import check_replaceable, clean_tokenizer, is_write_error, open_weights, set_labels, sync_folder
 from muka_fast.fused_layers import fused_layers
 from muka_fast.labels import warn_of_lookalikes
+from muka_fast.memory import device_of
 from muka_fast.optim import linear_schedule, parameter_groups
 from muka_fast.recipe import default_epochs, default_learning_rate
 from muka_fast.student import load_student
-from muka_fast.supervision import device_of
 from muka_fast.teachers import token_limit
 
 if TYPE_CHECKING:

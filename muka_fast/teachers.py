@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from muka_fast import adapters, checkpoint, placement
 from muka_fast.console import quiet_transformers
 from muka_fast.data import tokenizer_key
-from muka_fast.errors import UserError
+from muka_fast.errors import UserError, first_line
 from muka_fast.sites import trace_inputs
 
 log = logging.getLogger("muka_fast")
@@ -233,7 +233,7 @@ def load_classifier(
                 output_loading_info=True,
             )
     except LOADING_ERRORS as error:
-        raise UserError(f"{what}: transformers cannot load it: {checkpoint.first_line(error)}") from error
+        raise UserError(f"{what}: transformers cannot load it: {first_line(error)}") from error
     check_loading(info, what)
     settle_forward(model)
     return model
@@ -285,7 +285,7 @@ def check_split(model: transformers.PreTrainedModel, needed: int, what: str) -> 
     except RuntimeError as error:
         raise UserError(
             f"{what}: its {needed / placement.GIB:.3g} GiB of weights do not fit on the device, and {type(model).__name__} cannot be "
-            f"split ({checkpoint.first_line(error)}); score it on a larger one, or raise --teacher_gib"
+            f"split ({first_line(error)}); score it on a larger one, or raise --teacher_gib"
         ) from error
     log.info("%s: %.3g GiB of weights, placed on: %s", what, needed / placement.GIB, placement.describe(model))
 
@@ -299,7 +299,7 @@ def load_tokenizer(folder: Path, what: str) -> transformers.PreTrainedTokenizerB
                 folder, local_files_only=True, trust_remote_code=False, padding_side="right"
             )
     except LOADING_ERRORS as error:
-        raise UserError(f"{what}: its tokenizer cannot be loaded: {checkpoint.first_line(error)}") from error
+        raise UserError(f"{what}: its tokenizer cannot be loaded: {first_line(error)}") from error
     return tokenizer
 
 

@@ -133,12 +133,13 @@ def merge(
     with told_once():
         label_map = read_label_map(config.label_map) if config.label_map else None
         space = build_label_space([(teacher["name"], teacher["labels"]) for teacher in sup.teachers], label_map)
+        sup = sup.restrict(space)  # once: for ten million texts a copy is gigabytes
         labels = true_labels(texts, label_map, sup)
     if not config.teachers:  # else they were checked before the scoring
         on_first_process(lambda: check_labels(config, sup.teachers, space, label_map))
     with clock("select teachers"):
         weights = on_first_process(lambda: pool_weights(config, sup, space, texts, neutral, output))
-        doubt = on_first_process(lambda: doubt_targets(config, sup, space))
+        doubt = on_first_process(lambda: doubt_targets(config, sup))
     with told_once():
         method = build_method(config, sup, space, labels, weights)
 
@@ -240,7 +241,8 @@ def supervise(config: RunConfig, texts: TextSet, output: Path) -> tuple[Supervis
         store = store_folder(config, output)
         sup = fill_store(store, config.teachers, texts, config, ShardQueue(group=True), needs_features)
     else:
-        sup = open_store(store_folder(config, output), texts, option_values(config), config.store_teachers)
+        with told_once():
+            sup = open_store(store_folder(config, output), texts, option_values(config), config.store_teachers)
     alone = len(sup.teachers) == 1  # it owns every text, whatever they look like
     return sup, None if alone else pool_features(config, texts, output, ShardQueue(group=True))
 
@@ -379,7 +381,9 @@ def script(argv: list[str]) -> int:
         from muka_fast.material import fill_in
 
         log.info("neither --teachers nor --config: merging the demo's teachers, which are made now where they are missing")
-        init_distributed(resolve_device(config.device), config.verbose)
+        with told_once():
+            device = resolve_device(config.device)
+        init_distributed(device, config.verbose)
         ours = {} if config.output or config.resume else {"overwrite": True}  # repeating the bare command repeats the run
         config = on_first_process(lambda: fill_in(config)).model_copy(update=ours)
     return main(config)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from muka_fast.errors import UserError
+from muka_fast.errors import NOT_FINITE, UserError
 from muka_fast.layered import LayeredEncoder
 from muka_fast.memory import replica_budget_bytes
 from muka_fast.ops.mc_head import mc_head
@@ -83,6 +83,8 @@ class StochasticTeacher:
             self.encoder = ModelSplit(self.model)
             ids, mask = _check_inputs(self.model)
             self.output_layer, plain = output_layer(self.model, ids, mask)
+            if not plain.isfinite().all():
+                raise UserError(f"teacher {self.name}: its logits are not finite; {NOT_FINITE}")
             self.mc_scope = self._checked_scope(mc_scope, ids, mask, plain)
             self.p_of_site = self._probabilities(mc_dropout_p) if mc else {}
             self.layer = self._first_stochastic_layer()
@@ -370,7 +372,7 @@ def check_numbers(name: str, scores: TeacherScores, example_ids: np.ndarray) -> 
     """Raises UserError that names the teacher and the first text whose scores hold NaN. Waits for the device."""
     bad = torch.stack([torch.isnan(value).reshape(len(value), -1).any(1) for value in vars(scores).values()]).any(0).cpu().numpy()
     if bad.any():
-        raise UserError(f"teacher {name}: NaN logits for text {example_ids[bad][0]}; leave this teacher or this text out")
+        raise UserError(f"teacher {name}: NaN logits for text {example_ids[bad][0]}; {NOT_FINITE}")
 
 
 def scores_of_passes(logits: Tensor, samples: Tensor, features: Tensor) -> TeacherScores:

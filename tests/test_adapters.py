@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from teacher_folders import refusal
 
-from muka_fast import adapters, teachers
+from muka_fast import adapters, checkpoint, teachers
 
 peft = pytest.importorskip("peft", reason="the optional extra peft is not installed")
 
@@ -78,6 +78,13 @@ def test_a_base_that_asks_for_more_is_answered_as_usual(make_adapter):
 def test_same_head_size_keeps_the_names_of_the_base(make_adapter):
     folder, *_ = make_adapter(config=False, labels=("c", "d"))
     assert teachers.read_labels(folder) == ["a", "b"]
+
+
+def test_base_and_adapter_are_read_once_for_a_fingerprint(make_adapter, monkeypatch):
+    folder, *_ = make_adapter()
+    reads, original = [], checkpoint.fingerprint
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda *given: reads.append(given) or original(*given))
+    assert len({teachers.inspect(folder).fingerprint for _ in range(3)}) == 1 and len(reads) == 2
 
 
 def test_fingerprint_sees_the_adapter_and_the_base(make_adapter):

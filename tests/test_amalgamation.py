@@ -96,11 +96,6 @@ def test_published_seconds_count_loading_once(bench, monkeypatch):
     assert published.published_seconds(args, ["a"], ["x"] * 40, torch.float32) == 5 + 2 * 5
 
 
-def test_forwards_of_a_scope(bench):
-    forwards, config = importlib.import_module("work").forwards, SimpleNamespace(num_hidden_layers=12)
-    assert [forwards(config, scope, 16) for scope in ("head", "last:1", "last:3", "all")] == [1, 1, 5, 17]
-
-
 def test_published_batches_to_the_longest_text_give_the_same_logits(bench, make_model, make_tokenizer, texts):
     published = importlib.import_module("published")
     model, tokenizer = make_model("bert"), make_tokenizer("bert")

@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from muka_fast.cli import COMMANDS, parse
 from muka_fast.config import (
     GROUPS,
     METHODS,
@@ -115,8 +116,9 @@ def test_labels_come_as_text_or_as_a_list():
         ({"resume": True, "overwrite": True}, ["--resume", "--overwrite"]),
         ({"teachers": ["a"], "store_teachers": ["b"]}, ["--teachers", "--store_teachers", "--store"]),
         ({"texts": ["a", "b"]}, ["--texts", "a path or hub name"]),
-        ({"mc": False, "uncertainty": "mutual_information"}, ["--no-mc", "mutual_information"]),
-        ({"mc_samples": 1, "uncertainty": "variance"}, ["--mc_samples 1", "variance"]),
+        ({"mc": False, "uncertainty": "mutual_information", "method": "muka-soft"}, ["--no-mc", "mutual_information"]),
+        ({"mc_samples": 1, "uncertainty": "variance", "method": "muka-hard"}, ["--mc_samples 1", "variance"]),
+        ({"mc": False, "uncertainty": "variance", "method": "vkd", "uncertainty_head": True}, ["--no-mc", "variance"]),
         ({"epochs": 0, "seed": -1}, ["--seed -1", "1 more"]),
     ],
 )
@@ -140,8 +142,16 @@ def test_every_method_is_accepted(method):
 
 
 def test_one_pass_is_allowed_where_the_measure_is_not_used():
-    assert load_config(RunConfig, None, {"mc": False, "uncertainty": "variance", "method": "vkd"}).mc is False
+    for method in ("vkd", "muka-auto"):  # the latter has its own measures
+        assert load_config(RunConfig, None, {"mc": False, "uncertainty": "variance", "method": method}).mc is False
     assert load_config(RunConfig, None, {"mc": False, "uncertainty": "expected_entropy"}).mc is False
+
+
+def test_labels_are_split_alike_on_the_command_line_and_in_yaml(tmp_path):
+    (tmp_path / "teach.yaml").write_text("encoder: e\ntrain: t\noutput: o\nlabels: '\"a, b\", c'\n")
+    command = ["--encoder", "e", "--train", "t", "--output", "o", "--labels", '"a, b", c']
+    assert load_config(TeachConfig, tmp_path / "teach.yaml", {}).labels == ["a, b", "c"]
+    assert parse(COMMANDS["teach"], command, "teach").labels == ["a, b", "c"]
 
 
 def test_missing_options_are_all_named():

@@ -26,7 +26,7 @@ def foreign_pool(n=300, foreign=0.25, seed=0, counts=(3, 3), **options):
     last = sup.offsets[-2]
     cut = lambda tensor: tensor[:, :last]
     sup = Supervision(
-        logits=cut(sup.logits), mean_probs=cut(sup.mean_probs), var_probs=cut(sup.var_probs),
+        logits=cut(sup.logits), mean_probs=cut(sup.mean_probs), total_variance=sup.total_variance[:, :-1],
         predictive_entropy=sup.predictive_entropy[:, :-1], expected_entropy=sup.expected_entropy[:, :-1],
         example_ids=sup.example_ids, teachers=sup.teachers[:-1], offsets=sup.offsets[:-1], features=sup.features[:-1],
     )  # fmt: skip

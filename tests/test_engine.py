@@ -16,8 +16,9 @@ from launch import launcher_variables
 
 from muka_fast.config import RunConfig
 from muka_fast.ds_config import prepare_ds_config, read_ds_config
-from muka_fast.engine import Engine, init_distributed
+from muka_fast.engine import Engine, init_distributed, resolve_device
 from muka_fast.errors import UserError
+from muka_fast.memory import device_of
 from muka_fast.optim import clip_gradients, dense_gradients, linear_schedule, parameter_groups, sparse_embeddings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,6 +130,44 @@ def test_bad_files_are_one_line(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(UserError, match=message):
         read_ds_config(path)
+
+
+def test_devices_that_are_not_there_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [device_of(name) for name in ("auto", "cpu", "cuda", "cuda:1")] == ["cuda", "cpu", "cuda", "cuda:1"]
+    assert [resolve_device(name) for name in ("auto", "cpu", "cuda", "cuda:0")] == ["cuda", "cpu", "cuda", "cuda"]
+    for find in (device_of, resolve_device):
+        with pytest.raises(UserError, match="--device cuda:2: this machine has 2 GPUs"):
+            find("cuda:2")
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=1"):
+        resolve_device("cuda:1")
+    with pytest.raises(UserError, match="must be auto, cpu, cuda or cuda:N"):
+        device_of("tpu7")
+
+
+def test_an_optimizer_is_what_deepspeed_takes_it_for():
+    for name, params, kind in (
+        ("AdamW", {}, torch.optim.AdamW),
+        ("Adam", {}, torch.optim.AdamW),  # DeepSpeed's decouples the decay, unless
+        ("Adam", {"adam_w_mode": False, "torch_adam": True}, torch.optim.Adam),
+    ):
+        config = RunConfig(device="cpu", learning_rate=1e-3, epochs=1)
+        ds, config = prepare_ds_config({"optimizer": {"type": name, "params": params}}, config, 1)
+        engine = Engine.create(torch.nn.Linear(2, 2), config, ds, 4)
+        assert type(engine.ds.optimizer) is kind, name
+
+
+def test_optimizer_settings_that_would_do_nothing_are_refused():
+    with pytest.raises(UserError, match=r"optimizer\.params\.weight_decy is not supported \(nearest: weight_decay\)"):
+        prepare_ds_config({"optimizer": {"params": {"weight_decy": 0.5}}}, RunConfig(), 1)
+
+
+def test_a_whole_number_with_a_point_is_a_whole_number():
+    ds, config = prepare_ds_config({"train_batch_size": 32.0}, RunConfig(), 1)
+    assert [type(value) for value in (config.batch_size, ds["train_batch_size"], ds["train_micro_batch_size_per_gpu"])] == [int] * 3
+    with pytest.raises(UserError, match=r"batch_size 32\.5"):
+        prepare_ds_config({"train_batch_size": 32.5}, RunConfig(), 1)
 
 
 @pytest.mark.parametrize("path", [ROOT / "ds.json", *sorted((ROOT / "configs").glob("zero*.json"))], ids=lambda path: path.name)

@@ -162,6 +162,14 @@ def test_unknown_labels_are_counted_and_left_out(tmp_path, student, texts, caplo
     assert evaluate(config(student, data, label_map=str(mapped)))["num_texts"] == 12
 
 
+def test_texts_and_label_map_are_read_before_the_model(tmp_path, texts):
+    with pytest.raises(UserError, match=r"no\.jsonl: no such file"):
+        evaluate(config(tmp_path, tmp_path / "no.jsonl"))  # a folder without a model
+    data = write_rows(tmp_path / "data.jsonl", [(texts[0], "a")])
+    with pytest.raises(UserError, match=r"map\.yaml"):
+        evaluate(config(tmp_path, data, label_map=str(tmp_path / "map.yaml")))
+
+
 def test_data_without_any_known_label_is_refused(tmp_path, student):
     data = write_rows(tmp_path / "d.jsonl", [("text", "x"), ("text", "y")])
     with pytest.raises(
@@ -173,8 +181,9 @@ def test_data_without_any_known_label_is_refused(tmp_path, student):
 def test_a_folder_that_is_no_classifier_is_refused(tmp_path):
     with pytest.raises(UserError, match="--model"):
         evaluate(config(tmp_path / "nothing", tmp_path / "d.jsonl"))
+    data = write_rows(tmp_path / "d.jsonl", [("a text", "a")])
     with pytest.raises(UserError, match=r"config\.json"):
-        evaluate(config(tmp_path, tmp_path / "d.jsonl"))
+        evaluate(config(tmp_path, data))
 
 
 def test_output_is_json_or_tables_on_stdout(tmp_path, student, texts, capsys):

@@ -47,7 +47,7 @@ def make_pool(n=120, counts=(3, 3), widths=None, seed=0, mc=True, shares=None, l
     names = labels or [[f"{i}.{c}" for c in range(C)] for i, C in enumerate(counts)]
     teachers = [{"name": f"t{i}", "labels": names[i], "mc": mc, "mc_samples": 16 if mc else 1} for i in range(N)]
     sup = Supervision(
-        logits=z, mean_probs=torch.cat(blocks, 1), var_probs=torch.zeros_like(z), predictive_entropy=entropy,
+        logits=z, mean_probs=torch.cat(blocks, 1), total_variance=torch.zeros_like(entropy), predictive_entropy=entropy,
         expected_entropy=entropy * noise, example_ids=torch.arange(n) * 3, teachers=teachers, offsets=offsets,
         features=features,
     )  # fmt: skip
@@ -66,7 +66,8 @@ def shuffle(sup, neutral, rows, order):
     """The same pool with its texts and teachers in another order."""
     columns = [c for i in order for c in range(sup.offsets[i], sup.offsets[i + 1])]
     moved = Supervision(
-        logits=sup.logits[rows][:, columns], mean_probs=sup.mean_probs[rows][:, columns], var_probs=sup.var_probs[rows][:, columns],
+        logits=sup.logits[rows][:, columns], mean_probs=sup.mean_probs[rows][:, columns],
+        total_variance=sup.total_variance[rows][:, order],
         predictive_entropy=sup.predictive_entropy[rows][:, order], expected_entropy=sup.expected_entropy[rows][:, order],
         example_ids=sup.example_ids[rows], teachers=[sup.teachers[i] for i in order],
         offsets=[0, *np.cumsum([len(sup.teachers[i]["labels"]) for i in order]).tolist()],

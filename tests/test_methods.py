@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from muka_fast import config as configuration
 from muka_fast.aligned import StudentOutput
 from muka_fast.errors import UserError
+from muka_fast.export import LABELLED_METHODS
 from muka_fast.features import Features
 from muka_fast.labels import build_label_space
 from muka_fast.methods import (
@@ -46,7 +47,7 @@ def make_supervision(labels=LABELS, n=7, K=4, seed=0, scale=2.0, mc=True):
     return Supervision(
         logits=base,
         mean_probs=statistics.mean_probs,
-        var_probs=statistics.var_probs,
+        total_variance=torch.stack([v.sum(-1) for v in statistics.var_probs.split(list(map(len, labels)), -1)], -1),
         predictive_entropy=statistics.predictive_entropy,
         expected_entropy=statistics.expected_entropy,
         example_ids=torch.arange(n),
@@ -103,12 +104,16 @@ def test_scores_lie_in_the_unit_interval_and_a_one_class_teacher_is_certain(meas
     assert scores[:, :2].std() > 0
 
 
+def test_the_methods_that_need_labels_are_those_of_the_card():
+    assert {name for name in METHODS if METHODS[name].needs_labels} == set(LABELLED_METHODS)
+
+
 def test_predictive_entropy_scores_are_those_of_the_op():
     labels = (["a", "b"], ["c", "d", "e"])
     passes = torch.randn(5, 9, 5, generator=torch.Generator().manual_seed(3))
     statistics = mc_statistics(passes, [0, 2, 5])
     sup = make_supervision(labels, n=9)
-    for name in ("predictive_entropy", "expected_entropy", "mean_probs", "var_probs"):
+    for name in ("predictive_entropy", "expected_entropy", "mean_probs"):
         object.__setattr__(sup, name, getattr(statistics, name))
     torch.testing.assert_close(teacher_scores(sup, "predictive_entropy"), 1 - statistics.normalized_entropy)
     torch.testing.assert_close(sup.mutual_information, statistics.mutual_information)

@@ -233,7 +233,7 @@ def supervision_of(case):
     return statistics, Supervision(
         logits=torch.from_numpy(case.logits),
         mean_probs=statistics.mean_probs,
-        var_probs=statistics.var_probs,
+        total_variance=torch.stack([v.sum(-1) for v in statistics.var_probs.split(list(map(len, case.labels)), -1)], -1),
         predictive_entropy=statistics.predictive_entropy,
         expected_entropy=statistics.expected_entropy,
         example_ids=torch.arange(len(case.logits)),
@@ -268,7 +268,8 @@ def texts_of(case, sup):
 
 
 def o_scores(case, sup, measure, b):
-    variances = blocks(sup.var_probs[b], case.offsets)
+    columns = zip(case.offsets[:-1], case.offsets[1:], strict=True)
+    variances = [o_statistics(case.passes[:, b, start:stop].astype(np.float64).tolist())[1] for start, stop in columns]
     H, E = sup.predictive_entropy[b].tolist(), sup.expected_entropy[b].tolist()
     return [o_score(measure, len(names), variances[i], H[i], E[i]) for i, names in enumerate(case.labels)]
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from muka_fast import footprint as cost
 from muka_fast import plan
 from muka_fast.cli import COMMANDS, main, parse
-from muka_fast.config import PlanConfig, RunConfig
+from muka_fast.config import RunConfig
 from muka_fast.data import read_texts
 from muka_fast.errors import UserError
 from muka_fast.supervision import fill_store
@@ -103,10 +103,9 @@ def test_a_configuration_that_asks_for_more_costs_the_same():
     ("scope", "samples", "forwards"), [("head", 16, 1), ("last:1", 16, 1), ("last:2", 8, 3), ("all", 16, 17), ("last:99", 2, 3)]
 )
 def test_scoring_costs_the_layers_under_dropout_once_per_sample(scope, samples, forwards):
-    options = PlanConfig(teachers=["t"], student="s", num_texts=1, mc_scope=scope, mc_samples=samples)
-    assert plan.scoring_forwards(transformers.BertConfig(num_hidden_layers=8), options) == forwards
+    assert plan.scoring_forwards(transformers.BertConfig(num_hidden_layers=8), scope, samples) == forwards
     pooled = transformers.ModernBertConfig(num_hidden_layers=8, classifier_pooling="mean")
-    assert plan.scoring_forwards(pooled, options) == (1 + samples / 8 if scope == "last:1" else forwards)
+    assert plan.scoring_forwards(pooled, scope, samples) == (1 + samples / 8 if scope == "last:1" else forwards)
 
 
 def test_store_bytes_are_those_of_a_store(make_teacher, texts, tmp_path):

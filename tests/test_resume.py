@@ -1,5 +1,6 @@
 """A run that was stopped goes on bit for bit, or says why it does not; faults of the loss and of the disk."""
 
+import errno
 import json
 import os
 import shutil
@@ -62,6 +63,15 @@ def test_what_is_ignored_stays_ignored():
         assert arrived == [signal.SIGTERM] and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_that_c_code_handles_stays_with_it(monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    set_to = []
+    monkeypatch.setattr(signal, "signal", lambda *given: set_to.append(given))
+    with loop.stop_signals() as arrived:
+        assert arrived == []
+    assert set_to == []
 
 
 def test_resume_in_another_layout(go, stop_at, monkeypatch, world):
@@ -196,6 +206,17 @@ def test_one_run_at_a_time_writes_a_folder(go, tmp_path, flags, begun):
     assert not (folder / ".lock").exists()
     if flags or not begun:
         assert not (go("run", epochs=1, **flags).output / ".lock").exists()
+
+
+def test_a_file_system_without_locks_is_one_line(go, tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(UserError, match=r"\.lock: its file system has no locks; mount it with flock"):
+        go("run", epochs=1, store=str(tmp_path / "store"))
+    with pytest.raises(UserError, match=r"\.lock: its file system has no locks"), held(tmp_path):
+        pass
 
 
 def test_a_lock_that_a_kill_left_is_no_hindrance(go, tmp_path):

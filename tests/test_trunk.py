@@ -85,6 +85,11 @@ def unsplit_scores(teacher, ids, mask, example_ids):
     return trunk.TeacherScores(plain, mean, var, predictive[:, 0], expected[:, 0], features)
 
 
+def test_logits_beyond_the_precision_are_told_as_that(stochastic):
+    with pytest.raises(UserError, match=r"teacher news: its logits are not finite; check .* --scoring_precision fp32"):
+        stochastic("bert", "head", dtype=torch.float16, initializer_range=1e5)
+
+
 def check(teacher, ids, mask):
     scores = teacher.score(ids, mask, EXAMPLE_IDS)
     assert largest_difference(scores, unsplit_scores(teacher, ids, mask, EXAMPLE_IDS)) < 1e-5
