@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from muka_fast.labels import LabelSpace
 
 
+COLUMNS = ("logits", "mean_probs")  # fields of a Supervision that are [n, S]
+PER_TEACHER = (*VECTORS, "total_variance")  # those that are [n, N]
+
+
 @dataclass(frozen=True)
 class Supervision:
     """All teachers' statistics over all texts, in the order of the text set. n texts, N teachers, S columns of all
@@ -123,11 +127,14 @@ def load_supervision(
         entry["name"] = name
     counts = [len(entry["labels"]) for entry in entries]
     offsets = [0, *np.cumsum(counts).tolist()]
-    n, ranges = manifest["texts"]["count"], shard_ranges(manifest["texts"]["count"], manifest["shard_size"])
-    matrices = {name: torch.empty(n, offsets[-1]) for name in ("logits", "mean_probs")}
-    vectors = {name: torch.empty(n, len(keys)) for name in (*VECTORS, "total_variance")}
+    n, size, adaptive = manifest["texts"]["count"], manifest["shard_size"], check_company(store, entries)
+    last = (n - 1) // size
+    for key, count in zip(keys, counts, strict=True):  # before memory is taken for n texts: a damaged manifest may hold any number
+        read_or_refuse(store / key, ShardRange(last, last * size, n), shard_reader(store / key, key, count, adaptive))
+    ranges, features = shard_ranges(n, size), []
+    matrices = {name: torch.empty(n, offsets[-1]) for name in COLUMNS}
+    vectors = {name: torch.empty(n, len(keys)) for name in PER_TEACHER}
     ids = torch.empty(n, dtype=torch.int64)
-    adaptive, features = check_company(store, entries), []
     num_samples = torch.empty(n, dtype=torch.int64) if adaptive else None
     for i, key in enumerate(keys):
         read = shard_reader(store / key, key, counts[i], adaptive)

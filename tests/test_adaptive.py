@@ -16,8 +16,8 @@ from muka_fast.data import TextSet, tokenize
 from muka_fast.errors import UserError
 from muka_fast.ops.reference import mc_statistics_ref
 from muka_fast.selection import UNCERTAINTY
-from muka_fast.store import MATRICES, VECTORS, read_manifest
-from muka_fast.stored import Supervision
+from muka_fast.store import read_manifest
+from muka_fast.stored import COLUMNS, PER_TEACHER, Supervision
 from muka_fast.supervision import fill_store, open_store, option_values
 
 K = 16
@@ -51,7 +51,8 @@ def test_waves_cover_every_pass_once():
 def test_the_mean_of_the_passes_is_the_measure(measure):
     logits = 3 * torch.randn(5, 7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mean, var, predictive, expected = mc_statistics_ref(logits, [0, 4])[:4]
-    sup = Supervision(mean.log(), mean, var, predictive, expected, torch.arange(7), [{"labels": list("abcd")}], [0, 4])
+    total = var.sum(-1, keepdim=True)
+    sup = Supervision(mean.log(), mean, predictive, expected, total, torch.arange(7), [{"labels": list("abcd")}], [0, 4])
     torch.testing.assert_close(uncertainty_per_pass(logits, measure).mean(0), UNCERTAINTY[measure](sup)[:, 0])
     certain = torch.tensor([[[1e4, -1e4]], [[1e4, -1e4]]])
     assert uncertainty_per_pass(certain, measure).tolist() == [[0.0], [0.0]]
@@ -155,9 +156,9 @@ def options(**more):
 def same(a, b, order=(0, 1, 2)):
     """Equal supervision, b's teachers being those of a in `order`."""
     assert torch.equal(a.num_samples, b.num_samples)
-    for name in (*MATRICES, *VECTORS):
+    for name in (*COLUMNS, *PER_TEACHER):
         left, right = getattr(a, name), getattr(b, name)
-        offsets = a.offsets if name in MATRICES else [0, 1, 2, 3]
+        offsets = a.offsets if name in COLUMNS else [0, 1, 2, 3]
         left = torch.cat([left[:, offsets[i] : offsets[i + 1]] for i in order], -1)
         torch.testing.assert_close(left, right, atol=1e-5, rtol=0)
 
@@ -172,7 +173,7 @@ def test_scores_are_those_of_the_first_passes_of_an_exact_run(tmp_path, folders,
         exact = fill_store(tmp_path / f"exact{count}", folders, pool, options(mc_stop=None, mc_samples=count))
         assert exact.num_samples is None
         rows = sup.num_samples == count
-        for name in (*MATRICES, *VECTORS):
+        for name in (*COLUMNS, *PER_TEACHER):
             torch.testing.assert_close(getattr(sup, name)[rows], getattr(exact, name)[rows], atol=1e-5, rtol=0)
     summary = sampling_summary(sup.num_samples, 12)
     assert summary["mean_samples"] == pytest.approx(sup.num_samples.double().mean().item())

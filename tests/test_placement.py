@@ -15,6 +15,7 @@ from muka_fast.placement import GIB, is_split, memory_limits, weight_bytes
 from muka_fast.shared import shared_layers
 from muka_fast.sites import list_sites, num_site_layers
 from muka_fast.store import MATRICES, VECTORS
+from muka_fast.stored import COLUMNS, PER_TEACHER
 from muka_fast.supervision import score
 from muka_fast.teachers import load_teacher
 from muka_fast.trunk import StochasticTeacher
@@ -94,7 +95,7 @@ def test_scoring_with_teacher_gib_fills_the_same_store(tmp_path, make_teacher, t
     caplog.set_level("INFO", logger="muka_fast")
     split = score(config.model_copy(update={"output": str(tmp_path / "split"), "teacher_gib": most}))
     assert caplog.text.count("GiB of weights, placed on: disk") >= len(folders)
-    for name in (*MATRICES, *VECTORS):
+    for name in (*COLUMNS, *PER_TEACHER):
         torch.testing.assert_close(getattr(split, name), getattr(whole, name), atol=1e-5, rtol=1e-5)
 
 

@@ -13,7 +13,8 @@ from muka_fast.data import TextSet, read_texts
 from muka_fast.labels import build_label_space
 from muka_fast.methods import METHODS as METHODS_TABLE
 from muka_fast.methods import build_method
-from muka_fast.store import MATRICES, VECTORS, read_manifest
+from muka_fast.store import read_manifest
+from muka_fast.stored import COLUMNS, PER_TEACHER
 from muka_fast.supervision import fill_store, open_store, option_values, score
 
 
@@ -31,7 +32,7 @@ def test_real_teachers_are_scored_once_and_every_method_follows_without_them(tmp
     sup = score(config)
     assert sup.logits.shape == (20, 5) and sup.example_ids.tolist() == list(range(1, 21))
     other = score(config.model_copy(update={"output": str(tmp_path / "t"), "token_budget": 8192, "shard_size": 100}))
-    for name in (*MATRICES, *VECTORS):
+    for name in (*COLUMNS, *PER_TEACHER):
         torch.testing.assert_close(getattr(sup, name), getattr(other, name), atol=1e-5, rtol=1e-5)
     with caplog.at_level(logging.INFO, "muka_fast"):
         assert supervision.main(config) == 0
@@ -73,7 +74,7 @@ def test_teachers_with_common_layers_run_together_and_others_do_not(tmp_path, ma
     assert {tuple(group) for group in groups} == {("one", "two"), ("stranger",)}
     assert [teacher["name"] for teacher in together.teachers] == ["one", "stranger", "two"]
     alone = [fill_store(tmp_path / f"s{i}", [folder], pool, options) for i, folder in enumerate(folders)]
-    for name in MATRICES:
+    for name in COLUMNS:
         expected = torch.cat([getattr(sup, name) for sup in alone], -1)
         torch.testing.assert_close(getattr(together, name), expected, atol=1e-5, rtol=0)
 

@@ -122,6 +122,16 @@ def test_no_manifest_crashes_the_reader(one_shard, data):
         assert str(store) in message and "\n" not in message
 
 
+def test_a_manifest_that_counts_too_many_texts_takes_no_memory(tmp_path, one_shard):
+    entry = {"fingerprint": "f", "tokenizer_key": "t", "name": "n", "labels": ["a"], "max_length": 128, "mc": False}
+    entry |= {"mc_samples": 1, "mc_scope": "head", "mc_dropout_p": None, "run_seed": 0}
+    manifest = {"format": 1, "texts": {"fingerprint": "x", "count": 2**62}, "shard_size": 1}
+    manifest["teachers"] = {teacher_key(entry, "x"): entry}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=rf"shard-{2**62 - 1}\.safetensors"):
+        open_store(tmp_path)
+
+
 def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path):
     child = multiprocessing.get_context("fork").Process(target=int)
     child.start()
