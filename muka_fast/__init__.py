@@ -4,7 +4,7 @@ from pathlib import Path
 from pkgutil import extend_path
 
 __version__ = "0.1.0"
-__all__ = ["Predictor", "__version__", "amalgamate"]
+__all__ = ["Predictor", "UserError", "__version__", "amalgamate"]
 
 # A checkout on sys.path must neither hide the compiled extension of an installed copy nor miss its own kernels/ops.
 __path__ = extend_path(__path__, __name__)
@@ -23,4 +23,8 @@ def __getattr__(name):
         from muka_fast.predict import Predictor
 
         return Predictor
+    if name == "UserError":
+        from muka_fast.errors import UserError
+
+        return UserError
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -57,6 +57,8 @@ class Config(BaseModel):
         if isinstance(value, bool) and plain_type(cls.model_fields[info.field_name]) in (int, float):
             raise ValueError("a number is expected")
         is_file = cls.model_fields[info.field_name].json_schema_extra["group"] == FILES
+        if is_file and (value == "" or (isinstance(value, (list, tuple)) and "" in value)):
+            raise ValueError("a path or hub name is expected, found an empty text")
 
         def plain(item: Any) -> Any:
             item = os.fspath(item) if isinstance(item, os.PathLike) else item
@@ -475,6 +477,9 @@ def load_config(cls: type[ConfigType], yaml_path: str | Path | None, flags: dict
                 label = f"unknown key '{key}'" if source else f"unknown option '{key}'"
                 raise UserError(f"{source}{label}{nearest(key, list(known))}")
             values[known.get(key, key)] = value
+    for name, other in (("teachers", "store_teachers"), ("store_teachers", "teachers")):
+        if name in from_flags and other not in from_flags:
+            values.pop(other, None)  # a file's: the flag says otherwise
     try:
         return cls(**values)
     except ValidationError as error:

@@ -97,6 +97,7 @@ def setup_logging(verbose: bool = False, rank: int = 0) -> None:
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
     if verbose:
         return
+    warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated", category=FutureWarning)  # peft's use of it
     # Read by the libraries when they are imported; a user's own setting stays.
     for variable, value in {
         "TRANSFORMERS_VERBOSITY": "error",

@@ -1,6 +1,8 @@
 """Fills a partial DeepSpeed configuration from our options, and refuses one that contradicts them."""
 
 import difflib
+import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from muka_fast.config import RunConfig, nearest
 from muka_fast.errors import UserError
 from muka_fast.mappings import read_mapping
 
+log = logging.getLogger("muka_fast")
 # Where a DeepSpeed key and an option of ours say the same thing.
 SHARED = (
     (("train_batch_size",), "batch_size"),
@@ -22,12 +25,13 @@ OPTIMIZERS = ("AdamW", "Adam")
 # DeepSpeed ignores keys it does not know, so a misspelt one would silently do nothing: near misses of these are refused.
 KNOWN_KEYS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler",
-    "fp16", "bf16", "amp", "torch_autocast", "gradient_clipping", "zero_optimization",
+    "fp16", "bf16", "torch_autocast", "gradient_clipping", "zero_optimization",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown",
     "activation_checkpointing", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
     "sparse_gradients", "comms_logger", "tensorboard", "wandb", "csv_monitor", "flops_profiler", "autotuning",
     "data_types", "aio", "checkpoint", "dump_state", "timers",
 )
+UNSUPPORTED = ("amp", "elasticity", "compression_training")  # each wants what a run here does not have
 AUTOCAST = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}  # whose gradients it would average in bf16
 ADAM_DEFAULTS = {"betas": [0.9, 0.999], "eps": 1e-8}
 OPTIMIZER_KEYS = ("lr", "weight_decay", "adam_w_mode", "torch_adam", *ADAM_DEFAULTS)
@@ -42,6 +46,10 @@ def read_ds_config(path: str | Path | None) -> dict[str, Any]:
         near = difflib.get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.85)
         if key not in KNOWN_KEYS and near:
             raise UserError(f"--ds_config {path}: unknown key '{key}' (nearest: {near[0]})")
+        if key in UNSUPPORTED:
+            raise UserError(f"--ds_config {path}: '{key}' is not supported; remove it")
+        if key not in KNOWN_KEYS:
+            log.warning("--ds_config %s: '%s' is no known key; DeepSpeed ignores those that it does not know", path, key)
     for key in ("optimizer", "scheduler", "zero_optimization", "fp16", "bf16"):
         if not isinstance(content.get(key, {}), dict) and content[key] != "auto":
             raise UserError(f"--ds_config {path}: '{key}' must be a JSON object")
@@ -74,10 +82,7 @@ def prepare_ds_config(
     optimizer = ds.setdefault("optimizer", {})
     if optimizer.setdefault("type", "AdamW") not in OPTIMIZERS:
         raise UserError(f"{name}: optimizer type {optimizer['type']!r} is not supported, use one of {', '.join(OPTIMIZERS)}")
-    optimizer["params"] = {**ADAM_DEFAULTS, **optimizer.get("params", {})}
-    for key in optimizer["params"]:
-        if key not in OPTIMIZER_KEYS:
-            raise UserError(f"{name}: optimizer.params.{key} is not supported{nearest(key, list(OPTIMIZER_KEYS))}; remove it")
+    optimizer["params"] = optimizer_params(optimizer.get("params", {}), name)
     steps = [ds.get(key) for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
     if "train_batch_size" not in ds and None not in steps:
         ds["train_batch_size"] = steps[0] * steps[1] * world_size
@@ -98,6 +103,22 @@ def prepare_ds_config(
     ds.setdefault("steps_per_print", 2**31)  # we print the metrics
     ds.setdefault("timers", {"throughput": {"enabled": False}})  # its own would make every step wait for the device
     return ds, config
+
+
+def optimizer_params(given: Any, name: str) -> dict[str, Any]:
+    """The parameters of an optimizer, those that are not given by default. Raises UserError where one is unknown or no number."""
+    if not isinstance(given, dict):
+        raise UserError(f"{name}: optimizer.params must be a JSON object, found {given!r}")
+    for key in given:
+        if key not in OPTIMIZER_KEYS:
+            raise UserError(f"{name}: optimizer.params.{key} is not supported{nearest(key, list(OPTIMIZER_KEYS))}; remove it")
+    params = {**ADAM_DEFAULTS, **given}
+    in_range = lambda value, end: isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < end
+    if not (isinstance(params["betas"], list) and len(params["betas"]) == 2 and all(in_range(beta, 1) for beta in params["betas"])):
+        raise UserError(f"{name}: optimizer.params.betas must be two numbers >= 0 and < 1, found {params['betas']!r}")
+    if not in_range(params["eps"], math.inf):
+        raise UserError(f"{name}: optimizer.params.eps must be a number >= 0, found {params['eps']!r}")
+    return params
 
 
 def merge_shared(ds: dict[str, Any], config: RunConfig, name: str) -> RunConfig:
@@ -149,13 +170,14 @@ def fill_batch(ds: dict[str, Any], name: str, world_size: int) -> None:
     for key, value in (("train_micro_batch_size_per_gpu", micro), ("gradient_accumulation_steps", accumulation)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise UserError(f"{name}: {key} must be an integer >= 1, found {value!r}")
+    step = (micro or 1) * (accumulation or 1) * world_size
     if accumulation is None:
         accumulation = 1 if micro is None else max(1, batch // (micro * world_size))
     micro = micro or max(1, batch // (accumulation * world_size))
     if micro * accumulation * world_size != batch:
         raise UserError(
             f"--batch_size {batch} is not a micro-batch of {micro} x {accumulation} accumulation steps x {world_size} processes: "
-            f"choose a multiple of {accumulation * world_size} or change {name}"
+            f"choose a multiple of {step}"
         )
     ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"] = micro, accumulation
 
@@ -185,7 +207,8 @@ def fill_precision(ds: dict[str, Any], name: str, asked: str | None, world_size:
         raise UserError(f"{where}: {half[0]} is enabled, but this run is on the CPU, which trains in fp32: {way_out}")
     zero = ds.setdefault("zero_optimization", {})
     alone = world_size == 1 and half == ["bf16"]
-    if zero.setdefault("stage", 1 if half and not alone else 0) not in (0, 1, 2, 3):
+    stage = zero.setdefault("stage", 1 if half and not alone else 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise UserError(f"{name}: zero_optimization.stage must be 0, 1, 2 or 3, found {zero['stage']!r}")
     if half == ["fp16"] and zero["stage"] == 0:
         raise UserError(f"{name}: fp16 with ZeRO stage 0 keeps no fp32 master weights here: set zero_optimization.stage to 1")

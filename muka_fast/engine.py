@@ -2,13 +2,16 @@
 
 A micro-batch's loss is the sum over its texts of loss / texts in the global batch, so the gradient depends neither on the number of
 processes nor on how a batch is cut (`Engine.backward`). Checkpoints are safetensors of whole tensors (fp32 weights and both moments
-of AdamW), independent of ZeRO stage and number of processes; nothing is ever unpickled.
+of AdamW), independent of ZeRO stage and number of processes; nothing is ever unpickled. Over 400 lines: no other file may know
+DeepSpeed.
 """
 
 import atexit
 import contextlib
+import copy
 import logging
 import os
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from muka_fast.aligned import StudentOutput
@@ -70,10 +74,11 @@ def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, i
     """Join the process group and return (rank, world size). A plain `python` is a group of one. Calling it again does nothing.
 
     The launchers (deepspeed, torchrun) set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Without them the group of one
-    opens no port and leaves nothing in the environment that a child process would take for its own place in a group.
+    opens no port.
     """
     launched = "RANK" in os.environ
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    hook = sys.excepthook
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, under ZeRO-3 again and again
     if device != "cpu":  # before anything is sent: each process talks through its own GPU
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     quiet_deepspeed(device, verbose)
@@ -88,6 +93,7 @@ def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, i
         backend = "gloo" if device == "cpu" else "nccl"
         if not launched and not torch.distributed.is_initialized():
             torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+            sys.excepthook = hook  # torch's would name the rank in every later traceback of a notebook
         try:
             deepspeed.init_distributed(backend, verbose=verbose, timeout=JOINING)
         except torch.distributed.DistStoreError as error:
@@ -96,6 +102,31 @@ def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, i
         joined()
         atexit.register(shut_down, at_exit=True)
     return comm.get_rank(), comm.get_world_size()
+
+
+def check_ds_config(ds_config: dict[str, Any], name: str) -> None:
+    """Have DeepSpeed read its configuration, and build its scheduler, before anything slow begins. name: what errors call it.
+
+    Raises UserError for what it refuses, which it would otherwise say after the scoring, and in its own way.
+    """
+    from deepspeed.runtime import lr_schedules
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    params = {"lr": 1e-5} | {key: ds_config["optimizer"]["params"][key] for key in ("betas", "eps")}
+    try:
+        DeepSpeedConfig({key: value for key, value in copy.deepcopy(ds_config).items() if key != "optimizer"})
+        if "scheduler" in ds_config:
+            scheduler = fill_scheduler(copy.deepcopy(ds_config["scheduler"]), 10, 2, params["lr"])
+            kind = scheduler.get("type")
+            if kind not in lr_schedules.VALID_LR_SCHEDULES:
+                raise UserError(f"{name}: scheduler.type {kind!r} is none of {', '.join(lr_schedules.VALID_LR_SCHEDULES)}")
+            optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], **params)
+            getattr(lr_schedules, kind)(optimizer, **scheduler["params"])
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        raise UserError(f"{name}: {'.'.join(map(str, found['loc']))} {found['input']!r}: {found['msg']}") from error
+    except (DeepSpeedConfigError, AssertionError, AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
+        raise UserError(f"{name}: DeepSpeed refuses it: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

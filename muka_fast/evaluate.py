@@ -340,7 +340,11 @@ def print_tables(figures: dict[str, Any]) -> None:
         show("Per teacher", ("num_classes", "support", "accuracy", "in_block", "within_block"), list(blocks.items()))
     if "doubt" in figures:
         show("Doubt, per measure", ("wrong_auroc", "unknown_auroc", "unknown_fpr95"), list(figures["doubt"].items()))
-    show("Per class", ("support", "precision", "recall", "f1"), list(figures["per_class"].items()))
+    classes = list(figures["per_class"].items())
+    met = [(name, values) for name, values in classes if values["support"] or values["precision"]]  # the others say nothing
+    show("Per class", ("support", "precision", "recall", "f1"), met)
+    if len(met) < len(classes):
+        console.print(f"{len(classes) - len(met)} of {len(classes)} classes are not in these texts")
 
 
 def _cell(value: Any) -> str:

@@ -4,8 +4,6 @@ import copy
 import hashlib
 import json
 import logging
-import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,10 +34,11 @@ IDENTITY_OPTIONS = (
     "mc_samples", "mc_scope", "mc_dropout_p", "mc_stop", "scoring_precision", "epochs", "learning_rate", "batch_size", "warmup_ratio",
     "weight_decay", "max_grad_norm", "max_length", "seed", "teacher_balance", "coverage", "uncertainty_head",
 )
-# What a complete run read; compared by name, so that its --resume stays instant.
-INPUT_OPTIONS = ("texts", "text_column", "label_column", "limit", "student", "neutral_encoder", "label_map")
+# What a run reads. Under the same names, and not written since, it is taken for the same: --resume of a complete run is instant.
+INPUT_OPTIONS = (
+    "texts", "text_column", "label_column", "limit", "student", "neutral_encoder", "label_map", "teachers", "store",
+)  # fmt: skip
 # Parts of the identity that are hashes, and what a reader knows them as.
-HASH = re.compile(r"[0-9a-f]{64}")
 HASHED = {
     "texts": "texts",
     "true_labels": "true labels",
@@ -72,6 +71,7 @@ def identity(
     tokenizer: the student's. labels: the true label of each text, where the method learns from them.
     """
     encoders = {"student": encoder_fingerprint(config.student), "student_tokenizer": tokenizer_key(tokenizer, config.max_length)}
+    encoders |= {"neutral_encoder": None, "neutral_tokenizer": None}  # the student
     if config.neutral_encoder is not None and neutral_encoder(config) is not None:
         encoders["neutral_encoder"] = encoder_fingerprint(config.neutral_encoder, "neutral encoder")
         encoders["neutral_tokenizer"] = tokenizer_key(find_encoder(config.neutral_encoder)[1], config.max_length)
@@ -129,7 +129,7 @@ def refuse_other(output: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> 
 
 def difference(key: str, theirs: Any, mine: Any) -> str:
     """One part of the identity, then and now; hashes say nothing to a reader."""
-    if all(HASH.fullmatch(str(value)) for value in (mine if isinstance(mine, list) else [mine])):
+    if key in HASHED:
         moved = isinstance(theirs, list) and sorted(theirs) == sorted(mine)
         return f"another order of {HASHED[key]}" if moved else f"other {HASHED[key]}"
     theirs, mine = (json.dumps(value, ensure_ascii=False)[:80] for value in (theirs, mine))
@@ -139,23 +139,19 @@ def difference(key: str, theirs: Any, mine: Any) -> str:
 def earlier_run(config: "RunConfig", ds_config: dict[str, Any]) -> dict[str, Any]:
     """run.json of the run that --resume goes on with, {} where there is none. Nothing slow is read.
 
-    Raises UserError, with the differences, where that run had other options or, if it is complete, input files of other names.
+    Raises UserError, with the differences, where that run had other options.
     """
     output = Path(config.output)
     earlier = read_run(output)
-    before, complete = earlier.get("config"), earlier.get("state") == "complete"
+    before = earlier.get("config")
     if isinstance(before, dict):
         config, ds_config = as_then(config, earlier), copy.deepcopy(ds_config)
         now = settle_recipe(config, ds_config, config.epochs, config.learning_rate).resolved()
-        names = list(identity_options(config))
-        if complete:
-            names += [*INPUT_OPTIONS, *(["teachers"] if before.get("teachers") and now["teachers"] else [])]
-            if not before.get("teachers") and not now["teachers"]:
-                names.append("store")  # else a filled store stands for the teachers
+        names = identity_options(config)
         mine = {name: now[name] for name in names} | ds_identity(ds_config)
         theirs = {name: before[name] for name in names if name in before}
         refuse_other(output, theirs | {key: earlier.get("identity", {}).get(key) for key in ds_identity(ds_config)}, mine)
-        if complete and now["eval"] is not None and before.get("eval") != now["eval"]:
+        if earlier.get("state") == "complete" and now["eval"] is not None and before.get("eval") != now["eval"]:
             log.warning("%s was evaluated on %s; for %s use `muka-fast eval`", output, before.get("eval"), now["eval"])
     return earlier
 
@@ -166,12 +162,17 @@ def as_then(config: "RunConfig", earlier: dict[str, Any]) -> "RunConfig":
     return config.model_copy(update={name: before.get(name) for name in ("epochs", "learning_rate") if getattr(config, name) is None})
 
 
-def written_since(config: "RunConfig") -> bool:
-    """Whether any local file that the run in --output read was written after it began, by its time of modification."""
+def untouched(config: "RunConfig", earlier: dict[str, Any]) -> bool:
+    """Whether the input of the run in --output, whose run.json `earlier` is, has the same names as then, and no local file of it was
+    written after that run began, by its time of modification. Nothing slow is read."""
+    now, before = config.resolved(), earlier.get("config") or {}
+    names = [name for name in INPUT_OPTIONS if name not in ("teachers", "store") or (now[name] and before.get(name))]
+    if any(now[name] != before.get(name) for name in names):
+        return False
     record = Path(config.output) / "run.yaml"
     began = record.stat().st_mtime_ns if record.exists() else 0
     files = [Path(name) for name in (*find_files(config.texts), config.label_map) if name is not None]
     sources = [config.student, config.neutral_encoder, *config.teachers]
     folders = [Path(source).expanduser() for source in sources if source is not None]
     files += [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
-    return any(os.path.getmtime(file) * 1e9 > began for file in files if file.is_file())
+    return not any(file.stat().st_mtime_ns > began for file in files if file.is_file())

@@ -47,6 +47,9 @@ class MukaHard(Composed):
     def __init__(self, config: RunConfig, sup: Supervision, label_space: LabelSpace, label_ids: Tensor | None) -> None:
         super().__init__(config, sup, label_space, label_ids)
         self.weighted = config.margin
+        if len(sup.teachers) > 1 and 1 in sup.class_counts:
+            alone = label_space.teacher_names[sup.class_counts.index(1)]
+            log.warning("teacher %s has one class, so that it is never in doubt: --method %s goes by it alone", alone, config.method)
         self._trust(teacher_scores(sup, config.uncertainty))
 
     def weights(self, rows: Tensor) -> Tensor:
@@ -92,7 +95,7 @@ class RuledSoft(Composed):
         if not (held >= 0.5).all():
             self._leave_out(held < 0.5, "belong to no teacher by the rule")
         elif config.coverage:
-            log.info("none of %d texts belongs to no teacher", len(held))
+            log.info("no text is left out: all %d belong to some teacher, as far as can be told", len(held))
         self.balance = text_weights(weights, self.included > 0, config.teacher_balance)
         mine = [self.balance[(self.selected == i) & (self.included > 0)] for i in range(len(sup.teachers))]
         told = [f"{name} {b.mean():.2f} ({len(b)} texts)" for name, b in zip(label_space.teacher_names, mine, strict=True) if len(b)]

@@ -217,6 +217,8 @@ def open_store(
     keys = [_only(store, found, entries, differences) for found in candidates.values()]
     there = [entries[key]["name"] for key in keys]
     for name in names or there:
+        if list(names).count(name) > 1:
+            raise UserError(f"--store_teachers: {name} is given twice; name every teacher once")
         if there.count(name) > 1:
             raise UserError(
                 f"--store {store} holds several teachers named {name!r}, or one before and after its files changed: "

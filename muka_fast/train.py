@@ -29,7 +29,7 @@ from muka_fast.console import log_file, setup_logging
 from muka_fast.coverage import nobody_weights
 from muka_fast.data import TextSet, cut_length, read_texts
 from muka_fast.ds_config import prepare_ds_config, settle_recipe
-from muka_fast.engine import Engine, init_distributed, resolve_device
+from muka_fast.engine import Engine, check_ds_config, init_distributed, resolve_device
 from muka_fast.evaluate import evaluate
 from muka_fast.evidence import SAMPLE, sample_rows
 from muka_fast.export import LABELLED_METHODS
@@ -39,7 +39,7 @@ from muka_fast.fit_doubt import doubt_targets, fit_head
 from muka_fast.fused_layers import fused_layers
 from muka_fast.group import on_first_process, shut_down, told_once
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
-from muka_fast.loop import Plan, train
+from muka_fast.loop import Plan, caller_undisturbed, train
 from muka_fast.methods import (
     METHODS,
     Method,
@@ -66,6 +66,7 @@ from muka_fast.teachers import token_limit
 from muka_fast.words import with_words
 
 log = logging.getLogger("muka_fast")
+COMPLETE = "%s is complete: nothing to resume"
 STOPPED = 143  # exit code after SIGTERM, by custom 128 + 15
 
 
@@ -87,7 +88,9 @@ def amalgamate(**options: Any) -> RunResult:
     Raises:
         UserError: bad input, in one line that names it and the way out.
     """
-    return run(load_config(RunConfig, options.pop("config", None), options))
+    config = load_config(RunConfig, options.pop("config", None), options)
+    with caller_undisturbed():
+        return run(config)
 
 
 def run(config: RunConfig) -> RunResult:
@@ -99,6 +102,7 @@ def run(config: RunConfig) -> RunResult:
     rank, world_size = init_distributed(device, config.verbose)
     with told_once():
         ds_config, config = prepare_ds_config(config.ds_config, config, world_size, device)
+        check_ds_config(ds_config, config.ds_config or "ds_config")
         check_layout(config, ds_config)
     tell_unused_options(config)
     if device != "cpu" and identity.ds_identity(ds_config)["precision"] == "fp32":
@@ -108,8 +112,9 @@ def run(config: RunConfig) -> RunResult:
     done = None
     if earlier.get("state") == "complete":
         config, done = identity.as_then(config, earlier), RunResult(Path(config.output), earlier.get("metrics", {}))
-        if not on_first_process(lambda: identity.written_since(config)):
-            return nothing_to_resume(done)
+        if on_first_process(lambda: identity.untouched(config, earlier)):
+            log.info(COMPLETE, config.output)
+            return done
 
     with clock("read texts"):
         with told_once():
@@ -158,7 +163,8 @@ def merge(
     if config.resume:
         on_first_process(lambda: identity.check_identity(output, record["identity"]))
     if done is not None:
-        return nothing_to_resume(done)
+        log.info(COMPLETE, output)
+        return done
     on_first_process(lambda: begin_run(output, config, record))
     trained = method.wrap(model)
     engine = Engine.create(trained, config, ds_config, plan.total_steps)
@@ -182,8 +188,8 @@ def merge(
         with clock("uncertainty head"):
             head = on_first_process(lambda: fit_head(config, output, texts, doubt, method))
             on_first_process(write)
-    with clock("evaluate"):
-        if config.eval is not None:
+    if config.eval is not None:
+        with clock("evaluate"):
             record["metrics"] |= {"student": on_first_process(lambda: evaluate_student(config, output))}
             on_first_process(write)
     record |= {"state": "complete", "seconds": clock.seconds}
@@ -200,12 +206,6 @@ def true_labels(texts: TextSet, label_map: LabelMap | None, sup: Supervision) ->
     if texts.labels is None:
         return None
     return [name or "" for name in rename_labels(texts.labels, label_map, sup.teachers)]
-
-
-def nothing_to_resume(done: RunResult) -> RunResult:
-    """`done`, and a word about it."""
-    log.info("%s is complete: nothing to resume", done.output)
-    return done
 
 
 def open_output(config: RunConfig, texts: TextSet, holds: ExitStack) -> Path:

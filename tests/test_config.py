@@ -110,6 +110,9 @@ def test_labels_come_as_text_or_as_a_list():
         ({"margin": "maybe"}, ["--margin maybe", "true or false"]),
         ({"device": "tpu"}, ["--device tpu", "cuda"]),
         ({"text_column": ""}, ["--text_column", "non-empty"]),
+        ({"store": ""}, ["--store", "path"]),
+        ({"label_map": ""}, ["--label_map", "path"]),
+        ({"teachers": ["a", ""]}, ["--teachers", "list of names"]),
         ({"teachers": None}, ["--teachers None", "list"]),
         ({"teachers": [1]}, ["--teachers"]),
         ({"epcohs": 3}, ["unknown option 'epcohs'", "nearest: epochs"]),
@@ -145,6 +148,12 @@ def test_one_pass_is_allowed_where_the_measure_is_not_used():
     for method in ("vkd", "muka-auto"):  # the latter has its own measures
         assert load_config(RunConfig, None, {"mc": False, "uncertainty": "variance", "method": method}).mc is False
     assert load_config(RunConfig, None, {"mc": False, "uncertainty": "expected_entropy"}).mc is False
+
+
+def test_a_flag_takes_the_place_of_what_excludes_it_in_the_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("store: s\nstore_teachers: [a, b]\n")
+    found = load_config(RunConfig, tmp_path / "run.yaml", {"teachers": ["c"]})
+    assert (found.teachers, found.store_teachers, found.store) == (["c"], [], "s")
 
 
 def test_labels_are_split_alike_on_the_command_line_and_in_yaml(tmp_path):

@@ -16,7 +16,7 @@ from launch import launcher_variables
 
 from muka_fast.config import RunConfig
 from muka_fast.ds_config import prepare_ds_config, read_ds_config
-from muka_fast.engine import Engine, init_distributed, resolve_device
+from muka_fast.engine import Engine, check_ds_config, init_distributed, resolve_device
 from muka_fast.errors import UserError
 from muka_fast.memory import device_of
 from muka_fast.optim import clip_gradients, dense_gradients, linear_schedule, parameter_groups, sparse_embeddings
@@ -156,6 +156,54 @@ def test_an_optimizer_is_what_deepspeed_takes_it_for():
         ds, config = prepare_ds_config({"optimizer": {"type": name, "params": params}}, config, 1)
         engine = Engine.create(torch.nn.Linear(2, 2), config, ds, 4)
         assert type(engine.ds.optimizer) is kind, name
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"zero_optimization": {"stage": 2, "stge": 2}}, r"stge 2: Extra inputs are not permitted"),
+        ({"zero_optimization": {"stage": True}}, r"stage must be 0, 1, 2 or 3, found True"),
+        ({"zero_optimization": {"stage": 2, "allgather_bucket_size": "big"}}, r"allgather_bucket_size 'big'"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, r"ds_config: .*device 'disk'"),
+        ({"optimizer": {"params": {"betas": [0.9]}}}, r"betas must be two numbers >= 0 and < 1, found \[0\.9\]"),
+        ({"optimizer": {"params": {"betas": ["a", "b"]}}}, r"betas must be two numbers"),
+        ({"optimizer": {"params": {"eps": "1e-8"}}}, r"eps must be a number >= 0, found '1e-8'"),
+        ({"optimizer": {"params": [1]}}, r"optimizer\.params must be a JSON object, found \[1\]"),
+        ({"scheduler": {"params": {}}}, r"scheduler\.type None is none of .*WarmupDecayLR"),
+        ({"scheduler": {"type": "Cosine"}}, r"scheduler\.type 'Cosine' is none of .*WarmupDecayLR"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_step": 3}}}, r"DeepSpeed refuses it: .*warmup_num_step"),
+    ],
+    ids=str,
+)
+def test_what_deepspeed_would_refuse_after_the_scoring_is_refused_at_once(content, message):
+    init_distributed()
+    with pytest.raises(UserError, match=message):
+        check_ds_config(prepare_ds_config(content, RunConfig(), 1)[0], "ds_config")
+
+
+@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"])
+def test_every_scheduler_of_deepspeed_is_taken(kind):
+    init_distributed()
+    own = {"OneCycle": {"cycle_min_lr": 1e-5, "cycle_max_lr": 1e-3}, "WarmupCosineLR": {"total_num_steps": 10}}
+    ds, _ = prepare_ds_config({"scheduler": {"type": kind, "params": own.get(kind, {})}}, RunConfig(), 1)
+    check_ds_config(ds, "ds_config")
+
+
+def test_keys_that_nobody_knows_are_told(tmp_path, caplog):
+    (tmp_path / "ds.json").write_text('{"stage": 2}')
+    with caplog.at_level("WARNING", logger="muka_fast"):
+        read_ds_config(tmp_path / "ds.json")
+    assert "'stage' is no known key" in caplog.text
+    (tmp_path / "ds.json").write_text('{"amp": {"enabled": true}}')
+    with pytest.raises(UserError, match="'amp' is not supported; remove it"):
+        read_ds_config(tmp_path / "ds.json")
+
+
+@pytest.mark.parametrize(("given", "multiple"), [({"train_micro_batch_size_per_gpu": 3}, 6), ({"gradient_accumulation_steps": 5}, 10)])
+def test_a_batch_that_does_not_divide_names_one_that_does(given, multiple):
+    with pytest.raises(UserError, match=f"choose a multiple of {multiple}$"):
+        prepare_ds_config(given, RunConfig(batch_size=16), 2)
+    prepare_ds_config(given, RunConfig(batch_size=3 * multiple), 2)
 
 
 def test_optimizer_settings_that_would_do_nothing_are_refused():

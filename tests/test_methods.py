@@ -104,6 +104,15 @@ def test_scores_lie_in_the_unit_interval_and_a_one_class_teacher_is_certain(meas
     assert scores[:, :2].std() > 0
 
 
+def test_a_teacher_of_one_class_is_told(caplog):
+    build("muka-hard", make_supervision((["a", "b"], ["c"]), n=9))
+    assert "teacher t1 has one class, so that it is never in doubt: --method muka-hard goes by it alone" in caplog.text
+    caplog.clear()
+    build("muka-hard", make_supervision((["a", "b"], ["c", "d"]), n=9))
+    build("muka-hard", make_supervision((["c"],), n=9))
+    assert "one class" not in caplog.text
+
+
 def test_the_methods_that_need_labels_are_those_of_the_card():
     assert {name for name in METHODS if METHODS[name].needs_labels} == set(LABELLED_METHODS)
 

@@ -1,6 +1,9 @@
 """The conductor end to end on tiny random models: what a run leaves, layouts, methods, golden losses."""
 
 import json
+import os
+import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +39,25 @@ def test_a_run_leaves_a_student_that_plain_transformers_loads(go, world):
     assert all(line["loss"] > 0 and line["lr"] > 0 and line["grad_norm"] > 0 and line["texts_per_s"] > 0 for line in lines)
     assert lines[0]["lr"] == pytest.approx(1e-3 / 2) and max(line["lr"] for line in lines) == 1e-3
     assert "teachers" in (result.output / "README.md").read_text()
+
+
+def test_a_run_leaves_its_caller_undisturbed(go, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+    def state():
+        """What comes next, from generators that were seeded by the caller."""
+        return torch.rand(3).tolist(), random.random(), np.random.rand(), sys.excepthook, os.environ.get("LOCAL_RANK")
+
+    def seed():
+        torch.manual_seed(5)
+        random.seed(5)
+        np.random.seed(5)
+
+    seed()
+    expected = state()
+    seed()
+    go("run", epochs=1)
+    assert state() == expected
 
 
 def test_a_run_tells_what_an_early_end_of_the_passes_saved(go, tmp_path):
@@ -252,7 +274,7 @@ def test_another_neutral_encoder_changes_who_is_trusted_and_a_resume_with_it_is_
     assert largest_difference(weights(go("run", **options)), weights(named)) == 0  # the student's own is the default
     other = go("run", **options, neutral_encoder=str(world / "news"), overwrite=True)
     assert largest_difference(weights(other), weights(named)) > 0
-    with pytest.raises(UserError, match="neutral_encoder"):
+    with pytest.raises(UserError, match="other neutral encoder; other tokenizer of the neutral encoder"):
         go("run", **options, resume=True)
 
 
