@@ -173,7 +173,7 @@ def test_bad_input_met_by_one_process_ends_all_with_one_message(world, tmp_path,
         (TRAIN, {"teachers": ["nobody"]}, "teacher nobody: "),
         (TRAIN, {"batch_size": 0}, "--batch_size 0: must be"),  # before the processes are connected
         (TRAIN, {"texts": "nowhere.jsonl"}, "nowhere.jsonl"),
-        (TRAIN, {"teachers": [], "max_length": 99}, "holds no "),
+        (TRAIN, {"teachers": None}, "holds no completely scored teacher"),
         (TRAIN, {"method": "mean"}, "--method mean needs teachers of one label set"),
         (SCORE, {"texts": "nowhere.jsonl"}, "nowhere.jsonl"),
         (SCORE, {"teachers": ["nobody"]}, "teacher nobody: "),
