@@ -189,6 +189,16 @@ def test_every_scheduler_of_deepspeed_is_taken(kind):
     check_ds_config(ds, "ds_config")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("zero", [{"stage": stage} for stage in range(4)] + [{"stage": 3, "offload_optimizer": {"device": "cpu"}}], ids=str)
+def test_what_a_gpu_may_run_passes_that_check(precision, zero):
+    init_distributed()
+    if (precision, zero["stage"]) == ("fp16", 0):  # refused by ourselves
+        zero = zero | {"stage": 1}
+    ds, _ = prepare_ds_config({"zero_optimization": zero}, RunConfig(precision=precision), 1, device="cuda")
+    check_ds_config(ds, "ds_config")
+
+
 def test_keys_that_nobody_knows_are_told(tmp_path, caplog):
     (tmp_path / "ds.json").write_text('{"stage": 2}')
     with caplog.at_level("WARNING", logger="muka_fast"):
