@@ -189,8 +189,11 @@ def test_every_scheduler_of_deepspeed_is_taken(kind):
     check_ds_config(ds, "ds_config")
 
 
+OFFLOADED = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("zero", [{"stage": stage} for stage in range(4)] + [{"stage": 3, "offload_optimizer": {"device": "cpu"}}], ids=str)
+@pytest.mark.parametrize("zero", [*({"stage": stage} for stage in range(4)), OFFLOADED], ids=str)
 def test_what_a_gpu_may_run_passes_that_check(precision, zero):
     init_distributed()
     if (precision, zero["stage"]) == ("fp16", 0):  # refused by ourselves
