@@ -1,13 +1,16 @@
 """--mc_stop: the stated error, the same masks as without it, and scores that no layout of the run can change."""
 
+import itertools
 import json
 import logging
+import math
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from muka_fast import scoring, supervision
 from muka_fast.adaptive import Crew, decided, run_waves, sampling_summary, token_batches, uncertainty_per_pass, waves
@@ -311,3 +314,45 @@ def test_the_option():
             ScoreConfig(**base, mc_stop=wrong)
     assert option_values(ScoreConfig(**base, mc_stop=0.02))["mc_stop"] == "0.02 of mutual_information"
     assert option_values(ScoreConfig(**base, mc_stop=0.02, uncertainty="variance"))["mc_stop"] == "0.02 of variance"
+
+
+@pytest.mark.parametrize("N", [2, 3])
+@pytest.mark.parametrize("k", [4, 8])
+def test_decided_is_students_t_test(N, k):
+    u = torch.rand(N, k, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    u += torch.rand(N, 1, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    c = stats.t.ppf(1 - 0.1 / (3 * (N - 1)), k - 1)  # 16 passes: three looks before the last
+    expected = []
+    for text in range(400):
+        i = int(u[:, :, text].mean(1).argmin())
+        gaps = [(u[j, :, text] - u[i, :, text]).numpy() for j in range(N) if j != i]
+        expected.append(all(d.mean() / (d.std(ddof=1) * np.sqrt(1 / k - 1 / 16)) > c for d in gaps))
+    assert decided(u, 16, 0.1).tolist() == expected and 0.05 < np.mean(expected) < 0.95
+
+
+def test_part_of_a_company_is_no_company(tmp_path, folders, pool):
+    fill_store(tmp_path, folders[:2], pool, options())
+    with pytest.raises(UserError, match=r"\(one\) were not scored together under --mc_stop"):
+        open_store(tmp_path, pool, option_values(options()), names=["one"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),  # infinite features are cut to the range of fp16
+    [*itertools.product(["logits", "mean_probs", "expected_entropy"], [math.nan, math.inf]), ("features", math.nan)],
+)
+def test_no_number_that_is_none_gets_into_a_store(tmp_path, folders, pool, monkeypatch, field, value):
+    real = scoring.run_waves
+
+    def poisoned(*args):
+        results, num_samples = real(*args)
+        getattr(results[1], field)[2:3].fill_(value)
+        return results, num_samples
+    monkeypatch.setattr(scoring, "run_waves", poisoned)
+    with pytest.raises(UserError, match=r"'two'.*text 7 of 'pool'"):
+        fill_store(tmp_path, folders[:2], pool, options())
+
+
+def test_memory_for_less_than_one_text_is_enough(tmp_path, folders, pool, monkeypatch):
+    base = fill_store(tmp_path / "base", folders[:2], pool, options())
+    monkeypatch.setattr(scoring, "replica_budget_bytes", lambda device: 1)
+    assert torch.equal(fill_store(tmp_path / "s", folders[:2], pool, options()).num_samples, base.num_samples)

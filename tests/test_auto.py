@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 from test_evidence import make_pool, matrix, o_anchor, o_rmd, o_weights, restricted, shuffle
 
-from muka_fast.auto import Answer, Classes, Ridge, Views, auto_weights, beside, class_weights, probs, slopes
+from muka_fast import auto
+from muka_fast.auto import Answer, Classes, Ridge, View, Views, auto_weights, beside, class_weights, probs, slopes
 from muka_fast.evidence import CERTAINTY, RelativeMahalanobis, Sample, evidence_weights, neighbours, own_scores, unit
 from muka_fast.features import Features
 from muka_fast.names import NameAnswer
@@ -280,3 +281,42 @@ def test_time_at_twenty_thousand_texts():
     weights = auto_weights(sup, neutral, sample=10_000)
     assert time.process_time() - start < 60
     assert (weights.argmax(1) == topic).mean() > 0.9
+
+
+def test_no_answer_can_veto_a_teacher(monkeypatch):
+    sup, neutral, _ = make_pool(10, (2, 2))
+    by_class, by_teacher = (np.tile(np.float32(row), (10, 1)) for row in ([1, 0], [1e-6, 1 - 1e-6]))
+    monkeypatch.setattr(auto, "class_weights", lambda *_: by_class)
+    monkeypatch.setattr(auto, "owner_weights", lambda *_: by_teacher)
+    expected = ((by_class + 1e-4) ** 2 * (by_teacher + 1e-4)) ** (1 / 3)
+    np.testing.assert_allclose(auto_weights(restricted(sup), neutral), expected / expected.sum(1, keepdims=True), rtol=1e-3)
+
+
+def test_names_are_compared_with_unit_features_also_of_texts_without_words():
+    sup, neutral, owner = make_pool(90, (3, 4), seed=2, separation=1.5)
+    sup, b = restricted(sup), unit(matrix(neutral).astype(np.float32))
+    p, w = probs(sup, np.arange(90)), start_of(sup)
+    names = (p * np.repeat(w, (3, 4), axis=1)).T @ b
+    words = np.eye(2, dtype=np.float32)[owner]
+    words[::2] = 0  # texts without known words
+    view = Features.of(np.concatenate([b, words], axis=1))
+    answer = NameAnswer.fit(b, names, w, p, Classes.of(sup))
+    expected, _ = joined(auto_weights(sup, view), answer, answer(b))
+    np.testing.assert_allclose(auto_weights(sup, view, names=names), expected, atol=1e-4)
+
+
+def test_a_view_keeps_the_directions_of_most_variance():
+    F = (np.random.default_rng(0).standard_normal((200, 40)) * np.linspace(5, 0.1, 40)).astype(np.float32)
+    found, expected = View.fit(F, 8, 0.6)(F), o_view(F.astype(float), 0.6, 8)
+    np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-3)
+
+
+def test_a_class_that_nobody_predicts_has_no_say():
+    sup, _, _ = make_pool(10, (2, 1))
+    q = np.tile(np.float32([0.5, 0, 0.5]), (10, 1))
+    answer = Answer.of(Classes.of(sup), q, np.full((10, 2), 0.5, np.float32))
+    f = q[:1] + np.float32([[0, 1e-3, 0]])  # what a regression of zeros gives to rounding
+    weights = answer(np.float32([[0.5, 0.5, 1]]), np.zeros((1, 2)), f, np.zeros((1, 1), int))
+    g = np.array([1, 0.1**2, 1]) * [1 / 8, 1 / 8, 1 / 4]
+    expected = np.array([(g[0] + g[1]) / 2, g[2]])
+    np.testing.assert_allclose(weights[0], expected / expected.sum(), atol=1e-3)

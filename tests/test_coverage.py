@@ -12,10 +12,11 @@ from scipy.special import expit, logit
 from test_evidence import make_pool, matrix, o_anchor, restricted, shuffle
 
 from muka_fast.config import RULED_METHODS, RunConfig
-from muka_fast.coverage import FEWEST, familiarity, nobody_weights
-from muka_fast.evidence import evidence_weights
+from muka_fast.coverage import FEWEST, Familiar, doubt_ranks, familiarity, nobody_weights, ranks
+from muka_fast.evidence import CERTAINTY, evidence_weights, own_scores
 from muka_fast.features import Features
 from muka_fast.methods import METHODS
+from muka_fast.store import ShardRange
 from muka_fast.stored import Supervision
 
 
@@ -153,3 +154,43 @@ def test_the_option_is_for_methods_that_ask_whose_text_it_is():
             with pytest.raises(ValueError, match=f"--coverage.*--method {name}.*muka-evidence or muka-auto"):
                 RunConfig(method=name, coverage=True, mc_samples=4)
     assert RunConfig(method="muka-auto", coverage=True).coverage and not RunConfig().coverage
+
+
+def test_the_rest_of_a_large_pool_is_read_shard_by_shard():
+    sup, neutral, _ = foreign_pool(300, 0.3, seed=3)
+    values = matrix(neutral).astype(np.float32)
+    parts = Features([ShardRange(j, a, min(a + 70, 300)) for j, a in enumerate(range(0, 300, 70))], lambda s: values[s.start : s.stop])
+    rule, found = weights_of(sup, neutral, sample=150)
+    np.testing.assert_allclose(nobody_weights(restricted(sup), rule, parts, sample=150), found, atol=1e-5)
+
+
+def test_far_is_the_distance_of_the_weighted_gaussians():
+    sup = restricted(foreign_pool(seed=1)[0])
+    far = -own_scores(sup, np.arange(len(sup)), CERTAINTY).max(1)
+    np.testing.assert_array_equal(doubt_ranks(sup, "mutual_information")[:, 1], ranks(far).astype(np.float32))
+
+
+def test_doubt_of_a_large_pool_hangs_on_the_texts_as_a_set():
+    sup, neutral, _ = foreign_pool(200, seed=1)
+    order = np.random.default_rng(0).permutation(200)
+    found = doubt_ranks(restricted(sup), "mutual_information", sample=80)
+    again = doubt_ranks(restricted(shuffle(sup, neutral, order, range(2))[0]), "mutual_information", sample=80)
+    np.testing.assert_allclose(again, found[order], atol=0.02)
+    assert not np.array_equal(doubt_ranks(restricted(sup), "mutual_information", seed=1, sample=80), found)
+
+
+def test_a_teacher_with_few_foreign_texts_says_nothing():
+    e = np.random.default_rng(0).standard_normal((100, 2))
+    owner = np.zeros(100, int)
+    owner[:10] = 1
+    e[:10, 0] -= 5
+    found = Familiar.of(e, owner, np.zeros(100))
+    assert np.isneginf(found.middle).all() and (found.ratio(e, owner) == 6).all()
+
+
+def test_a_teacher_whose_own_texts_look_no_more_familiar_says_nothing():
+    e, owner = np.random.default_rng(0).standard_normal((100, 2)), np.arange(100) % 2
+    e[owner == 0, 0] -= 3
+    e[owner == 1, 1] += 3
+    found = Familiar.of(e, owner, np.full(100, 0.05))
+    assert np.isneginf(found.middle[0]) and np.isfinite(found.middle[1])

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from muka_fast import data
 from muka_fast.data import (
     Tokens,
     collate,
@@ -23,6 +24,7 @@ from muka_fast.data import (
     read_texts,
     token_budget_batches,
     tokenize,
+    tokenizer_key,
 )
 from muka_fast.errors import UserError
 
@@ -452,3 +454,41 @@ def test_a_length_that_is_cut_is_told(product_log):
     assert cut_length(128, 512, "teacher a") == 128 and product_log.text == ""
     assert cut_length(4096, 512, "teacher a") == 512
     assert "teacher a reads 512 tokens of a text, not --max_length 4096" in product_log.text
+
+
+def test_tokens_cut_at_the_other_side_have_another_key(make_tokenizer):
+    tokenizer = make_tokenizer("bert")
+    key = tokenizer_key(tokenizer, 8)
+    tokenizer.truncation_side = "left"
+    assert tokenizer_key(tokenizer, 8) != key
+
+
+def test_the_fingerprint_sees_ids_beyond_the_first_chunk(monkeypatch):
+    monkeypatch.setattr(data, "HASH_CHUNK", 2)
+    texts = list("abcd")
+    assert data._fingerprint(np.array([0, 1, 2, 3]), texts) != data._fingerprint(np.array([0, 1, 2, 4]), texts)
+
+
+def test_lengths_beyond_the_first_chunk_of_the_tokenizer(make_tokenizer, texts, monkeypatch):
+    tokenizer = make_tokenizer("bert")
+    whole = tokenize(tokenizer, texts[:10], 16)
+    monkeypatch.setattr(data, "TOKENIZE_CHUNK", 3)
+    monkeypatch.setattr(data.np, "empty", np.zeros)  # memory used again may hold the very lengths
+    found = tokenize(tokenizer, texts[:10], 16)
+    assert np.array_equal(found.ids, whole.ids) and np.array_equal(found.offsets, whole.offsets)
+
+
+def test_hidden_labels_of_a_hub_set_are_none(monkeypatch):
+    import datasets
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    hidden = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: hidden)
+    assert read_texts("owner/name").labels is None
+    with pytest.raises(UserError, match="record 2: column 'label' holds no label"):
+        read_texts("owner/name", need_labels=True)
+
+
+def test_a_field_of_csv_may_be_long(tmp_path):
+    csv.field_size_limit(131_072)  # Python's own; another library may have raised it
+    (tmp_path / "a.csv").write_text("text\n" + "word " * 40_000 + "\n")
+    assert len(read_texts(tmp_path / "a.csv").texts[0]) == 200_000

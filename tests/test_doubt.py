@@ -12,14 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_curve
+from test_methods import make_supervision, space_of
 
 import muka_fast
-from muka_fast import cli, export
-from muka_fast.config import EvalConfig
+from muka_fast import cli, export, fit_doubt
+from muka_fast.config import EvalConfig, RunConfig
 from muka_fast.coverage import doubt_ranks, ranks
 from muka_fast.doubt import FILE, UncertaintyHead, auroc, false_positive_rate, logistic_scale, with_features
 from muka_fast.errors import UserError
 from muka_fast.evaluate import evaluate
+from muka_fast.evidence import RelativeMahalanobis
 from muka_fast.pooled import classifier_layer
 
 LABELS = ["a", "b", "c"]
@@ -257,3 +259,19 @@ def test_eval_measures_doubt_on_wrong_answers_and_unknown_labels(exported, texts
     (folder / FILE).unlink()
     without = evaluate(config)
     assert "doubt" not in without and without["accuracy"] == found["accuracy"] and without["nll"] == pytest.approx(found["nll"])
+
+
+def test_certain_texts_count_most_in_the_head():
+    rng = np.random.default_rng(0)
+    features, logits = rng.standard_normal((50, 6)).astype(np.float32), 2 * rng.standard_normal((50, 3)).astype(np.float32)
+    top = torch.softmax(torch.from_numpy(logits).double(), -1).amax(-1).numpy() ** 4
+    head = UncertaintyHead.fit(features, logits, ranks(rng.standard_normal(50)))
+    np.testing.assert_allclose(head.mean.numpy(), RelativeMahalanobis.fit(features, logits.argmax(1), top).mean, rtol=1e-5, atol=1e-6)
+
+
+def test_the_target_of_the_head_is_the_mean_of_the_ranks():
+    sup = make_supervision(n=60)
+    space = space_of(sup, {"food": None})
+    config = RunConfig(uncertainty_head=True, uncertainty="variance")
+    expected = doubt_ranks(sup.restrict(space), "variance", 0).mean(1)
+    np.testing.assert_allclose(fit_doubt.doubt_targets(config, sup.restrict(space)), expected)

@@ -15,6 +15,7 @@ from scipy.special import log_softmax, softmax
 from muka_fast.auto import auto_weights
 from muka_fast.evidence import (
     Anchors,
+    Owner,
     RelativeMahalanobis,
     evidence_weights,
     neighbours,
@@ -320,3 +321,13 @@ def test_time_is_linear_beyond_the_sample():
     weights = evidence_weights(sup, neutral)
     assert time.process_time() - start < 60
     assert (weights.argmax(1) == topic).mean() > 0.9
+
+
+def test_a_teacher_that_owns_no_text_has_the_share_of_half_a_text():
+    found = np.exp(Owner(None, np.array([0]), 2, 100).log_probs(np.eye(3)))
+    np.testing.assert_allclose(found, [[200 / 201, 1 / 201]] * 3)
+
+
+def test_rounding_of_a_large_score_is_no_evidence():
+    scores = np.float32(1e4) + np.float32(1e-3) * (np.arange(50) % 3).astype(np.float32)
+    assert np.ptp(scores) > 0 and (Anchors.of(scores)(scores) == 0).all()

@@ -423,3 +423,10 @@ def test_logs_alone_are_no_run(tmp_path):
     logs.parent.mkdir(parents=True)
     logs.write_text("a line\n")
     assert export.output_guard(tmp_path / "out") == tmp_path / "out" and logs.exists()
+
+
+def test_config_is_moved_last(make_model, make_tokenizer, tmp_path, monkeypatch):
+    moved, real = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: moved.append(os.path.basename(target)) or real(source, target))
+    save(make_model, make_tokenizer, tmp_path / "out")
+    assert moved[-1] == "config.json" and "model.safetensors" in moved

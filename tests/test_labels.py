@@ -228,3 +228,14 @@ def test_values_that_no_parser_can_hold_end_in_one_line(tmp_path, name, content)
     (tmp_path / "a.jsonl").write_text(f'{{"text": {"9" * 5000}}}\n')
     with pytest.raises(UserError, match="line 1: not valid JSON"):
         read_texts(tmp_path / "a.jsonl")
+
+
+def test_names_that_differ_in_outer_blanks_are_told(product_log):
+    build_label_space([("a", ["sport"]), ("b", ["sport "])])
+    assert "'sport' and 'sport '" in product_log.text
+
+
+def test_the_order_of_a_label_map_changes_nothing():
+    teachers = [("t", ["owl", "cat"])]
+    for entries in ([("t/owl", "wrong"), ("t", {"owl": "bird"})], [("t", {"owl": "bird"}), ("t/owl", "wrong")]):
+        assert build_label_space(teachers, dict(entries)).names == ("bird", "cat")

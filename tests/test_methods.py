@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from muka_fast import config as configuration
+from muka_fast import runinfo
 from muka_fast.aligned import StudentOutput
+from muka_fast.data import TextSet
 from muka_fast.errors import UserError
 from muka_fast.export import LABELLED_METHODS
 from muka_fast.features import Features
@@ -510,3 +512,52 @@ def test_refusals_name_the_option():
     wrong = options().model_copy(update={"uncertainty": "entropy"})
     with pytest.raises(UserError, match="--uncertainty 'entropy'"):
         build_method(wrong, sup, space)
+
+
+def test_a_text_at_exactly_half_is_kept():
+    sup = make_supervision()
+    weights = np.tile(np.float32([0.25, 0.5, 0.25]), (7, 1))
+    weights[0] /= 2  # exactly half
+    weights[1] /= 4
+    assert build_method(options("muka-evidence"), sup, space_of(sup), None, weights).included.tolist() == [1, 0, 1, 1, 1, 1, 1]
+
+
+def test_the_owner_counts_even_where_it_knows_nothing():
+    sup = make_supervision((["a", "b"], ["c", "d"]), n=1)
+    sup.predictive_entropy[:] = float(np.log(2))
+    sup.expected_entropy[:] = 0
+    assert teacher_scores(sup).abs().max() < 1e-6
+    object.__setattr__(sup, "predictive_entropy", torch.full((1, 2), 0.7))  # clamped: score 0
+    assert build("oracle", sup, labels=["c"]).selected.tolist() == [1]
+
+
+def test_the_mean_of_the_passes_has_no_temperature():
+    sup = make_supervision()
+    torch.testing.assert_close(build("muka-hard", sup, target="mc_mean", kd_temperature=2.0).teacher_probs(ROWS), sup.mean_probs)
+
+
+def test_the_margin_of_a_rule_is_the_gap_of_its_weights():
+    sup = make_supervision()
+    weights = torch.softmax(torch.randn(7, 3, generator=torch.Generator().manual_seed(2)), -1)
+    method = build_method(options("muka-evidence"), sup, space_of(sup), None, weights.numpy())
+    top = weights.sort(-1, descending=True).values
+    torch.testing.assert_close(method.margin, top[:, 0] - top[:, 1])
+
+
+def test_a_text_without_any_weight_does_not_poison_the_gradient():
+    sup = make_supervision()
+    weights = torch.softmax(torch.randn(7, 3, generator=torch.Generator().manual_seed(2)), -1)
+    weights[3] = 0
+    method = build_method(options("muka-evidence"), sup, space_of(sup), None, weights.numpy())
+    student = torch.zeros(7, 5, requires_grad=True)
+    method.loss(student, ROWS).sum().backward()
+    assert student.grad.isfinite().all()
+
+
+def test_no_text_is_shown_twice():
+    sup = make_supervision(n=8)
+    method = build("muka-hard", sup)
+    texts = TextSet([str(i) for i in range(8)], None, np.arange(8), "x", "f", 0)
+    found = runinfo.supervision_summary(method, sup, space_of(sup), texts)
+    shown = [row["example_id"] for part in ("lowest_margin", "highest_margin") for row in found[part]]
+    assert sorted(shown) == list(range(8))

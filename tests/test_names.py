@@ -1,5 +1,6 @@
 """The answer by class names: its definition once more in loops, and what it promises."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -7,10 +8,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.special import softmax
+from test_auto import start_of
+from test_evidence import make_pool, matrix, restricted
 
-from muka_fast.auto import Classes
+from muka_fast.auto import Classes, probs
 from muka_fast.evidence import unit
-from muka_fast.names import TEMPERATURES, NameAnswer, readable
+from muka_fast.names import TEMPERATURES, NameAnswer, calibrate, readable
 
 
 def make(counts=(3, 4), texts=300, width=8, signal=1.0, seed=0, shares=None):
@@ -97,3 +100,19 @@ def test_weights_are_shares_and_the_order_of_the_texts_changes_nothing(seed, cou
 )  # fmt: skip
 def test_names_are_read_as_words(name, words):
     assert readable(name) == words
+
+
+def test_a_shared_class_is_looked_up_where_it_lies_in_the_union():
+    b, names, w, p, classes, _ = make((3, 3), texts=200)
+    names = unit(names - names.mean(0))[[0, 1, 2, 4, 5]]  # the second teacher's first class is the first one's second
+    union, s = np.array([0, 1, 2, 1, 3, 4]), unit(b - b.mean(0)) @ names.T
+    found = calibrate(s, w, p, dataclasses.replace(classes, union=union))
+    assert found == calibrate(s[:, union], w, p, classes) and min(found[0]) > 0
+
+
+def test_weights_are_shares_where_classes_are_shared():
+    sup, neutral, _ = make_pool(60, (3, 3), labels=[list("abc"), list("cde")])
+    sup, b = restricted(sup), unit(matrix(neutral).astype(np.float32))
+    names = np.random.default_rng(0).standard_normal((5, 12)).astype(np.float32)
+    answer = NameAnswer.fit(b, names, start_of(sup), probs(sup, np.arange(60)), Classes.of(sup))
+    np.testing.assert_allclose(answer(b).sum(1), 1, atol=1e-5)

@@ -145,3 +145,8 @@ def test_the_option_has_a_range():
     assert RunConfig().teacher_gib is None
     with pytest.raises(ValueError, match="greater than 0"):
         RunConfig(teacher_gib=0)
+
+
+def test_half_precision_takes_half_the_bytes(make_teacher):
+    folder = make_teacher("bert")
+    assert weight_bytes(folder, torch.bfloat16) * 2 == weight_bytes(folder)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from muka_fast import footprint as cost
 from muka_fast import plan
 from muka_fast.cli import COMMANDS, main, parse
-from muka_fast.config import RunConfig
+from muka_fast.config import PlanConfig, RunConfig
 from muka_fast.data import read_texts
 from muka_fast.errors import UserError
 from muka_fast.supervision import fill_store
@@ -222,3 +222,27 @@ def test_bad_input_is_one_line(make_teacher, words, message):
 def test_units_for_people():
     assert [plan.size(count) for count in (512, 1536, 3 * 2**20, 5 * 2**29)] == ["512 B", "1.5 KiB", "3 MiB", "2.5 GiB"]
     assert [plan.duration(hours) for hours in (0.005, 0.5, 30)] == ["18 s", "30 min", "30.0 h"]
+
+
+def test_hours_disk_and_fit_of_a_plan(make_teacher, student, capsys, tmp_path, make_tokenizer):
+    teacher = teacher_without_weights(make_teacher, "abc", "news")
+    words = ["plan", "--teachers", teacher, "--student", str(student), "--num_texts", "1000", "--json"]
+
+    def told(*more):
+        capsys.readouterr()
+        assert main([*words, *more]) == 0
+        return json.loads(capsys.readouterr().out)
+    found = told("--flops", "1e9", "--mc_scope", "all", "--mc_samples", "8")
+    forward = cost.footprint(transformers.AutoConfig.from_pretrained(teacher), 1, 128, "fp32", "x").forward_flops
+    assert found["teachers"][0]["hours"] == pytest.approx(1000 * forward * 9 / 1e9 / 3600)
+    assert found["disk"]["checkpoints"] == 3 * 12 * found["student"]["parameters"]  # fp32 weights and two moments
+    assert all(row["fits"] for row in told("--gpu", "a10")["memory"])
+    monster = plan.memory(cost.Footprint(10**12, 10, 1, 7, 3), PlanConfig(teachers=["t"], student="s", num_texts=1, gpu="a10"))
+    assert not monster[0]["fits"]
+    assert told("--gpu", "h200")["student"]["flops_per_s"] == pytest.approx(0.4 * 989e12)
+
+
+def test_a_plan_counts_up_to_the_limit(make_teacher, student, tmp_path, capsys):
+    (tmp_path / "pool.txt").write_text("".join(f"text {i}\n" for i in range(50)))
+    options = PlanConfig(teachers=["t"], student="s", texts=str(tmp_path / "pool.txt"), limit=20, tokens_per_text=9)
+    assert plan.count_texts(options) == (20, 9.0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from runs import SMOOTH_ADAM, largest_difference, losses, weights
 
-from muka_fast import loop, snapshots
+from muka_fast import loop, runinfo, snapshots
 from muka_fast.errors import UserError
 from muka_fast.files import held
 
@@ -338,3 +338,74 @@ def test_a_full_disk_keeps_the_last_checkpoints(go, monkeypatch, world, tmp_path
     monkeypatch.undo()
     whole = go("whole")
     assert largest_difference(weights(go("run", resume=True)), weights(whole)) == 0
+
+
+def test_every_forward_has_dropout_of_its_own():
+    places = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 11, 1, 1), (11, 1, 1, 1), (1, 1, 11, 1)]
+    seeds = {runinfo.dropout_seed(*place) for place in places}
+    assert len(seeds) == len(places) and all(0 <= seed < 2**63 for seed in seeds)
+
+
+OTHER = {
+    "seed": 1, "max_length": 64, "batch_size": 8, "warmup_ratio": 0.3, "max_grad_norm": 3.0, "weight_decay": 0.3, "mc_samples": 8,
+    "mc_scope": "all", "mc_dropout_p": 0.3, "target": "mc_mean", "kd_temperature": 2.0, "margin": False, "normalize_margin": True,
+    "uncertainty": "variance", "score_temperature": 0.7, "uncertainty_head": True, "scoring_precision": "bf16", "mc_stop": 0.1,
+    "mc": False,
+}  # fmt: skip
+
+
+def test_a_complete_run_is_not_resumed_with_any_other_option(go, tmp_path):
+    go("run", method="muka-soft", epochs=1)
+    (tmp_path / "map.json").write_text('{"bank": "cash"}')
+    for name, value in OTHER.items():
+        with pytest.raises(UserError, match=rf"{name} .* -> .*--overwrite"):
+            go("run", method="muka-soft", epochs=1, resume=True, **{name: value})
+    inputs = {"limit": (70, "other texts"), "text_column": ("label", "other texts")}
+    inputs |= {"label_map": (str(tmp_path / "map.json"), "labels ")}
+    for name, (value, told) in inputs.items():
+        with pytest.raises(UserError, match=rf"{told}.*--overwrite"):
+            go("run", method="muka-soft", epochs=1, resume=True, **{name: value})
+
+
+def test_a_stopped_run_is_not_resumed_with_any_other_option(go, stop_at, monkeypatch, tmp_path):
+    stop_at(3)
+    go("cut", method="muka-soft", epochs=1)
+    monkeypatch.undo()
+    for name in ("seed", "max_length", "max_grad_norm", "mc_samples", "mc_dropout_p", "mc_scope"):
+        with pytest.raises(UserError, match=rf"[( ]{name} .* -> .*--overwrite"):
+            go("cut", method="muka-soft", epochs=1, resume=True, **{name: OTHER[name]})
+
+
+def test_resume_refuses_teachers_whose_labels_mean_something_else(go, stop_at, monkeypatch, tmp_path):
+    stop_at(3)
+    go("cut")
+    monkeypatch.undo()
+    (tmp_path / "map.json").write_text('{"news": {"science": "sport"}}')  # the same union, in the same order
+    with pytest.raises(UserError, match=r"teacher_labels .* -> "):
+        go("cut", resume=True, label_map=str(tmp_path / "map.json"))
+
+
+def test_resume_refuses_another_tokenizer_of_a_teacher(go, stop_at, monkeypatch, world, tmp_path):
+    shutil.copytree(world / "news", tmp_path / "news")
+    own = {"teachers": [str(tmp_path / "news"), str(world / "home")], "store": str(tmp_path / "store")}
+    stop_at(3)
+    go("cut", **own)
+    monkeypatch.undo()
+    file = tmp_path / "news" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    words = [word for word in vocabulary if not word.startswith("[")]
+    content["model"]["vocab"] = vocabulary | dict(zip(words, reversed([vocabulary[word] for word in words]), strict=True))
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"\(other tokenizers of teachers\)"):
+        go("cut", resume=True, **own)
+
+
+def test_a_file_too_many_is_damage(tmp_path):
+    (tmp_path / "state-00000.safetensors").write_bytes(b"x")
+    digest = snapshots.file_digest(tmp_path / "state-00000.safetensors")
+    state = {"engine": {"completed_steps": 3}, "sha256": {"state-00000.safetensors": digest}}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    assert snapshots.damage(tmp_path) is None
+    (tmp_path / "state-00001.safetensors").write_bytes(b"y")
+    assert snapshots.damage(tmp_path) == "state-00001.safetensors does not belong to it"

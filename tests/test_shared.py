@@ -114,3 +114,13 @@ def test_albert_shares_its_groups(relatives, batch):
     a, b = relatives("albert", [(4, "last:1"), (4, "last:1")], num_hidden_groups=2)
     assert shared_layers(a, b) == 4
     assert tie_shared_weights([a, b]) == 0
+
+
+def test_what_computes_something_else_shares_nothing(relatives):
+    for family, one, other in (
+        ("modernbert", {"classifier_pooling": "mean"}, {"classifier_pooling": "cls"}),
+        ("bert", {"hidden_act": "relu"}, {"hidden_act": "gelu"}),
+        ("bert", {"num_attention_heads": 2}, {"num_attention_heads": 4}),
+    ):
+        (a,), (b,), (c,) = (relatives(family, [(4, "last:1")], **config) for config in (one, other, one))
+        assert shared_layers(a, c) == 4 and shared_layers(a, b) == 0, (family, one)

@@ -180,3 +180,17 @@ def test_too_many_heads_are_refused():
     masks = Masks(owner, [site], {0: 0.5}, SEED, torch.tensor([3]), 1)
     with pytest.raises(UserError, match="128 heads"):
         masks.apply(owner.drop, torch.ones(1, 129, 2, 2), 0.1)
+
+
+def test_too_many_tokens_are_refused():
+    owner, site = Owner(), Site(0, "drop", 0, "attention", 0.1, 0, 4)
+    masks = Masks(owner, [site], {0: 0.5}, SEED, torch.tensor([3]), 1)
+    with pytest.raises(UserError, match="16384 tokens"):
+        masks.apply(owner.drop, torch.ones(1, 1, 1, 16385), 0.1)
+
+
+def test_a_forward_that_somebody_put_on_a_dropout_stays(make_model):
+    model = make_model("bert", "ab")
+    mine = model.dropout.forward = lambda x: x
+    list_sites(model)
+    assert vars(model.dropout)["forward"] is mine

@@ -1,17 +1,20 @@
 """The store's files on disk: keys, ranges, and readers that meet damaged bytes and manifests."""
 
+import fcntl
 import json
 import multiprocessing
 import os
+import threading
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_supervision import text_set
 
 from muka_fast import store as store_module
 from muka_fast.errors import UserError
-from muka_fast.store import MATRICES, VECTORS, read_manifest, read_shard, shard_ranges, teacher_key
+from muka_fast.store import MATRICES, VECTORS, merge_manifest, read_manifest, read_shard, shard_ranges, teacher_key
 from muka_fast.supervision import open_store
 
 
@@ -151,3 +154,15 @@ def test_default_shards_feed_several_processes_without_many_files(count):
     shards = len(store_module.shard_ranges(count, size))
     assert shards >= 15 or size == 256
     assert shards <= 16 or size == 4096
+
+
+def test_two_writers_of_a_manifest_wait_for_each_other(tmp_path):
+    texts, done = text_set(), threading.Event()
+    merge_manifest(tmp_path, texts, 4)
+    with open(tmp_path / ".lock", "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        thread = threading.Thread(target=lambda: merge_manifest(tmp_path, texts, 4) and done.set())
+        thread.start()
+        assert not done.wait(0.3)
+    thread.join(10)
+    assert done.is_set()

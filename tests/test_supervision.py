@@ -477,3 +477,12 @@ def test_nan_is_refused_with_teacher_and_text_and_not_stored(tmp_path, stage, mo
     assert [entry["name"] for entry in read_manifest(tmp_path)["teachers"].values()] == ["red"]
     stage.poison = None
     check(fill(tmp_path))
+
+
+def test_teachers_of_other_texts_are_not_put_side_by_side(tmp_path, stage):
+    fill(tmp_path)
+    folder, shard = folder_of(tmp_path, "blue"), shard_ranges(10, 4)[1]
+    tensors = read_shard(folder, shard, folder.name, 3)
+    store_module.write_shard(folder, shard, folder.name, tensors | {"example_ids": tensors["example_ids"][::-1].copy()})
+    with pytest.raises(UserError, match=r"shard-00001.safetensors: its example ids differ"):
+        open_store(tmp_path)

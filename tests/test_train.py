@@ -348,3 +348,11 @@ def test_the_texts_of_a_single_teacher_need_no_reader(go, world, monkeypatch):
     monkeypatch.setattr("muka_fast.train.name_features", None)
     shares = json.loads((go("one", teachers=[str(world / "news")], method="muka-auto", epochs=1).output / "run.json").read_text())
     assert shares["supervision"]["shares"] == {"news": 1.0}
+
+
+def test_a_line_is_the_mean_of_its_steps(go):
+    lines = lambda result: [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
+    every, few = lines(go("every", epochs=1)), lines(go("few", epochs=1, log_every=2))
+    assert [line["step"] for line in few] == [2, 4, 5]
+    losses = [line["loss"] for line in every]
+    assert [line["loss"] for line in few] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:4]) / 2, losses[4]], rel=1e-6)

@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from runs import SMOOTH_ADAM, largest_difference, losses, uncertainty_head, weights
 
-from muka_fast import train
+from muka_fast import fit_doubt, train
 from muka_fast.errors import UserError
+from muka_fast.evidence import sample_rows
 
 
 def test_the_uncertainty_head_hangs_on_no_layout_and_the_student_feels_nothing(go, world):
@@ -73,3 +75,31 @@ def test_texts_that_belong_to_nobody_are_told_and_not_learnt_from(go, monkeypatc
     assert json.loads((again.output / "run.json").read_text())["coverage"] == {"texts": 0, "share": 0.0, "examples": []}
     plain = go("plain", method="muka-evidence", epochs=1)
     assert largest_difference(weights(again), weights(plain)) == 0 and largest_difference(weights(result), weights(plain)) > 0
+
+
+def test_the_head_is_fitted_on_texts_as_long_as_the_student_read(go, monkeypatch):
+    seen, real = [], fit_doubt.tokenize
+    monkeypatch.setattr(fit_doubt, "tokenize", lambda tokenizer, texts, most: seen.append(most) or real(tokenizer, texts, most))
+    go("run", uncertainty_head=True, epochs=1, max_length=12)
+    assert seen == [12]
+
+
+def fitted_with(go, monkeypatch, **more):
+    seen, real = [], fit_doubt.UncertaintyHead.fit
+    monkeypatch.setattr(fit_doubt.UncertaintyHead, "fit", classmethod(lambda cls, *given: seen.append(given) or real(*given)))
+    go("run", uncertainty_head=True, epochs=1, **more)
+    return seen[0]
+
+
+def test_of_a_large_pool_each_text_has_its_own_doubt_and_nobodys_do_not_count(go, monkeypatch):
+    nobody = lambda sup, weights, neutral, seed: (torch.arange(len(sup)) % 5 == 0).float().numpy()
+    monkeypatch.setattr(train, "nobody_weights", nobody)
+    monkeypatch.setattr(fit_doubt, "SAMPLE", 40)
+    told, real = [], fit_doubt.doubt_targets
+    monkeypatch.setattr(train, "doubt_targets", lambda *given: told.append(real(*given)) or told[0])
+    _, logits, doubt, counts = fitted_with(go, monkeypatch, method="muka-evidence", coverage=True)
+    ids = np.arange(76)
+    rows = sample_rows(np.delete(ids, 3), 0, 40)
+    assert len(logits) == 40
+    np.testing.assert_array_equal(doubt, told[0][rows])
+    np.testing.assert_array_equal(counts, rows % 5 != 0)

@@ -84,3 +84,8 @@ def test_they_stand_beside_the_encoders_features():
     np.testing.assert_allclose(both[:, :6], unit, atol=1e-6)
     words_alone = WordFeatures.fit(tokens_of(texts), np.arange(40), 0)(np.array([7, 49]))
     np.testing.assert_allclose(joined.rows(np.array([7, 49]))[:, 6:], words_alone, atol=1e-6)
+
+
+def test_a_token_twice_in_one_text_is_one_text():
+    texts = [[1, 2], [1, 3], [2, 3], [7, 7]]
+    assert WordFeatures.fit(tokens_of(texts), np.arange(4), 0).known.tolist() == [1, 2, 3]

@@ -244,3 +244,14 @@ def test_triton_in_its_interpreter(interpreter):
 @pytest.mark.slow
 def test_triton_in_its_interpreter_with_all_inputs(interpreter):
     interpreter(__file__, "definition or equal_gives or strides or upstream or gradcheck or refused")
+
+
+def test_the_gather_plan_follows_its_mapping():
+    pytest.importorskip("triton")
+    from muka_fast.ops.distill_loss import gather_plan
+
+    mapping = torch.tensor([2, 0, 1, 0])
+    source, owner, in_order = gather_plan(mapping, (0, 2, 4), 3)
+    assert source.tolist() == [[1, 2, 0], [3, -1, -1]] and owner.tolist() == [[0, 1, 0], [1, 0, 0]] and not in_order
+    mapping[:] = torch.tensor([0, 1, 2, 0])
+    assert gather_plan(mapping, (0, 2, 4), 3)[0].tolist() == [[0, 1, 2], [3, -1, -1]]

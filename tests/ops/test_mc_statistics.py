@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from muka_fast.ops import reference
 from muka_fast.ops.mc_statistics import RAW, McStatistics, mc_statistics
+from muka_fast.ops.reference import mc_statistics_ref
 from muka_fast.ops.table import BACKEND
 
 INF = math.inf
@@ -212,3 +213,9 @@ def test_triton_in_its_interpreter(interpreter):
 @pytest.mark.slow
 def test_triton_in_its_interpreter_with_all_inputs(interpreter):
     interpreter(__file__, "definition or extreme or nonsense or one_class or strides or float64 or refused")
+
+
+def test_information_of_the_definition_is_never_negative():
+    logits = torch.randn(1, 500, 5, generator=torch.Generator().manual_seed(0)).expand(3, -1, -1)
+    _, _, predictive, expected, information, *_ = mc_statistics_ref(logits, [0, 5])
+    assert (predictive < expected).any() and (information >= 0).all()

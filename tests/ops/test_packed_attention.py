@@ -116,3 +116,10 @@ def test_registration(own, p):
 def test_costs():
     assert bytes_moved(2, 3, 5, 4) == 4 * 4 * 2 * (3 + 5 + 5 + 3)
     assert operations(2, 64, 8) == (4 * 2 * 64 * 8, 16)
+
+
+def test_a_bias_of_fewer_keys_is_refused():
+    q = torch.randn(3, 8)
+    starts, first, ids = torch.tensor([0, 3]), torch.tensor([0]), torch.tensor([0])
+    with pytest.raises(ValueError, match="position_bias"):
+        packed_attention(q, q, q, starts, first, starts, 3, 2, 0.5, 2, 0.1, 0, 0, ids, torch.zeros(2, 3, 2))

@@ -183,3 +183,15 @@ def test_triton_in_the_interpreter(interpreter):
 @pytest.mark.timeout(1800)
 def test_triton_in_the_interpreter_with_all_inputs(interpreter):
     interpreter(__file__, "bits_table or other_dtypes or in_parts or neighbours or strided or refused")
+
+
+def test_the_gradient_draws_the_masks_of_its_samples():
+    x = torch.ones(3, 64, requires_grad=True)
+    y = repeat_dropout(x, 2, 0.5, 7, 1, torch.arange(3), torch.zeros(3, dtype=torch.int64), 5)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach().sum(0))
+
+
+def test_truth_values_are_no_ids():
+    with pytest.raises(ValueError, match="example_ids must hold integers"):
+        repeat_dropout(torch.ones(3, 8), 2, 0.5, 7, 1, torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.int64))
