@@ -139,13 +139,18 @@ def merge_shared(ds: dict[str, Any], config: RunConfig, name: str) -> RunConfig:
     try:
         valid = type(config).model_validate(config.model_dump() | settled)  # the options' own ranges and types
     except ValidationError as error:
-        found = error.errors(include_url=False)[0]
-        raise UserError(f"{name}: {found['loc'][0]} {found['input']!r}: {found['msg']}") from error
+        raise refusal(name, error) from error
     settled = {option: getattr(valid, option) for option in settled}
     for path, option in SHARED:
         if option in settled:
             section_of(ds, path)[path[-1]] = settled[option]  # 32.0 is 32
     return config.model_copy(update=settled)
+
+
+def refusal(name: str, error: ValidationError) -> UserError:
+    """The first of pydantic's findings about a configuration."""
+    found = error.errors(include_url=False)[0]
+    return UserError(f"{name}: {'.'.join(map(str, found['loc']))} {found['input']!r}: {found['msg']}")
 
 
 def section_of(ds: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from muka_fast.aligned import StudentOutput
 from muka_fast.config import RunConfig
-from muka_fast.ds_config import AUTOCAST, fill_scheduler
+from muka_fast.ds_config import AUTOCAST, fill_scheduler, refusal
 from muka_fast.errors import UserError, first_line
 from muka_fast.group import JOINING, joined, shut_down
 from muka_fast.intercept import run_without_waiting
@@ -123,8 +123,7 @@ def check_ds_config(ds_config: dict[str, Any], name: str) -> None:
             optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], **params)
             getattr(lr_schedules, kind)(optimizer, **scheduler["params"])
     except ValidationError as error:
-        found = error.errors(include_url=False)[0]
-        raise UserError(f"{name}: {'.'.join(map(str, found['loc']))} {found['input']!r}: {found['msg']}") from error
+        raise refusal(name, error) from error
     except (DeepSpeedConfigError, AssertionError, AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"{name}: DeepSpeed refuses it: {first_line(error)}") from error
 

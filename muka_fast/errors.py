@@ -1,4 +1,4 @@
-"""The one exception that stands for bad input: shown to users as one line, exit code 2."""
+"""The one exception that stands for bad input, shown to users as one line, exit code 2; and words that its messages share."""
 
 
 class UserError(Exception):

@@ -166,6 +166,7 @@ def untouched(config: "RunConfig", earlier: dict[str, Any]) -> bool:
     """Whether the input of the run in --output, whose run.json `earlier` is, has the same names as then, and no local file of it was
     written after that run began, by its time of modification. Nothing slow is read."""
     now, before = config.resolved(), earlier.get("config") or {}
+    # A filled store may stand for the teachers, and they for the store's name.
     names = [name for name in INPUT_OPTIONS if name not in ("teachers", "store") or (now[name] and before.get(name))]
     if any(now[name] != before.get(name) for name in names):
         return False

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import random
 import signal
 import threading
 import time
@@ -71,23 +69,6 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def caller_undisturbed() -> Iterator[None]:
-    """Gives a Python caller's random numbers back, since a run seeds torch's generators for each of its steps, and takes LOCAL_RANK
-    away where DeepSpeed alone needed it: others would take the process for a member of a group."""
-    launched = "LOCAL_RANK" in os.environ
-    states = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        if not launched:
-            os.environ.pop("LOCAL_RANK", None)
 
 
 def train(

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from muka_fast import adapters, checkpoint
 from muka_fast.config import PlanConfig, RunConfig
-from muka_fast.console import quiet_transformers
+from muka_fast.console import fill, new_table, quiet_transformers, stdout_console
 from muka_fast.data import read_texts, tokenize
 from muka_fast.errors import UserError, first_line
 from muka_fast.footprint import STAGES, Footprint, footprint, measured_flops, stage_memory
@@ -204,8 +204,6 @@ def duration(hours: float) -> str:
 
 def print_tables(found: dict[str, Any], options: PlanConfig) -> None:
     """The plan as text tables on stdout."""
-    from muka_fast.console import fill, new_table, stdout_console
-
     console = stdout_console()
     student = found["student"]
     title = (

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from muka_fast import __version__
+from muka_fast.adaptive import sampling_summary
 from muka_fast.errors import UserError
 from muka_fast.files import write_text
+from muka_fast.methods import selection_accuracy, target_accuracy
 from muka_fast.ops.reference import select_teacher_ref
 from muka_fast.selection import teacher_scores
 
 if TYPE_CHECKING:
+    from muka_fast.config import RunConfig
     from muka_fast.data import TextSet
     from muka_fast.labels import LabelSpace
     from muka_fast.supervision import Supervision
@@ -87,6 +90,30 @@ def read_run(output: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: is not the record of a run; start anew with --overwrite")
     return content
+
+
+def supervision_record(
+    config: "RunConfig", method: "Method", sup: "Supervision", space: "LabelSpace", texts: "TextSet", labels: list[str] | None
+) -> dict[str, Any]:
+    """What run.json tells of the supervision."""
+    record = {"metrics": supervision_metrics(method, labels, space)}
+    record["supervision"] = supervision_summary(method, sup, space, texts)
+    if config.coverage:
+        record["coverage"] = coverage_summary(method, texts)
+    if sup.num_samples is not None:
+        record["sampling"] = sampling_summary(sup.num_samples, sup.teachers[0]["mc_samples"])
+    return record
+
+
+def supervision_metrics(method: "Method", labels: list[str] | None, space: "LabelSpace") -> dict[str, Any]:
+    """How good the supervision was, where the texts happen to have labels."""
+    if labels is None or not set(labels) & set(space.names):
+        return {}
+    figures = {
+        "selection_accuracy": selection_accuracy(method, labels, space),
+        "target_accuracy": target_accuracy(method, labels, space),
+    }
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 def supervision_summary(method: "Method", sup: "Supervision", space: "LabelSpace", texts: "TextSet") -> dict[str, Any]:

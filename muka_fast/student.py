@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,19 @@ def checkpoint_activations(model: transformers.PreTrainedModel, what: str) -> No
 
 
 def encoder_fingerprint(source: str | Path, role: str = "student") -> str:
-    """SHA-256 (hex) over configuration and weight files of an encoder's folder; role: what errors call it."""
+    """SHA-256 (hex) over configuration and weight files of an encoder's folder, read once per process as long as no file changes.
+
+    role: what errors call it.
+    """
     folder = checkpoint.resolve_folder(source, role)
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in checkpoint.weight_files(folder, f"{role} {source}"):
+    files = tuple(checkpoint.weight_files(folder, f"{role} {source}"))
+    return _files_digest(folder / "config.json", files, checkpoint.file_state(folder))
+
+
+@cache
+def _files_digest(config: Path, weights: tuple[Path, ...], _state: tuple) -> str:
+    digest = hashlib.sha256(config.read_bytes())
+    for path in weights:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

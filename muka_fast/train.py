@@ -13,16 +13,18 @@ if __name__ == "__main__":
 
 import logging
 import os
-from contextlib import ExitStack
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 import yaml
 
 from muka_fast import export, identity, runinfo, snapshots
-from muka_fast.adaptive import sampling_summary
 from muka_fast.aligned import student_part
 from muka_fast.config import EvalConfig, RunConfig, load_config
 from muka_fast.console import log_file, setup_logging
@@ -39,15 +41,8 @@ from muka_fast.fit_doubt import doubt_targets, fit_head
 from muka_fast.fused_layers import fused_layers
 from muka_fast.group import on_first_process, shut_down, told_once
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
-from muka_fast.loop import Plan, caller_undisturbed, train
-from muka_fast.methods import (
-    METHODS,
-    Method,
-    build_method,
-    neutral_encoder,
-    selection_accuracy,
-    target_accuracy,
-)
+from muka_fast.loop import Plan, train
+from muka_fast.methods import METHODS, build_method, neutral_encoder
 from muka_fast.neutral import name_features, neutral_features, neutral_tokens
 from muka_fast.pool_tokens import PoolTokens
 from muka_fast.preflight import (
@@ -91,6 +86,23 @@ def amalgamate(**options: Any) -> RunResult:
     config = load_config(RunConfig, options.pop("config", None), options)
     with caller_undisturbed():
         return run(config)
+
+
+@contextmanager
+def caller_undisturbed() -> Iterator[None]:
+    """Gives a Python caller's random numbers back, since a run seeds torch's generators for each of its steps, and takes LOCAL_RANK
+    away where DeepSpeed alone needed it: others would take the process for a member of a group."""
+    launched = "LOCAL_RANK" in os.environ
+    states = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        if not launched:
+            os.environ.pop("LOCAL_RANK", None)
 
 
 def run(config: RunConfig) -> RunResult:
@@ -173,12 +185,7 @@ def merge(
     if not finished:
         return RunResult(output, stopped=True)
 
-    record["metrics"] = supervision_metrics(method, labels, space)
-    record["supervision"] = runinfo.supervision_summary(method, sup, space, texts)
-    if config.coverage:
-        record["coverage"] = runinfo.coverage_summary(method, texts)
-    if sup.num_samples is not None:
-        record["sampling"] = sampling_summary(sup.num_samples, sup.teachers[0]["mc_samples"])
+    record |= runinfo.supervision_record(config, method, sup, space, texts, labels)
     with clock("export"):
         state = engine.state_dict()
         state, head = state if trained is model else student_part(state), None
@@ -193,8 +200,7 @@ def merge(
             record["metrics"] |= {"student": on_first_process(lambda: evaluate_student(config, output))}
             on_first_process(write)
     record |= {"state": "complete", "seconds": clock.seconds}
-    on_first_process(lambda: write_json(output / "run.json", record))
-    on_first_process(lambda: discard_leftovers(output))
+    on_first_process(lambda: end_run(output, record))
     return RunResult(output, record["metrics"])
 
 
@@ -219,12 +225,6 @@ def open_output(config: RunConfig, texts: TextSet, holds: ExitStack) -> Path:
         identity.check_identity(output, identity.files_identity(config, texts))
     export.finish_export(output)
     return output
-
-
-def discard_leftovers(output: Path) -> None:
-    """Remove what only an unfinished run needs: its checkpoints, and the run that it replaces."""
-    snapshots.discard(output)
-    export.discard_replaced(output)
 
 
 def read_data(config: RunConfig) -> TextSet:
@@ -322,15 +322,11 @@ def begin_run(output: Path, config: RunConfig, record: dict[str, Any]) -> None:
 # ---- after training ----
 
 
-def supervision_metrics(method: Method, labels: list[str] | None, space: LabelSpace) -> dict[str, Any]:
-    """How good the supervision was, where the texts happen to have labels."""
-    if labels is None or not set(labels) & set(space.names):
-        return {}
-    figures = {
-        "selection_accuracy": selection_accuracy(method, labels, space),
-        "target_accuracy": target_accuracy(method, labels, space),
-    }
-    return {name: value for name, value in figures.items() if value is not None}
+def end_run(output: Path, record: dict[str, Any]) -> None:
+    """The last run.json; what only an unfinished run needs goes: its checkpoints, and the run that it replaces."""
+    write_json(output / "run.json", record)
+    snapshots.discard(output)
+    export.discard_replaced(output)
 
 
 def card(config: RunConfig, record: dict[str, Any]) -> export.Card:

@@ -181,7 +181,8 @@ if triton is not None:
         start = tl.load(p_offsets + i_n)
         o_k, o_c = tl.arange(0, SAMPLES)[:, None], i_part * BLOCK + tl.arange(0, BLOCK)[None, :]
         m_c = o_c < tl.load(p_offsets + i_n + 1) - start
-        p_row, stride = p_z + i_b * z_text + start + o_k.to(tl.int64) * z_sample + o_c, tl.full([], SAMPLES, tl.int64) * z_sample
+        p_row = p_z + i_b * z_text + start + o_k.to(tl.int64) * z_sample + o_c
+        stride = tl.full([], SAMPLES, tl.int64) * z_sample
         p_sample = p_samples + (i_b * N + i_n) * 3 * K + o_k
         b_mean, b_m2 = tl.zeros([SAMPLES, BLOCK], tl.float32), tl.zeros([SAMPLES, BLOCK], tl.float32)
         for i_k in range(0, K, SAMPLES):
