@@ -1,5 +1,9 @@
-"""The form in which each op file lists its ahead-of-time specialisations: what tests/ops/test_aot.py compiles without a GPU."""
+"""What compiles ahead of time: the form in which each op file lists its kernels, and their machine code, without a GPU."""
 
+import re
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -9,7 +13,8 @@ class Specialisation(NamedTuple):
     signature: argument name -> Triton type ("*fp32", "i32", "i64", "fp32") of every argument that is not a constexpr.
     constexprs: argument name -> value. fast: compiled by the default test run too, not only by the slow one.
     aligned: compiled as Triton's JIT does for pointers that 16 divides, as those of torch's allocations are; else without that.
-    least_arch: the first compute capability that it is launched on, 80 for 8.0.
+    multiples: integers that 16 divides as well. least_arch: the first compute capability that it is launched on, 80 for 8.0.
+    lone_warps: its innermost loops wait for no other warp, whatever layouts a version of Triton gives its tiles.
     """
 
     name: str
@@ -20,4 +25,50 @@ class Specialisation(NamedTuple):
     num_stages: int = 2
     fast: bool = False
     aligned: bool = False
+    multiples: tuple[str, ...] = ()
     least_arch: int = 80
+    lone_warps: bool = False
+
+
+class MachineCode(NamedTuple):
+    """registers of a thread, stack bytes of it (spills, local arrays), shared bytes of a program; instructions by rising address."""
+
+    registers: int
+    stack: int
+    shared: int
+    instructions: list[tuple[int, str]]
+
+    def loops(self) -> list[list[str]]:
+        """The instructions of every innermost loop."""
+        place = {address: i for i, (address, _) in enumerate(self.instructions)}
+        back = ((re.search(r"\bBRA\b.*0x([0-9a-f]+)", text), i) for i, (_, text) in enumerate(self.instructions))
+        spans = [(place[int(found[1], 16)], i) for found, i in back if found and place[int(found[1], 16)] < i]
+        inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
+        return [[text for _, text in self.instructions[a : b + 1]] for a, b in inner]
+
+
+def machine_code(item: Specialisation, arch: int) -> MachineCode:
+    """What Triton would load for `item` on a GPU of compute capability `arch`, 90 for 9.0."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = item.kernel.arg_names
+    divided = [name for name in names if item.signature.get(name, "").startswith("*")] if item.aligned else []
+    source = ASTSource(
+        fn=item.kernel,
+        signature={**item.signature, **dict.fromkeys(item.constexprs, "constexpr")},
+        constexprs=item.constexprs,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in (*divided, *item.multiples)},
+    )
+    options = {"num_warps": item.num_warps, "num_stages": item.num_stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile("wb", suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        done = subprocess.run([tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True)
+    listing = done.stdout + done.stderr
+    registers, stack, static = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", listing).groups())
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", listing, re.MULTILINE)
+    return MachineCode(registers, stack, max(static, compiled.metadata.shared), [(int(a, 16), text) for a, text in lines])

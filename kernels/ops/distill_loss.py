@@ -104,6 +104,8 @@ SPECIALISATIONS: list[Specialisation] = []
 if triton is not None:
     import triton.language as tl
 
+    from muka_fast.ops.fast_math import LN_2, LOG2_E, TINY, log2
+
     @triton.jit
     def choose_weights(p_scores, N, inverse_tau, BLOCK_N: tl.constexpr):
         """Of one text: w of every teacher (soft), the selected teacher (hard), the teacher margin."""
@@ -147,7 +149,7 @@ if triton is not None:
     @triton.jit
     def divergence(b_q, b_d):
         """q ln q - q d. Where q is 0 the student's log-probability must not enter, be it -inf."""
-        return tl.where(b_q == 0, 0.0, b_q * (tl.log(b_q) - b_d))
+        return tl.where(b_q == 0, 0.0, b_q * (log2(tl.maximum(b_q, TINY)) * LN_2 - b_d))
 
     @triton.jit
     def short_row(
@@ -166,7 +168,7 @@ if triton is not None:
         b_sum, b_mass, b_cross = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
         for t in tl.static_range(TILES):
             b_d = b_z[t] - b_max
-            b_e += (tl.exp(b_d),)
+            b_e += (tl.exp2(b_d * LOG2_E),)
             b_q += (compose(teachers, b_w, columns[t], t * BLOCK + tl.arange(0, BLOCK), C, M, SOFT, IN_ORDER),)
             b_sum += b_e[t]
             b_mass += b_q[t]
@@ -175,7 +177,7 @@ if triton is not None:
         for t in tl.static_range(TILES):
             o_c = t * BLOCK + tl.arange(0, BLOCK)
             tl.store(p_grad + o_c, (b_mass / b_sum * b_e[t] - b_q[t]) * b_step, mask=o_c < C)
-        return tl.sum(b_cross, 0) + b_mass * tl.log(b_sum)
+        return tl.sum(b_cross, 0) + b_mass * log2(b_sum) * LN_2
 
     @triton.jit
     def long_row(
@@ -192,16 +194,16 @@ if triton is not None:
             o_c = i_c + tl.arange(0, BLOCK)
             b_d = load_logits(p_z, o_c, C, inverse_temperature) - b_max
             b_q = compose(teachers, b_w, load_column(teachers, 0, o_c, C, SOFT, IN_ORDER), o_c, C, M, SOFT, IN_ORDER)
-            b_sum += tl.exp(b_d)
+            b_sum += tl.exp2(b_d * LOG2_E)
             b_mass += b_q
             b_cross += divergence(b_q, b_d)
         b_sum, b_mass = tl.sum(b_sum, 0), tl.sum(b_mass, 0)
         for i_c in range(0, C, BLOCK):
             o_c = i_c + tl.arange(0, BLOCK)
-            b_e = tl.exp(load_logits(p_z, o_c, C, inverse_temperature) - b_max)
+            b_e = tl.exp2((load_logits(p_z, o_c, C, inverse_temperature) - b_max) * LOG2_E)
             b_q = compose(teachers, b_w, load_column(teachers, 0, o_c, C, SOFT, IN_ORDER), o_c, C, M, SOFT, IN_ORDER)
             tl.store(p_grad + o_c, (b_mass / b_sum * b_e - b_q) * b_step, mask=o_c < C)
-        return tl.sum(b_cross, 0) + b_mass * tl.log(b_sum)
+        return tl.sum(b_cross, 0) + b_mass * log2(b_sum) * LN_2
 
     @triton.jit(do_not_specialize=["N"])  # M = 1 is compiled for itself, without a loop
     def distill_loss_kernel(
@@ -297,6 +299,8 @@ if triton is not None:
             | row_tiles(classes, warps) | ({} if columns == "shared" else {"M": 1}),
             num_warps=warps,
             fast=dtype == "fp32" and soft and columns == "shared" and classes in (308, 20_000),
+            aligned=dtype == "bf16",
+            multiples=("C", "z_stride", "probs_stride") if dtype == "bf16" and classes % 16 == 0 else (),
         )
         for dtype in ("fp32", "fp16", "bf16")
         for soft, columns in ((True, "in order"), (True, "mapped"), (True, "shared"), (False, "shared"))

@@ -70,34 +70,47 @@ if philox.triton is not None:
 
     @triton.jit
     def write_replicas(
-        p_x, p_residual, p_weight, p_bias, p_y, b_call, shift, b_id, first, last,
-        seed, site, first_sample, threshold, scale, num_plain, eps, rows, D, residual_rows,
-        CALLS: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr,
+        p_x, p_residual, p_weight, p_bias, p_y, m_i, b_call, shift, b_id, first, last,
+        seed, site, first_sample, threshold, scale, num_plain, eps, rows, residual_rows,
+        D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr,
     ):  # fmt: skip
-        """Replicas first ... last - 1 of the row at p_x, whose column 0 is lane `shift` of b_call's first [1, CALLS]."""
-        o_d = tl.arange(0, CALLS * 8)[None, :]
-        m_d = o_d < D
-        b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
-        b_bias = tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
+        """Replicas first ... last - 1 of the rows at p_x, [ROWS, 1], whose column 0 is lane `shift` of b_call's first."""
+        TILES: tl.constexpr = (D + BLOCK - 1) // BLOCK
+        o_d = tl.arange(0, BLOCK)[None, :]
+        b_weight, b_bias = (), ()
+        for t in tl.static_range(TILES):
+            b_weight += (tl.load(p_weight + t * BLOCK + o_d, mask=t * BLOCK + o_d < D, other=0.0).to(tl.float32),)
+            b_bias += (tl.load(p_bias + t * BLOCK + o_d, mask=t * BLOCK + o_d < D, other=0.0).to(tl.float32),)
         p_x += first.to(tl.int64) * rows * D
         p_y += first.to(tl.int64) * rows * D
         p_residual += first.to(tl.int64) * residual_rows * D
         for i_r in range(first, last):
-            b_x = tl.load(p_x + o_d, mask=m_d, other=0.0).to(tl.float32)
-            b_residual = tl.load(p_residual + o_d, mask=m_d, other=0.0).to(tl.float32)
-            if MASKED:
-                # The plain replica keeps every lane.
-                b_threshold, b_scale = tl.where(i_r < num_plain, 0, threshold), tl.where(i_r < num_plain, 1.0, scale)
-                sample = first_sample + i_r - num_plain
-                if SHIFTED:
-                    keep = philox.keep_shifted_lanes(seed, b_call, shift, sample, site, b_id, b_threshold, CALLS, 1)
-                else:
-                    keep = philox.keep_lanes(seed, b_call, sample, site, b_id, b_threshold, CALLS, 1)
-                b_x = tl.where(keep, b_x, 0.0) * b_scale
-            b_y = b_x + b_residual  # 0 behind the last column
-            b_centred = tl.where(m_d, b_y - tl.sum(b_y, 1, keep_dims=True) / D, 0.0)
-            b_y = b_centred * tl.rsqrt(tl.sum(b_centred * b_centred, 1, keep_dims=True) / D + eps)
-            tl.store(p_y + o_d, (b_y * b_weight + b_bias).to(p_y.dtype.element_ty), mask=m_d)
+            # The plain replica keeps every lane.
+            b_threshold, b_scale = tl.where(i_r < num_plain, 0, threshold), tl.where(i_r < num_plain, 1.0, scale)
+            sample = first_sample + i_r - num_plain
+            b_y, b_sum = (), tl.zeros([ROWS, BLOCK], tl.float32)
+            for t in tl.static_range(TILES):
+                m = m_i & (t * BLOCK + o_d < D)
+                b_yt = tl.load(p_x + t * BLOCK + o_d, mask=m, other=0.0).to(tl.float32)
+                if MASKED:
+                    b_tile = b_call + t * (BLOCK // 8)
+                    if SHIFTED:
+                        keep = philox.keep_shifted_lanes(seed, b_tile, shift, sample, site, b_id, b_threshold, BLOCK // 8, ROWS)
+                    else:
+                        keep = philox.keep_lanes(seed, b_tile, sample, site, b_id, b_threshold, BLOCK // 8, ROWS)
+                    b_yt = tl.where(keep, b_yt, 0.0) * b_scale
+                b_yt += tl.load(p_residual + t * BLOCK + o_d, mask=m, other=0.0).to(tl.float32)  # 0 behind the last column
+                b_y += (b_yt,)
+                b_sum += b_yt
+            b_mean = tl.sum(b_sum, 1, keep_dims=True) * (1.0 / D)
+            b_squares = tl.zeros([ROWS, BLOCK], tl.float32)
+            for t in tl.static_range(TILES):
+                b_centred = tl.where(t * BLOCK + o_d < D, b_y[t] - b_mean, 0.0)
+                b_squares += b_centred * b_centred
+            b_rstd = tl.rsqrt(tl.sum(b_squares, 1, keep_dims=True) * (1.0 / D) + eps)
+            for t in tl.static_range(TILES):
+                b_out = (b_y[t] - b_mean) * b_rstd * b_weight[t] + b_bias[t]
+                tl.store(p_y + t * BLOCK + o_d, b_out.to(p_y.dtype.element_ty), mask=m_i & (t * BLOCK + o_d < D))
             p_x += rows.to(tl.int64) * D
             p_y += rows.to(tl.int64) * D
             p_residual += residual_rows.to(tl.int64) * D
@@ -117,34 +130,41 @@ if philox.triton is not None:
         p_offsets,  # int64 [rows]: element of column 0
         seed, site, first_sample, threshold, scale, num_plain, eps, R,
         replicas_at_once,  # of one program: they share weight, bias and the first rounds of Philox
-        rows, D,
+        rows,
         residual_rows,  # 0 or rows
-        CALLS: tl.constexpr, MASKED: tl.constexpr,
+        D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
     ):  # fmt: skip
-        i_i = tl.program_id(0).to(tl.int64)
+        """ROWS rows, each of a warp of its own up to 1024 columns, so that no sum leaves a warp there."""
+        o_i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+        m_i = o_i < rows
         first = tl.program_id(1) * replicas_at_once
         last = tl.minimum(first + replicas_at_once, R)
-        b_id = tl.load(p_ids + i_i)
-        offset = tl.load(p_offsets + i_i)
-        b_call = ((offset >> 3) + tl.arange(0, CALLS)).to(tl.int32)[None, :]
+        b_id, offset = tl.load(p_ids + o_i, mask=m_i, other=0), tl.load(p_offsets + o_i, mask=m_i, other=0)
+        b_call = ((offset >> 3) + tl.arange(0, BLOCK // 8)[None, :]).to(tl.int32)
         shift = (offset & 7).to(tl.int32)
-        if shift == 0 or not MASKED:  # the row begins with a call, as where D is a multiple of eight: half the Philox calls
+        p_x, p_residual, p_y = p_x + o_i * D, p_residual + o_i * D, p_y + o_i * D
+        # Rows begin with a call where D is a multiple of eight: half the Philox calls.
+        if tl.max(tl.max(shift, 1), 0) == 0 or not MASKED:
             write_replicas(
-                p_x + i_i * D, p_residual + i_i * D, p_weight, p_bias, p_y + i_i * D, b_call, shift, b_id, first, last,
-                seed, site, first_sample, threshold, scale, num_plain, eps, rows, D, residual_rows, CALLS, MASKED, False,
+                p_x, p_residual, p_weight, p_bias, p_y, m_i, b_call, shift, b_id, first, last,
+                seed, site, first_sample, threshold, scale, num_plain, eps, rows, residual_rows, D, ROWS, BLOCK, MASKED, False,
             )  # fmt: skip
         else:
             write_replicas(
-                p_x + i_i * D, p_residual + i_i * D, p_weight, p_bias, p_y + i_i * D, b_call, shift, b_id, first, last,
-                seed, site, first_sample, threshold, scale, num_plain, eps, rows, D, residual_rows, CALLS, MASKED, True,
+                p_x, p_residual, p_weight, p_bias, p_y, m_i, b_call, shift, b_id, first, last,
+                seed, site, first_sample, threshold, scale, num_plain, eps, rows, residual_rows, D, ROWS, BLOCK, MASKED, True,
             )  # fmt: skip
 
     FULL = 4096  # programs that fill a card: below, one takes fewer replicas
 
-    def block(width: int) -> tuple[int, str]:
-        """CALLS of one row, and its class of shape in tuning.py."""
-        calls = triton.next_power_of_2(philox_calls(0, width))
-        return calls, next((most for most in tuning.CANDIDATES["dropout_add_layer_norm"] if calls <= int(most)), "4096")
+    def shape_class(width: int) -> str:
+        """Of tuning.py."""
+        return next((most for most in tuning.CANDIDATES["dropout_add_layer_norm"] if width <= int(most)), "4096")
+
+    def tile(width: int, warps: int) -> dict[str, int]:
+        """Constexprs: a row is BLOCK columns at a time, eight a lane; warps that it does not take have rows of their own."""
+        block = 256 if width <= 1024 else min(256 * warps, triton.next_power_of_2(triton.cdiv(width, 2)))
+        return {"D": width, "ROWS": 256 * warps // block, "BLOCK": block}
 
     def _triton(x, residual, weight, bias, eps, p, seed, site, example_ids, offsets, first_sample, plain_first) -> Tensor:
         if x.dtype == torch.float64:  # only tests ask for it
@@ -155,34 +175,37 @@ if philox.triton is not None:
         out = torch.empty_like(x)
         if out.numel() == 0:
             return out
-        CALLS, shape = block(width)
-        most, num_warps = tuning.choose("dropout_add_layer_norm", shape, x.device)
-        at_once = max(1, min(most, replicas * rows // FULL))
+        most, num_warps = tuning.choose("dropout_add_layer_norm", shape_class(width), x.device)
+        constexprs = tile(width, num_warps)
+        programs = triton.cdiv(rows, constexprs["ROWS"])
+        at_once = max(1, min(most, replicas * programs // FULL))
         with table.on_device_of(x):
-            dropout_add_layer_norm_kernel[(rows, triton.cdiv(replicas, at_once))](
+            dropout_add_layer_norm_kernel[(programs, triton.cdiv(replicas, at_once))](
                 x, residual, weight, bias, out, example_ids, offsets, seed, site, first_sample, threshold, scale, int(plain_first),
-                eps, replicas, at_once, rows, width, 0 if residual.dim() == 2 else rows, CALLS=CALLS, MASKED=threshold > 0,
-                num_warps=num_warps,
+                eps, replicas, at_once, rows, 0 if residual.dim() == 2 else rows,
+                MASKED=threshold > 0, num_warps=num_warps, **constexprs,
             )  # fmt: skip
         return out
 
     _TYPES = {"p_ids": "*i64", "p_offsets": "*i64", "seed": "i64", "scale": "fp32", "eps": "fp32"}
     _TYPES |= dict.fromkeys(
-        ("site", "first_sample", "threshold", "num_plain", "R", "replicas_at_once", "rows", "D", "residual_rows"), "i32"
+        ("site", "first_sample", "threshold", "num_plain", "R", "replicas_at_once", "rows", "residual_rows"), "i32"
     )
     SPECIALISATIONS = [
         Specialisation(
             f"dropout_add_layer_norm {dtype} D={width}{' masked' * masked} {num_warps}",
             dropout_add_layer_norm_kernel,
             {**dict.fromkeys(("p_x", "p_residual", "p_weight", "p_bias", "p_y"), f"*{dtype}"), **_TYPES},
-            {"CALLS": block(width)[0], "MASKED": masked},
+            tile(width, num_warps) | {"MASKED": masked},
             num_warps=num_warps,
-            fast=dtype == "bf16" and width == 768 and num_warps == 2 and masked,
+            fast=dtype == "bf16" and width == 768 and num_warps == 4 and masked,
+            aligned=True,
+            lone_warps=width == 768 and dtype != "fp32",  # whose masks change places: four numbers a lane are 16 bytes, lanes eight
         )
         for dtype in ("fp32", "fp16", "bf16")
-        for width in (63, 768, 2048, 4096)
+        for width in (63, 768, 1024, 2048, 4096)
         for masked in (True, False)
-        for num_warps in dict.fromkeys(warps for _, warps in tuning.CANDIDATES["dropout_add_layer_norm"][block(width)[1]])
+        for num_warps in dict.fromkeys(warps for _, warps in tuning.CANDIDATES["dropout_add_layer_norm"][shape_class(width)])
     ]
 
 _op = table.register(

@@ -10,7 +10,6 @@ Letters: K samples (k) · B texts (b) · D features (d) · C classes (c).
 """
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -99,7 +98,8 @@ if philox.triton is not None:
     import triton
     import triton.language as tl
 
-    INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+    from muka_fast.ops.fast_math import INTERPRETED, LN_2, LOG2_E, TINY, log2
+
     SAMPLES = tl.constexpr(16)  # rows of one matrix product that belong to one text; more samples are merged in turns
     LOWEST = tl.constexpr(-3.0e38)  # finite start of a running maximum: differences stay finite where every logit is -inf
 
@@ -132,7 +132,7 @@ if philox.triton is not None:
         """Of each row: maximum, e = exp(d) with d = z - maximum, sum e, sum e * d; NaN reaches both sums."""
         b_top = tl.maximum(tl.max(b_z, 1), LOWEST)
         b_d = b_z - b_top[:, None]
-        b_e = tl.exp(b_d)
+        b_e = tl.exp2(b_d * LOG2_E)
         return b_top, b_e, tl.sum(b_e, 1), tl.sum(b_e * tl.maximum(b_d, -200.0), 1)  # 0 * -inf would be NaN
 
     @triton.jit
@@ -171,7 +171,7 @@ if philox.triton is not None:
             )  # fmt: skip
             b_z = tl.where((o_c < C)[None, :], b_z, float("-inf"))
             if STAGE == 2:
-                b_p = tl.exp(b_z - tl.load(p_lse + b_text * K + b_sample, mask=m_row, other=0.0)[:, None])
+                b_p = tl.exp2((b_z - tl.load(p_lse + b_text * K + b_sample, mask=m_row, other=0.0)[:, None]) * LOG2_E)
             else:
                 b_top, b_e, b_sum, b_dot = row_sums(b_z)
                 b_p = b_e * (1.0 / b_sum)[:, None]
@@ -184,14 +184,14 @@ if philox.triton is not None:
             else:
                 b_mean, b_m2 = merge(b_mean, b_m2, b_p, m_row, i_k, K, BT, BC)
             if STAGE == 0:
-                b_h = tl.where(m_row, tl.log(b_sum) - b_dot / b_sum, 0.0)
+                b_h = tl.where(m_row, log2(b_sum) * LN_2 - b_dot / b_sum, 0.0)
                 b_inner += tl.sum(tl.reshape(b_h, [BT, SAMPLES]), 1)
         m_t = o_t < B
         if STAGE != 1:
             p_out, m_out = o_t[:, None] * C + o_c[None, :], m_t[:, None] & (o_c < C)[None, :]
             tl.store(p_mean + p_out, b_mean, mask=m_out)
             tl.store(p_var + p_out, b_m2 * (1.0 / K), mask=m_out)
-            b_predictive = tl.sum(tl.where(b_mean == 0.0, 0.0, -b_mean * tl.log(b_mean)), 1)
+            b_predictive = tl.sum(b_mean * log2(tl.maximum(b_mean, TINY)) * -LN_2, 1)
         if STAGE == 2:
             tl.store(p_predictive + o_t * tiles + i_c, b_predictive, mask=m_t)
         if STAGE == 0:  # `where` keeps NaN, which a maximum does not
@@ -312,6 +312,8 @@ if philox.triton is not None:
             num_warps=warps,
             num_stages=stages,
             fast=dtype == "fp32" and (classes, stage) in ((16, 0), (1000, 2)),
+            aligned=dtype == "bf16",
+            multiples=("C", "D") if dtype == "bf16" else (),
         )
 
     SPECIALISATIONS = [

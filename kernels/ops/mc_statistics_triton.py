@@ -6,7 +6,6 @@ classes, then the selection. They read every logit three times, mostly from the 
 """
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -21,18 +20,8 @@ from muka_fast.ops.philox import triton
 SPECIALISATIONS: list[Specialisation] = []
 if triton is not None:
     import triton.language as tl
-    from triton.language.extra import libdevice
 
-    LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-    TINY = tl.constexpr(2.0**-126)
-    INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-    @triton.jit
-    def fast_log2(x):
-        """One instruction instead of twenty, and as exact as its argument: each errs by about 1e-7 near 1."""
-        if INTERPRETED:  # which lacks the function
-            return tl.log2(x)
-        return libdevice.fast_log2f(x)
+    from muka_fast.ops.fast_math import LN_2, LOG2_E, TINY, log2, reciprocal
 
     @triton.jit
     def exponentials(b_z, b_top):
@@ -75,22 +64,33 @@ if triton is not None:
         tl.store(p_entropy + 4 * N + 1, tl.where(b_nan == 0, tl.where(N == 1, 1.0, b_best - b_second), float("nan")))
 
     @triton.jit
-    def load_tiles(p_row, o_head, o_tail, C, FULL: tl.constexpr):
-        """Logits of the head's and the tail's classes, -inf beyond the last. FULL: the head has no class beyond it."""
-        b_tail = tl.load(p_row + o_tail, mask=o_tail < C, other=float("-inf"))
-        if FULL:
-            return tl.load(p_row + o_head), b_tail
-        return tl.load(p_row + o_head, mask=o_head < C, other=float("-inf")), b_tail
+    def load_classes(p_row, C, LANES: tl.constexpr, TILES: tl.constexpr, FULL: tl.constexpr):
+        """Every LANES-th logit of a lane, -inf beyond the last class; the first FULL tiles have no class beyond it."""
+        b_z = ()
+        for t in tl.static_range(TILES):
+            if t < FULL:
+                b_z += (tl.load(p_row + t * LANES),)
+            else:
+                b_z += (tl.load(p_row + t * LANES, mask=t * LANES < C, other=float("-inf")),)
+        return b_z
 
     @triton.jit
-    def store_classes(p_mean, p_var, m_c, K, b_mean, b_m2, SAMPLES: tl.constexpr):
-        """Merges means and sums of squares of SAMPLES equal parts of the samples (Chan, Golub, LeVeque, 1979), along the first axis.
-        Returns -mean ln mean of each class; 0 for 0."""
-        b_all = tl.sum(b_mean, 0, keep_dims=True) * (1.0 / SAMPLES)
+    def over_samples(b, SAMPLES: tl.constexpr):
+        """Sums of SAMPLES rows each, in every one of them: [rows, columns]."""
+        b_3 = tl.reshape(b, [b.shape[0] // SAMPLES, SAMPLES, b.shape[1]])
+        return tl.reshape(tl.broadcast_to(tl.sum(b_3, 1, keep_dims=True), b_3.shape), b.shape)
+
+    @triton.jit
+    def merge(b_mean, b_m2, K, SAMPLES: tl.constexpr):
+        """Mean and variance of SAMPLES equal parts of the samples, a row each (Chan, Golub, LeVeque, 1979)."""
+        b_all = over_samples(b_mean, SAMPLES) * (1.0 / SAMPLES)
         b_off = b_mean - b_all
-        tl.store(p_mean, b_all, mask=m_c)
-        tl.store(p_var, tl.sum(b_m2 * (1.0 / K) + b_off * b_off * (1.0 / SAMPLES), 0, keep_dims=True), mask=m_c)
-        return b_all * fast_log2(tl.maximum(b_all, TINY)) * -LN_2
+        return b_all, over_samples(b_m2 * (1.0 / K) + b_off * b_off * (1.0 / SAMPLES), SAMPLES)
+
+    @triton.jit
+    def plogp(b_p):
+        """-p ln p; 0 for 0."""
+        return b_p * log2(tl.maximum(b_p, TINY)) * -LN_2
 
     @triton.jit
     def mc_statistics_kernel(
@@ -99,52 +99,64 @@ if triton is not None:
         p_log_classes,  # [N] ln C_i
         p_out,  # [B, 2 S + 4 N + 2], the columns of McStatistics
         K, N, S, z_sample, z_text,
-        TEACHERS: tl.constexpr, SAMPLES: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, FULL: tl.constexpr,
+        TEACHERS: tl.constexpr, SAMPLES: tl.constexpr, TILES: tl.constexpr, FULL: tl.constexpr,
     ):  # fmt: skip
         """One text per program, so that the selection needs no second launch; one teacher per warp, so that no sum leaves a warp.
 
-        Tiles are [SAMPLES, TEACHERS, classes / LANES, LANES]: Triton gives the last axis and then the first to the lanes of a warp,
-        the second to the warps and the third to the registers. A tile's sides are powers of two: two tiles waste less than one.
+        A tile is [TEACHERS * SAMPLES, LANES], one number a lane: every Triton gives its columns and then its rows to the lanes of a
+        warp. Zeros are added to what a row has one of, so that it keeps that shape and stays in its lanes.
         """
         LANES: tl.constexpr = 32 // SAMPLES
         i_b = tl.program_id(0).to(tl.int64)
         p_text = p_out + i_b * (2 * S + 4 * N + 2)
-        o_k = tl.arange(0, SAMPLES)[:, None, None, None]
-        o_head = (tl.arange(0, HEAD // LANES) * LANES)[None, None, :, None]
-        o_tail = (tl.arange(0, TAIL // LANES) * LANES + HEAD)[None, None, :, None]
-        o_lane = tl.arange(0, LANES)[None, None, None, :]
+        o_row = tl.arange(0, TEACHERS * SAMPLES)[:, None]
+        o_lane = tl.arange(0, LANES)[None, :]
         for i_n in range(0, N, TEACHERS):
-            o_n = tl.minimum(i_n + tl.arange(0, TEACHERS), N - 1)[None, :, None, None]  # idle warps repeat the last teacher
+            o_n = tl.minimum(i_n + o_row // SAMPLES, N - 1)  # idle warps repeat the last teacher
             b_start = tl.load(p_offsets + o_n)
             C = tl.load(p_offsets + o_n + 1) - b_start - o_lane  # classes from this lane on
-            p_row = p_z + i_b * z_text + o_k.to(tl.int64) * z_sample + (b_start + o_lane)
+            p_row = p_z + i_b * z_text + (o_row % SAMPLES).to(tl.int64) * z_sample + (b_start + o_lane)
             stride = tl.full([], SAMPLES, tl.int64) * z_sample
-            b_head, b_tail = load_tiles(p_row, o_head, o_tail, C, FULL)
-            b_mean = tl.zeros([SAMPLES, TEACHERS, HEAD // LANES, LANES], tl.float32)
-            b_tail_mean = tl.zeros([SAMPLES, TEACHERS, TAIL // LANES, LANES], tl.float32)
-            b_m2, b_tail_m2, b_expected = b_mean, b_tail_mean, tl.zeros([SAMPLES, TEACHERS, 1, 1], tl.float32)
+            b_next = load_classes(p_row, C, LANES, TILES, FULL)
+            b_mean, b_m2 = (), ()
+            for _ in tl.static_range(TILES):
+                b_mean += (tl.zeros([TEACHERS * SAMPLES, LANES], tl.float32),)
+                b_m2 += (tl.zeros([TEACHERS * SAMPLES, LANES], tl.float32),)
+            b_expected = tl.zeros([TEACHERS * SAMPLES, 1], tl.float32)
             for i_k in tl.range(SAMPLES, K + SAMPLES, SAMPLES):
-                b_z, b_tail_z = b_head.to(tl.float32), b_tail.to(tl.float32)
+                b_z = b_next
                 if i_k < K:  # the next samples, on their way while these are computed
                     p_row += stride
-                    b_head, b_tail = load_tiles(p_row, o_head, o_tail, C, FULL)
-                b_top = tl.maximum(tl.max(b_z, 2, keep_dims=True), tl.max(b_tail_z, 2, keep_dims=True))
-                b_top = tl.max(b_top, 3, keep_dims=True)
-                b_e, b_ed = exponentials(b_z, b_top)
-                b_tail_e, b_tail_ed = exponentials(b_tail_z, b_top)
-                b_sum = tl.sum(tl.sum(b_e, 2, keep_dims=True) + tl.sum(b_tail_e, 2, keep_dims=True), 3, keep_dims=True)
-                b_dot = tl.sum(tl.sum(b_ed, 2, keep_dims=True) + tl.sum(b_tail_ed, 2, keep_dims=True), 3, keep_dims=True)
-                b_scale = 1.0 / b_sum
-                b_expected += fast_log2(b_sum) * LN_2 - b_dot * b_scale
-                share = SAMPLES / (i_k * 1.0)
-                b_mean, b_m2 = welford(b_e * b_scale, b_mean, b_m2, share)
-                b_tail_mean, b_tail_m2 = welford(b_tail_e * b_scale, b_tail_mean, b_tail_m2, share)
-            p_mean = p_text + (b_start + o_lane + 0 * o_k)  # of the tile's whole shape, so that its values stay in their lanes
-            p_var = p_mean + S
-            b_h = store_classes(p_mean + o_head, p_var + o_head, o_head < C, K, b_mean, b_m2, SAMPLES)
-            b_tail_h = store_classes(p_mean + o_tail, p_var + o_tail, o_tail < C, K, b_tail_mean, b_tail_m2, SAMPLES)
-            b_h = tl.sum(tl.sum(b_h, 2, keep_dims=True) + tl.sum(b_tail_h, 2, keep_dims=True), 3, keep_dims=True)
-            store_entropies(p_text + 2 * S, p_log_classes, o_n, N, b_h, tl.sum(b_expected, 0, keep_dims=True) * (1.0 / K))
+                    b_next = load_classes(p_row, C, LANES, TILES, FULL)
+                b_top = b_z[0].to(tl.float32)
+                for t in tl.static_range(1, TILES):
+                    b_top = tl.maximum(b_top, b_z[t].to(tl.float32))
+                b_top = tl.max(b_top, 1, keep_dims=True)
+                b_sum, b_dot, b_e = tl.zeros_like(b_mean[0]), tl.zeros_like(b_mean[0]), ()
+                for t in tl.static_range(TILES):
+                    b_et, b_ed = exponentials(b_z[t].to(tl.float32), b_top)
+                    b_e += (b_et,)
+                    b_sum += b_et
+                    b_dot += b_ed
+                b_sum, b_dot = tl.sum(b_sum, 1, keep_dims=True), tl.sum(b_dot, 1, keep_dims=True)
+                b_scale = reciprocal(b_sum)
+                b_expected += log2(b_sum) * LN_2 - b_dot * b_scale
+                means, squares = (), ()
+                for t in tl.static_range(TILES):
+                    b_mt, b_st = welford(b_e[t] * b_scale, b_mean[t], b_m2[t], SAMPLES * reciprocal(i_k * 1.0))
+                    means += (b_mt,)
+                    squares += (b_st,)
+                b_mean, b_m2 = means, squares
+            b_h = tl.zeros([TEACHERS * SAMPLES, LANES], tl.float32)
+            for t in tl.static_range(TILES):
+                b_all, b_var = merge(b_mean[t], b_m2[t], K, SAMPLES)
+                p_mean = p_text + (b_start + o_lane + t * LANES)
+                tl.store(p_mean, b_all, mask=t * LANES < C)
+                tl.store(p_mean + S, b_var, mask=t * LANES < C)
+                b_h += plogp(b_all)
+            b_expected = over_samples(b_expected, SAMPLES) * (1.0 / K)
+            b_h = tl.sum(b_h, 1, keep_dims=True)
+            store_entropies(p_text + 2 * S, p_log_classes, o_n + 0 * o_lane, N, b_h + 0 * o_lane, b_expected + 0 * o_lane)
         store_selection(p_text + 2 * S, N)
 
     @triton.jit
@@ -170,7 +182,7 @@ if triton is not None:
         p_sample = p_samples + (i_b * N + i_n) * 3 * K + i_k
         tl.store(p_sample, b_top)
         tl.store(p_sample + K, 1.0 / b_sum)
-        tl.store(p_sample + 2 * K, fast_log2(b_sum) * LN_2 - b_dot / b_sum)
+        tl.store(p_sample + 2 * K, log2(b_sum) * LN_2 - b_dot / b_sum)
 
     @triton.jit
     def class_kernel(
@@ -190,9 +202,12 @@ if triton is not None:
             b_e, _ = exponentials(b_z, tl.load(p_sample + i_k))
             b_mean, b_m2 = welford(b_e * tl.load(p_sample + K + i_k), b_mean, b_m2, SAMPLES / (i_k + SAMPLES * 1.0))
             p_row += stride
-        p_mean = p_out + i_b * (2 * S + 4 * N + 2) + start + o_c
-        b_h = store_classes(p_mean, p_mean + S, m_c, K, b_mean, b_m2, SAMPLES)
-        tl.store(p_parts + (i_b * N + i_n) * PARTS + i_part, tl.sum(tl.sum(b_h, 1), 0))  # 0 beyond the last class
+        p_mean = p_out + i_b * (2 * S + 4 * N + 2) + start + o_c + 0 * o_k
+        b_all, b_var = merge(b_mean, b_m2, K, SAMPLES)
+        tl.store(p_mean, b_all, mask=m_c & (o_k == 0))
+        tl.store(p_mean + S, b_var, mask=m_c & (o_k == 0))
+        b_h = tl.sum(tl.sum(plogp(b_all), 1), 0) * (1.0 / SAMPLES)  # 0 beyond the last class; every row has the same
+        tl.store(p_parts + (i_b * N + i_n) * PARTS + i_part, b_h)
 
     @triton.jit
     def selection_kernel(p_log_classes, p_samples, p_parts, p_out, K, N, S, PARTS, BLOCK: tl.constexpr):
@@ -210,25 +225,24 @@ if triton is not None:
         store_selection(p_entropy, N)
 
     CANDIDATES = {int(size): entries for size, entries in tuning.CANDIDATES["mc_statistics"].items()}
-    TILES = {size: entries[0] for size, entries in CANDIDATES.items()}  # most classes -> samples of a warp and warps
+    SIZES = {size: entries[0] for size, entries in CANDIDATES.items()}  # most classes -> samples of a warp and warps
     # Beyond the tiles: classes (or numbers) at a time and warps of the three kernels, and samples at a time of the second.
     MANY, AT_ONCE = {"sample": (2048, 4), "class": (256, 4), "selection": (128, 1)}, 8
     CROWD = 2048  # texts that fill a card at one warp each
 
     def size_class(most: int) -> int:
         """Of tuning.py."""
-        return next(size for size in TILES if size >= most)
+        return next(size for size in SIZES if size >= most)
 
     def configuration(counts: Sequence[int], samples: int, texts: int, entry: tuple[int, ...]) -> dict[str, int]:
         """Constexprs of mc_statistics_kernel; as many warps as TEACHERS."""
-        most, (at_once, warps) = max(counts), entry
+        at_once, warps = entry
         at_once = math.gcd(at_once, samples)
-        lanes, head = 32 // at_once, triton.next_power_of_2(most) // 2
-        head = max(lanes, head)
-        tail = max(lanes, triton.next_power_of_2(most - head))
+        tiles = triton.cdiv(max(counts), 32 // at_once)
+        full = tiles - 1 if min(counts) >= (tiles - 1) * 32 // at_once else 0
         # Many texts fill the card in any case, and then no warp shall idle.
         teachers = math.gcd(warps, len(counts)) if texts >= CROWD else min(warps, triton.next_power_of_2(len(counts)))
-        return {"TEACHERS": teachers, "SAMPLES": at_once, "HEAD": head, "TAIL": tail, "FULL": min(counts) >= head}
+        return {"TEACHERS": teachers, "SAMPLES": at_once, "TILES": tiles, "FULL": full}
 
     @lru_cache(maxsize=64)
     def on_device(offsets: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -261,7 +275,7 @@ if triton is not None:
         samples, texts, width = logits.shape
         bounds, log_classes = on_device(tuple(offsets), logits.device)
         with table.on_device_of(logits):
-            if max(counts) > max(TILES):
+            if max(counts) > max(SIZES):
                 launch_many_classes(logits, bounds, log_classes, out, max(counts))
                 return
             entry = tuning.choose("mc_statistics", str(size_class(max(counts))), logits.device)
@@ -277,23 +291,26 @@ if triton is not None:
     def _specialisation(name: str, kernel: Callable, dtype: str, constexprs: dict[str, int], warps: int, fast: bool) -> Specialisation:
         types = {"p_z": f"*{dtype}", **_TYPES}
         signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
-        return Specialisation(f"mc_statistics {dtype} {name}", kernel, signature, constexprs, num_warps=warps, fast=fast)
+        return Specialisation(
+            f"mc_statistics {dtype} {name}", kernel, signature, constexprs, num_warps=warps, fast=fast,
+            lone_warps=kernel is mc_statistics_kernel,
+        )  # fmt: skip
 
-    _CASES = [([size] * 8, samples, "fp32", entry) for samples in (16, 1) for size, entry in TILES.items()]
+    _CASES = [([size] * 8, samples, "fp32", entry) for samples in (16, 1) for size, entry in SIZES.items()]
     _CASES += [
-        ([2] + [size] * 7, 16, dtype, TILES[size_class(size)]) for dtype in ("fp32", "fp16", "bf16") for size in (16, 150, 1024)
+        ([2] + [size] * 7, 16, dtype, SIZES[size_class(size)]) for dtype in ("fp32", "fp16", "bf16") for size in (16, 150, 1024)
     ]
     _CASES += [
         ([size] * 8, 16, dtype, entry)
         for size, entries in CANDIDATES.items()
         for entry in entries
         for dtype in ("fp32", "bf16")
-        if entry != TILES[size] or dtype != "fp32"
+        if entry != SIZES[size] or dtype != "fp32"
     ]
     for _counts, _samples, _dtype, _entry in _CASES:
         _constexprs = configuration(_counts, _samples, 1, _entry)
         _name = f"C={_counts[0]}..{_counts[-1]} K={_samples} {[*_constexprs.values()][:2]}"
-        _fast = _dtype == "fp32" and _samples == 16 and _entry == TILES.get(_counts[-1]) and _counts[-1] in (16, 256)
+        _fast = _dtype == "fp32" and _samples == 16 and _entry == SIZES.get(_counts[-1]) and _counts[-1] in (16, 256)
         SPECIALISATIONS.append(
             _specialisation(_name, mc_statistics_kernel, _dtype, _constexprs, _constexprs["TEACHERS"], _fast)
         )

@@ -8,7 +8,8 @@
     dx = mask(dz)                                dweight = sum dy xhat, dbias = sum dy, ddense_bias = sum dx, over rows
 
 Bytes: forward x and residual read, y and z written; backward dy and z read, dz and dx written (p = 0: dz alone, it is dx).
-A program takes rows until there are none, with the sums of its columns in registers; one sum over programs ends the gradient.
+A program takes rows until there are none, each a warp's own up to 768 columns (1024 forward), so that no warp waits for another; the
+sums of the columns stay in registers, and one sum over programs ends the gradient.
 """
 
 from collections.abc import Callable
@@ -28,10 +29,18 @@ if philox.triton is not None:
     import triton.language as tl
 
     @triton.jit
-    def kept(seed, o_i, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """True where kept, [ROWS, COLUMNS]."""
-        o_call, zero = tl.arange(0, COLUMNS // 8)[None, :], tl.full([], 0, tl.int32)
-        return philox.keep_lanes(seed, o_call, zero, zero, o_i, threshold, COLUMNS // 8, ROWS)
+    def kept(seed, o_i, column, threshold, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        """True where kept, [ROWS, BLOCK] from `column` on, which eight divides."""
+        o_call, zero = (column // 8 + tl.arange(0, BLOCK // 8))[None, :], tl.full([], 0, tl.int32)
+        return philox.keep_lanes(seed, o_call, zero, zero, o_i, threshold, BLOCK // 8, ROWS)
+
+    @triton.jit
+    def load_columns(p, o_d, D: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr):
+        """All D numbers in float32, a tile of BLOCK each; 0 behind the last."""
+        b = ()
+        for t in tl.static_range(TILES):
+            b += (tl.load(p + t * BLOCK + o_d, mask=t * BLOCK + o_d < D, other=0.0).to(tl.float32),)
+        return b
 
     @triton.jit(do_not_specialize=["threshold", "rows"])
     def residual_norm_kernel(
@@ -46,30 +55,40 @@ if philox.triton is not None:
         p_bias,  # [D]
         p_seed,  # int64 [1], read where MASKED
         threshold, scale, eps, rows,
-        D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, SAVED: tl.constexpr,
+        D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, SAVED: tl.constexpr,
     ):  # fmt: skip
-        o_d = tl.arange(0, COLUMNS)[None, :]
-        m_d = o_d < D
-        b_dense_bias = tl.load(p_dense_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
-        b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
-        b_bias = tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
+        TILES: tl.constexpr = (D + BLOCK - 1) // BLOCK
+        o_d = tl.arange(0, BLOCK)[None, :]
+        b_dense_bias = load_columns(p_dense_bias, o_d, D, TILES, BLOCK)
+        b_weight = load_columns(p_weight, o_d, D, TILES, BLOCK)
+        b_bias = load_columns(p_bias, o_d, D, TILES, BLOCK)
         if MASKED:
             seed = tl.load(p_seed)
         for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
             o_i = first + tl.arange(0, ROWS)[:, None]
             m_i = o_i < rows
-            o, m = o_i.to(tl.int64) * D + o_d, m_i & m_d
-            b_z = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32) + b_dense_bias
-            b_residual = tl.load(p_residual + o, mask=m, other=0.0).to(tl.float32)
-            if MASKED:
-                b_z = tl.where(kept(seed, o_i, threshold, ROWS, COLUMNS), b_z, 0.0) * scale
-            b_z += b_residual  # 0 behind the last column
-            b_mean = tl.sum(b_z, 1, keep_dims=True) / D
-            b_centred = tl.where(m_d, b_z - b_mean, 0.0)
-            b_rstd = tl.rsqrt(tl.sum(b_centred * b_centred, 1, keep_dims=True) / D + eps)
-            tl.store(p_y + o, (b_centred * b_rstd * b_weight + b_bias).to(p_y.dtype.element_ty), mask=m)
+            o = o_i.to(tl.int64) * D + o_d
+            b_z, b_sum = (), tl.zeros([ROWS, BLOCK], tl.float32)
+            for t in tl.static_range(TILES):
+                m = m_i & (t * BLOCK + o_d < D)
+                b_zt = tl.load(p_x + o + t * BLOCK, mask=m, other=0.0).to(tl.float32) + b_dense_bias[t]
+                if MASKED:
+                    b_zt = tl.where(kept(seed, o_i, t * BLOCK, threshold, ROWS, BLOCK), b_zt, 0.0) * scale
+                b_zt += tl.load(p_residual + o + t * BLOCK, mask=m, other=0.0).to(tl.float32)  # 0 behind the last column
+                if SAVED:
+                    tl.store(p_z + o + t * BLOCK, b_zt.to(p_z.dtype.element_ty), mask=m)
+                b_z += (b_zt,)
+                b_sum += b_zt
+            b_mean = tl.sum(b_sum, 1, keep_dims=True) * (1.0 / D)
+            b_squares = tl.zeros([ROWS, BLOCK], tl.float32)
+            for t in tl.static_range(TILES):
+                b_centred = tl.where(t * BLOCK + o_d < D, b_z[t] - b_mean, 0.0)
+                b_squares += b_centred * b_centred
+            b_rstd = tl.rsqrt(tl.sum(b_squares, 1, keep_dims=True) * (1.0 / D) + eps)
+            for t in tl.static_range(TILES):
+                b_y = (b_z[t] - b_mean) * b_rstd * b_weight[t] + b_bias[t]
+                tl.store(p_y + o + t * BLOCK, b_y.to(p_y.dtype.element_ty), mask=m_i & (t * BLOCK + o_d < D))
             if SAVED:
-                tl.store(p_z + o, b_z.to(p_z.dtype.element_ty), mask=m)
                 tl.store(p_mean + o_i, b_mean, mask=m_i)
                 tl.store(p_rstd + o_i, b_rstd, mask=m_i)
 
@@ -85,54 +104,71 @@ if philox.triton is not None:
         p_sums,  # fp32 [3, programs, D]: of dweight, dbias, ddense_bias
         p_seed,  # int64 [1], read where MASKED
         threshold, scale, rows,
-        D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+        D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
     ):  # fmt: skip
-        o_d = tl.arange(0, COLUMNS)[None, :]
-        m_d = o_d < D
-        b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+        TILES: tl.constexpr = (D + BLOCK - 1) // BLOCK
+        o_d = tl.arange(0, BLOCK)[None, :]
+        b_weight = load_columns(p_weight, o_d, D, TILES, BLOCK)
         if MASKED:
             seed = tl.load(p_seed)
-        b_dweight = tl.zeros([ROWS, COLUMNS], tl.float32)
-        b_dbias = tl.zeros([ROWS, COLUMNS], tl.float32)
-        b_ddense_bias = tl.zeros([ROWS, COLUMNS], tl.float32)
+        b_dweight, b_dbias, b_ddense_bias = (), (), ()
+        for _ in tl.static_range(TILES):
+            b_dweight += (tl.zeros([ROWS, BLOCK], tl.float32),)
+            b_dbias += (tl.zeros([ROWS, BLOCK], tl.float32),)
+            b_ddense_bias += (tl.zeros([ROWS, BLOCK], tl.float32),)
         for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
             o_i = first + tl.arange(0, ROWS)[:, None]
             m_i = o_i < rows
-            o, m = o_i.to(tl.int64) * D + o_d, m_i & m_d
-            b_dy = tl.load(p_dy + o, mask=m, other=0.0).to(tl.float32)
-            b_z = tl.load(p_z + o, mask=m, other=0.0).to(tl.float32)
+            o = o_i.to(tl.int64) * D + o_d
             b_mean, b_rstd = tl.load(p_mean + o_i, mask=m_i, other=0.0), tl.load(p_rstd + o_i, mask=m_i, other=0.0)
-            b_xhat = (b_z - b_mean) * b_rstd
-            b_g = b_dy * b_weight  # 0 behind the last column, so that xhat does not count there
-            b_along = tl.sum(b_g * b_xhat, 1, keep_dims=True) / D
-            b_dz = (b_g - tl.sum(b_g, 1, keep_dims=True) / D - b_xhat * b_along) * b_rstd
-            tl.store(p_dz + o, b_dz.to(p_dz.dtype.element_ty), mask=m)
-            b_dweight += b_dy * b_xhat
-            b_dbias += b_dy
-            if MASKED:
-                b_dz = tl.where(kept(seed, o_i, threshold, ROWS, COLUMNS), b_dz, 0.0) * scale
-                tl.store(p_dx + o, b_dz.to(p_dx.dtype.element_ty), mask=m)
-            b_ddense_bias += b_dz
+            b_dy, b_xhat = (), ()
+            b_sum, b_along = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
+            for t in tl.static_range(TILES):
+                m = m_i & (t * BLOCK + o_d < D)
+                b_dyt = tl.load(p_dy + o + t * BLOCK, mask=m, other=0.0).to(tl.float32)
+                b_zt = tl.load(p_z + o + t * BLOCK, mask=m, other=0.0).to(tl.float32)
+                b_xt = (b_zt - b_mean) * b_rstd
+                b_g = b_dyt * b_weight[t]  # 0 behind the last column, so that xhat does not count there
+                b_sum += b_g
+                b_along += b_g * b_xt
+                b_dy += (b_dyt,)
+                b_xhat += (b_xt,)
+            b_sum = tl.sum(b_sum, 1, keep_dims=True) * (1.0 / D)
+            b_along = tl.sum(b_along, 1, keep_dims=True) * (1.0 / D)
+            dweight, dbias, ddense_bias = (), (), ()
+            for t in tl.static_range(TILES):
+                m = m_i & (t * BLOCK + o_d < D)
+                b_dz = (b_dy[t] * b_weight[t] - b_sum - b_xhat[t] * b_along) * b_rstd
+                tl.store(p_dz + o + t * BLOCK, b_dz.to(p_dz.dtype.element_ty), mask=m)
+                if MASKED:
+                    b_dz = tl.where(kept(seed, o_i, t * BLOCK, threshold, ROWS, BLOCK), b_dz, 0.0) * scale
+                    tl.store(p_dx + o + t * BLOCK, b_dz.to(p_dx.dtype.element_ty), mask=m)
+                dweight += (b_dweight[t] + b_dy[t] * b_xhat[t],)
+                dbias += (b_dbias[t] + b_dy[t],)
+                ddense_bias += (b_ddense_bias[t] + b_dz,)
+            b_dweight, b_dbias, b_ddense_bias = dweight, dbias, ddense_bias
         p_sums += tl.program_id(0) * D
-        programs = tl.num_programs(0)
-        tl.store(p_sums + o_d, tl.sum(b_dweight, 0, keep_dims=True), mask=m_d)
-        tl.store(p_sums + programs * D + o_d, tl.sum(b_dbias, 0, keep_dims=True), mask=m_d)
-        tl.store(p_sums + 2 * programs * D + o_d, tl.sum(b_ddense_bias, 0, keep_dims=True), mask=m_d)
+        sums = tl.num_programs(0) * D
+        for t in tl.static_range(TILES):
+            o, m = t * BLOCK + o_d, t * BLOCK + o_d < D
+            tl.store(p_sums + o, tl.sum(b_dweight[t], 0, keep_dims=True), mask=m)
+            tl.store(p_sums + sums + o, tl.sum(b_dbias[t], 0, keep_dims=True), mask=m)
+            tl.store(p_sums + 2 * sums + o, tl.sum(b_ddense_bias[t], 0, keep_dims=True), mask=m)
 
-    def tile(width: int) -> tuple[int, int, int]:
-        """ROWS and COLUMNS at a time, and warps: up to 4096 columns eight elements a lane, one 16-byte access in 16 bits."""
-        columns = max(8, triton.next_power_of_2(width))
-        warps = max(8, min(16, columns // 256))
-        return max(1, 256 * warps // columns), columns, warps
+    def tile(width: int, backward: bool) -> tuple[dict[str, int], int]:
+        """Constexprs, and warps: a row is BLOCK columns at a time, eight a lane; warps that it does not take have other rows."""
+        block = 256 if width <= (768 if backward else 1024) else triton.next_power_of_2(triton.cdiv(width, 2))
+        warps = max(4, block // 256)
+        return {"D": width, "ROWS": max(1, 256 * warps // block), "BLOCK": block}, warps
 
-    def launch_options(rows: int, width: int, device: torch.device, warps_at_once: int) -> tuple[int, dict[str, int]]:
-        """Programs, all of them at work at once: `warps_at_once` on a multiprocessor, as registers allow. In the interpreter three."""
-        ROWS, COLUMNS, warps = tile(width)
+    def launch_options(rows: int, width: int, device: torch.device, backward: bool) -> tuple[int, dict[str, int]]:
+        """Programs, all of them at work at once: as many on a multiprocessor as registers allow. In the interpreter three."""
+        constexprs, warps = tile(width, backward)
         programs = 3
         if device.type == "cuda":
             processors = torch.cuda.get_device_properties(device).multi_processor_count
-            programs = processors * max(1, warps_at_once // warps)
-        return min(programs, triton.cdiv(rows, ROWS)), {"D": width, "ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": warps}
+            programs = processors * max(1, (8 if backward else 16) // warps)
+        return min(programs, triton.cdiv(rows, constexprs["ROWS"])), {**constexprs, "num_warps": warps}
 
     class ResidualNorm(torch.autograd.Function):
         """x and residual contiguous, of one dtype; saved: z in it, mean and rstd in fp32."""
@@ -144,7 +180,7 @@ if philox.triton is not None:
             mean, rstd = (torch.empty(rows if saved else 0, dtype=torch.float32, device=x.device) for _ in range(2))
             (threshold, scale), dense_bias = philox.mask_parameters(p), dense_bias.contiguous()
             if rows:
-                programs, options = launch_options(rows, width, x.device, 32)
+                programs, options = launch_options(rows, width, x.device, backward=False)
                 with table.on_device_of(x):
                     residual_norm_kernel[(programs,)](
                         x, residual, y, z, mean, rstd, dense_bias, weight.contiguous(), bias.contiguous(), seed, threshold, scale, eps,
@@ -162,9 +198,9 @@ if philox.triton is not None:
             threshold, scale = philox.mask_parameters(ctx.p)
             dz = torch.empty_like(z)
             dx = torch.empty_like(z) if threshold else dz
-            programs, options = launch_options(rows, width, z.device, 16 if z.dtype == torch.float32 else 24)
-            # A program's sums are traffic as well: few rows share fewer programs, each with four tiles.
-            programs = min(programs, triton.cdiv(rows, 4 * options["ROWS"]))
+            programs, options = launch_options(rows, width, z.device, backward=True)
+            # A program's sums are traffic as well: few rows share fewer programs, eight each.
+            programs = min(programs, triton.cdiv(rows, 8))
             sums = torch.empty(3, programs, width, dtype=torch.float32, device=z.device)
             if rows:
                 with table.on_device_of(z):
@@ -180,8 +216,8 @@ if philox.triton is not None:
         return ResidualNorm.apply(x.contiguous(), dense_bias, residual.contiguous(), weight, bias, p, eps, seed, saved)
 
     def _specialisation(dtype: str, parameters: str, width: int, masked: bool, direction: str) -> Specialisation:
-        ROWS, COLUMNS, warps = tile(width)
         backward = direction == "backward"
+        constexprs, warps = tile(width, backward)
         kernel = residual_norm_backward_kernel if backward else residual_norm_kernel
         types = dict.fromkeys(("p_x", "p_residual", "p_y", "p_z", "p_dy", "p_dz", "p_dx"), f"*{dtype}")
         types |= dict.fromkeys(("p_dense_bias", "p_weight", "p_bias"), f"*{parameters}")
@@ -191,10 +227,11 @@ if philox.triton is not None:
             f"residual_norm {dtype} {parameters} D={width} {direction}{' masked' * masked}",
             kernel,
             {name: types[name] for name in kernel.arg_names if name in types},
-            {"D": width, "ROWS": ROWS, "COLUMNS": COLUMNS, "MASKED": masked} | ({} if backward else {"SAVED": direction == "forward"}),
+            constexprs | {"MASKED": masked} | ({} if backward else {"SAVED": direction == "forward"}),
             num_warps=warps,
             fast=dtype == "bf16" and width == 768 and masked,
             aligned=True,
+            lone_warps=backward and width == 768 and dtype != "fp32",
         )
 
     _MODES = [(True, "forward"), (True, "backward"), (False, "forward"), (False, "backward"), (False, "inference")]

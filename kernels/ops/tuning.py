@@ -45,11 +45,10 @@ CANDIDATES: dict[str, dict[str, Sequence[Entry]]] = {
     "repeat_dropout": {  # Philox calls of a row at a time (eight elements each), calls of a program, warps
         "any": [(32, 32, 1), (64, 64, 1), (32, 128, 4), (128, 128, 4), (32, 256, 4), (256, 256, 4)],
     },
-    "dropout_add_layer_norm": {  # replicas of a program where there are many, warps, by Philox calls of a row
-        "16": [(4, 1), (1, 1)],
-        "128": [(4, 2), (8, 2), (16, 2), (1, 2), (4, 4), (16, 4)],
-        "256": [(4, 4), (16, 4), (1, 4), (4, 8)],
-        "4096": [(4, 16), (1, 16)],
+    "dropout_add_layer_norm": {  # replicas of a program where there are many, warps, by columns; up to 1024 a row is one warp's
+        "1024": [(4, 4), (4, 1), (4, 2), (16, 4), (1, 4), (8, 8)],
+        "2048": [(4, 4), (16, 4), (4, 2), (1, 4)],
+        "4096": [(4, 8), (4, 4), (1, 8)],
     },
     "mc_statistics": {  # samples of a warp, warps (a teacher each), by most classes: sums stay in a warp, no spills
         "16": [(8, 8), (8, 4), (16, 8)],
@@ -64,10 +63,13 @@ CANDIDATES: dict[str, dict[str, Sequence[Entry]]] = {
         "32 bit 32": [(4, 32, 8, 1), (2, 32, 4, 1)],
         "32 bit 64": [(2, 64, 8, 1)],
         "32 bit 128": [(2, 32, 8, 1)],
-        "16 bit 16": [(4, 64, 4, 1), (4, 32, 4, 1), (2, 64, 2, 1), (8, 64, 8, 1)],
-        "16 bit 32": [(4, 64, 4, 1), (1, 64, 4, 2)],
+        "16 bit 16": [
+            *[(4, 64, 4, 1), (4, 32, 4, 1), (2, 64, 2, 1), (8, 64, 8, 1), (4, 128, 4, 1)],
+            *[(4, 128, 8, 1), (4, 256, 8, 1), (1, 64, 1, 2), (1, 128, 2, 2)],
+        ],
+        "16 bit 32": [(4, 64, 4, 1), (1, 64, 2, 2)],
         "16 bit 64": [(4, 64, 8, 1), (2, 64, 8, 2)],
-        "16 bit 128": [(2, 64, 8, 2)],
+        "16 bit 128": [(2, 32, 8, 2)],
     },
     "distill_loss": {  # warps of a row, by its classes; other numbers spill a few bytes somewhere
         "512": [(4,)],
@@ -81,8 +83,7 @@ CHOSEN = "chosen without a card"
 
 # Architecture ("sm_90") -> op -> class of shape -> candidate, and the command, card and versions that measured it.
 # -- written by bench/tune.py --
-MEASURED: dict[str, dict[str, dict[str, Entry]]] = {'sm_90': {'dropout_add_layer_norm': {'128': (4, 2), '256': (4, 4)},
-           'mc_head': {'16 bit 16': (4, 64, 4, 1), '32 bit 16': (4, 32, 4, 1)},
+MEASURED: dict[str, dict[str, dict[str, Entry]]] = {'sm_90': {'mc_head': {'16 bit 16': (4, 64, 4, 1), '32 bit 16': (4, 32, 4, 1)},
            'mc_statistics': {'128': (4, 4), '160': (2, 8), '256': (1, 8), '512': (1, 8)},
            'one_query_attention': {'d64': (32, 2)},
            'packed_attention': {'16 bit d64': (64, 32, 4, 2),
