@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured: copy bandwidth, matrix-product rate, Philox lanes. Shares of a limit refer to these.
+"""What this machine can do at most, measured: bandwidth, matrix-product rate, Philox lanes. Shares of a limit refer to these.
 
     python bench/ceilings.py [--device cpu|cuda] [--toy] [--json F]
 
@@ -61,6 +61,12 @@ def copy_bytes_per_s(device: str, toy: bool) -> float:
     return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device)
 
 
+def fill_bytes_per_s(device: str, toy: bool) -> float:
+    """Of writes alone, as repeat_dropout's nearly are."""
+    target = torch.empty(1 << 18 if toy else (1 << 30 if device == "cuda" else 1 << 26), device=device)
+    return target.nbytes / median_seconds(lambda: target.fill_(1.5), device)
+
+
 def gemm_flops_per_s(device: str, toy: bool, dtype: torch.dtype) -> float:
     size = 256 if toy else (8192 if device == "cuda" else 1536)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -86,6 +92,7 @@ def main() -> None:
     args = parse_arguments()
     figures = {
         "copy_bytes_per_s": copy_bytes_per_s(args.device, args.toy),
+        "fill_bytes_per_s": fill_bytes_per_s(args.device, args.toy),
         "gemm_fp32_flops_per_s": gemm_flops_per_s(args.device, args.toy, torch.float32),
         "philox_lanes_per_s": philox_lanes_per_s(args.device, args.toy),
     }

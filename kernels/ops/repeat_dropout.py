@@ -10,6 +10,7 @@ Letters: K samples (k) · rows (r) · D columns.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ if philox.triton is not None:
     @triton.jit
     def write_copies(
         p_x, p_y, mask, b_call, shift, b_id, seed, site, first_sample, threshold, scale, K, y_stride,
-        ROWS: tl.constexpr, CALLS: tl.constexpr, REPEATED: tl.constexpr, SHIFTED: tl.constexpr,
+        ROWS: tl.constexpr, CALLS: tl.constexpr, REPEATED: tl.constexpr, STORE: tl.constexpr, SHIFTED: tl.constexpr,
     ):  # fmt: skip
         """K copies of a tile [ROWS, CALLS * 8] whose first column is lane `shift` [ROWS, 1] of b_call's first."""
         if REPEATED:
@@ -87,7 +88,7 @@ if philox.triton is not None:
             else:
                 keep = philox.keep_lanes(seed, b_call, first_sample + k, site, b_id, threshold, CALLS, ROWS)
             b_y = tl.where(keep, b_x.to(tl.float32) * scale, 0.0)
-            tl.store(p_y, b_y.to(p_y.dtype.element_ty), mask=mask)
+            tl.store(p_y, b_y.to(p_y.dtype.element_ty), mask=mask, cache_modifier=STORE)
             p_y += y_stride
 
     @triton.jit(do_not_specialize=["seed", "site", "first_sample", "threshold", "K"])
@@ -98,7 +99,7 @@ if philox.triton is not None:
         p_offsets,  # int64 [rows]: element of column 0
         seed, site, first_sample, threshold, scale, K, rows, D,
         y_stride,  # rows * D
-        ROWS: tl.constexpr, CALLS: tl.constexpr, REPEATED: tl.constexpr,
+        ROWS: tl.constexpr, CALLS: tl.constexpr, REPEATED: tl.constexpr, STORE: tl.constexpr,
     ):  # fmt: skip
         # Programs side by side write side by side: neighbours in time are neighbours in memory.
         i_r, i_c = tl.program_id(0) // tl.cdiv(D, CALLS * 8), tl.program_id(0) % tl.cdiv(D, CALLS * 8)
@@ -114,18 +115,18 @@ if philox.triton is not None:
         if tl.max(shift) == 0:  # every row begins with a call, as where D is a multiple of eight: half the Philox calls
             write_copies(
                 p_x + o_x, p_y + o_x, mask, b_call, shift, b_id, seed, site, first_sample, threshold, scale, K, y_stride,
-                ROWS, CALLS, REPEATED, False,
+                ROWS, CALLS, REPEATED, STORE, False,
             )  # fmt: skip
         else:
             write_copies(
                 p_x + o_x, p_y + o_x, mask, b_call, shift, b_id, seed, site, first_sample, threshold, scale, K, y_stride,
-                ROWS, CALLS, REPEATED, True,
+                ROWS, CALLS, REPEATED, STORE, True,
             )  # fmt: skip
 
-    def block(width: int, calls_of_row: int, calls: int) -> tuple[int, int]:
-        """ROWS and CALLS of one program that makes `calls` at once, at most `calls_of_row` of them in one row."""
+    def block(width: int, calls_of_row: int, calls: int, streamed: int) -> dict[str, Any]:
+        """Constexprs of a program that makes `calls` at once, at most `calls_of_row` of them in one row."""
         calls_of_row = min(calls_of_row, triton.next_power_of_2(philox_calls(0, width)))
-        return calls // calls_of_row, calls_of_row
+        return {"ROWS": calls // calls_of_row, "CALLS": calls_of_row, "STORE": ".cs" if streamed else ""}
 
     def repeat_dropout_triton(
         x: Tensor, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor, offsets: Tensor, first_sample: int
@@ -138,14 +139,13 @@ if philox.triton is not None:
         out = torch.empty((num_samples, rows, width), dtype=x.dtype, device=x.device)
         if out.numel() == 0:
             return out
-        *calls, num_warps = tuning.choose("repeat_dropout", "any", x.device)
-        ROWS, CALLS = block(width, *calls)
-        grid = (triton.cdiv(rows, ROWS) * triton.cdiv(width, CALLS * LANES),)
+        *entry, num_warps = tuning.choose("repeat_dropout", "any", x.device)
+        constexprs = block(width, *entry)
+        grid = (triton.cdiv(rows, constexprs["ROWS"]) * triton.cdiv(width, constexprs["CALLS"] * LANES),)
         with table.on_device_of(x):
             repeat_dropout_kernel[grid](
                 source, out, example_ids, offsets, seed, site, first_sample, threshold, scale, num_samples, rows, width,
-                rows * width, ROWS=ROWS, CALLS=CALLS, REPEATED=source.dim() == 2, num_warps=num_warps,
-                enable_fp_fusion=True,
+                rows * width, REPEATED=source.dim() == 2, num_warps=num_warps, enable_fp_fusion=True, **constexprs,
             )  # fmt: skip
         return out
 
@@ -153,17 +153,17 @@ if philox.triton is not None:
     _TYPES |= dict.fromkeys(("site", "first_sample", "threshold", "K", "rows", "D", "y_stride"), "i32")
     SPECIALISATIONS = [
         Specialisation(
-            f"repeat_dropout {dtype} {'[rows, D]' if repeated else '[K, rows, D]'} D={width} {(*calls, num_warps)}",
+            f"repeat_dropout {dtype} {'[rows, D]' if repeated else '[K, rows, D]'} D={width} {(*entry, num_warps)}",
             repeat_dropout_kernel,
             {"p_x": f"*{dtype}", "p_y": f"*{dtype}", **_TYPES},
-            dict(zip(("ROWS", "CALLS"), block(width, *calls), strict=True)) | {"REPEATED": repeated},
+            block(width, *entry) | {"REPEATED": repeated},
             num_warps=num_warps,
             fast=dtype == "fp32" and width == 1024 and place == 0,
         )
         for dtype in ("fp32", "fp16", "bf16")
         for repeated in (True, False)
         for width in (63, 1024)
-        for place, (*calls, num_warps) in enumerate(tuning.CANDIDATES["repeat_dropout"]["any"])
+        for place, (*entry, num_warps) in enumerate(tuning.CANDIDATES["repeat_dropout"]["any"])
     ]
 
 _op = table.register(

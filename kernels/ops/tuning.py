@@ -42,8 +42,8 @@ CANDIDATES: dict[str, dict[str, Sequence[Entry]]] = {
         "d64": [(32, 2), (32, 8)],
         "d128": [(32, 4), (32, 8)],
     },
-    "repeat_dropout": {  # Philox calls of a row at a time (eight elements each), calls of a program, warps
-        "any": [(32, 32, 1), (64, 64, 1), (32, 128, 4), (128, 128, 4), (32, 256, 4), (256, 256, 4)],
+    "repeat_dropout": {  # Philox calls of a row at a time (eight elements each), calls of a program, stores past the caches, warps
+        "any": [(32, 32, 0, 1), (64, 64, 0, 1), (32, 128, 0, 4), (128, 128, 0, 4), (32, 32, 1, 1), (64, 64, 1, 1), (32, 128, 1, 4)],
     },
     "dropout_add_layer_norm": {  # replicas of a program where there are many, warps, by columns; up to 1024 a row is one warp's
         "1024": [(4, 4), (4, 1), (4, 2), (16, 4), (1, 4), (8, 8)],
@@ -90,7 +90,7 @@ MEASURED: dict[str, dict[str, dict[str, Entry]]] = {'sm_90': {'mc_head': {'16 bi
                                 '16 bit d64 masked': (64, 32, 4, 2),
                                 '32 bit d64': (64, 32, 4, 1),
                                 '32 bit d64 masked': (64, 32, 4, 1)},
-           'repeat_dropout': {'any': (32, 32, 1)}}}
+           'repeat_dropout': {'any': (32, 32, 0, 1)}}}
 SOURCES: dict[str, str] = {'sm_90': 'python bench/tune.py --write; NVIDIA H200, torch 2.11.0+cu130, 2026-11'}
 # -- end --
 
