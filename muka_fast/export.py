@@ -167,15 +167,17 @@ def _set_aside(folder: Path, given: str | Path) -> None:
     log.info("the run in %s is kept as %s until the new one is complete", given, aside)
 
 
-def _replaced(output: Path) -> list[Path]:
+def replaced(output: Path) -> list[Path]:
+    """The runs that `--overwrite` has set aside and no complete run has replaced yet, the last one first."""
     folder = output.resolve()
     name = re.compile(re.escape(f".{folder.name}.replaced") + r"(-\d+)?")
-    return [entry for entry in folder.parent.iterdir() if name.fullmatch(entry.name)] if folder.parent.exists() else []
+    found = [entry for entry in folder.parent.iterdir() if name.fullmatch(entry.name)] if folder.parent.exists() else []
+    return sorted(found, key=lambda entry: entry.stat().st_ctime_ns, reverse=True)  # a rename is a change
 
 
 def discard_replaced(output: str | Path) -> None:
     """Remove what `--overwrite` had set aside; to be called when the new run is complete."""
-    for folder in _replaced(Path(output).expanduser()):
+    for folder in replaced(Path(output).expanduser()):
         shutil.rmtree(folder)
 
 

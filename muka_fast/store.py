@@ -37,6 +37,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import socket
 import uuid
@@ -55,6 +56,7 @@ from muka_fast.files import lock
 if TYPE_CHECKING:
     from muka_fast.data import TextSet
 
+log = logging.getLogger("muka_fast")
 FORMAT = 1
 MANIFEST = "manifest.json"
 METADATA = "muka_fast"  # the one metadata entry of a shard, JSON
@@ -343,6 +345,19 @@ def order_teachers(store: Path, keys: Sequence[str]) -> dict[str, Any]:
             manifest["teachers"] = {key: entries[key] for key in order}
             write_atomically(store / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
     return manifest
+
+
+def take_over(old: Path, store: Path, texts: TextSet) -> bool:
+    """Move the store `old` to `store`, where nothing is, if it is one of these texts; whether that was done."""
+    try:
+        manifest = read_manifest(old)
+        if manifest is None or manifest["texts"]["fingerprint"] != texts.fingerprint:
+            return False
+        old.rename(store)
+    except (UserError, OSError) as error:
+        log.info("the scores in %s cannot be taken over (%s)", old, error)
+        return False
+    return True
 
 
 def check_texts(store: Path, manifest: dict[str, Any], texts: TextSet) -> None:

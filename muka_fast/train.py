@@ -55,6 +55,7 @@ from muka_fast.preflight import (
 )
 from muka_fast.recipe import default_epochs, default_learning_rate
 from muka_fast.shard_queue import ShardQueue
+from muka_fast.store import take_over
 from muka_fast.student import checkpoint_activations, load_student
 from muka_fast.supervision import Supervision, fill_store, open_store, option_values
 from muka_fast.teachers import token_limit
@@ -224,6 +225,10 @@ def open_output(config: RunConfig, texts: TextSet, holds: ExitStack) -> Path:
     if config.resume:
         identity.check_identity(output, identity.files_identity(config, texts))
     export.finish_export(output)
+    if config.overwrite and config.store is None:
+        kept = (take_over(run / "supervision", store_folder(config, output), texts) for run in export.replaced(output))
+        if any(kept):
+            log.info("scores of these texts that the replaced run has made serve this one")
     return output
 
 

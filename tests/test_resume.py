@@ -409,3 +409,28 @@ def test_a_file_too_many_is_damage(tmp_path):
     assert snapshots.damage(tmp_path) is None
     (tmp_path / "state-00001.safetensors").write_bytes(b"y")
     assert snapshots.damage(tmp_path) == "state-00001.safetensors does not belong to it"
+
+
+def test_overwrite_keeps_the_scores_of_the_same_texts(go, tmp_path, caplog):
+    caplog.set_level("INFO", logger="muka_fast")
+    first = go("run", epochs=1, store=None)
+    shards = {path.relative_to(first.output): path.stat().st_ino for path in first.output.glob("supervision/*/shard-*")}
+    assert shards
+    again = go("run", epochs=1, store=None, method="muka-soft", overwrite=True)
+    assert "scores of these texts that the replaced run has made serve this one" in caplog.text
+    assert {path: (again.output / path).stat().st_ino for path in shards} == shards
+    assert sorted(path.name for path in tmp_path.iterdir() if "replaced" in path.name) == []
+
+
+@pytest.mark.parametrize("fault", ["other texts", "damaged", "none"])
+def test_overwrite_scores_anew_where_there_is_nothing_to_keep(go, caplog, fault):
+    caplog.set_level("INFO", logger="muka_fast")
+    output = go("run", epochs=1, store=None, limit=40 if fault == "other texts" else None).output
+    if fault == "damaged":
+        (output / "supervision" / "manifest.json").write_text("{")
+    if fault == "none":
+        shutil.rmtree(output / "supervision")
+    again = go("run", epochs=1, store=None, overwrite=True)
+    assert "serve this one" not in caplog.text
+    assert json.loads((again.output / "run.json").read_text())["state"] == "complete"
+    assert ("cannot be taken over" in caplog.text) == (fault == "damaged")
