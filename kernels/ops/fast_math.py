@@ -3,17 +3,14 @@
 exp(x) = exp2(x * LOG2_E), ln x = LN_2 * log2(x). Both are as exact as their arguments in float32: each errs by about 1e-7 near 1.
 """
 
-import os
-
 from muka_fast.ops.philox import triton
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if triton is not None:
     import triton.language as tl
     from triton.language.extra import libdevice
 
-    IN_INTERPRETER = tl.constexpr(INTERPRETED)
+    from muka_fast.ops.philox import IN_INTERPRETER
+
     LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
     TINY = tl.constexpr(2.0**-126)  # the least argument that log2 does not take for 0
 

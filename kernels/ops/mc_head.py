@@ -98,7 +98,7 @@ if philox.triton is not None:
     import triton
     import triton.language as tl
 
-    from muka_fast.ops.fast_math import INTERPRETED, LN_2, LOG2_E, TINY, log2
+    from muka_fast.ops.fast_math import LN_2, LOG2_E, TINY, log2
 
     SAMPLES = tl.constexpr(16)  # rows of one matrix product that belong to one text; more samples are merged in turns
     LOWEST = tl.constexpr(-3.0e38)  # finite start of a running maximum: differences stay finite where every logit is -inf
@@ -259,7 +259,7 @@ if philox.triton is not None:
     ) -> tuple[Tensor, ...]:
         if features.dtype == torch.float64:
             return mc_head_reference(features, weight, bias, num_samples, p, seed, site, example_ids)
-        if features.dtype == torch.bfloat16 and INTERPRETED:  # its dot takes the bits of bfloat16 for integers
+        if features.dtype == torch.bfloat16 and philox.INTERPRETED:  # its dot takes the bits of bfloat16 for integers
             features = features.float()
         x, w, b = features.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
         (texts, width), classes = x.shape, w.shape[0]

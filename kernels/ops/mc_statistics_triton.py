@@ -141,9 +141,9 @@ if triton is not None:
                 b_sum, b_dot = tl.sum(b_sum, 1, keep_dims=True), tl.sum(b_dot, 1, keep_dims=True)
                 b_scale = reciprocal(b_sum)
                 b_expected += log2(b_sum) * LN_2 - b_dot * b_scale
-                means, squares = (), ()
+                share, means, squares = SAMPLES * reciprocal(i_k * 1.0), (), ()
                 for t in tl.static_range(TILES):
-                    b_mt, b_st = welford(b_e[t] * b_scale, b_mean[t], b_m2[t], SAMPLES * reciprocal(i_k * 1.0))
+                    b_mt, b_st = welford(b_e[t] * b_scale, b_mean[t], b_m2[t], share)
                     means += (b_mt,)
                     squares += (b_st,)
                 b_mean, b_m2 = means, squares

@@ -120,7 +120,7 @@ if philox.triton is not None:
     import triton
     import triton.language as tl
 
-    LOG2E = tl.constexpr(1.4426950408889634)
+    from muka_fast.ops.fast_math import LOG2_E
 
     @triton.jit
     def halves(x):
@@ -190,9 +190,9 @@ if philox.triton is not None:
             position = tl.load(p_positions + i_b).to(tl.int32) + o_m
             o_n = column_keys(BLOCK_N)
             # The exponential of two is the machine's own. A bias may be the lowest number there is: it is not multiplied.
-            UNIT: tl.constexpr = LOG2E if HAS_BIAS else 1.0
+            UNIT: tl.constexpr = LOG2_E if HAS_BIAS else 1.0
             if not HAS_BIAS:
-                scaling *= LOG2E
+                scaling *= LOG2_E
             if MASKED:
                 # element // 8 of key 0: the stride of a row of probabilities is a multiple of eight.
                 first_call = (i_h * 16384 + position) * 2048

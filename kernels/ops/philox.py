@@ -67,14 +67,14 @@ def philox_calls(first_element: int, width: int) -> int:
     return (first_element + width + LANES - 1) // LANES - first_element // LANES if width else 0
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if triton is not None:
-
-    INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+    IN_INTERPRETER = tl.constexpr(INTERPRETED)
 
     @triton.jit
     def wide_product(a, b):
         """High and low 32 bits of a * b by one instruction, where tl.umulhi and a product of their own often make two."""
-        if INTERPRETED:
+        if IN_INTERPRETER:
             b_ab = a.to(tl.uint64) * b
             return (b_ab >> 32).to(tl.uint32), b_ab.to(tl.uint32)
         else:

@@ -37,7 +37,8 @@ if philox.triton is not None:
     import triton
     import triton.language as tl
 
-    from muka_fast.ops.packed_attention import LOG2E, column_keys, columns_of_keys, pad
+    from muka_fast.ops.fast_math import LOG2_E
+    from muka_fast.ops.packed_attention import column_keys, columns_of_keys, pad
 
     @triton.jit
     def keys_and_values(p_qkv, L, H, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -58,7 +59,7 @@ if philox.triton is not None:
         if HAS_MASK:
             o = o_m.to(tl.int64)[:, None] * mask_query + o_l[None, :] * mask_key
             b_seen = tl.load(p_mask + o, mask=(o_m < L)[:, None] & b_seen, other=0) != 0
-        b_s = tl.where(b_seen, tl.dot(b_q, tl.trans(b_k)) * (scaling * LOG2E), -float("inf"))
+        b_s = tl.where(b_seen, tl.dot(b_q, tl.trans(b_k)) * (scaling * LOG2_E), -float("inf"))
         b_e = tl.where(b_seen, tl.exp2(b_s - tl.max(b_s, 1)[:, None]), 0.0)
         return b_e / tl.maximum(tl.sum(b_e, 1), 1.0)[:, None]  # the largest of a row is 1
 
