@@ -68,6 +68,8 @@ if philox.triton is not None:
     import triton
     import triton.language as tl
 
+    from muka_fast.ops.norm_tiles import load_columns, mean_and_rstd
+
     @triton.jit
     def write_replicas(
         p_x, p_residual, p_weight, p_bias, p_y, m_i, b_call, shift, b_id, first, last,
@@ -77,10 +79,7 @@ if philox.triton is not None:
         """Replicas first ... last - 1 of the rows at p_x, [ROWS, 1], whose column 0 is lane `shift` of b_call's first."""
         TILES: tl.constexpr = (D + BLOCK - 1) // BLOCK
         o_d = tl.arange(0, BLOCK)[None, :]
-        b_weight, b_bias = (), ()
-        for t in tl.static_range(TILES):
-            b_weight += (tl.load(p_weight + t * BLOCK + o_d, mask=t * BLOCK + o_d < D, other=0.0).to(tl.float32),)
-            b_bias += (tl.load(p_bias + t * BLOCK + o_d, mask=t * BLOCK + o_d < D, other=0.0).to(tl.float32),)
+        b_weight, b_bias = load_columns(p_weight, o_d, D, BLOCK), load_columns(p_bias, o_d, D, BLOCK)
         p_x += first.to(tl.int64) * rows * D
         p_y += first.to(tl.int64) * rows * D
         p_residual += first.to(tl.int64) * residual_rows * D
@@ -102,12 +101,7 @@ if philox.triton is not None:
                 b_yt += tl.load(p_residual + t * BLOCK + o_d, mask=m, other=0.0).to(tl.float32)  # 0 behind the last column
                 b_y += (b_yt,)
                 b_sum += b_yt
-            b_mean = tl.sum(b_sum, 1, keep_dims=True) * (1.0 / D)
-            b_squares = tl.zeros([ROWS, BLOCK], tl.float32)
-            for t in tl.static_range(TILES):
-                b_centred = tl.where(t * BLOCK + o_d < D, b_y[t] - b_mean, 0.0)
-                b_squares += b_centred * b_centred
-            b_rstd = tl.rsqrt(tl.sum(b_squares, 1, keep_dims=True) * (1.0 / D) + eps)
+            b_mean, b_rstd = mean_and_rstd(b_y, b_sum, o_d, eps, D, BLOCK)
             for t in tl.static_range(TILES):
                 b_out = (b_y[t] - b_mean) * b_rstd * b_weight[t] + b_bias[t]
                 tl.store(p_y + t * BLOCK + o_d, b_out.to(p_y.dtype.element_ty), mask=m_i & (t * BLOCK + o_d < D))

@@ -28,19 +28,13 @@ if philox.triton is not None:
     import triton
     import triton.language as tl
 
+    from muka_fast.ops.norm_tiles import load_columns, mean_and_rstd
+
     @triton.jit
     def kept(seed, o_i, column, threshold, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         """True where kept, [ROWS, BLOCK] from `column` on, which eight divides."""
         o_call, zero = (column // 8 + tl.arange(0, BLOCK // 8))[None, :], tl.full([], 0, tl.int32)
         return philox.keep_lanes(seed, o_call, zero, zero, o_i, threshold, BLOCK // 8, ROWS)
-
-    @triton.jit
-    def load_columns(p, o_d, D: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr):
-        """All D numbers in float32, a tile of BLOCK each; 0 behind the last."""
-        b = ()
-        for t in tl.static_range(TILES):
-            b += (tl.load(p + t * BLOCK + o_d, mask=t * BLOCK + o_d < D, other=0.0).to(tl.float32),)
-        return b
 
     @triton.jit(do_not_specialize=["threshold", "rows"])
     def residual_norm_kernel(
@@ -59,9 +53,9 @@ if philox.triton is not None:
     ):  # fmt: skip
         TILES: tl.constexpr = (D + BLOCK - 1) // BLOCK
         o_d = tl.arange(0, BLOCK)[None, :]
-        b_dense_bias = load_columns(p_dense_bias, o_d, D, TILES, BLOCK)
-        b_weight = load_columns(p_weight, o_d, D, TILES, BLOCK)
-        b_bias = load_columns(p_bias, o_d, D, TILES, BLOCK)
+        b_dense_bias = load_columns(p_dense_bias, o_d, D, BLOCK)
+        b_weight = load_columns(p_weight, o_d, D, BLOCK)
+        b_bias = load_columns(p_bias, o_d, D, BLOCK)
         if MASKED:
             seed = tl.load(p_seed)
         for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
@@ -79,12 +73,7 @@ if philox.triton is not None:
                     tl.store(p_z + o + t * BLOCK, b_zt.to(p_z.dtype.element_ty), mask=m)
                 b_z += (b_zt,)
                 b_sum += b_zt
-            b_mean = tl.sum(b_sum, 1, keep_dims=True) * (1.0 / D)
-            b_squares = tl.zeros([ROWS, BLOCK], tl.float32)
-            for t in tl.static_range(TILES):
-                b_centred = tl.where(t * BLOCK + o_d < D, b_z[t] - b_mean, 0.0)
-                b_squares += b_centred * b_centred
-            b_rstd = tl.rsqrt(tl.sum(b_squares, 1, keep_dims=True) * (1.0 / D) + eps)
+            b_mean, b_rstd = mean_and_rstd(b_z, b_sum, o_d, eps, D, BLOCK)
             for t in tl.static_range(TILES):
                 b_y = (b_z[t] - b_mean) * b_rstd * b_weight[t] + b_bias[t]
                 tl.store(p_y + o + t * BLOCK, b_y.to(p_y.dtype.element_ty), mask=m_i & (t * BLOCK + o_d < D))
@@ -108,7 +97,7 @@ if philox.triton is not None:
     ):  # fmt: skip
         TILES: tl.constexpr = (D + BLOCK - 1) // BLOCK
         o_d = tl.arange(0, BLOCK)[None, :]
-        b_weight = load_columns(p_weight, o_d, D, TILES, BLOCK)
+        b_weight = load_columns(p_weight, o_d, D, BLOCK)
         if MASKED:
             seed = tl.load(p_seed)
         b_dweight, b_dbias, b_ddense_bias = (), (), ()
