@@ -52,11 +52,15 @@ def main() -> None:
     parser.add_argument("--arch", type=int, default=90, help="compute capability, 90 for 9.0 (default)")
     arguments = parser.parse_args()
     print(f"Triton {triton.__version__}, sm_{arguments.arch}")
+    found = False
     for path in sorted(Path(table.__file__).parent.glob("*.py")):
         module = importlib.import_module(f"muka_fast.ops.{path.stem}")
         for item in getattr(module, "SPECIALISATIONS", []):
             if re.search(arguments.pattern, item.name):
+                found = True
                 print(describe(item.name, machine_code(item, arguments.arch)))
+    if not found:
+        parser.error(f"no specialisation is called {arguments.pattern!r}: kernels/ops/*.py list them")
 
 
 if __name__ == "__main__":

@@ -257,7 +257,7 @@ class RunConfig(ScoringOptions):
         None, "steps between two checkpoints (default: where an epoch ends a minute or more after the last one)", "Run", ge=1
     )
     resume: bool = option(False, "continue the run in the output folder; where there is none, begin it", "Run")
-    overwrite: bool = option(False, "replace the run in the output folder; scores of the same texts stay", "Run")
+    overwrite: bool = option(False, "replace the run in the output folder; without --store its scores of the same texts stay", "Run")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -168,11 +168,10 @@ def _set_aside(folder: Path, given: str | Path) -> None:
 
 
 def replaced(output: Path) -> list[Path]:
-    """The runs that `--overwrite` has set aside and no complete run has replaced yet, the last one first."""
+    """The runs that `--overwrite` has set aside and no complete run has replaced yet."""
     folder = output.resolve()
     name = re.compile(re.escape(f".{folder.name}.replaced") + r"(-\d+)?")
-    found = [entry for entry in folder.parent.iterdir() if name.fullmatch(entry.name)] if folder.parent.exists() else []
-    return sorted(found, key=lambda entry: entry.stat().st_ctime_ns, reverse=True)  # a rename is a change
+    return [entry for entry in folder.parent.iterdir() if name.fullmatch(entry.name)] if folder.parent.exists() else []
 
 
 def discard_replaced(output: str | Path) -> None:

@@ -411,15 +411,25 @@ def test_a_file_too_many_is_damage(tmp_path):
     assert snapshots.damage(tmp_path) == "state-00001.safetensors does not belong to it"
 
 
-def test_overwrite_keeps_the_scores_of_the_same_texts(go, tmp_path, caplog):
+def test_overwrite_keeps_the_scores_of_the_same_texts(go, stop_at, tmp_path, caplog):
     caplog.set_level("INFO", logger="muka_fast")
     first = go("run", epochs=1, store=None)
     shards = {path.relative_to(first.output): path.stat().st_ino for path in first.output.glob("supervision/*/shard-*")}
     assert shards
-    again = go("run", epochs=1, store=None, method="muka-soft", overwrite=True)
+    stop_at(1)
+    go("run", epochs=1, store=None, method="muka-soft", overwrite=True)
     assert "scores of these texts that the replaced run has made serve this one" in caplog.text
+    assert {path: (tmp_path / ".run.replaced" / path).stat().st_ino for path in shards} == shards  # whole until it is replaced
+    again = go("run", epochs=1, store=None, method="muka-soft", resume=True)
     assert {path: (again.output / path).stat().st_ino for path in shards} == shards
-    assert sorted(path.name for path in tmp_path.iterdir() if "replaced" in path.name) == []
+    assert not (tmp_path / ".run.replaced").exists()
+
+
+def test_scores_that_stay_are_of_the_new_runs_teachers_to_whoever_opens_them(go, world):
+    go("run", epochs=1, store=None)
+    output = go("run", epochs=1, store=None, teachers=[str(world / "home")], overwrite=True).output
+    third = go("third", epochs=1, store=str(output / "supervision"), teachers=[])
+    assert [teacher["name"] for teacher in json.loads((third.output / "run.json").read_text())["teachers"]] == ["home"]
 
 
 @pytest.mark.parametrize("fault", ["other texts", "damaged", "none"])

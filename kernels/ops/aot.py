@@ -15,6 +15,7 @@ class Specialisation(NamedTuple):
     aligned: compiled as Triton's JIT does for pointers that 16 divides, as those of torch's allocations are; else without that.
     multiples: integers that 16 divides as well. least_arch: the first compute capability that it is launched on, 80 for 8.0.
     lone_warps: its innermost loops wait for no other warp, whatever layouts a version of Triton gives its tiles.
+    at_once: programs that must fit the registers of a multiprocessor together, as they are launched so on sm_90; 0 for any.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Specialisation(NamedTuple):
     multiples: tuple[str, ...] = ()
     least_arch: int = 80
     lone_warps: bool = False
+    at_once: int = 0
 
 
 class MachineCode(NamedTuple):

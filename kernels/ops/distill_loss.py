@@ -104,7 +104,7 @@ SPECIALISATIONS: list[Specialisation] = []
 if triton is not None:
     import triton.language as tl
 
-    from muka_fast.ops.fast_math import LN_2, LOG2_E, TINY, log2
+    from muka_fast.ops.fast_math import FUSED, LN_2, LOG2_E, TINY, log2
 
     @triton.jit
     def choose_weights(p_scores, N, inverse_tau, BLOCK_N: tl.constexpr):
@@ -283,7 +283,7 @@ if triton is not None:
             distill_loss_kernel[(texts,)](
                 logits, probs, scores, source, owner, loss, grad, classes, teachers, len(source), logits.stride(0), probs.stride(0),
                 1.0 / tau, 1.0 / temperature, SOFT=soft, MARGIN=margin, IN_ORDER=in_order,
-                BLOCK_N=triton.next_power_of_2(teachers), **row_tiles(classes, warps), num_warps=warps,
+                BLOCK_N=triton.next_power_of_2(teachers), **row_tiles(classes, warps), num_warps=warps, **FUSED,
             )  # fmt: skip
         return loss, grad
 

@@ -68,6 +68,7 @@ if philox.triton is not None:
     import triton
     import triton.language as tl
 
+    from muka_fast.ops.fast_math import FUSED
     from muka_fast.ops.norm_tiles import load_columns, mean_and_rstd
 
     @triton.jit
@@ -128,7 +129,7 @@ if philox.triton is not None:
         residual_rows,  # 0 or rows
         D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
     ):  # fmt: skip
-        """ROWS rows, each of a warp of its own up to 1024 columns, so that no sum leaves a warp there."""
+        """ROWS rows, each of a warp of its own up to 1024 columns, so that no sum leaves it in 16 bits."""
         o_i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         m_i = o_i < rows
         first = tl.program_id(1) * replicas_at_once
@@ -177,7 +178,7 @@ if philox.triton is not None:
             dropout_add_layer_norm_kernel[(programs, triton.cdiv(replicas, at_once))](
                 x, residual, weight, bias, out, example_ids, offsets, seed, site, first_sample, threshold, scale, int(plain_first),
                 eps, replicas, at_once, rows, 0 if residual.dim() == 2 else rows,
-                MASKED=threshold > 0, num_warps=num_warps, **constexprs,
+                MASKED=threshold > 0, num_warps=num_warps, **constexprs, **FUSED,
             )  # fmt: skip
         return out
 

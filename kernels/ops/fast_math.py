@@ -1,10 +1,12 @@
-"""exp and log of Triton kernels in base 2, one instruction of the card each, where tl.exp takes two and tl.log twenty.
+"""What arithmetic of Triton kernels is made of one instruction of the card each: exp and log in base 2, a product and a sum.
 
-exp(x) = exp2(x * LOG2_E), ln x = LN_2 * log2(x). Both are as exact as their arguments in float32: each errs by about 1e-7 near 1.
+exp(x) = exp2(x * LOG2_E), ln x = LN_2 * log2(x), where tl.exp takes two and tl.log twenty instructions. Both are as exact as their
+arguments in float32: each errs by about 1e-7 near 1.
 """
 
 from muka_fast.ops.philox import triton
 
+FUSED = {"enable_fp_fusion": True}  # of every launch: a b + c in one instruction, which Triton 3.10 no longer does unasked
 if triton is not None:
     import triton.language as tl
     from triton.language.extra import libdevice

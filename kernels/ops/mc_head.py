@@ -98,7 +98,7 @@ if philox.triton is not None:
     import triton
     import triton.language as tl
 
-    from muka_fast.ops.fast_math import LN_2, LOG2_E, TINY, log2
+    from muka_fast.ops.fast_math import FUSED, LN_2, LOG2_E, TINY, log2
 
     SAMPLES = tl.constexpr(16)  # rows of one matrix product that belong to one text; more samples are merged in turns
     LOWEST = tl.constexpr(-3.0e38)  # finite start of a running maximum: differences stay finite where every logit is -inf
@@ -278,7 +278,7 @@ if philox.triton is not None:
             mc_head_kernel[(programs, tiles)](
                 x, w, w if b is None else b, example_ids, lse, parts, mean, var, by_tile, expected, information, normalized, logits,
                 seed, site, threshold, scale, per_log, num_samples, texts, classes, width,
-                HAS_BIAS=b is not None, PRECISION="tf32x3", STAGE=stage, enable_fp_fusion=True, **config,
+                HAS_BIAS=b is not None, PRECISION="tf32x3", STAGE=stage, **config, **FUSED,
             )  # fmt: skip
 
         with table.on_device_of(x):

@@ -21,7 +21,7 @@ SPECIALISATIONS: list[Specialisation] = []
 if triton is not None:
     import triton.language as tl
 
-    from muka_fast.ops.fast_math import LN_2, LOG2_E, TINY, log2, reciprocal
+    from muka_fast.ops.fast_math import FUSED, LN_2, LOG2_E, TINY, log2, reciprocal
 
     @triton.jit
     def exponentials(b_z, b_top):
@@ -259,14 +259,14 @@ if triton is not None:
         of_parts = torch.empty((texts, teachers, parts), dtype=torch.float32, device=logits.device)
         strides = logits.stride()[:2]
         sample_kernel[(texts * samples, teachers)](
-            logits, bounds, of_samples, samples, teachers, *strides, BLOCK=row, num_warps=row_warps
+            logits, bounds, of_samples, samples, teachers, *strides, BLOCK=row, num_warps=row_warps, **FUSED
         )
         class_kernel[(texts, teachers, parts)](
             logits, bounds, of_samples, of_parts, out, samples, teachers, width, *strides, parts,
-            SAMPLES=at_once, BLOCK=block, num_warps=block_warps,
+            SAMPLES=at_once, BLOCK=block, num_warps=block_warps, **FUSED,
         )  # fmt: skip
         selection_kernel[(texts,)](
-            log_classes, of_samples, of_parts, out, samples, teachers, width, parts, BLOCK=few, num_warps=few_warps
+            log_classes, of_samples, of_parts, out, samples, teachers, width, parts, BLOCK=few, num_warps=few_warps, **FUSED
         )
 
     def launch(logits: Tensor, offsets: Sequence[int], out: Tensor) -> None:
@@ -282,7 +282,7 @@ if triton is not None:
             constexprs = configuration(counts, samples, texts, entry)
             mc_statistics_kernel[(texts,)](
                 logits, bounds, log_classes, out, samples, len(counts), width, logits.stride(0), logits.stride(1),
-                **constexprs, num_warps=constexprs["TEACHERS"],
+                num_warps=constexprs["TEACHERS"], **constexprs, **FUSED,
             )  # fmt: skip
 
     _TYPES = {"p_offsets": "*i32"} | dict.fromkeys(("p_log_classes", "p_samples", "p_parts", "p_out"), "*fp32")

@@ -81,6 +81,7 @@ if philox.triton is not None:
     import triton
     import triton.language as tl
 
+    from muka_fast.ops.fast_math import FUSED
     from muka_fast.ops.packed_attention import halves, product
 
     @triton.jit
@@ -180,7 +181,7 @@ if philox.triton is not None:
                 query, key, value, starts, bias, out, example_ids, query_positions, scaling, seed, site, first_sample, threshold,
                 scale, int(plain_first), replicas, texts, num_heads, key.shape[1] // head_dim, bias.shape[1], D=head_dim,
                 D_PAD=pad(head_dim), R_PAD=R_PAD, BLOCK=BLOCK, HAS_BIAS=position_bias is not None, num_warps=num_warps,
-                num_stages=1,
+                num_stages=1, **FUSED,
             )  # fmt: skip
         return out
 

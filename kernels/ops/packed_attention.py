@@ -120,7 +120,7 @@ if philox.triton is not None:
     import triton
     import triton.language as tl
 
-    from muka_fast.ops.fast_math import LOG2_E
+    from muka_fast.ops.fast_math import FUSED, LOG2_E
 
     @triton.jit
     def halves(x):
@@ -269,7 +269,7 @@ if philox.triton is not None:
                 threshold, scale, int(plain_first), queries, tokens, num_heads, key.shape[-1] // head_dim, int(query.dim() == 3),
                 int(key.dim() == 3), bias.stride(0) if bias.shape[0] > 1 else 0, bias.stride(1), D=head_dim, D_PAD=pad(head_dim),
                 BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HAS_BIAS=position_bias is not None, MASKED=p > 0, num_warps=num_warps,
-                num_stages=num_stages,
+                num_stages=num_stages, **FUSED,
             )  # fmt: skip
         return out
 

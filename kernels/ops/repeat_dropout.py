@@ -71,6 +71,8 @@ if philox.triton is not None:
     import triton
     import triton.language as tl
 
+    from muka_fast.ops.fast_math import FUSED
+
     @triton.jit
     def write_copies(
         p_x, p_y, mask, b_call, shift, b_id, seed, site, first_sample, threshold, scale, K, y_stride,
@@ -145,7 +147,7 @@ if philox.triton is not None:
         with table.on_device_of(x):
             repeat_dropout_kernel[grid](
                 source, out, example_ids, offsets, seed, site, first_sample, threshold, scale, num_samples, rows, width,
-                rows * width, REPEATED=source.dim() == 2, num_warps=num_warps, enable_fp_fusion=True, **constexprs,
+                rows * width, REPEATED=source.dim() == 2, num_warps=num_warps, **constexprs, **FUSED,
             )  # fmt: skip
         return out
 

@@ -8,8 +8,8 @@
     dx = mask(dz)                                dweight = sum dy xhat, dbias = sum dy, ddense_bias = sum dx, over rows
 
 Bytes: forward x and residual read, y and z written; backward dy and z read, dz and dx written (p = 0: dz alone, it is dx).
-A program takes rows until there are none, each a warp's own up to 768 columns (1024 forward), so that no warp waits for another; the
-sums of the columns stay in registers, and one sum over programs ends the gradient.
+A program takes rows until there are none, each a warp's own up to 768 columns (1024 forward), so that hardly a warp waits for another
+in 16 bits; the sums of the columns stay in registers, and one sum over programs ends the gradient.
 """
 
 from collections.abc import Callable
@@ -28,6 +28,7 @@ if philox.triton is not None:
     import triton
     import triton.language as tl
 
+    from muka_fast.ops.fast_math import FUSED
     from muka_fast.ops.norm_tiles import load_columns, mean_and_rstd
 
     @triton.jit
@@ -147,16 +148,22 @@ if philox.triton is not None:
     def tile(width: int, backward: bool) -> tuple[dict[str, int], int]:
         """Constexprs, and warps: a row is BLOCK columns at a time, eight a lane; warps that it does not take have other rows."""
         block = 256 if width <= (768 if backward else 1024) else triton.next_power_of_2(triton.cdiv(width, 2))
-        warps = max(4, block // 256)
+        warps = min(16, max(4, block // 256))
         return {"D": width, "ROWS": max(1, 256 * warps // block), "BLOCK": block}, warps
 
+    def programs_at_once(width: int, backward: bool) -> int:
+        """On a multiprocessor, as registers allow: those of one tile, of two, and of three or four."""
+        constexprs, warps = tile(width, backward)
+        tiles = triton.cdiv(width, constexprs["BLOCK"])
+        return max(1, ((16, 12, 8, 8) if backward else (24, 16, 16, 12))[min(tiles, 4) - 1] // warps)
+
     def launch_options(rows: int, width: int, device: torch.device, backward: bool) -> tuple[int, dict[str, int]]:
-        """Programs, all of them at work at once: as many on a multiprocessor as registers allow. In the interpreter three."""
+        """Programs, all of them at work at once. In the interpreter three."""
         constexprs, warps = tile(width, backward)
         programs = 3
         if device.type == "cuda":
             processors = torch.cuda.get_device_properties(device).multi_processor_count
-            programs = processors * max(1, (8 if backward else 16) // warps)
+            programs = processors * programs_at_once(width, backward)
         return min(programs, triton.cdiv(rows, constexprs["ROWS"])), {**constexprs, "num_warps": warps}
 
     class ResidualNorm(torch.autograd.Function):
@@ -173,7 +180,7 @@ if philox.triton is not None:
                 with table.on_device_of(x):
                     residual_norm_kernel[(programs,)](
                         x, residual, y, z, mean, rstd, dense_bias, weight.contiguous(), bias.contiguous(), seed, threshold, scale, eps,
-                        rows, MASKED=threshold > 0, SAVED=saved, **options,
+                        rows, MASKED=threshold > 0, SAVED=saved, **options, **FUSED,
                     )  # fmt: skip
             ctx.save_for_backward(z, mean, rstd, weight, seed)
             ctx.p, ctx.dtypes = p, (weight.dtype, bias.dtype, dense_bias.dtype)
@@ -195,7 +202,7 @@ if philox.triton is not None:
                 with table.on_device_of(z):
                     residual_norm_backward_kernel[(programs,)](
                         dy.contiguous(), z, mean, rstd, weight.contiguous(), dz, dx, sums, seed, threshold, scale, rows,
-                        MASKED=threshold > 0, **options,
+                        MASKED=threshold > 0, **options, **FUSED,
                     )  # fmt: skip
             dweight, dbias, ddense_bias = (s.to(dtype) for s, dtype in zip(sums.sum(1), ctx.dtypes, strict=True))
             return dx, ddense_bias, dz, dweight, dbias, None, None, None, None
@@ -221,6 +228,7 @@ if philox.triton is not None:
             fast=dtype == "bf16" and width == 768 and masked,
             aligned=True,
             lone_warps=backward and width == 768 and dtype != "fp32",
+            at_once=programs_at_once(width, backward),
         )
 
     _MODES = [(True, "forward"), (True, "backward"), (False, "forward"), (False, "backward"), (False, "inference")]

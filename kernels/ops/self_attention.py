@@ -37,7 +37,7 @@ if philox.triton is not None:
     import triton
     import triton.language as tl
 
-    from muka_fast.ops.fast_math import LOG2_E
+    from muka_fast.ops.fast_math import FUSED, LOG2_E
     from muka_fast.ops.packed_attention import column_keys, columns_of_keys, pad
 
     @triton.jit
@@ -158,7 +158,7 @@ if philox.triton is not None:
         with table.on_device_of(qkv):
             kernel[(texts * heads,)](
                 qkv, seen, *others, seed, head_dim**-0.5, threshold, scale, length, heads, *strides, HAS_MASK=mask is not None,
-                MASKED=threshold > 0, num_warps=warps, num_stages=1, **sizes,
+                MASKED=threshold > 0, num_warps=warps, num_stages=1, **sizes, **FUSED,
             )  # fmt: skip
 
     class SelfAttention(torch.autograd.Function):

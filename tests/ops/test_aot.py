@@ -14,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton", reason="Triton is not on this platform")
 
 OPS = Path(importlib.import_module("muka_fast.ops.table").__file__).parent
+REGISTERS = 65_536  # of a multiprocessor
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one block may have
 
 
@@ -47,6 +48,9 @@ def test_no_spills_and_shared_memory_fits(item, arch, record_property):
     record_property("resources", line)
     assert code.stack == 0, line
     assert code.shared <= SHARED_LIMIT[arch], line
+    taken = -(-code.registers // 8) * 8 * 32 * item.num_warps * item.at_once  # registers come in eights
+    assert arch != 90 or taken <= REGISTERS, f"{line}: {item.at_once} programs do not fit"
     if item.lone_warps:
+        assert code.loops(), line
         waiting = [text for loop in code.loops() for text in loop if "BAR." in text or "STS" in text]
         assert not waiting, f"{line}: a loop over its samples exchanges numbers between warps ({waiting[0]})"
