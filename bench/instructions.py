@@ -38,7 +38,7 @@ def unit_of(instruction: str) -> str:
 def describe(name: str, code: MachineCode) -> str:
     lines = [
         f"{name}: {code.registers} registers, {code.stack} bytes spilled, {code.shared} bytes shared, "
-        f"{len(code.instructions)} instructions"
+        f"{len(code.instructions())} instructions"
     ]
     for loop in sorted(code.loops(), key=len, reverse=True):
         units = Counter(map(unit_of, loop)).most_common()

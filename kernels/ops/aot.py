@@ -33,20 +33,37 @@ class Specialisation(NamedTuple):
 
 
 class MachineCode(NamedTuple):
-    """registers of a thread, stack bytes of it (spills, local arrays), shared bytes of a program; instructions by rising address."""
+    """registers of a thread, stack bytes of it (spills, local arrays), shared bytes of a program; the machine code itself."""
 
     registers: int
     stack: int
     shared: int
-    instructions: list[tuple[int, str]]
+    cubin: bytes
+
+    def instructions(self) -> list[tuple[int, str]]:
+        """Addresses and texts."""
+        listing = _cuobjdump("-sass", self.cubin)
+        return [(int(a, 16), text) for a, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", listing, re.MULTILINE)]
 
     def loops(self) -> list[list[str]]:
         """The instructions of every innermost loop."""
-        place = {address: i for i, (address, _) in enumerate(self.instructions)}
-        back = ((re.search(r"\bBRA\b.*0x([0-9a-f]+)", text), i) for i, (_, text) in enumerate(self.instructions))
+        code = self.instructions()
+        place = {address: i for i, (address, _) in enumerate(code)}
+        back = ((re.search(r"\bBRA\b.*0x([0-9a-f]+)", text), i) for i, (_, text) in enumerate(code))
         spans = [(place[int(found[1], 16)], i) for found, i in back if found and place[int(found[1], 16)] < i]
         inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
-        return [[text for _, text in self.instructions[a : b + 1]] for a, b in inner]
+        return [[text for _, text in code[a : b + 1]] for a, b in inner]
+
+
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile("wb", suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def machine_code(item: Specialisation, arch: int) -> MachineCode:
@@ -65,12 +82,6 @@ def machine_code(item: Specialisation, arch: int) -> MachineCode:
     )
     options = {"num_warps": item.num_warps, "num_stages": item.num_stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile("wb", suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        done = subprocess.run([tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True)
-    listing = done.stdout + done.stderr
+    listing = _cuobjdump("-res-usage", compiled.asm["cubin"])
     registers, stack, static = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", listing).groups())
-    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", listing, re.MULTILINE)
-    return MachineCode(registers, stack, max(static, compiled.metadata.shared), [(int(a, 16), text) for a, text in lines])
+    return MachineCode(registers, stack, max(static, compiled.metadata.shared), compiled.asm["cubin"])
