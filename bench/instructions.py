@@ -8,15 +8,12 @@ version of Triton has chosen otherwise than the one that the kernel was measured
 """
 
 import argparse
-import importlib
 import re
 from collections import Counter
-from pathlib import Path
 
 import triton
 
-from muka_fast.ops import table
-from muka_fast.ops.aot import MachineCode, machine_code
+from muka_fast.ops.aot import MachineCode, machine_code, specialisations
 
 # Units of a multiprocessor by the first letters of an instruction; whatever else is told as "integer and logic".
 UNITS = {
@@ -52,15 +49,11 @@ def main() -> None:
     parser.add_argument("--arch", type=int, default=90, help="compute capability, 90 for 9.0 (default)")
     arguments = parser.parse_args()
     print(f"Triton {triton.__version__}, sm_{arguments.arch}")
-    found = False
-    for path in sorted(Path(table.__file__).parent.glob("*.py")):
-        module = importlib.import_module(f"muka_fast.ops.{path.stem}")
-        for item in getattr(module, "SPECIALISATIONS", []):
-            if re.search(arguments.pattern, item.name):
-                found = True
-                print(describe(item.name, machine_code(item, arguments.arch)))
+    found = [item for item in specialisations() if re.search(arguments.pattern, item.name)]
     if not found:
         parser.error(f"no specialisation is called {arguments.pattern!r}: kernels/ops/*.py list them")
+    for item in found:
+        print(describe(item.name, machine_code(item, arguments.arch)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """What compiles ahead of time: the form in which each op file lists its kernels, and their machine code, without a GPU."""
 
+import importlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,13 @@ class Specialisation(NamedTuple):
     least_arch: int = 80
     lone_warps: bool = False
     at_once: int = 0
+
+
+def specialisations() -> Iterator[Specialisation]:
+    """Whatever the op files list under SPECIALISATIONS: a new op needs no line here."""
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.stem != "__init__":
+            yield from getattr(importlib.import_module(f"muka_fast.ops.{path.stem}"), "SPECIALISATIONS", [])
 
 
 class MachineCode(NamedTuple):
@@ -72,6 +81,8 @@ def machine_code(item: Specialisation, arch: int) -> MachineCode:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from muka_fast.ops.fast_math import FUSED
+
     names = item.kernel.arg_names
     divided = [name for name in names if item.signature.get(name, "").startswith("*")] if item.aligned else []
     source = ASTSource(
@@ -80,7 +91,7 @@ def machine_code(item: Specialisation, arch: int) -> MachineCode:
         constexprs=item.constexprs,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in (*divided, *item.multiples)},
     )
-    options = {"num_warps": item.num_warps, "num_stages": item.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": item.num_warps, "num_stages": item.num_stages, **FUSED}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     listing = _cuobjdump("-res-usage", compiled.asm["cubin"])
     registers, stack, static = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", listing).groups())

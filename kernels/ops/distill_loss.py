@@ -86,9 +86,7 @@ def distill_loss_cpu(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     code = DTYPE_CODES.get(student_logits.dtype)
     if code is None:  # float64: only tests ask for it
-        return distill_loss_reference(
-            student_logits, teacher_probs, scores, offsets, teacher_to_union, soft, tau, temperature, margin
-        )
+        return distill_loss_reference(student_logits, teacher_probs, scores, offsets, teacher_to_union, soft, tau, temperature, margin)
     logits, probs = row_major(student_logits), row_major(teacher_probs.float())
     scores, mapping = scores.float().contiguous(), teacher_to_union.contiguous()
     loss, grad = empty_outputs(logits)
@@ -272,7 +270,8 @@ if triton is not None:
             return distill_loss_reference(
                 student_logits, teacher_probs, scores, offsets, teacher_to_union, soft, tau, temperature, margin
             )
-        logits, probs, scores = row_major(student_logits), row_major(teacher_probs), scores.float().contiguous()
+        logits, probs = (table.aligned(row_major(t)) for t in (student_logits, teacher_probs))
+        scores = table.dense(scores.float())
         loss, grad = empty_outputs(logits)
         (texts, classes), teachers = logits.shape, scores.shape[1]
         source, owner, in_order = gather_plan(teacher_to_union, tuple(offsets), classes)
@@ -292,20 +291,20 @@ if triton is not None:
     _TYPES |= dict.fromkeys(("inverse_tau", "inverse_temperature"), "fp32")
     SPECIALISATIONS = [
         Specialisation(
-            f"distill_loss {dtype} {'soft' if soft else 'hard'} C={classes} N={teachers} {columns} {warps} warps",
+            f"distill_loss {dtype} {'soft' if soft else 'hard'} C={classes} N={teachers} {columns} {warps} warps"
+            f"{'' if multiples else ' any C'}",
             distill_loss_kernel,
             {"p_z": f"*{dtype}", **_TYPES},
             {"SOFT": soft, "MARGIN": soft, "IN_ORDER": columns == "in order", "BLOCK_N": triton.next_power_of_2(teachers)}
             | row_tiles(classes, warps) | ({} if columns == "shared" else {"M": 1}),
-            num_warps=warps,
             fast=dtype == "fp32" and soft and columns == "shared" and classes in (308, 20_000),
-            aligned=dtype == "bf16" or classes == 10_000,  # where single elements would take ptxas a few bytes of stack on sm_80
-            multiples=("C", "z_stride", "probs_stride") if dtype == "bf16" and classes % 16 == 0 else (),
+            num_warps=warps, aligned=True, multiples=multiples,
         )
         for dtype in ("fp32", "fp16", "bf16")
         for soft, columns in ((True, "in order"), (True, "mapped"), (True, "shared"), (False, "shared"))
         for classes, teachers in ((4, 2), (308, 4), (1200, 8), (2048, 8), (4000, 2), (10_000, 2), (20_000, 2))
         for (warps,) in tuning.CANDIDATES["distill_loss"][row_class(classes)]
+        for multiples in ((), ("C", "z_stride", "probs_stride"))
     ]
 
 RAW = table.register(

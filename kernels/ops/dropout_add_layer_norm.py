@@ -69,7 +69,7 @@ if philox.triton is not None:
     import triton.language as tl
 
     from muka_fast.ops.fast_math import FUSED
-    from muka_fast.ops.norm_tiles import load_columns, mean_and_rstd
+    from muka_fast.ops.norm_tiles import load_columns, mean_and_rstd, tile
 
     @triton.jit
     def write_replicas(
@@ -150,28 +150,24 @@ if philox.triton is not None:
                 seed, site, first_sample, threshold, scale, num_plain, eps, rows, residual_rows, D, ROWS, BLOCK, MASKED, True,
             )  # fmt: skip
 
+    LONE = 1024  # columns up to which a row has one warp
     FULL = 4096  # programs that fill a card: below, one takes fewer replicas
 
     def shape_class(width: int) -> str:
         """Of tuning.py."""
         return next((most for most in tuning.CANDIDATES["dropout_add_layer_norm"] if width <= int(most)), "4096")
 
-    def tile(width: int, warps: int) -> dict[str, int]:
-        """Constexprs: a row is BLOCK columns at a time, eight a lane; warps that it does not take have rows of their own."""
-        block = 256 if width <= 1024 else min(256 * warps, triton.next_power_of_2(triton.cdiv(width, 2)))
-        return {"D": width, "ROWS": 256 * warps // block, "BLOCK": block}
-
     def _triton(x, residual, weight, bias, eps, p, seed, site, example_ids, offsets, first_sample, plain_first) -> Tensor:
         if x.dtype == torch.float64:  # only tests ask for it
             return _reference(x, residual, weight, bias, eps, p, seed, site, example_ids, offsets, first_sample, plain_first)
         replicas, rows, width = x.shape
         threshold, scale = philox.mask_parameters(p)
-        x, residual, weight, bias = (t.contiguous() for t in (x, residual, weight, bias))
+        x, residual, weight, bias = (table.dense(t) for t in (x, residual, weight, bias))
         out = torch.empty_like(x)
         if out.numel() == 0:
             return out
         most, num_warps = tuning.choose("dropout_add_layer_norm", shape_class(width), x.device)
-        constexprs = tile(width, num_warps)
+        constexprs = tile(width, num_warps, LONE)
         programs = triton.cdiv(rows, constexprs["ROWS"])
         at_once = max(1, min(most, replicas * programs // FULL))
         with table.on_device_of(x):
@@ -191,7 +187,7 @@ if philox.triton is not None:
             f"dropout_add_layer_norm {dtype} D={width}{' masked' * masked} {num_warps}",
             dropout_add_layer_norm_kernel,
             {**dict.fromkeys(("p_x", "p_residual", "p_weight", "p_bias", "p_y"), f"*{dtype}"), **_TYPES},
-            tile(width, num_warps) | {"MASKED": masked},
+            tile(width, num_warps, LONE) | {"MASKED": masked},
             num_warps=num_warps,
             fast=dtype == "bf16" and width == 768 and num_warps == 4 and masked,
             aligned=True,

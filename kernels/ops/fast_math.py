@@ -23,6 +23,11 @@ if triton is not None:
         return libdevice.fast_log2f(x)
 
     @triton.jit
+    def minus_p_log_p(p):
+        """-p ln p; 0 for 0."""
+        return p * log2(tl.maximum(p, TINY)) * -LN_2
+
+    @triton.jit
     def reciprocal(x):
         """1 / x of a normal number, to the last bit but one; the division takes eight instructions more for all others."""
         if IN_INTERPRETER:

@@ -98,7 +98,7 @@ if philox.triton is not None:
     import triton
     import triton.language as tl
 
-    from muka_fast.ops.fast_math import FUSED, LN_2, LOG2_E, TINY, log2
+    from muka_fast.ops.fast_math import FUSED, LN_2, LOG2_E, log2, minus_p_log_p
 
     SAMPLES = tl.constexpr(16)  # rows of one matrix product that belong to one text; more samples are merged in turns
     LOWEST = tl.constexpr(-3.0e38)  # finite start of a running maximum: differences stay finite where every logit is -inf
@@ -191,7 +191,7 @@ if philox.triton is not None:
             p_out, m_out = o_t[:, None] * C + o_c[None, :], m_t[:, None] & (o_c < C)[None, :]
             tl.store(p_mean + p_out, b_mean, mask=m_out)
             tl.store(p_var + p_out, b_m2 * (1.0 / K), mask=m_out)
-            b_predictive = tl.sum(b_mean * log2(tl.maximum(b_mean, TINY)) * -LN_2, 1)
+            b_predictive = tl.sum(minus_p_log_p(b_mean), 1)
         if STAGE == 2:
             tl.store(p_predictive + o_t * tiles + i_c, b_predictive, mask=m_t)
         if STAGE == 0:  # `where` keeps NaN, which a maximum does not
@@ -202,7 +202,7 @@ if philox.triton is not None:
             tl.store(p_information + o_t, tl.where(b_predictive < b_expected, 0.0, b_predictive - b_expected), mask=m_t)
             tl.store(p_normalized + o_t, b_predictive * per_log, mask=m_t)
 
-    @triton.jit(do_not_specialize=["seed", "site", "threshold", "K", "B"])
+    @triton.jit(do_not_specialize=["seed", "site", "threshold", "K", "B", "C"])
     def mc_head_kernel(
         p_x,  # [B, D]
         p_w,  # [C, D]
@@ -261,7 +261,7 @@ if philox.triton is not None:
             return mc_head_reference(features, weight, bias, num_samples, p, seed, site, example_ids)
         if features.dtype == torch.bfloat16 and philox.INTERPRETED:  # its dot takes the bits of bfloat16 for integers
             features = features.float()
-        x, w, b = features.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
+        x, w, b = table.dense(features), table.dense(weight), None if bias is None else table.dense(bias)
         (texts, width), classes = x.shape, w.shape[0]
         outputs = _empty_outputs(x, classes, torch.float32)
         if texts == 0:
@@ -298,30 +298,32 @@ if philox.triton is not None:
         return tuning.CANDIDATES["mc_head"][shape_class(32 if dtype == "fp32" else 16, classes)]
 
     def _specialisation(
-        dtype: str, classes: int, stage: int, entry: tuple[int, ...], has_bias: bool = True
+        dtype: str, classes: int, stage: int, entry: tuple[int, ...], multiples: tuple[str, ...], has_bias: bool = True
     ) -> Specialisation:
         config = options(block(classes), entry)
         warps, stages = config.pop("num_warps"), config.pop("num_stages")
         outputs = dict.fromkeys(mc_head_kernel.arg_names[4:13], "*fp32")
         scalars = dict.fromkeys(("site", "threshold", "K", "B", "C", "D"), "i32") | {"seed": "i64", "scale": "fp32", "per_log": "fp32"}
         return Specialisation(
-            f"mc_head {dtype} BC={config['BC']} stage {stage}{'' if has_bias else ' without bias'} {entry}",
+            f"mc_head {dtype} BC={config['BC']} stage {stage}{'' if multiples else ' any D'}"
+            f"{'' if has_bias else ' without bias'} {entry}",
             mc_head_kernel,
             {**dict.fromkeys(("p_x", "p_w", "p_b"), f"*{dtype}"), "p_ids": "*i64", **outputs, **scalars},
             {**config, "HAS_BIAS": has_bias, "PRECISION": "tf32x3", "STAGE": stage},
             num_warps=warps,
             num_stages=stages,
             fast=dtype == "fp32" and (classes, stage) in ((16, 0), (1000, 2)),
-            aligned=dtype == "bf16",
-            multiples=("C", "D") if dtype == "bf16" else (),
+            aligned=True,
+            multiples=multiples,
         )
 
     SPECIALISATIONS = [
-        _specialisation(dtype, classes, stage, entry)
+        _specialisation(dtype, classes, stage, entry, multiples)
         for dtype in ("fp32", "fp16", "bf16")
         for classes, stage in ((16, 0), (32, 0), (64, 0), (128, 0), (1000, 1), (1000, 2))
         for entry in _candidates(dtype, classes)
-    ] + [_specialisation("fp32", 16, 0, _candidates("fp32", 16)[0], has_bias=False)]
+        for multiples in ((), ("D",))
+    ] + [_specialisation("fp32", 16, 0, _candidates("fp32", 16)[0], ("D",), has_bias=False)]
 
 _op = table.register(
     "mc_head",

@@ -21,7 +21,7 @@ SPECIALISATIONS: list[Specialisation] = []
 if triton is not None:
     import triton.language as tl
 
-    from muka_fast.ops.fast_math import FUSED, LN_2, LOG2_E, TINY, log2, reciprocal
+    from muka_fast.ops.fast_math import FUSED, LN_2, LOG2_E, log2, minus_p_log_p, reciprocal
 
     @triton.jit
     def exponentials(b_z, b_top):
@@ -88,11 +88,6 @@ if triton is not None:
         return b_all, over_samples(b_m2 * (1.0 / K) + b_off * b_off * (1.0 / SAMPLES), SAMPLES)
 
     @triton.jit
-    def plogp(b_p):
-        """-p ln p; 0 for 0."""
-        return b_p * log2(tl.maximum(b_p, TINY)) * -LN_2
-
-    @triton.jit
     def mc_statistics_kernel(
         p_z,  # [K, B, S], strides z_sample, z_text, 1
         p_offsets,  # int32 [N + 1]
@@ -153,7 +148,7 @@ if triton is not None:
                 p_mean = p_text + (b_start + o_lane + t * LANES)
                 tl.store(p_mean, b_all, mask=t * LANES < C)
                 tl.store(p_mean + S, b_var, mask=t * LANES < C)
-                b_h += plogp(b_all)
+                b_h += minus_p_log_p(b_all)
             b_expected = over_samples(b_expected, SAMPLES) * (1.0 / K)
             b_h = tl.sum(b_h, 1, keep_dims=True)
             store_entropies(p_text + 2 * S, p_log_classes, o_n + 0 * o_lane, N, b_h + 0 * o_lane, b_expected + 0 * o_lane)
@@ -206,7 +201,7 @@ if triton is not None:
         b_all, b_var = merge(b_mean, b_m2, K, SAMPLES)
         tl.store(p_mean, b_all, mask=m_c & (o_k == 0))
         tl.store(p_mean + S, b_var, mask=m_c & (o_k == 0))
-        b_h = tl.sum(tl.sum(plogp(b_all), 1), 0) * (1.0 / SAMPLES)  # 0 beyond the last class; every row has the same
+        b_h = tl.sum(tl.sum(minus_p_log_p(b_all), 1), 0) * (1.0 / SAMPLES)  # 0 beyond the last class; every row has the same
         tl.store(p_parts + (i_b * N + i_n) * PARTS + i_part, b_h)
 
     @triton.jit

@@ -22,3 +22,8 @@ if triton is not None:
             b_centred = tl.where(t * BLOCK + o_d < D, b_x[t] - b_mean, 0.0)
             b_squares += b_centred * b_centred
         return b_mean, tl.rsqrt(tl.sum(b_squares, 1, keep_dims=True) * (1.0 / D) + eps)
+
+    def tile(width: int, warps: int, lone: int) -> dict[str, int]:
+        """Constexprs: a row is BLOCK columns at a time, eight a lane, of one warp up to `lone` columns; others have other rows."""
+        block = 256 if width <= lone else min(256 * warps, triton.next_power_of_2(triton.cdiv(width, 2)))
+        return {"D": width, "ROWS": 256 * warps // block, "BLOCK": block}

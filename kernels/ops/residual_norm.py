@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muka_fast.ops import philox, table
+from muka_fast.ops import norm_tiles, philox, table
 from muka_fast.ops.aot import Specialisation
 from muka_fast.ops.reference import residual_norm_ref
 
@@ -146,10 +146,9 @@ if philox.triton is not None:
             tl.store(p_sums + 2 * sums + o, tl.sum(b_ddense_bias[t], 0, keep_dims=True), mask=m)
 
     def tile(width: int, backward: bool) -> tuple[dict[str, int], int]:
-        """Constexprs, and warps: a row is BLOCK columns at a time, eight a lane; warps that it does not take have other rows."""
-        block = 256 if width <= (768 if backward else 1024) else triton.next_power_of_2(triton.cdiv(width, 2))
-        warps = min(16, max(4, block // 256))
-        return {"D": width, "ROWS": max(1, 256 * warps // block), "BLOCK": block}, warps
+        """Constexprs, and warps; a row has one of them up to 768 columns, 1024 forward."""
+        warps = min(16, max(4, triton.next_power_of_2(triton.cdiv(width, 2)) // 256))
+        return norm_tiles.tile(width, warps, 768 if backward else 1024), warps
 
     def programs_at_once(width: int, backward: bool) -> int:
         """On a multiprocessor, as registers allow: those of one tile, of two, and of three or four."""
@@ -174,12 +173,13 @@ if philox.triton is not None:
             y, (width, rows) = torch.empty_like(x), (x.shape[-1], x.shape[:-1].numel())
             z = torch.empty_like(x) if saved else None
             mean, rstd = (torch.empty(rows if saved else 0, dtype=torch.float32, device=x.device) for _ in range(2))
-            (threshold, scale), dense_bias = philox.mask_parameters(p), dense_bias.contiguous()
+            (threshold, scale), (dense_bias, bias) = philox.mask_parameters(p), map(table.dense, (dense_bias, bias))
+            weight = table.dense(weight)
             if rows:
                 programs, options = launch_options(rows, width, x.device, backward=False)
                 with table.on_device_of(x):
                     residual_norm_kernel[(programs,)](
-                        x, residual, y, z, mean, rstd, dense_bias, weight.contiguous(), bias.contiguous(), seed, threshold, scale, eps,
+                        x, residual, y, z, mean, rstd, dense_bias, weight, bias, seed, threshold, scale, eps,
                         rows, MASKED=threshold > 0, SAVED=saved, **options, **FUSED,
                     )  # fmt: skip
             ctx.save_for_backward(z, mean, rstd, weight, seed)
@@ -201,7 +201,7 @@ if philox.triton is not None:
             if rows:
                 with table.on_device_of(z):
                     residual_norm_backward_kernel[(programs,)](
-                        dy.contiguous(), z, mean, rstd, weight.contiguous(), dz, dx, sums, seed, threshold, scale, rows,
+                        table.dense(dy), z, mean, rstd, weight, dz, dx, sums, seed, threshold, scale, rows,
                         MASKED=threshold > 0, **options, **FUSED,
                     )  # fmt: skip
             dweight, dbias, ddense_bias = (s.to(dtype) for s, dtype in zip(sums.sum(1), ctx.dtypes, strict=True))
@@ -209,7 +209,7 @@ if philox.triton is not None:
 
     def _triton(x, dense_bias, residual, weight, bias, p, eps, seed) -> Tensor:
         saved = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dense_bias, residual, weight, bias))
-        return ResidualNorm.apply(x.contiguous(), dense_bias, residual.contiguous(), weight, bias, p, eps, seed, saved)
+        return ResidualNorm.apply(table.dense(x), dense_bias, table.dense(residual), weight, bias, p, eps, seed, saved)
 
     def _specialisation(dtype: str, parameters: str, width: int, masked: bool, direction: str) -> Specialisation:
         backward = direction == "backward"

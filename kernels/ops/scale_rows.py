@@ -17,6 +17,8 @@ SPECIALISATIONS: list[Specialisation] = []
 if triton is not None:
     import triton.language as tl
 
+    from muka_fast.ops.fast_math import FUSED
+
     @triton.jit
     def scale_rows_kernel(
         p_grad,  # [B, C]
@@ -46,7 +48,7 @@ if triton is not None:
         block, warps = configuration(classes)
         with table.on_device_of(grad):
             scale_rows_kernel[(texts * triton.cdiv(classes, block),)](
-                grad, factor, product, classes, factor.stride(0), BLOCK=block, num_warps=warps
+                grad, factor, product, classes, factor.stride(0), BLOCK=block, num_warps=warps, **FUSED
             )
         return product
 

@@ -1,29 +1,21 @@
 """Every Triton specialisation compiles for A100, H100 and B200 without a GPU: no spills, shared memory that the chip has, and no
 exchange between warps where a kernel is made without."""
 
-import importlib
+import ast
 import os
 from pathlib import Path
 
 import pytest
 
-from muka_fast.ops.aot import machine_code
+from muka_fast.ops import aot
+from muka_fast.ops.aot import machine_code, specialisations
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET has replaced the compiler", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not on this platform")
 
-OPS = Path(importlib.import_module("muka_fast.ops.table").__file__).parent
 REGISTERS = 65_536  # of a multiprocessor
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one block may have
-
-
-def specialisations():
-    """Whatever the op files list under SPECIALISATIONS: a new op needs no line here."""
-    for path in sorted(OPS.glob("*.py")):
-        if path.stem != "__init__":
-            module = importlib.import_module(f"muka_fast.ops.{path.stem}")
-            yield from getattr(module, "SPECIALISATIONS", [])
 
 
 def cases():
@@ -38,6 +30,16 @@ def test_every_triton_op_is_listed():
         "repeat_dropout", "mc_head", "mc_statistics", "distill_loss", "dropout_add_layer_norm", "one_query_attention",
         "packed_attention", "residual_norm", "self_attention",
     }  # fmt: skip
+
+
+def test_every_launch_asks_for_fused_multiply_adds_as_the_compilation_here_does():
+    launches = 0
+    for path in Path(aot.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                launches += 1
+                assert "FUSED" in [ast.unparse(more.value) for more in node.keywords if more.arg is None], ast.unparse(node.func)
+    assert launches >= 13
 
 
 @pytest.mark.parametrize(("item", "arch"), list(cases()))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from muka_fast.ops import reference
+from muka_fast.ops import reference, table
 from muka_fast.ops.distill_loss import RAW, distill_loss
 from muka_fast.ops.table import BACKEND
 
@@ -255,3 +255,10 @@ def test_the_gather_plan_follows_its_mapping():
     assert source.tolist() == [[1, 2, 0], [3, -1, -1]] and owner.tolist() == [[0, 1, 0], [1, 0, 0]] and not in_order
     mapping[:] = torch.tensor([0, 1, 2, 0])
     assert gather_plan(mapping, (0, 2, 4), 3)[0].tolist() == [[0, 1, 2], [3, -1, -1]]
+
+
+def test_a_tensor_that_begins_off_16_bytes_is_copied_for_kernels_compiled_for_others():
+    whole = torch.arange(40.0)
+    assert table.aligned(whole) is whole and table.dense(whole[::2]).is_contiguous()
+    moved = table.aligned(whole[1:])
+    assert moved.data_ptr() % 16 == 0 and torch.equal(moved, whole[1:])
