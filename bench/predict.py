@@ -42,7 +42,8 @@ MACHINES = {"h100": Machine(3.0e12, 790e12, *UNITS, 80 * 10**9), "h200": Machine
 # eighth of that each, plus unpacking, comparing and selecting.
 LANE_INSTRUCTIONS = 10 * (2 * 2 + 2 + 2) / 8 + 3
 # Forward and backward (of distill_loss the scaling of the kept gradient; of residual_norm also one sum over its programs' sums).
-KERNELS = {"distill_loss": 2, "self_attention": 2, "residual_norm": 3}
+# Of adamw the gradients' norm as well.
+KERNELS = {"distill_loss": 2, "self_attention": 2, "residual_norm": 3, "adamw": 5}
 REASONS = {
     "mc_statistics": "reads K logits a class and writes two; small shapes are one launch",
     "mc_head": "K masks of every feature: the random lanes",
@@ -52,6 +53,7 @@ REASONS = {
     "one_query_attention": "keys and values once, K rows out of one softmax",
     "residual_norm": "states and residual in, states out and kept; gradients of all three likewise",
     "self_attention": "queries, keys and values in, states out; all of them and three gradients backward",
+    "adamw": "gradients twice, weights and moments in and out, casts out",
     "packed_attention": "bytes while every replica has states of its own; from 400 tokens on the random lanes",
 }
 

@@ -1,7 +1,7 @@
 """The ops under test: shapes, our call, the eager forms it is compared with, the exact result, and what the op must move.
 
 Letters: K samples · B texts (residual_norm: rows) · N teachers · C classes of each (of the one teacher for mc_head) · D features ·
-S = N * C · L tokens of the longest text · H heads. One list of all ops, hence more than 400 lines.
+S = N * C · L tokens of the longest text · H heads · T matrices. One list of all ops, hence more than 400 lines.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muka_fast.ops import (
+    adamw,
     distill_loss,
     dropout_add_layer_norm,
     mc_head,
@@ -355,6 +356,49 @@ def residual_norm_problem(shape: tuple[int, ...], dtype: torch.dtype, device: st
     )
 
 
+def adamw_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Problem:
+    """T matrices of D x D with gradients of `dtype`, of which 16 bits come with casts."""
+    count, width = shape
+    casts = dtype != torch.float32
+
+    def weights(count: int) -> tuple[adamw.Tensors, list[Tensor]]:
+        masters = [torch.randn(width, width, device=device) for _ in range(count)]
+        moments = [[torch.rand_like(w) for w in masters] for _ in range(2)]
+        kept = [w.to(dtype) if casts else None for w in masters]
+        return adamw.Tensors(masters, *moments, kept, [0.01] * count), [torch.randn_like(w).to(dtype) for w in masters]
+
+    tensors, grads = weights(count)
+    rule = adamw.Rule((0.9, 0.999), 1e-8, 1.0)
+    rates = torch.tensor(rule.rates(1e-6, 100), device=device)
+    ours, places = adamw.AdamW(tensors, rule), torch.tensor([grad.data_ptr() for grad in grads], device=device)
+    parameters = [torch.nn.Parameter(w.clone()) for w in tensors.weights]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+
+    def eager() -> None:
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = torch.empty_like(parameter) if casts else grad
+        if casts:
+            torch._foreach_copy_([p.grad for p in parameters], grads)
+        torch.nn.utils.clip_grad_norm_(parameters, rule.max_norm)
+        optimizer.step()
+        if casts:
+            torch._foreach_copy_(list(tensors.casts), [p.detach() for p in parameters])
+
+    def check() -> str:
+        few, some = weights(2)
+        exact = adamw.Tensors(*([None if t is None else t.double() for t in column] for column in few[:4]), few.decays)
+        norm = adamw.AdamW(few, rule).step(some, rates, torch.tensor([grad.data_ptr() for grad in some], device=device))
+        truth = reference.adamw_ref(*exact, some, rates.double(), *rule)
+        if not (norm - truth).abs() <= 1e-5 * truth:
+            return f"norm {norm.item()}, exactly {truth.item()}"
+        columns = zip(few[:3], exact[:3], strict=True)
+        error = max((a - b).abs().max().item() for one, other in columns for a, b in zip(one, other, strict=True))
+        return "" if error <= 1e-6 else f"error {error:.1e}"
+
+    moved = adamw.bytes_moved(count * width * width, casts)
+    return Problem(lambda: ours.step(grads, rates, places), {"eager": eager}, check, moved, 0, ("exponentials", 0))
+
+
 def self_attention_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Problem:
     """A layer's attention in training, both ways, on texts of 3/4 to all of L tokens; sdpa and eager begin and end as ours does."""
     texts, length, heads = shape
@@ -419,6 +463,7 @@ CASES = [
     Case("distill_loss", (16_384, 8, 150), "BNC", loss_problem, devices=("cuda",)),
     Case("residual_norm", (896, 768), "BD", residual_norm_problem, devices=("cuda",)),
     Case("residual_norm", (114_688, 768), "BD", residual_norm_problem, devices=("cuda",)),
+    Case("adamw", (144, 768), "TD", adamw_problem, devices=("cuda",), dtypes=("float32", "bfloat16")),
     Case("self_attention", (16, 56, 12), "BLH", self_attention_problem, devices=("cuda",), dtypes=("float16", "bfloat16")),
     Case("self_attention", (2048, 56, 12), "BLH", self_attention_problem, devices=("cuda",), dtypes=("float16", "bfloat16")),
     Case("self_attention", (1024, 128, 12), "BLH", self_attention_problem, devices=("cuda",), dtypes=("float16", "bfloat16")),

@@ -186,7 +186,7 @@ class Engine:
         zero = ds_config["zero_optimization"]
         recorded = device != "cpu" and recordable(model, config, ds_config)
         # On the CPU torch's own choice is a loop over tensors, six times as slow.
-        fused = {"fused": True, "capturable": recorded} if device == "cpu" or "offload_optimizer" in zero or recorded else {}
+        fused = {"fused": True} if device == "cpu" or "offload_optimizer" in zero else {}
         optimizer = kind(parameter_groups(model, params["weight_decay"]), **options, **fused)
         warmup_steps = round(config.warmup_ratio * total_steps)
         schedule = lambda step: linear_schedule(step, total_steps, warmup_steps)
@@ -261,7 +261,7 @@ class Engine:
     def step(self) -> bool:
         """Call after each `backward`. True where this completed a step of the optimizer."""
         if self.recorded is not None:
-            self.plain_norm = self.recorded.update(self.lr)
+            self.plain_norm = self.recorded.update(self.lr, self.completed_steps + 1)
             self.completed_steps += 1
             return True
         complete = self.ds.is_gradient_accumulation_boundary()

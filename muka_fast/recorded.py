@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from muka_fast.config import RunConfig
 from muka_fast.errors import UserError, first_line
-from muka_fast.optim import clip_gradients
+from muka_fast.memory import send
+from muka_fast.ops.adamw import AdamW, Rule, Tensors
 
 log = logging.getLogger("muka_fast")
 LARGEST = 1 << 24  # B x L x D: from there on the device's work hides the launches, and activations would be held twice
@@ -29,7 +30,7 @@ OBEYED |= {"bf16", "zero_optimization", "zero_allow_untested_optimizer", "steps_
 
 class Recording(NamedTuple):
     """Two graphs over memory of their own. `forward` reads inputs and leaves logits; `update` reads the gradient of these, changes
-    the weights and leaves the norm of their gradient."""
+    the weights and leaves the norm of their gradient, before clipping."""
 
     forward: torch.cuda.CUDAGraph
     update: torch.cuda.CUDAGraph
@@ -37,6 +38,7 @@ class Recording(NamedTuple):
     logits: Tensor
     grad: Tensor
     norm: Tensor
+    addresses: Tensor  # of the weights' gradients, as `AdamW.step` takes them
 
 
 def recordable(model: nn.Module, config: RunConfig, ds_config: dict[str, Any]) -> bool:
@@ -58,25 +60,28 @@ def enabled(value: Any) -> bool:
 
 
 class RecordedSteps:
-    """Steps of a student whose parameters the optimizer, which must be `capturable`, changes itself.
+    """Steps of a student by the weights, moments and rule of `optimizer`, torch's AdamW or Adam, which itself makes none.
 
     The first batch of a shape runs as it is, which compiles whatever its kernels need; the second is recorded. Dropout masks are those
     of a step that is not: a replay reads the seed that torch's generator has by then.
     """
 
     def __init__(self, model: PreTrainedModel, in_bf16: bool, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
-        """in_bf16: forwards run under autocast; max_norm: gradients are clipped to it."""
-        # What autocast would cast at every use, tensor by tensor, and gradients back, is cast here in a launch or two.
+        """in_bf16: forwards run under autocast; max_norm: gradients are clipped to it. Its groups differ in their decay alone."""
+        # What autocast would cast at every use, tensor by tensor, and gradients back, AdamW casts as it writes, and reads as it is.
         linear = {id(p) for module in model.modules() if isinstance(module, nn.Linear) for p in module.parameters(recurse=False)}
         whole = {name: p for name, p in model.named_parameters() if in_bf16 and id(p) in linear}
         self.casts = {name: p.detach().bfloat16().requires_grad_(p.requires_grad) for name, p in whole.items()}
         self.cast_from = list(whole.values())
-        self.leaves = [self.casts.get(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.leaves = [self.casts.get(name, p) for name, p in self.learnt.items()]
         self.width = model.config.get_text_config().hidden_size
-        self.model, self.in_bf16, self.optimizer, self.max_norm = model, in_bf16, optimizer, max_norm
-        self.lr = torch.tensor(0.0, device=model.device)
-        for group in optimizer.param_groups:
-            group["lr"] = self.lr  # so that a replay reads it
+        self.model, self.in_bf16, self.optimizer = model, in_bf16, optimizer
+        group = optimizer.param_groups[0]
+        coupled = not isinstance(optimizer, torch.optim.AdamW)
+        self.rule = Rule(group["betas"], group["eps"], max_norm, coupled)
+        self.adamw: AdamW | None = None  # at the first step: a checkpoint gives the optimizer other moments
+        self.rates = torch.zeros(3, device=model.device)
         self.pool: Any = None
         self.stream: torch.cuda.Stream | None = None
         self.met: dict[tuple[int, ...], Recording | None] = {}
@@ -103,9 +108,9 @@ class RecordedSteps:
         self.leaf = self.replayed.logits.detach().requires_grad_()
         return self.leaf
 
-    def update(self, lr: float) -> Tensor:
-        """Clip, change the weights, forget the gradients; the norm before clipping."""
-        self.lr.fill_(lr)
+    def update(self, lr: float, step: int) -> Tensor:
+        """Step 1, 2, ... of the run: clip, change the weights, forget the gradients; the norm before clipping."""
+        self.rates.copy_(send(torch.tensor(self.rule.rates(lr, step)), self.rates.device))
         if self.replayed is None:
             return self._update()
         self.replayed.grad.copy_(self.leaf.grad)
@@ -114,7 +119,7 @@ class RecordedSteps:
 
     def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         # Not cached: a recording would keep casts as they were.
-        with torch.autocast(self.lr.device.type, torch.bfloat16, enabled=self.in_bf16, cache_enabled=False):
+        with torch.autocast(self.rates.device.type, torch.bfloat16, enabled=self.in_bf16, cache_enabled=False):
             return functional_call(self.model, self.casts, kwargs=dict(batch)).logits
 
     def _cast(self) -> None:
@@ -123,17 +128,20 @@ class RecordedSteps:
                 torch._foreach_copy_(list(self.casts.values()), self.cast_from)
 
     def _update(self) -> Tensor:
-        pairs = zip(self.cast_from, self.casts.values(), strict=True)
-        learnt = [(parameter, cast.grad) for parameter, cast in pairs if cast.grad is not None]
-        for parameter, _ in learnt:
-            parameter.grad = torch.empty_like(parameter)
-        if learnt:
-            torch._foreach_copy_([parameter.grad for parameter, _ in learnt], [grad for _, grad in learnt])
-        norm = clip_gradients(self.optimizer.param_groups, self.max_norm)
-        self.optimizer.step()
-        self._cast()
-        self._forget_gradients()
-        return norm
+        grads = self._adamw().readable([leaf.grad for leaf in self.leaves])
+        for leaf in self.leaves:
+            leaf.grad = None
+        return self.adamw.step(grads, self.rates, send(self.adamw.addresses(grads), self.rates.device))
+
+    def _adamw(self) -> AdamW:
+        if self.adamw is None:
+            decays = {p: group["weight_decay"] for group in self.optimizer.param_groups for p in group["params"]}
+            weights, state = list(self.learnt.values()), self.optimizer.state
+            exp_avgs, exp_avg_sqs = ([state[p][key] for p in weights] for key in ("exp_avg", "exp_avg_sq"))
+            casts = [self.casts[name].detach() if name in self.casts else None for name in self.learnt]
+            tensors = Tensors([p.detach() for p in weights], exp_avgs, exp_avg_sqs, casts, [decays[p] for p in weights])
+            self.adamw = AdamW(tensors, self.rule)
+        return self.adamw
 
     def _try(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The first forward of all, of weights that a checkpoint may have changed: a model that waits in it cannot be recorded."""
@@ -188,23 +196,16 @@ class RecordedSteps:
         try:
             with self._recording(forward):
                 logits = self._logits(inputs)
-            grad = torch.zeros_like(logits)
+            grad, addresses = torch.zeros_like(logits), torch.zeros(len(self.leaves), dtype=torch.int64, device=logits.device)
             with self._recording(update):
-                grads = torch.autograd.grad(logits, self.leaves, grad, allow_unused=True)
-                for leaf, value in zip(self.leaves, grads, strict=True):
-                    leaf.grad = value
-                norm = self._update()
+                grads = self._adamw().readable(torch.autograd.grad(logits, self.leaves, grad, allow_unused=True))
+                norm = self._adamw().step(grads, self.rates, addresses)
         except RuntimeError as error:
             cause = error.__context__ or error  # the end of a recording that failed may raise an error of its own
             if isinstance(cause, torch.OutOfMemoryError):
-                self._forget_gradients()
                 return None
             raise UserError(
                 f"the student's step cannot be recorded as a CUDA graph ({first_line(cause)}): train with --no-cuda_graphs"
             ) from error
-        return Recording(forward, update, inputs, logits.detach(), grad, norm)
-
-    def _forget_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        for leaf in self.leaves:
-            leaf.grad = None
+        addresses.copy_(self.adamw.addresses(grads))  # known only now, and the replays'
+        return Recording(forward, update, inputs, logits.detach(), grad, norm, addresses)

@@ -19,7 +19,8 @@ from muka_fast.engine import Engine, init_distributed
 from muka_fast.fused_layers import fused_layers
 from muka_fast.loop import train_step
 from muka_fast.methods import METHODS
-from muka_fast.ops.reference import residual_norm_ref, self_attention_ref
+from muka_fast.ops.adamw import AdamW, Rule, Tensors
+from muka_fast.ops.reference import adamw_ref, residual_norm_ref, self_attention_ref
 from muka_fast.ops.residual_norm import residual_norm
 from muka_fast.ops.self_attention import self_attention, takes
 from muka_fast.postln import PostLayer, layer_calls, layer_parts
@@ -102,6 +103,41 @@ def test_self_attention(length, head_dim, p, padded, dtype):
     for ours, truth in zip(got, exact, strict=True):
         assert not ours.isnan().any()
         assert (ours.double() - truth).abs().max() <= slack * truth.abs().max().clamp_min(1)
+
+
+@pytest.mark.parametrize("casts", [False, True])
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_adamw_as_a_graph_whose_addresses_are_filled_in_afterwards(max_norm, casts):
+    """Four replays with other gradients against float64; one weight has no gradient."""
+    shapes, rule = [(1,), (7,), (2049,), (768, 768), (30_000, 384), (5,)], Rule((0.9, 0.999), 1e-8, max_norm)
+    weights = [torch.randn(shape, device="cuda") for shape in shapes]
+    moments = [[torch.zeros_like(w) for w in weights] for _ in range(2)]
+    kept = [w.bfloat16() if casts and i != 2 else None for i, w in enumerate(weights)]
+    tensors = Tensors(weights, *moments, kept, [0.1 * (i % 2) for i in range(len(shapes))])
+    exact = Tensors(*([None if t is None else t.double() for t in column] for column in tensors[:4]), tensors.decays)
+    before, ours = weights[-1].clone(), AdamW(tensors, rule)
+    grads = [torch.zeros_like(w if cast is None else cast) for w, cast in zip(weights, kept, strict=True)]
+    grads[-1], rates = None, torch.zeros(3, device="cuda")
+    addresses = torch.zeros(len(shapes), dtype=torch.int64, device="cuda")
+    ours.step(grads, rates, addresses)  # compiles, and finds no gradient
+    assert torch.equal(weights[-1], before) and not any(m.any() for m in tensors.exp_avgs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norm = ours.step(grads, rates, addresses)
+    addresses.copy_(ours.addresses(grads))
+    for step in range(1, 5):
+        for grad in grads[:-1]:
+            grad.normal_()
+        rates.copy_(torch.tensor(rule.rates(1e-3 / step, step)))
+        graph.replay()
+        wanted = adamw_ref(*exact, grads, rates.double(), *rule)
+        assert norm.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert torch.equal(weights[-1], before)
+    for column, truth in zip(tensors[:3], exact[:3], strict=True):
+        for got, want in zip(column, truth, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    assert all(cast is None or torch.equal(cast, w.bfloat16()) for w, cast in zip(weights, kept, strict=True))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

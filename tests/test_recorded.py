@@ -12,17 +12,24 @@ import torch
 from muka_fast.config import RunConfig
 from muka_fast.ds_config import prepare_ds_config
 from muka_fast.errors import UserError
-from muka_fast.optim import clip_gradients
+from muka_fast.optim import clip_gradients, parameter_groups
 from muka_fast.recorded import RecordedSteps, recordable
 
 IDS = torch.tensor([[5, 7, 9, 11, 6], [5, 8, 6, 0, 0]])
 BATCH = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
 
 
+def new_optimizer(model, kind=torch.optim.AdamW):
+    """With moments, as the engine gives it them."""
+    optimizer = kind(parameter_groups(model, 0.1), lr=1.0)
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        optimizer.state[parameter] = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+    return optimizer
+
+
 def new_steps(make_model, in_bf16):
     model = make_model("bert", ("a", "b", "c"), dropout=0.1).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, fused=True)
-    steps = RecordedSteps(model, in_bf16, optimizer, max_norm=0.5)
+    steps = RecordedSteps(model, in_bf16, new_optimizer(model), max_norm=0.5)
     steps.possible = False  # no device to try it on
     return model, steps
 
@@ -34,19 +41,19 @@ def learn(model, logits, update, count=4):
         torch.manual_seed(step)
         loss = torch.nn.functional.cross_entropy(logits().float(), torch.tensor([0, 2]))
         loss.backward()
-        told.append((loss.item(), update(1e-2 / (step + 1)).item()))
+        told.append((loss.item(), update(1e-2 / (step + 1), step + 1).item()))
     return told
 
 
 def by_hand(model, context=contextlib.nullcontext):
     """The same with PyTorch alone."""
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1))
 
     def logits():
         with context():
             return model(**BATCH).logits
 
-    def update(lr):
+    def update(lr, _):
         for group in optimizer.param_groups:
             group["lr"] = lr
         norm = clip_gradients(optimizer.param_groups, 0.5)
@@ -63,9 +70,10 @@ def test_fp32_learns_as_by_hand(make_model):
     told, wanted = learn(model, lambda: steps.logits(BATCH), steps.update), by_hand(plain)
     for figures, wanted_figures in zip(told, wanted, strict=True):
         assert figures == pytest.approx(wanted_figures, rel=1e-5)
-    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert ours.grad is None
+        if not name.endswith("key.bias"):  # whose gradient is rounding alone
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_bf16_learns_as_under_autocast_over_fp32_weights(make_model):
@@ -87,7 +95,7 @@ def test_frozen_weights_stay(make_model):
     for parameter in frozen:
         parameter.requires_grad = False
     before = [parameter.clone() for parameter in frozen]
-    steps = RecordedSteps(model, True, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True), 1.0)
+    steps = RecordedSteps(model, True, new_optimizer(model), 1.0)
     steps.possible = False
     learn(model, lambda: steps.logits(BATCH), steps.update)
     assert all(torch.equal(now, then) for now, then in zip(frozen, before, strict=True))
@@ -160,7 +168,7 @@ def test_without_memory_for_a_recording_caches_are_emptied_and_then_steps_are_la
     assert all(leaf.grad is None for leaf in steps.leaves)
     if not recorded:
         loss.backward()
-        assert torch.isfinite(steps.update(1e-3))
+        assert torch.isfinite(steps.update(1e-3, 2))
         steps.logits(BATCH)
         assert len(emptied) == 1  # not tried at every step
 

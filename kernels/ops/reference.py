@@ -260,6 +260,41 @@ def self_attention_ref(qkv: Tensor, num_heads: int, p: float, seed: Tensor | Non
     return (probs @ value).transpose(1, 2).flatten(-2).to(qkv.dtype)
 
 
+def adamw_ref(
+    weights: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    casts: Sequence[Tensor | None],
+    decays: Sequence[float],
+    grads: Sequence[Tensor | None],
+    rates: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    max_norm: float,
+    coupled: bool,
+) -> Tensor:
+    """Clip gradients to a joint norm, which is returned, and change weights, moments and casts as the head of adamw.py says.
+
+    rates [3]: lr, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t). In the dtype of the weights.
+    """
+    norm = torch.stack([grad.to(weights[0].dtype).square().sum() for grad in grads if grad is not None]).sum().sqrt()
+    scale, (lr, rate, root) = (max_norm / (norm + 1e-6)).clamp_max(1.0), rates
+    for weight, exp_avg, exp_avg_sq, cast, decay, grad in zip(weights, exp_avgs, exp_avg_sqs, casts, decays, grads, strict=True):
+        if grad is None:
+            continue
+        grad = grad.to(weight.dtype) * scale
+        if coupled:
+            grad += decay * weight
+        else:
+            weight -= lr * decay * weight
+        exp_avg.lerp_(grad, 1 - betas[0])
+        exp_avg_sq.lerp_(grad * grad, 1 - betas[1])
+        weight -= rate * exp_avg / (root * exp_avg_sq.sqrt() + eps)
+        if cast is not None:
+            cast.copy_(weight)
+    return norm
+
+
 def one_query_attention_ref(
     query: Tensor,
     key: Tensor,

@@ -28,7 +28,7 @@ def test_every_triton_op_is_listed():
     names = {item.name.split()[0] for item in specialisations()}
     assert names == {
         "repeat_dropout", "mc_head", "mc_statistics", "distill_loss", "dropout_add_layer_norm", "one_query_attention",
-        "packed_attention", "residual_norm", "self_attention",
+        "packed_attention", "residual_norm", "self_attention", "adamw",
     }  # fmt: skip
 
 
