@@ -31,6 +31,8 @@ LEARNING_RATE = (
     f"peak learning rate of AdamW (default: {recipe.BASE_LEARNING_RATE:g} for a hidden size of {recipe.BASE_WIDTH}, in inverse "
     "proportion to it)"
 )
+LABEL_MAP = "renames, merges or drops (null) labels"
+OR_CONTENT = "file; in --config and Python also its content"
 BOUND_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 ConfigType = TypeVar("ConfigType", bound="Config")
@@ -202,8 +204,8 @@ class RunConfig(ScoringOptions):
         [], "without --teachers: names of the store's teachers to merge, in this order (default: all, as last scored)", FILES
     )
     output: str | None = option(None, "folder of the run and of the exported student", FILES)
-    ds_config: str | None = option(None, "DeepSpeed configuration (JSON)", FILES)
-    label_map: str | None = option(None, "JSON or YAML file that renames, merges or drops (null) labels", FILES)
+    ds_config: str | dict[str, Any] | None = option(None, "DeepSpeed configuration", FILES, allowed=f"a path of a JSON {OR_CONTENT}")
+    label_map: str | dict[Any, Any] | None = option(None, LABEL_MAP, FILES, allowed=f"a path of a JSON or YAML {OR_CONTENT}")
 
     method: Literal[METHODS] = option(
         "muka-auto",
@@ -325,9 +327,7 @@ class EvalConfig(FinishedModelOptions):
 
     model: str = option(..., "classifier to measure: folder or hub name", FILES)
     data: str = option(..., "labelled texts", FILES)
-    label_map: str | None = option(
-        None, "JSON or YAML file that renames, merges or drops (null) labels of the data", FILES
-    )
+    label_map: str | dict[Any, Any] | None = option(None, LABEL_MAP, FILES, allowed=f"a path of a JSON or YAML {OR_CONTENT}")
     # `json` is a method name of pydantic's models, hence the alias.
     json_output: bool = option(False, "print the figures as JSON", "Run", alias="json")
 
@@ -338,6 +338,7 @@ class PredictConfig(FinishedModelOptions):
     model: str = option(..., "classifier: folder or hub name; an uncertainty head beside it tells its doubt", FILES)
     texts: str = option(..., "texts: file, 'pattern' (.jsonl .json .csv .tsv .parquet .txt) or hub data set", FILES)
     output: str | None = option(None, "new file for one JSON object per text (default: stdout)", FILES)
+    overwrite: bool = option(False, "replace the file at --output", "Run")
 
 
 class DemoConfig(Config):

@@ -5,6 +5,7 @@ Shapes: n texts; B texts of a batch; L tokens of its longest text.
 
 import hashlib
 import json
+import os
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,15 @@ def cut_length(max_length: int, limit: int, what: str) -> int:
     if limit < max_length:
         log.info("%s reads %d tokens of a text, not --max_length %d", what, limit, max_length)
     return min(max_length, limit)
+
+
+def check_source(option: str, given: Any) -> None:
+    """Raises UserError, which names the way out, for texts in memory where `read_texts` takes their source."""
+    if not isinstance(given, (str, os.PathLike, type(None))):
+        raise UserError(
+            f"{option}: a file, pattern or hub data set is expected, found {type(given).__name__}; of texts in memory "
+            "datasets.Dataset.from_dict({'text': texts}).to_json('texts.jsonl') makes a file"
+        )
 
 
 def read_texts(

@@ -4,14 +4,13 @@ import difflib
 import logging
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from muka_fast.config import RunConfig, nearest
 from muka_fast.errors import UserError
-from muka_fast.mappings import read_mapping
+from muka_fast.mappings import Source, read_mapping, told
 
 log = logging.getLogger("muka_fast")
 # Where a DeepSpeed key and an option of ours say the same thing.
@@ -37,23 +36,28 @@ ADAM_DEFAULTS = {"betas": [0.9, 0.999], "eps": 1e-8}
 OPTIMIZER_KEYS = ("lr", "weight_decay", "adam_w_mode", "torch_adam", *ADAM_DEFAULTS)
 
 
-def read_ds_config(path: str | Path | None) -> dict[str, Any]:
-    """The JSON object at `path` with its "auto" values taken out; {} for None. Raises UserError for anything else."""
-    if path is None:
+def read_ds_config(source: Source | None) -> dict[str, Any]:
+    """The JSON object in a file, or a given one, with its "auto" values taken out; {} for None. Raises UserError for anything else."""
+    if source is None:
         return {}
-    content = read_mapping("--ds_config", path, "a JSON object", as_json=True)
+    content, name = read_mapping("--ds_config", source, "a JSON object", as_json=True), told("--ds_config", source)
     for key in content:
         near = difflib.get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.85)
         if key not in KNOWN_KEYS and near:
-            raise UserError(f"--ds_config {path}: unknown key '{key}' (nearest: {near[0]})")
+            raise UserError(f"{name}: unknown key '{key}' (nearest: {near[0]})")
         if key in UNSUPPORTED:
-            raise UserError(f"--ds_config {path}: '{key}' is not supported; remove it")
+            raise UserError(f"{name}: '{key}' is not supported; remove it")
         if key not in KNOWN_KEYS:
-            log.warning("--ds_config %s: '%s' is no known key; DeepSpeed ignores those that it does not know", path, key)
+            log.warning("%s: '%s' is no known key; DeepSpeed ignores those that it does not know", name, key)
     for key in ("optimizer", "scheduler", "zero_optimization", "fp16", "bf16"):
         if not isinstance(content.get(key, {}), dict) and content[key] != "auto":
-            raise UserError(f"--ds_config {path}: '{key}' must be a JSON object")
+            raise UserError(f"{name}: '{key}' must be a JSON object")
     return without_auto(content)
+
+
+def ds_config_name(source: Source | None) -> str:
+    """What errors call it: the file."""
+    return "ds_config" if isinstance(source, dict) or source is None else str(source)
 
 
 def without_auto(content: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +68,7 @@ def without_auto(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare_ds_config(
-    user: dict[str, Any] | str | Path | None, config: RunConfig, world_size: int, device: str = "cpu"
+    user: Source | None, config: RunConfig, world_size: int, device: str = "cpu"
 ) -> tuple[dict[str, Any], RunConfig]:
     """A complete DeepSpeed configuration and our options brought in line with it.
 
@@ -77,8 +81,7 @@ def prepare_ds_config(
     Raises:
         UserError: a contradiction (names both sides), a batch that does not divide, half precision where it cannot run.
     """
-    ds = without_auto(user) if isinstance(user, dict) else read_ds_config(user)
-    name = "ds_config" if isinstance(user, dict) or user is None else str(user)
+    ds, name = read_ds_config(user), ds_config_name(user)
     optimizer = ds.setdefault("optimizer", {})
     if optimizer.setdefault("type", "AdamW") not in OPTIMIZERS:
         raise UserError(f"{name}: optimizer type {optimizer['type']!r} is not supported, use one of {', '.join(OPTIMIZERS)}")

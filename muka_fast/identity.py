@@ -172,7 +172,7 @@ def untouched(config: "RunConfig", earlier: dict[str, Any]) -> bool:
         return False
     record = Path(config.output) / "run.yaml"
     began = record.stat().st_mtime_ns if record.exists() else 0
-    files = [Path(name) for name in (*find_files(config.texts), config.label_map) if name is not None]
+    files = [Path(name) for name in (*find_files(config.texts), config.label_map) if isinstance(name, (str, Path))]
     sources = [config.student, config.neutral_encoder, *config.teachers]
     folders = [Path(source).expanduser() for source in sources if source is not None]
     files += [file for folder in folders if folder.is_dir() for file in folder.iterdir()]

@@ -8,12 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from muka_fast.errors import UserError
-from muka_fast.mappings import read_mapping
+from muka_fast.mappings import Source, read_mapping, told
 
 log = logging.getLogger("muka_fast")
 
@@ -66,15 +65,18 @@ class LabelSpace:
         return list(self._owners.get(name, []))
 
 
-def build_label_space(teachers: Sequence[tuple[str, Sequence[str]]], label_map: LabelMap | None = None) -> LabelSpace:
+def build_label_space(
+    teachers: Sequence[tuple[str, Sequence[str]]], label_map: LabelMap | None = None, warn: bool = True
+) -> LabelSpace:
     """Join the label sets of all teachers: the same name is the same class, in first-seen order.
 
-    Default names (LABEL_0, ...) mean nothing: unless the map names them they become `<teacher>/LABEL_0` (and a warning).
+    Default names (LABEL_0, ...) mean nothing: unless the map names them they become `<teacher>/LABEL_0`.
 
     Args:
         teachers: (name, ordered label names) of each teacher; the names differ.
         label_map: {"old": "new" | None} for all teachers and/or {"<teacher>": {"old": "new" | None}}, the latter wins;
             None drops a class. `<teacher>/LABEL_0` is also understood as an old name.
+        warn: tell which names may not mean what they seem to.
 
     Raises:
         UserError: no teacher, a teacher without labels or with all of them dropped, unknown names in the map.
@@ -84,8 +86,6 @@ def build_label_space(teachers: Sequence[tuple[str, Sequence[str]]], label_map: 
     for name, labels in teachers:
         if not labels:
             raise UserError(f"teacher '{name}' has no labels: its config.json needs id2label")
-        if repeated := [label for label, count in Counter(labels).items() if count > 1]:
-            log.warning("teacher %s names several of its classes %r: they become one", name, repeated[0])
     _check_map(teachers, label_map or {})
     shared, own = _split_map(teachers, label_map or {})
 
@@ -110,12 +110,6 @@ def build_label_space(teachers: Sequence[tuple[str, Sequence[str]]], label_map: 
         kept_labels.append(tuple(kept))
         offsets.append(len(columns))
         first_column += len(labels)
-    if unnamed:
-        example = f"{len(unnamed)} default label names mean nothing and stay apart ({unnamed[0]}, ...)"
-        log.warning("%s: name them with --label_map", example)
-    warn_of_lookalikes(union, "merge them with --label_map")
-    if len(union) == 1 and first_column > 1:
-        log.warning("all labels are one class, %r: there is nothing to learn", next(iter(union)))
     space = LabelSpace(
         names=tuple(union),
         teacher_names=tuple(name for name, _ in teachers),
@@ -124,10 +118,24 @@ def build_label_space(teachers: Sequence[tuple[str, Sequence[str]]], label_map: 
         offsets=offsets,
         teacher_to_union=np.array(to_union, dtype=np.int64),
     )
-    if numbers := [name for name in space.overlaps if re.fullmatch(r"[-+]?\d+", name)]:
-        told = f"{len(numbers)} classes named by numbers ({numbers[0]}, ...) are taken for the same in several teachers"
-        log.warning("%s: where they are not, name them with --label_map", told)
+    if warn:
+        _warn_of_names(teachers, space, unnamed)
     return space
+
+
+def _warn_of_names(teachers: Sequence[tuple[str, Sequence[str]]], space: LabelSpace, unnamed: Sequence[str]) -> None:
+    for name, labels in teachers:
+        if repeated := [label for label, count in Counter(labels).items() if count > 1]:
+            log.warning("teacher %s names several of its classes %r: they become one", name, repeated[0])
+    if unnamed:
+        example = f"{len(unnamed)} default label names mean nothing and stay apart ({unnamed[0]}, ...)"
+        log.warning("%s: name them with --label_map", example)
+    warn_of_lookalikes(space.names, "merge them with --label_map")
+    if len(space.names) == 1 and sum(len(labels) for _, labels in teachers) > 1:
+        log.warning("all labels are one class, %r: there is nothing to learn", space.names[0])
+    if numbers := [name for name in space.overlaps if re.fullmatch(r"[-+]?\d+", name)]:
+        same = f"{len(numbers)} classes named by numbers ({numbers[0]}, ...) are taken for the same in several teachers"
+        log.warning("%s: where they are not, name them with --label_map", same)
 
 
 def _union_name(teacher: str, label: str, shared: Mapping, own: Mapping) -> str | None:
@@ -138,17 +146,17 @@ def _union_name(teacher: str, label: str, shared: Mapping, own: Mapping) -> str 
     return f"{teacher}/{label}" if DEFAULT_NAME.fullmatch(label) else label
 
 
-def read_label_map(path: str | Path) -> dict[str, str | dict[str, str | None] | None]:
-    """Read a label map from JSON or YAML; its names are checked against the teachers by `build_label_space`.
+def read_label_map(source: Source) -> dict[str, str | dict[str, str | None] | None]:
+    """A label map, of JSON or YAML or as given; its names are checked against the teachers by `build_label_space`.
 
     Raises:
         UserError: as `read_mapping`; a name that is not text.
     """
-    content = read_mapping("--label_map", path, "old names and their new ones (or null)")
+    content, what = read_mapping("--label_map", source, "old names and their new ones (or null)"), told("--label_map", source)
     return {
-        _name(key, path): {_name(k, path): _new_name(v, path) for k, v in value.items()}
+        _name(key, what): {_name(k, what): _new_name(v, what) for k, v in value.items()}
         if isinstance(value, dict)
-        else _new_name(value, path)
+        else _new_name(value, what)
         for key, value in content.items()
     }
 
@@ -170,17 +178,17 @@ def rename_labels(
     return [renamed.get(label, label) for label in labels]
 
 
-def _name(key: object, path: Path) -> str:
+def _name(key: object, what: str) -> str:
     # YAML reads a bare `no` or `1.5` as something else than text; an integer is taken as it was written.
     if isinstance(key, str) and key:
         return key
     if isinstance(key, int) and not isinstance(key, bool):
         return str(key)
-    raise UserError(f"--label_map {path}: {key!r} is not a label name: put names in quotes")
+    raise UserError(f"{what}: {key!r} is not a label name: put names in quotes")
 
 
-def _new_name(value: object, path: Path) -> str | None:
-    return None if value is None else _name(value, path)
+def _new_name(value: object, what: str) -> str | None:
+    return None if value is None else _name(value, what)
 
 
 def _split_map(

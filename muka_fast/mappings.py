@@ -1,5 +1,6 @@
 """JSON and YAML files that a user writes: a mapping, no key twice in it, or one line that says what is wrong and where."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,16 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_mapping(option: str, path: str | Path, expected: str, as_json: bool = False, may_be_empty: bool = False) -> dict[Any, Any]:
-    """The mapping in a JSON or YAML file.
+Source = str | Path | dict[Any, Any]  # a file, or what it would hold
+
+
+def told(option: str, source: Source) -> str:
+    """What errors call it."""
+    return option if isinstance(source, dict) else f"{option} {source}"
+
+
+def read_mapping(option: str, source: Source, expected: str, as_json: bool = False, may_be_empty: bool = False) -> dict[Any, Any]:
+    """The mapping in a JSON or YAML file, or a copy of a given one.
 
     option: what names the file on the command line, for the errors; expected: what they ask for. as_json: JSON whatever the file is
     called, else by the suffix .json. may_be_empty: a file that holds nothing is {}, not refused.
@@ -41,7 +50,9 @@ def read_mapping(option: str, path: str | Path, expected: str, as_json: bool = F
     Raises:
         UserError: no such file, not UTF-8, neither JSON nor YAML, a key twice, not a mapping.
     """
-    path, what = Path(path), f"{option} {path}"
+    if isinstance(source, dict):
+        return copy.deepcopy(source)
+    path, what = Path(source), told(option, source)
     as_json = as_json or path.suffix == ".json"
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -88,8 +88,8 @@ def lines(texts: TextSet, predictions: Iterable[Prediction]) -> Iterator[str]:
 def main(config: PredictConfig) -> int:
     """`muka-fast predict`: JSON lines on stdout, or in a new file."""
     output = None if config.output is None else Path(config.output)
-    if output is not None and output.exists():
-        raise UserError(f"--output {output}: is already there; name another file")
+    if output is not None and output.exists() and not (config.overwrite and output.is_file()):
+        raise UserError(f"--output {output}: is already there; name another file{', or --overwrite it' * output.is_file()}")
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}; make it, or name another file")
     texts = read_texts(config.texts, text_column=config.text_column, limit=config.limit, split="test")

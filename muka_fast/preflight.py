@@ -49,7 +49,8 @@ def check_layout(config: RunConfig, ds_config: dict[str, Any]) -> None:
 def output_options(config: RunConfig) -> tuple[str, bool, bool, list[str | None]]:
     """What the guard of the output folder asks for, the files that the run reads included."""
     inputs = [config.texts, config.eval, config.store, config.student, config.neutral_encoder, config.label_map, config.ds_config]
-    return config.output, config.resume, config.overwrite, [*inputs, *config.teachers]
+    files = [path for path in (*inputs, *config.teachers) if not isinstance(path, dict)]
+    return config.output, config.resume, config.overwrite, files
 
 
 def check_inputs(config: RunConfig, texts: TextSet) -> None:

@@ -29,8 +29,8 @@ from muka_fast.aligned import student_part
 from muka_fast.config import EvalConfig, RunConfig, load_config
 from muka_fast.console import log_file, setup_logging
 from muka_fast.coverage import nobody_weights
-from muka_fast.data import TextSet, cut_length, read_texts
-from muka_fast.ds_config import prepare_ds_config, settle_recipe
+from muka_fast.data import TextSet, check_source, cut_length, read_texts
+from muka_fast.ds_config import ds_config_name, prepare_ds_config, settle_recipe
 from muka_fast.engine import Engine, check_ds_config, init_distributed, resolve_device
 from muka_fast.evaluate import evaluate
 from muka_fast.evidence import SAMPLE, sample_rows
@@ -84,6 +84,8 @@ def amalgamate(**options: Any) -> RunResult:
     Raises:
         UserError: bad input, in one line that names it and the way out.
     """
+    for name in ("texts", "eval"):
+        check_source(name, options.get(name))
     config = load_config(RunConfig, options.pop("config", None), options)
     with caller_undisturbed():
         return run(config)
@@ -115,7 +117,7 @@ def run(config: RunConfig) -> RunResult:
     rank, world_size = init_distributed(device, config.verbose)
     with told_once():
         ds_config, config = prepare_ds_config(config.ds_config, config, world_size, device)
-        check_ds_config(ds_config, config.ds_config or "ds_config")
+        check_ds_config(ds_config, ds_config_name(config.ds_config))
         check_layout(config, ds_config)
     tell_unused_options(config)
     if device != "cpu" and identity.ds_identity(ds_config)["precision"] == "fp32":
@@ -150,7 +152,8 @@ def merge(
         sup, neutral = supervise(config, texts, output)
     with told_once():
         label_map = read_label_map(config.label_map) if config.label_map else None
-        space = build_label_space([(teacher["name"], teacher["labels"]) for teacher in sup.teachers], label_map)
+        owners = [(teacher["name"], teacher["labels"]) for teacher in sup.teachers]
+        space = build_label_space(owners, label_map, warn=not config.teachers)  # theirs were told of before the scoring
         sup = sup.restrict(space)  # once: for ten million texts a copy is gigabytes
         labels = true_labels(texts, label_map, sup)
     if not config.teachers:  # else they were checked before the scoring

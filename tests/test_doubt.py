@@ -197,7 +197,7 @@ def test_a_bad_file_is_refused_in_one_line(exported, kind, capsys, tmp_path):
         assert error.startswith("muka-fast: error:") and told in error and FILE in error
 
 
-def test_the_command_writes_one_object_per_text_and_overwrites_nothing(exported, texts, tmp_path, capsys):
+def test_the_command_writes_one_object_per_text_and_overwrites_nothing_unasked(exported, texts, tmp_path, capsys):
     folder = exported[0]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ["", *texts[:5]]))
     words = ["predict", "--model", str(folder), "--texts", str(tmp_path / "t.jsonl"), "--device", "cpu"]
@@ -213,6 +213,9 @@ def test_the_command_writes_one_object_per_text_and_overwrites_nothing(exported,
     before = out.read_bytes()
     assert cli.main([*words, "--output", str(out)]) == 2
     assert out.read_bytes() == before and "already there" in capsys.readouterr().err
+    out.write_text("of another run")
+    assert cli.main([*words, "--output", str(out), "--overwrite"]) == 0 and out.read_bytes() == before
+    assert cli.main([*words, "--output", str(tmp_path), "--overwrite"]) == 2 and "name another" in capsys.readouterr().err
     assert cli.main([*words, "--output", str(tmp_path / "no" / "answers.jsonl")]) == 2 and "no folder" in capsys.readouterr().err
     assert cli.main([*words, "--output", str(tmp_path / ("x" * 250))]) == 2 and "File name too long" in capsys.readouterr().err
     (folder / FILE).unlink()

@@ -164,6 +164,28 @@ def test_bad_options_are_one_line(go, options, message):
     assert "\n" not in str(caught.value)
 
 
+def test_label_map_and_ds_config_may_be_given_as_they_are(go, tmp_path, product_log):
+    """From Python and in run.yaml, which repeats the run; names that need a look are told of once."""
+    given = {"label_map": {"bank": "Sport", 7: None}, "ds_config": {"gradient_clipping": 0.5, "train_batch_size": 25}}
+    with pytest.raises(UserError, match="--label_map: no teacher has a label '7'"):
+        go("run", **given)
+    del given["label_map"][7]
+    record = json.loads((go("run", **given, epochs=1, batch_size=25).output / "run.json").read_text())
+    assert "Sport" in record["labels"] and "bank" not in record["labels"] and record["config"]["max_grad_norm"] == 0.5
+    assert product_log.text.count("'Sport' and 'sport' are two classes") + product_log.text.count("'sport' and 'Sport' are two") == 1
+    options = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert options["label_map"] == {"bank": "Sport"} and options["ds_config"] == given["ds_config"]
+    assert train.amalgamate(config=tmp_path / "run" / "run.yaml", resume=True).output == tmp_path / "run"
+    assert product_log.text.count("is complete") == 1
+    with pytest.raises(UserError, match=r"--ds_config: unknown key 'zero_optimisation' .nearest: zero_optimization"):
+        go("other", ds_config={"zero_optimisation": {"stage": 1}})
+
+
+def test_texts_in_memory_are_told_how_to_come_in():
+    with pytest.raises(UserError, match=r"texts: a file, pattern or hub data set is expected, found list; .*to_json"):
+        train.amalgamate(texts=["a text", "another"])
+
+
 def test_teachers_of_one_class_altogether_are_refused(go, tmp_path):
     names = ("business", "sport", "science", "bank", "smart home")
     (tmp_path / "map.json").write_text(json.dumps(dict.fromkeys(names, "anything")))
