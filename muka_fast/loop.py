@@ -82,10 +82,9 @@ def train(
     saved = time.monotonic()
 
     def save_due(step: int) -> bool:
-        if step == plan.total_steps:
-            return True
-        if config.save_every:
+        if config.save_every and step < plan.total_steps:
             return step % config.save_every == 0
+        # At the end too, where the export follows: it is for what may go wrong there.
         return step % plan.steps_per_epoch == 0 and on_first_process(lambda: time.monotonic() - saved >= SAVE_S)
 
     with Metrics(output, engine, plan, config) as metrics, stop_signals() as arrived:
