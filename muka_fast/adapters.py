@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -44,7 +45,7 @@ def base_folder(folder: Path, what: str) -> Path:
     """The base model's folder: as named, beside the adapter, or from the hub."""
     base = str(adapter_settings(folder, what)["base_model_name_or_path"])
     beside = folder / base
-    if not Path(base).is_dir() and beside.is_dir():
+    if not os.path.isdir(base) and os.path.isdir(beside):
         return beside
     return checkpoint.resolve_folder(base, what=f"{what}: base model")
 

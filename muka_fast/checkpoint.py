@@ -6,6 +6,7 @@ code of a model repository is ever run.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,12 +49,12 @@ class TensorEntry:
 def resolve_folder(source: str | Path, what: str = "teacher") -> Path:
     """The local folder of a model: the path itself, else a snapshot from the hub (safetensors and texts only)."""
     path = Path(source).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise UserError(f"{what} {source}: this is a file; give the folder that holds config.json and the weights")
     if not HUB_NAME.fullmatch(str(source)) or str(source).startswith("."):
-        raise UserError(f"{what} {source}: no such folder; check the path")
+        raise UserError(f"{what} {str(source)[:200]}: no such folder; check the path")
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
@@ -79,7 +80,7 @@ def read_json(file: Path, what: str) -> dict:
     """A JSON object from a file of a model folder."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{what}: {file} is not readable JSON ({first_line(error)}); save the model again") from error
     if not isinstance(content, dict):
         raise UserError(f"{what}: {file} does not hold a JSON object; save the model again")

@@ -4,6 +4,7 @@ import argparse
 import errno
 import importlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn, get_origin
@@ -50,9 +51,8 @@ class _Help(argparse.HelpFormatter):
     """Help with one spelling per option and `--margin, --no-margin` for switches."""
 
     def __init__(self, prog: str):
-        super().__init__(
-            prog, max_help_position=34, width=min(120, max(80, int(os.environ.get("COLUMNS", "110") or 110)))
-        )
+        width = shutil.get_terminal_size((110, 24)).columns
+        super().__init__(prog, max_help_position=34, width=min(120, max(80, width)))
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, _Switch):

@@ -215,10 +215,10 @@ class RunConfig(ScoringOptions):
     margin: bool = option(True, "muka-soft and muka-hard: weight each text by the gap of its two best teacher scores", "Distillation")
     normalize_margin: bool = option(False, "divide the margin weights by their batch mean", "Distillation")
     score_temperature: float = option(
-        0.2, "muka-soft: temperature tau of the softmax over teacher scores", "Distillation", gt=0, le=1000
+        0.2, "muka-soft: temperature tau of the softmax over teacher scores", "Distillation", ge=1e-6, le=1000
     )
     kd_temperature: float = option(
-        1.0, "temperature T of teachers and student in the loss", "Distillation", gt=0, le=1000
+        1.0, "temperature T of teachers and student in the loss", "Distillation", ge=1e-6, le=1000
     )
     target: Literal["deterministic", "mc_mean"] = option(
         "deterministic", "teacher probabilities: of the plain forward or the mean of the passes", "Distillation"

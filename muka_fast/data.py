@@ -29,6 +29,7 @@ TOKENIZE_CHUNK = 2048
 # A token stands for less than 64 characters nearly everywhere; `_cut` checks it for each text that is cut.
 CHARS_PER_TOKEN = 64
 HASH_CHUNK = 65536
+PLACES = ("name_or_path", "is_local", "local_files_only", "cache_dir")  # settings of a tokenizer that say where it was found
 # A batch ends early where its padding would exceed this share, but not below 1/8 of the budget: tiny batches cost more.
 MAX_PADDING = 0.08
 SMALLEST_BATCH = 8
@@ -116,7 +117,7 @@ def read_texts(
             labels = None
         elif labels is not None:
             labels.append(distinct.setdefault(label, label))
-        texts.append(_encodable(row.text))
+        texts.append(encodable(row.text))
         example_ids.append(index)
         if len(texts) == limit:
             break
@@ -139,7 +140,7 @@ def _label_name(row: Row, place: str, column: str, needed: bool) -> str | None:
             raise UserError(f"{place}: column '{column}' holds no label, and labels are needed here")
         return None
     if isinstance(label, str):
-        return label
+        return encodable(label)
     if isinstance(label, int) and not isinstance(label, bool):
         return str(label)
     if needed:
@@ -148,7 +149,7 @@ def _label_name(row: Row, place: str, column: str, needed: bool) -> str | None:
     return None
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """JSON can hold halves of surrogate pairs, which no tokenizer takes: they become U+FFFD."""
     if text.isascii():
         return text
@@ -194,11 +195,19 @@ def tokenizer_key(tokenizer: "PreTrainedTokenizerBase", max_length: int) -> str:
         # State left by the latest call, not a property of the tokenizer.
         content |= {"padding": None, "truncation": None}
     else:
-        content = [type(tokenizer).__name__, tokenizer.get_vocab(), sorted(map(str, tokenizer.init_kwargs.items()))]
+        settings = {name: value for name, value in tokenizer.init_kwargs.items() if name not in PLACES and not name.endswith("_file")}
+        content = [type(tokenizer).__name__, tokenizer.get_vocab(), sorted(map(str, settings.items())), _file_hashes(tokenizer)]
     behaviour = [content, tokenizer.truncation_side, max_length, tokenizer.pad_token_id]
     if tokenizer.split_special_tokens:  # else the key is that of stores written before it was looked at
         behaviour.append("split_special_tokens")
     return hashlib.sha256(json.dumps(behaviour, sort_keys=True).encode()).hexdigest()
+
+
+def _file_hashes(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
+    """Of the files that a slow tokenizer was made of (vocabulary, merges, SentencePiece)."""
+    named = {name: getattr(tokenizer, name, None) or tokenizer.init_kwargs.get(name) for name in tokenizer.vocab_files_names}
+    there = {name: path for name, path in named.items() if path is not None and os.path.isfile(path)}
+    return {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in there.items()}
 
 
 def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_length: int) -> Tokens:
@@ -251,17 +260,18 @@ def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_lengt
 def _cut(tokenizer: "PreTrainedTokenizerBase", text: str, max_length: int) -> str:
     """The part of a very long text that decides its first `max_length` tokens, so that the rest is never tokenised.
 
-    The part ends at white space and must give at least twice `max_length` tokens, else four times as much is tried. Tokens depend on
-    text far behind them in no common tokenizer, so the cut changes no token that is kept. A tokenizer that truncates
-    on the left keeps the end of the text.
+    The part ends at white space, unless there is none in its half, and must give at least twice `max_length` tokens, else four times
+    as much is tried. Tokens depend on text far behind them in no common tokenizer, so the cut changes no token that is kept. A
+    tokenizer that truncates on the left keeps the end of the text.
     """
     size = max_length * CHARS_PER_TOKEN
     from_left = getattr(tokenizer, "truncation_side", "right") == "left"
     while len(text) > size:
         part = text[-size:] if from_left else text[:size]
-        words = part.split(maxsplit=1) if from_left else part.rsplit(maxsplit=1)
-        if len(words) == 2 and len(words[0 if from_left else 1]) < size // 2:
-            part = words[1 if from_left else 0]
+        if not part[0 if from_left else -1].isspace():  # a word that may be cut goes
+            word = len(part.split(maxsplit=1)[0] if from_left else part.rsplit(maxsplit=1)[-1])
+            if word < size // 2:
+                part = part[word:] if from_left else part[:-word]
         if len(_token_ids(tokenizer, [part], 2 * max_length)[0]) >= 2 * max_length:
             return part
         size *= 4

@@ -154,6 +154,7 @@ def clear(output: Path) -> None:
         return
     if not is_ours(output):
         raise UserError(f"--output {output}: holds files that no demo wrote; name a new or empty folder")
+    output = output.resolve()  # a link stays one
     aside = output.with_name(f".{output.name}.replaced")
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(output, aside)

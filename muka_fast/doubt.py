@@ -67,10 +67,11 @@ class UncertaintyHead:
 
     def __call__(self, features: Tensor) -> Tensor:
         """doubt [B] in [0, 1]; features [B, D] of any float type."""
-        mean, form, pull, offset, scale = (getattr(self, field.name).to(features.device) for field in fields(self))
-        x = features.float() - mean
+        # In fp64, as it was fitted: of a form with large entries fp32 leaves little.
+        mean, form, pull, offset, scale = (getattr(self, field.name).to(features.device).double() for field in fields(self))
+        x = features.double() - mean
         distance = -((x @ form) * x).sum(1) - (x @ pull - offset).amax(1)
-        return torch.sigmoid(scale[2] * torch.asinh((distance - scale[0]) / scale[1]) + scale[3])
+        return torch.sigmoid(scale[2] * torch.asinh((distance - scale[0]) / scale[1]) + scale[3]).float()
 
     def save(self, folder: Path) -> None:
         """Write FILE into a folder."""

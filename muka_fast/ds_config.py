@@ -20,6 +20,7 @@ SHARED = (
     (("optimizer", "params", "lr"), "learning_rate"),
     (("optimizer", "params", "weight_decay"), "weight_decay"),
 )
+STEPS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 OPTIMIZERS = ("AdamW", "Adam")
 # DeepSpeed ignores keys it does not know, so a misspelt one would silently do nothing: near misses of these are refused.
 KNOWN_KEYS = (
@@ -86,7 +87,10 @@ def prepare_ds_config(
     if optimizer.setdefault("type", "AdamW") not in OPTIMIZERS:
         raise UserError(f"{name}: optimizer type {optimizer['type']!r} is not supported, use one of {', '.join(OPTIMIZERS)}")
     optimizer["params"] = optimizer_params(optimizer.get("params", {}), name)
-    steps = [ds.get(key) for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
+    steps = [ds.get(key) for key in STEPS]
+    for key, value in zip(STEPS, steps, strict=True):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UserError(f"{name}: {key} must be an integer >= 1, found {value!r}")
     if "train_batch_size" not in ds and None not in steps:
         ds["train_batch_size"] = steps[0] * steps[1] * world_size
     config = merge_shared(ds, config, name)
@@ -172,12 +176,7 @@ def settle_recipe(config: RunConfig, ds_config: dict[str, Any], epochs: int, lea
 
 def fill_batch(ds: dict[str, Any], name: str, world_size: int) -> None:
     """Complete batch = micro-batch x accumulation x processes; default: no accumulation."""
-    batch, micro, accumulation = (
-        ds.get(key) for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    )
-    for key, value in (("train_micro_batch_size_per_gpu", micro), ("gradient_accumulation_steps", accumulation)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise UserError(f"{name}: {key} must be an integer >= 1, found {value!r}")
+    batch, micro, accumulation = (ds.get(key) for key in ("train_batch_size", *STEPS))
     step = (micro or 1) * (accumulation or 1) * world_size
     if accumulation is None:
         accumulation = 1 if micro is None else max(1, batch // (micro * world_size))

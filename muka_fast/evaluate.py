@@ -71,12 +71,13 @@ def predict(
     token_budget: int | None = None,
     description: str | None = None,
     forward: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+    example_ids: np.ndarray | None = None,
 ) -> Tensor:
     """Logits of every text, fp32 [n, C] on the CPU, in the order of the texts; batches are cut by length.
 
     model: a Hugging Face classifier; its mode (train, eval) is the same afterwards. pad_id: default config.pad_token_id.
     token_budget: padded tokens per forward, None: by the device. description: shows progress under this name. forward: what is kept
-    of a batch instead of its logits, [B, anything].
+    of a batch instead of its logits, [B, anything]. example_ids: what errors call the texts (default: their numbers, from 0).
     Raises UserError for the first text whose logits are not numbers.
     """
     pad_id = model.config.get_text_config().pad_token_id if pad_id is None else pad_id
@@ -98,11 +99,22 @@ def predict(
         raise ValueError("no texts to predict")
     bad = logits.isnan().any(-1)
     if bad.any():
+        first = int(bad.nonzero()[0])
         raise UserError(
-            f"the model gives NaN for {int(bad.sum())} of {len(logits)} texts, first for text {int(bad.nonzero()[0])}; "
+            f"the model gives NaN for {int(bad.sum())} of {len(logits)} texts, first for text "
+            f"{first if example_ids is None else example_ids[first]}; "
             "check the checkpoint"
         )
     return logits.clone()  # out of inference mode
+
+
+def join_columns(logits: Tensor, names: Sequence[str]) -> Tensor:
+    """Logits of the distinct names, in first-seen order: columns of one name are one class, by the sum of their probabilities."""
+    distinct = list(dict.fromkeys(names))
+    if len(distinct) == len(names):
+        return logits
+    same = torch.tensor([[name == other for name in names] for other in distinct], device=logits.device)
+    return torch.where(same, logits[:, None], -torch.inf).logsumexp(-1)
 
 
 # ---- figures ----
@@ -259,7 +271,8 @@ def evaluate(config: "EvalConfig") -> dict[str, Any]:
         split="test",
     )
     label_map = read_label_map(config.label_map) if config.label_map else None
-    model, tokenizer, names = load_model(config.model, device_of(config.device))
+    model, tokenizer, columns = load_model(config.model, device_of(config.device))
+    names = list(dict.fromkeys(columns))
     teachers = teacher_blocks(folder)
     owners = [{"name": teacher["name"], "labels": teacher["own_labels"]} for teacher in teachers]
     renamed = rename_labels(texts.labels, label_map, owners)
@@ -286,14 +299,15 @@ def evaluate(config: "EvalConfig") -> dict[str, Any]:
     max_length = kept_length(config.max_length, folder, model, tokenizer)
     tokens = tokenize(tokenizer, [texts.texts[row] for row in rows], max_length)
     forward = None if head is None else with_head(model, head)
-    found = predict(model, tokens, token_budget=config.token_budget, description="predicting", forward=forward)
-    mine = known[rows]
-    logits, labels = found[mine, : len(names)], [index[renamed[row]] for row in rows[mine]]
+    options = {"token_budget": config.token_budget, "description": "predicting", "forward": forward}
+    found = predict(model, tokens, **options, example_ids=texts.example_ids[rows])
+    outputs, mine = join_columns(found[:, : len(columns)], columns), known[rows]
+    logits, labels = outputs[mine], [index[renamed[row]] for row in rows[mine]]
     figures = metrics(logits, labels, names, teachers)
     if head is not None:
-        doubt, wrong = found[:, len(names)].numpy(), np.ones(len(rows), bool)
+        doubt, wrong = found[:, len(columns)].numpy(), np.ones(len(rows), bool)
         wrong[mine] = logits.argmax(-1).numpy() != labels
-        figures["doubt"] = doubt_figures(doubt, -torch.softmax(found[:, : len(names)], -1).amax(-1).numpy(), wrong, ~mine)
+        figures["doubt"] = doubt_figures(doubt, -torch.softmax(outputs, -1).amax(-1).numpy(), wrong, ~mine)
     told = {"model": str(config.model), "data": str(config.data), "num_unknown": sum(unknown.values())}
     return told | {"unknown_labels": unknown} | figures
 

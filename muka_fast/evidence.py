@@ -264,6 +264,7 @@ def regress(b: np.ndarray, w: np.ndarray) -> Owner:
         return Owner(None, owners, w.shape[1], len(w))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the next round goes on from there
+        warnings.filterwarnings("ignore", "The number of unique classes")  # many teachers, few texts
         # For two classes scikit-learn penalises one vector w = w_1 - w_2, not w_1 and w_2: twice as much.
         model = LogisticRegression(C=2 * C if len(owners) == 2 else C, max_iter=300)
         model.fit(b, target, sample_weight=weight)

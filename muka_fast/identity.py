@@ -4,10 +4,12 @@ import copy
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from muka_fast import adapters
 from muka_fast.data import tokenizer_key
 from muka_fast.ds_config import settle_recipe
 from muka_fast.errors import UserError
@@ -164,16 +166,21 @@ def as_then(config: "RunConfig", earlier: dict[str, Any]) -> "RunConfig":
 
 def untouched(config: "RunConfig", earlier: dict[str, Any]) -> bool:
     """Whether the input of the run in --output, whose run.json `earlier` is, has the same names as then, and no local file of it was
-    written after that run began, by its time of modification. Nothing slow is read."""
+    written, moved or linked anew after that run began. Nothing slow is read; False where that cannot tell.
+
+    A filled store may have got other teachers since.
+    """
     now, before = config.resolved(), earlier.get("config") or {}
-    # A filled store may stand for the teachers, and they for the store's name.
-    names = [name for name in INPUT_OPTIONS if name not in ("teachers", "store") or (now[name] and before.get(name))]
-    if any(now[name] != before.get(name) for name in names):
+    if not config.teachers or any(now[name] != before.get(name) for name in INPUT_OPTIONS):
         return False
     record = Path(config.output) / "run.yaml"
     began = record.stat().st_mtime_ns if record.exists() else 0
     files = [Path(name) for name in (*find_files(config.texts), config.label_map) if isinstance(name, (str, Path))]
     sources = [config.student, config.neutral_encoder, *config.teachers]
-    folders = [Path(source).expanduser() for source in sources if source is not None]
-    files += [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
-    return not any(file.stat().st_mtime_ns > began for file in files if file.is_file())
+    folders = [Path(source) for source in sources if source is not None and os.path.isdir(source)]
+    if any(adapters.is_adapter(folder) for folder in folders):  # of another model, which may lie anywhere
+        return False
+    files += [file for folder in folders for file in (folder, *folder.iterdir())]
+    # A name that points to another file has a new time of change, of the file that was moved there or of the link.
+    states = [state for file in files if file.exists() for state in (file.stat(), file.lstat())]
+    return not any(max(state.st_mtime_ns, state.st_ctime_ns) > began for state in states)

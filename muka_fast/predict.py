@@ -13,10 +13,10 @@ import torch
 
 from muka_fast import adapters, checkpoint
 from muka_fast.console import log
-from muka_fast.data import TextSet, read_texts, tokenize
+from muka_fast.data import TextSet, encodable, read_texts, tokenize
 from muka_fast.doubt import UncertaintyHead, with_head
 from muka_fast.errors import UserError
-from muka_fast.evaluate import kept_length, load_model, predict
+from muka_fast.evaluate import join_columns, kept_length, load_model, predict
 from muka_fast.files import write_text
 from muka_fast.memory import device_of
 
@@ -62,15 +62,16 @@ class Predictor:
         for text in texts:
             if not isinstance(text, str):
                 raise UserError(f"predict takes a list of texts, found {text!r}")
+        texts = [encodable(text) for text in texts]
         if not texts:
             return []
         tokens = tokenize(self.tokenizer, texts, self.max_length)
         forward = None if self.head is None else with_head(self.model, self.head)
         found = predict(self.model, tokens, token_budget=self.token_budget, description=description, forward=forward)
-        best = torch.softmax(found[:, : len(self.labels)].double(), dim=-1).max(-1)
+        best = torch.softmax(join_columns(found[:, : len(self.labels)].double(), self.labels), dim=-1).max(-1)
         doubts = [None] * len(texts) if self.head is None else found[:, len(self.labels)].tolist()
-        rows = zip(best.indices.tolist(), best.values.tolist(), doubts, strict=True)
-        return [Prediction(self.labels[c], probability, value) for c, probability, value in rows]
+        rows, names = zip(best.indices.tolist(), best.values.tolist(), doubts, strict=True), list(dict.fromkeys(self.labels))
+        return [Prediction(names[c], probability, value) for c, probability, value in rows]
 
 
 # ---- the command ----

@@ -4,6 +4,7 @@ import csv
 import glob
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -54,14 +55,15 @@ def read_rows(source: str, columns: Columns, split: str) -> Iterator[tuple[str, 
         path, hub = Path(source), HUB_NAME.fullmatch(source)
         if hub and not path.name.lower().removesuffix(".gz").endswith(SUFFIXES) and not path.parent.is_dir():
             return ((source, row) for row in _hub_rows(hub[1], hub[2] or split, columns))
-        raise UserError(f"{source}: no such file (a hub data set is named owner/name, several files by a pattern: 'pool/*.jsonl')")
+        way_out = "(a hub data set is named owner/name, several files by a pattern: 'pool/*.jsonl')"
+        raise UserError(f"{source[:200]}: no such file {way_out}")
     parts = [(name, _file_rows(name, columns)) for name in files]
     return ((name, row) for name, rows in parts for row in rows)
 
 
 def find_files(source: str) -> list[str]:
     """The file of this name, or else those that the pattern matches, sorted; [] where there is none."""
-    return [source] if Path(source).exists() else sorted(glob.glob(source))
+    return [source] if os.path.exists(source) else sorted(glob.glob(source))  # False for what is no name of a file either
 
 
 def _file_rows(source: str, columns: Columns) -> Iterator[Row]:
@@ -179,6 +181,8 @@ def _csv_rows(path: Path, columns: Columns) -> Iterator[Row]:
             start = reader.line_num + 1
     except csv.Error as error:
         way_out = 'double every quote inside of a quoted field ("") or use .jsonl'
+        if "new-line character" in str(error):
+            way_out = "its lines end in a carriage return alone: save it with line feeds"
         raise UserError(f"{path}, line {start}: {error}: {way_out}") from error
 
 
@@ -200,6 +204,8 @@ def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
             raise _missing_column(str(path), columns.text, have, "text_column")
         if columns.need_labels and columns.label not in have:
             raise _missing_column(str(path), columns.label, have, "label_column")
+        if twice := [name for name in (columns.text, columns.label) if have.count(name) > 1]:
+            raise UserError(f"{path}: several columns are called '{twice[0]}': give them names of their own")
         wanted = [columns.text] + [columns.label] * (columns.label in have and columns.label != columns.text)
         number = 0
         for batch in file.iter_batches(batch_size=4096, columns=wanted):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from muka_fast.engine import Engine
 from muka_fast.errors import UserError
-from muka_fast.export import is_write_error, sync_folder
+from muka_fast.export import discard_replaced, is_write_error, sync_folder
 from muka_fast.files import write_json
 from muka_fast.group import on_first_process, told_once
 
@@ -84,6 +84,12 @@ def discard(output: Path) -> None:
     folder = output / "checkpoints"
     if folder.exists():
         shutil.rmtree(folder)
+
+
+def discard_unfinished(output: Path) -> None:
+    """Remove what only an unfinished run needs: its checkpoints, and the run that it replaces."""
+    discard(output)
+    discard_replaced(output)
 
 
 def damage(folder: Path) -> str | None:

@@ -41,6 +41,7 @@ import logging
 import os
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ FEATURES = "features"
 # teachers, and 0.1 and 0.3 % in the others. Values beyond its range are cut to it.
 FEATURE_TYPE = np.float16
 # What tells two option sets of one teacher apart; order as shown in messages.
+LEFT_S = 3600.0  # an aside-file of this age, whose process is not found, is left over
 OPTION_KEYS = ("max_length", "mc", "mc_samples", "mc_scope", "mc_dropout_p", "mc_stop", "scoring_precision", "run_seed")
 ADDED_KEYS = {"mc_stop": None, "scoring_precision": "fp32"}  # those that entries of earlier versions lack, and what these mean
 
@@ -129,11 +131,16 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the aside-files of processes of this machine that no longer run."""
+    """Delete the aside-files of processes of this machine that no longer run, as far as it can be told.
+
+    Containers may share a host's name and not its processes: a file is left alone for an hour, longer than one is being written.
+    """
     for path in folder.glob(f".*.{socket.gethostname()}.*.tmp"):
         pid = path.name.split(".")[-3]
         if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc/self").exists():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > LEFT_S:
+                    path.unlink()
 
 
 def _digest(tensors: dict[str, np.ndarray]) -> str:

@@ -220,6 +220,7 @@ def save_classifier(
     Raises:
         UserError: the disk is full or read-only.
     """
+    output = output.resolve()  # a link stays one
     aside = output.with_name(f".{output.name}.partial")
     old = output.with_name(f".{output.name}.replaced")
     set_labels(model, labels)

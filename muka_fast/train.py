@@ -128,6 +128,7 @@ def run(config: RunConfig) -> RunResult:
     if earlier.get("state") == "complete":
         config, done = identity.as_then(config, earlier), RunResult(Path(config.output), earlier.get("metrics", {}))
         if on_first_process(lambda: identity.untouched(config, earlier)):
+            on_first_process(lambda: snapshots.discard_unfinished(Path(config.output)))
             log.info(COMPLETE, config.output)
             return done
 
@@ -179,6 +180,7 @@ def merge(
     if config.resume:
         on_first_process(lambda: identity.check_identity(output, record["identity"]))
     if done is not None:
+        on_first_process(lambda: snapshots.discard_unfinished(output))
         log.info(COMPLETE, output)
         return done
     on_first_process(lambda: begin_run(output, config, record))
@@ -331,10 +333,9 @@ def begin_run(output: Path, config: RunConfig, record: dict[str, Any]) -> None:
 
 
 def end_run(output: Path, record: dict[str, Any]) -> None:
-    """The last run.json; what only an unfinished run needs goes: its checkpoints, and the run that it replaces."""
+    """Write the last run.json, after which nothing of an unfinished run is needed."""
     write_json(output / "run.json", record)
-    snapshots.discard(output)
-    export.discard_replaced(output)
+    snapshots.discard_unfinished(output)
 
 
 def card(config: RunConfig, record: dict[str, Any]) -> export.Card:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muka_fast import data
+from muka_fast.checkpoint import resolve_folder
 from muka_fast.data import (
     Tokens,
     collate,
@@ -136,6 +137,8 @@ def test_half_a_surrogate_pair_becomes_the_replacement_character(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "\\ud83d half, \\ud83d\\ude42 whole"}\n', encoding="utf-8")
     assert read_texts(path).texts == ["\ufffd half, 🙂 whole"]
+    path.write_text('{"text": "a", "label": "\\ud83d"}\n', encoding="utf-8")
+    assert read_texts(path).labels == ["\ufffd"]
 
 
 GOOD = b'{"text": "fine"}\n'
@@ -275,6 +278,7 @@ def test_very_long_texts_are_cut_before_tokenising(make_tokenizer, texts, family
         " " * 40_000 + "only words " * 3,
         "東京" * 10_000,
         "a few words " + "\u200b" * 30_000 + " and some more",
+        " " * 960 + "x" * 150 + " " * 960,  # [UNK] as a whole, for a tokenizer of pieces
     ]
     tokens = tokenize(tokenizer, long, 16)
     for i, text in enumerate(long):
@@ -450,10 +454,44 @@ def test_truncated_parquet_is_one_line(tmp_path, keep):
     assert "\n" not in str(caught.value)
 
 
+def test_two_columns_of_one_name_in_parquet_are_one_line(tmp_path):
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: several columns are called 'text'"):
+        read_texts(tmp_path / "a.parquet")
+
+
+def test_lines_that_end_in_a_carriage_return_alone_are_told(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"text,label\rone,x\rtwo,y\r")
+    with pytest.raises(UserError, match=r"a\.csv, line 1: .*carriage return alone: save it with line feeds"):
+        read_texts(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("name", ["a sentence " * 40, "nul\0byte"])
+def test_a_text_in_the_place_of_a_file_is_one_line(name):
+    with pytest.raises(UserError, match="no such file") as caught:
+        read_texts(name)
+    assert len(str(caught.value)) < 400
+    with pytest.raises(UserError, match="no such folder; check the path"):
+        resolve_folder(name)
+
+
 def test_a_length_that_is_cut_is_told(product_log):
     assert cut_length(128, 512, "teacher a") == 128 and product_log.text == ""
     assert cut_length(4096, 512, "teacher a") == 512
     assert "teacher a reads 512 tokens of a text, not --max_length 4096" in product_log.text
+
+
+def test_a_slow_tokenizer_has_one_key_wherever_it_lies(tmp_path):
+    from transformers import AutoTokenizer, EsmTokenizer
+
+    (tmp_path / "vocab.txt").write_text("\n".join(["<cls>", "<pad>", "<eos>", "<unk>", *"ABC", "<mask>"]))
+    keys = []
+    for name, words in (("one", "ABC"), ("two", "ABC"), ("other", "ABD")):
+        (tmp_path / "vocab.txt").write_text("\n".join(["<cls>", "<pad>", "<eos>", "<unk>", *words, "<mask>"]))
+        EsmTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / name)
+        keys.append(tokenizer_key(AutoTokenizer.from_pretrained(tmp_path / name), 8))
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_tokens_cut_at_the_other_side_have_another_key(make_tokenizer):

@@ -141,6 +141,14 @@ def test_material_is_made_once_and_used_again(config, short_recipe):
     assert weights.read_bytes() == before[1]  # the same seed gives the same teacher
 
 
+def test_a_link_to_a_demo_stays_one(config, short_recipe, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "demo").symlink_to("real")
+    material.prepare(config.output, config)
+    demo.clear(tmp_path / "demo")
+    assert not (tmp_path / "real").exists() and not list(tmp_path.glob(".*"))
+
+
 def test_other_peoples_folders_are_left_alone(config, tmp_path):
     for name in ("thesis.txt", "material/notes.txt"):
         folder = tmp_path / name.replace("/", "-")

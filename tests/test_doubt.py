@@ -60,6 +60,9 @@ def test_a_doubtful_text_is_uncertain_and_far_from_every_teacher():
         doubt_ranks(restricted(foreign_pool(mc=False)[0]), "mutual_information")
 
 
+NAMES_OF_HEAD = ("mean", "form", "pull", "offset", "scale")
+
+
 def fitted(seed=0, n=60, D=16, C=3, **options):
     """A head of random features of C classes, with ranks that rise with the distance from them."""
     rng = np.random.default_rng(seed)
@@ -76,6 +79,22 @@ def test_doubt_rises_with_the_distance_and_has_the_mean_of_the_ranks():
     assert np.corrcoef(doubt, far)[0, 1] > 0.5 and head.tells
     assert (head(torch.from_numpy(30 * features)) > doubt.max()).all()
     assert head(torch.from_numpy(20 * features)).unique().numel() > 50  # still told apart far outside
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-3])
+def test_doubt_keeps_its_digits_where_classes_are_narrow(spread):
+    """Against the same head in extended precision."""
+    rng = np.random.default_rng(0)
+    classes = rng.integers(0, 20, 400)
+    centres = rng.standard_normal((20, 64))
+    far = rng.uniform(0.2, 3, 400)
+    features = (centres[classes] + spread * far[:, None] * rng.standard_normal((400, 64))).astype(np.float32)
+    head = UncertaintyHead.fit(features, (9 * np.eye(20)[classes]).astype(np.float32), ranks(far))
+    mean, form, pull, offset, scale = (getattr(head, name).numpy().astype(np.longdouble) for name in NAMES_OF_HEAD)
+    x = features.astype(np.longdouble) - mean
+    distance = -((x @ form) * x).sum(1) - (x @ pull - offset).max(1)
+    exact = 1 / (1 + np.exp(-(scale[2] * np.arcsinh((distance - scale[0]) / scale[1]) + scale[3])))
+    assert np.abs(head(torch.from_numpy(features)).numpy() - exact).max() < 1e-5
 
 
 def test_ranks_that_fall_with_the_distance_give_one_doubt_for_all():
@@ -204,6 +223,7 @@ def test_the_command_writes_one_object_per_text_and_overwrites_nothing_unasked(e
     assert cli.main(words) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["text"] for row in rows] == texts[:5]
+    assert muka_fast.Predictor(folder, device="cpu").predict("half a pair \ud83d")[0].label in LABELS
     assert all(row.keys() == {"row", "text", "label", "probability", "doubt"} for row in rows)
     assert [row["row"] for row in rows] == [1, 2, 3, 4, 5]  # the blank one is counted
     assert all(row["label"] in LABELS and 1 / 3 <= row["probability"] <= 1 and 0 <= row["doubt"] <= 1 for row in rows)

@@ -61,6 +61,8 @@ def test_batch_is_micro_batch_times_accumulation_times_processes(micro, accumula
         ({"scheduler": {"type": "WarmupLR"}}, {"warmup_ratio": 0.1}, "scheduler and --warmup_ratio"),
         ({"train_micro_batch_size_per_gpu": 5}, {"batch_size": 16}, "--batch_size 16 is not a micro-batch of 5 x 3"),
         ({"train_micro_batch_size_per_gpu": 0}, {}, "must be an integer >= 1"),
+        ({"train_micro_batch_size_per_gpu": "4", "gradient_accumulation_steps": "2"}, {}, "must be an integer >= 1, found '4'"),
+        ({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": [2]}, {}, "must be an integer >= 1"),
         ({"optimizer": {"type": "Lamb"}}, {}, "'Lamb' is not supported, use one of AdamW, Adam"),
         ({"optimizer": {"params": {"lr": "big"}}}, {}, "must be a number"),
         ({"gradient_clipping": -1}, {}, "max_grad_norm"),

@@ -130,6 +130,32 @@ def test_nan_predictions_are_refused(make_model, make_tokenizer):
         predict(model, tokenize(make_tokenizer("bert"), ["a", "b"], 8))
 
 
+def test_columns_of_one_name_are_one_class(make_model, make_tokenizer, make_teacher, texts, tmp_path):
+    """Whichever of them is larger, the answer is that name, with the probability of both."""
+    folder = make_teacher("bert", ("a", "b", "a"), name="twice")
+    predictor = muka_fast.Predictor(folder, device="cpu")
+    found = predictor.predict(texts[:8])
+    with torch.inference_mode():
+        inputs = predictor.tokenizer(texts[:8], padding=True, truncation=True, max_length=128, return_tensors="pt")
+        probs = torch.softmax(predictor.model(**inputs).logits, -1)
+    both = torch.stack([probs[:, 0] + probs[:, 2], probs[:, 1]], -1)
+    assert [answer.label for answer in found] == ["ab"[i] for i in both.argmax(-1)]
+    torch.testing.assert_close(torch.tensor([answer.probability for answer in found]), both.amax(-1), rtol=1e-5, atol=1e-6)
+    data = write_rows(tmp_path / "d.jsonl", [(text, "a") for text in texts[:8]])
+    assert evaluate(config(folder, data))["accuracy"] == pytest.approx((both.argmax(-1) == 0).double().mean().item())
+
+
+def test_a_text_whose_logits_are_no_numbers_is_named_by_its_row(tmp_path, student, texts):
+    predictor = muka_fast.Predictor(student, device="cpu")
+    token = predictor.tokenizer("zebra")["input_ids"][1]
+    with torch.no_grad():
+        predictor.model.get_input_embeddings().weight[token] = 3e38  # finite; what follows is not
+    predictor.model.save_pretrained(student)
+    data = write_rows(tmp_path / "d.jsonl", [("", "a"), (texts[0], "a"), (texts[1], "other"), ("zebra", "a")])
+    with pytest.raises(UserError, match="NaN for 1 of 2 texts, first for text 3;"):
+        evaluate(config(student, data))
+
+
 # ---- the command ----
 
 

@@ -193,6 +193,52 @@ def test_a_complete_run_is_done_only_for_the_files_that_it_read(go, world, tmp_p
     assert (first.output / "run.json").read_bytes() == record
 
 
+@pytest.mark.parametrize("way", ["moved", "folder", "link"])
+def test_an_older_file_in_the_place_of_one_that_was_read_is_another(go, world, tmp_path, way):
+    """Its time of writing says nothing."""
+    mine, other = tmp_path / "mine.jsonl", tmp_path / "other.jsonl"
+    rows = (world / "texts.jsonl").read_text().splitlines(keepends=True)
+    other.write_text("".join(rows[:40]))
+    shutil.copytree(world / "home", tmp_path / "older")
+    shutil.copytree(world / "news", tmp_path / "news")
+    config = tmp_path / "older" / "config.json"
+    config.write_text(config.read_text().replace("bank", "till"))
+    shutil.copy(world / "texts.jsonl", tmp_path / "first.jsonl")
+    mine.symlink_to("first.jsonl") if way == "link" else mine.write_text("".join(rows))
+    own = {"texts": str(mine), "teachers": [str(tmp_path / "news"), str(world / "home")], "epochs": 1}
+    first = go("run", **own)
+    assert go("run", resume=True, **own).metrics == first.metrics
+    if way == "moved":
+        os.replace(other, mine)
+    elif way == "link":
+        mine.unlink()
+        mine.symlink_to("other.jsonl")
+    else:
+        shutil.rmtree(tmp_path / "news")
+        os.replace(tmp_path / "older", tmp_path / "news")
+    with pytest.raises(UserError, match="other teachers" if way == "folder" else "other texts"):
+        go("run", resume=True, **own)
+
+
+def test_a_complete_run_of_a_store_is_done_only_for_the_teachers_that_it_merged(go, world, tmp_path, caplog):
+    go("filled", epochs=1)
+    chosen = {"teachers": [], "store_teachers": ["news", "home"], "epochs": 1}
+    first = go("run", **chosen)
+    caplog.set_level("INFO", logger="muka_fast")
+    assert go("run", resume=True, **chosen).metrics == first.metrics and "is complete" in caplog.text
+    for names, told in ((["home", "news"], "another order of teachers"), (["news"], "other teachers")):
+        with pytest.raises(UserError, match=told):
+            go("run", resume=True, **chosen | {"store_teachers": names})
+
+
+def test_what_a_kill_left_of_an_unfinished_run_goes_with_the_next_resume(go, tmp_path):
+    output = go("run", epochs=1).output
+    (output / "checkpoints" / "step-00000005").mkdir(parents=True)
+    (tmp_path / ".run.replaced").mkdir()
+    go("run", epochs=1, resume=True)
+    assert not (output / "checkpoints").exists() and not (tmp_path / ".run.replaced").exists()
+
+
 def test_a_complete_run_is_done_under_other_names_of_its_files(go, world, tmp_path, monkeypatch, caplog):
     first = go("run", epochs=1)
     shutil.copytree(world, tmp_path / "copy")

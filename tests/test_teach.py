@@ -132,6 +132,15 @@ def test_existing_output_is_refused_replaced_only_when_told_and_kept_when_writin
     assert sorted(path.name for path in tmp_path.glob("*teacher*")) == ["teacher"]
 
 
+def test_a_link_to_the_output_stays_one(options, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "teacher").symlink_to("real")
+    for seed in (0, 1, 2):
+        teach.teach(TeachConfig(**options | {"epochs": 1, "seed": seed, "overwrite": True}))
+    assert (tmp_path / "teacher").is_symlink() and (tmp_path / "real" / "teach.json").exists()
+    assert sorted(path.name for path in tmp_path.glob(".*")) == []
+
+
 def test_a_folder_of_other_files_is_never_replaced(options, tmp_path):
     output = tmp_path / "teacher"
     output.mkdir()
