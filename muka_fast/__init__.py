@@ -13,6 +13,10 @@ if (_kernels / "ops" / "reference.py").is_file():
     __path__.insert(1, str(_kernels))
 
 
+def __dir__():
+    return sorted(__all__)
+
+
 def __getattr__(name):
     # Lazy: importing the package must not import torch (0.3 s against 3 s).
     if name == "amalgamate":

@@ -23,13 +23,14 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 
 
 class Command(NamedTuple):
-    """A sub-command: the module whose main(config) runs it, its options and one line of help."""
+    """A sub-command: the module whose main(config) runs it, its options and one line of help. shared: processes do it together."""
 
     module: str
     config: type[config.Config]
     help: str
     positional: str | None = None
     reads_yaml: bool = True
+    shared: bool = False
 
 
 COMMANDS = {
@@ -37,8 +38,8 @@ COMMANDS = {
         "demo", config.DemoConfig, "make three teachers from local docstrings and merge them", reads_yaml=False
     ),
     "teach": Command("teach", config.TeachConfig, "fine-tune a teacher on the rows with some labels"),
-    "score": Command("supervision", config.ScoreConfig, "fill or complete the supervision store"),
-    "train": Command("train", config.RunConfig, "merge teachers into one student"),
+    "score": Command("supervision", config.ScoreConfig, "fill or complete the supervision store", shared=True),
+    "train": Command("train", config.RunConfig, "merge teachers into one student", shared=True),
     "eval": Command("evaluate", config.EvalConfig, "measure a classifier on labelled texts"),
     "predict": Command("predict", config.PredictConfig, "label texts, with the doubt of a student that learnt it"),
     "plan": Command("plan", config.PlanConfig, "plan memory, hours and disk of a merge on paper", reads_yaml=False),
@@ -204,7 +205,10 @@ def _run(name: str, argv: Sequence[str]) -> int:
     command = COMMANDS[name]
     with first_of_node_tells():
         options = parse(command, argv, f"muka-fast {name}")
-    setup_logging(options.verbose, int(os.environ.get("RANK", "0")))
+    rank = int(os.environ.get("RANK", "0"))
+    if rank and not command.shared:  # under a launcher process 0 does it alone
+        return 0
+    setup_logging(options.verbose, rank)
     return importlib.import_module(f"muka_fast.{command.module}").main(options)
 
 

@@ -7,12 +7,12 @@ cut off; until the new files are safe on the disk, no old one is touched.
 
 import copy
 import errno
-import itertools
 import json
 import logging
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,10 +24,10 @@ import torch
 import transformers
 import yaml
 
-from muka_fast import __version__
+from muka_fast import __version__, checkpoint
 from muka_fast.console import quiet_transformers
 from muka_fast.errors import UserError, first_line
-from muka_fast.files import LOCK, held
+from muka_fast.outputs import PARTIAL, READY
 from muka_fast.teachers import settle_tokenizer, token_limit
 
 if TYPE_CHECKING:
@@ -35,19 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("muka_fast")
 
-PARTIAL, READY, FILE_LIST = ".export.partial", ".export.ready", "files.json"
-# Any of these shows that a folder belongs to a run (or to an exported model).
-RUN_MARKERS = (
-    "run.json",
-    "run.yaml",
-    "config.json",
-    "model.safetensors",
-    "metrics.jsonl",
-    "supervision",
-    "checkpoints",
-)
-RUN_MARKERS += (PARTIAL, READY)
-ANY_MODEL = ("config.json", "model.safetensors")  # of the markers: no run has these alone
+FILE_LIST = "files.json"
 MOST_CARD_LABELS = 300
 MUKA = "Knowledge amalgamation by teacher uncertainty (MUKA, arXiv 2112.07327; MUKI, arXiv 2210.05230)"
 METHOD_TEXTS = {
@@ -66,6 +54,7 @@ METHOD_TEXTS = {
     "oracle": "Distillation of the teacher that knows the true label of each text.",
 }
 LABELLED_METHODS = ("supervised", "oracle")
+TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # which would show what follows in another order
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -85,99 +74,12 @@ class Card:
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
-def check_output(
-    output: str | Path, resume: bool = False, overwrite: bool = False, inputs: Sequence[str | Path | None] = ()
-) -> bool:
-    """Refuse an output folder that `output_guard` would refuse, and change nothing; returns whether it holds a run.
-
-    Called before the inputs are read, so that neither fault waits for the other. Raises UserError.
-    """
-    given, output = output, Path(output).expanduser()
+def check_student(output: str | Path) -> None:
+    """Raises UserError where the weights of a complete run are gone or damaged, as far as their headers and sizes tell."""
     try:
-        if output.exists() and not output.is_dir():
-            raise UserError(f"--output {given}: this is a file; name a folder")
-        # Logs alone are no run: a refused one leaves them.
-        found = sorted({entry.name for entry in output.iterdir()} - {"logs", LOCK}) if output.exists() else []
-        if (output / LOCK).exists():
-            with held(output):
-                pass
-    except BlockingIOError as error:
-        raise busy(given) from error
-    except OSError as error:
-        raise UserError(f"--output {given}: {error.strerror or error}; name a folder that can be written") from error
-    if found and not any((output / marker).exists() for marker in RUN_MARKERS):
-        raise UserError(f"--output {given}: holds files that no run wrote ({found[0]}); name a new or empty folder")
-    if found == ["supervision"] and (output / "supervision").is_dir() and not overwrite:
-        return False  # scores that a refused run left: they are kept under a hash of all that they depend on
-    if found and not any((output / marker).exists() for marker in RUN_MARKERS if marker not in ANY_MODEL):
-        raise UserError(f"--output {given}: holds a model that no run wrote; name a new or empty folder")
-    if found and not (resume or overwrite):
-        raise UserError(
-            f"--output {given}: already holds a run; continue it with --resume or replace it with --overwrite"
-        )
-    if found and overwrite:
-        check_replaceable(output.resolve(), given, inputs)
-    return bool(found)
-
-
-def output_guard(
-    output: str | Path, resume: bool = False, overwrite: bool = False, inputs: Sequence[str | Path | None] = ()
-) -> Path:
-    """Make the output folder of a run ready, or refuse; returns it, existing. Called when the inputs have been found good.
-
-    An empty or new folder is taken. One that holds a run is continued with `resume`; with `overwrite` it is renamed to a
-    sibling `.<name>.replaced`, which `discard_replaced` removes once the new run is complete. inputs: files and folders
-    that the new run reads, which must not be moved away so. Raises UserError, and has then changed nothing.
-    """
-    found = check_output(output, resume, overwrite, inputs)
-    given, output = output, Path(output).expanduser()
-    try:
-        if found and overwrite:
-            _set_aside(output.resolve(), given)
-        elif resume and not found:
-            log.info("nothing to resume in %s: starting from the beginning", given)
-        output.resolve().mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {given}: {error.strerror or error}; name a folder that can be written") from error
-    return output
-
-
-def busy(output: str | Path) -> UserError:
-    """What to raise for a folder that another run holds."""
-    return UserError(f"--output {output}: another run is writing there; wait for its end or name another folder")
-
-
-def check_replaceable(folder: Path, given: str | Path, inputs: Sequence[str | Path | None]) -> None:
-    """Refuse to move away the current folder or anything that the new run reads."""
-    if Path.cwd().is_relative_to(folder):
-        raise UserError(f"--output {given}: --overwrite cannot replace the folder that you are in; name another one")
-    for path in inputs:
-        if path is not None and Path(path).expanduser().resolve().is_relative_to(folder):
-            raise UserError(
-                f"--output {given}: --overwrite would move away {path}, which this run reads; name another output"
-            )
-
-
-def _set_aside(folder: Path, given: str | Path) -> None:
-    """Rename a finished or broken run; it stays on the disk until `discard_replaced`."""
-    asides = (folder.with_name(f".{folder.name}.replaced" + (f"-{n}" if n > 1 else "")) for n in itertools.count(1))
-    aside = next(path for path in asides if not path.exists())
-    os.replace(folder, aside)
-    folder.mkdir()
-    log.info("the run in %s is kept as %s until the new one is complete", given, aside)
-
-
-def replaced(output: Path) -> list[Path]:
-    """The runs that `--overwrite` has set aside and no complete run has replaced yet."""
-    folder = output.resolve()
-    name = re.compile(re.escape(f".{folder.name}.replaced") + r"(-\d+)?")
-    return [entry for entry in folder.parent.iterdir() if name.fullmatch(entry.name)] if folder.parent.exists() else []
-
-
-def discard_replaced(output: str | Path) -> None:
-    """Remove what `--overwrite` had set aside; to be called when the new run is complete."""
-    for folder in replaced(Path(output).expanduser()):
-        shutil.rmtree(folder)
+        checkpoint.read_tensors(Path(output), "the student")
+    except UserError as error:
+        raise UserError(f"--resume: the run in {output} is complete, but {error}; or start anew with --overwrite") from error
 
 
 def save_student(
@@ -331,7 +233,8 @@ def markdown_text(value: Any) -> str:
     if value is None:
         return "–"
     text = " ".join(str(value).split())
-    text = "".join(char if char.isprintable() else "\ufffd" for char in text)
+    hidden = lambda char: unicodedata.category(char) in ("Cc", "Cs") or unicodedata.bidirectional(char) in TURNS
+    text = "".join("\ufffd" if hidden(char) else char for char in text)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]()#+\-!|~$])", r"\\\1", text)
 

@@ -194,17 +194,21 @@ class MeanLogits(Composed):
 
     options = ("kd_temperature",)
 
-    def __init__(self, config: RunConfig, sup: Supervision, label_space: LabelSpace, label_ids: Tensor | None) -> None:
-        super().__init__(config, sup, label_space, label_ids)
-        num_classes, everything = label_space.num_classes, set(label_space.names)
+    @staticmethod
+    def check_space(label_space: LabelSpace) -> None:
         for name, labels in zip(label_space.teacher_names, label_space.teacher_labels, strict=True):
-            lacking = sorted(everything - set(labels))
-            if lacking or len(labels) != num_classes:
+            lacking = sorted(set(label_space.names) - set(labels))
+            if lacking or len(labels) != label_space.num_classes:
                 fault = f"lacks {lacking[0]!r}" if lacking else "has two labels of one class"
                 raise UserError(
                     f"--method mean needs teachers of one label set, but teacher {name!r} {fault}; choose another "
                     "method, or bring the labels in line with --label_map"
                 )
+
+    def __init__(self, config: RunConfig, sup: Supervision, label_space: LabelSpace, label_ids: Tensor | None) -> None:
+        super().__init__(config, sup, label_space, label_ids)
+        self.check_space(label_space)
+        num_classes = label_space.num_classes
         self._trust(torch.ones(len(sup.logits), 1))
         self.offsets = [0, num_classes]
         self.loss_scale = self.temperature**2

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from muka_fast import adapters, checkpoint
+from muka_fast.config import FinishedModelOptions, load_config
 from muka_fast.console import log
 from muka_fast.data import TextSet, encodable, read_texts, tokenize
 from muka_fast.doubt import UncertaintyHead, with_head
@@ -47,17 +49,25 @@ class Predictor:
     ) -> None:
         """model: folder or hub name; device: auto, cpu, cuda or cuda:N; max_length: tokens kept of each text (None: as the model was
         trained, see `kept_length`); token_budget: padded tokens per forward (None: by the device)."""
+        if not isinstance(model, (str, os.PathLike)):
+            raise UserError(f"model: a folder or hub name is expected, found {type(model).__name__}")
+        # The options' own checks.
+        options = load_config(
+            FinishedModelOptions, None, {"device": device, "max_length": max_length, "token_budget": token_budget}
+        )
         folder = checkpoint.resolve_folder(model, "--model")
-        self.model, self.tokenizer, self.labels = load_model(model, device_of(device))
+        self.model, self.tokenizer, self.labels = load_model(model, device_of(options.device))
         self.head = None if adapters.is_adapter(folder) else UncertaintyHead.load(folder, self.model)
-        self.max_length = kept_length(max_length, folder, self.model, self.tokenizer)
-        self.token_budget = token_budget
+        self.max_length = kept_length(options.max_length, folder, self.model, self.tokenizer)
+        self.token_budget = options.token_budget
 
     def predict(self, texts: str | Iterable[str], description: str | None = None) -> list[Prediction]:
         """One prediction per text, in their order, by one forward each. description: shows progress under this name.
 
-        A single text is a list of one. Raises UserError for what is no text.
+        A single text is a list of one. Raises UserError for what is no text, and for tables, whose column it cannot know.
         """
+        if not isinstance(texts, Iterable) or isinstance(texts, Mapping) or hasattr(texts, "columns"):
+            raise UserError(f"predict takes a list of texts, found {type(texts).__name__}")
         texts = [texts] if isinstance(texts, str) else list(texts)
         for text in texts:
             if not isinstance(text, str):
@@ -76,14 +86,17 @@ class Predictor:
 
 # ---- the command ----
 
+LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # what other readers than JSON's take for them
+
 
 def lines(texts: TextSet, predictions: Iterable[Prediction]) -> Iterator[str]:
-    """One JSON object per text that is not blank, with its row in the source, from 0; without an uncertainty head it has no doubt."""
+    """One JSON object per text that is not blank, with its row in the source, from 0, blank lines counted; without an uncertainty
+    head it has no doubt."""
     for number, text, prediction in zip(texts.example_ids.tolist(), texts.texts, predictions, strict=True):
         row: dict[str, Any] = {"row": number, "text": text} | prediction._asdict()
         if prediction.doubt is None:
             del row["doubt"]
-        yield json.dumps(row, ensure_ascii=False) + "\n"
+        yield json.dumps(row, ensure_ascii=False).translate(LINE_ENDS) + "\n"
 
 
 def main(config: PredictConfig) -> int:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from muka_fast import checkpoint
+from muka_fast import adapters, checkpoint
 from muka_fast.config import RunConfig
 from muka_fast.data import TextSet, read_texts
 from muka_fast.errors import UserError
 from muka_fast.export import LABELLED_METHODS
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
 from muka_fast.methods import METHODS, neutral_encoder, unused_options
-from muka_fast.supervision import check_sites
+from muka_fast.stored import chosen_teachers
+from muka_fast.supervision import check_sites, option_values
 from muka_fast.teachers import check_teachers, teacher_names
 
 log = logging.getLogger("muka_fast")
@@ -23,7 +25,9 @@ def check_options(config: RunConfig) -> None:
     """Raises UserError for options that are missing, before anything slow starts."""
     for name, what in (("texts", "the texts to train on"), ("student", "an encoder to start from"), ("output", "the run's folder")):
         if getattr(config, name) is None:
-            raise UserError(f"--{name} is missing: give {what}")
+            begun = Path(config.output or "", "run.yaml")
+            hint = f", or go on with --config {begun} --resume" if config.resume and config.output and begun.exists() else ""
+            raise UserError(f"--{name} is missing: give {what}{hint}")
     if not config.teachers and config.store is None:
         raise UserError("--teachers is missing: name at least one classifier folder or hub model (or a filled --store)")
 
@@ -31,7 +35,8 @@ def check_options(config: RunConfig) -> None:
 def tell_unused_options(config: RunConfig) -> None:
     """Say which options were chosen that the method does not look at."""
     usual = RunConfig(mc=config.mc, mc_samples=config.mc_samples)
-    chosen = [f"--{name}" for name in unused_options(config) if getattr(config, name) != getattr(usual, name)]
+    chosen = [name for name in unused_options(config) if getattr(config, name) != getattr(usual, name)]
+    chosen = [f"--no-{name}" if getattr(config, name) is False else f"--{name}" for name in chosen]
     if chosen:
         log.warning("%s: --method %s does not look at it", ", ".join(chosen), config.method)
 
@@ -59,6 +64,8 @@ def check_inputs(config: RunConfig, texts: TextSet) -> None:
     for role, source in encoders.items():
         if source is not None:
             folder, what = checkpoint.resolve_folder(source, role), f"{role} {source}"
+            if adapters.is_adapter(folder):
+                raise UserError(f"{what}: is a LoRA adapter, which may be a teacher; give the encoder that it belongs to")
             checkpoint.read_config(folder, what)
             checkpoint.check_tokenizer_files(folder, what)
             checkpoint.read_tensors(folder, what)
@@ -67,12 +74,14 @@ def check_inputs(config: RunConfig, texts: TextSet) -> None:
         files = check_teachers(config.teachers, warn=False)
         names = teacher_names(config.teachers)
         owners = [{"name": name, "labels": file.labels} for name, file in zip(names, files, strict=True)]
-        space = build_label_space([(owner["name"], owner["labels"]) for owner in owners], label_map)
-        check_labels(config, owners, space, label_map, texts)
-        if config.mc:
-            check_sites(names, files, config)
-    elif config.eval is not None:
-        read_eval(config)
+    else:
+        manifest, keys = chosen_teachers(Path(config.store), texts, option_values(config), config.store_teachers)
+        owners = [manifest["teachers"][key] for key in keys]
+    space = build_label_space([(owner["name"], owner["labels"]) for owner in owners], label_map)
+    METHODS[config.method].check_space(space)
+    check_labels(config, owners, space, label_map, texts)
+    if config.teachers and config.mc:
+        check_sites(names, files, config)
 
 
 def read_eval(config: RunConfig) -> TextSet:
@@ -86,7 +95,7 @@ def check_labels(
     teachers: Sequence[Mapping[str, Any]],
     space: LabelSpace,
     label_map: LabelMap | None,
-    texts: TextSet | None = None,
+    texts: TextSet,
 ) -> None:
     """Refuse a single class, and --eval, or the texts of a method that needs labels, where no label is a class. teachers: name, labels
     of each."""

@@ -95,14 +95,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         for number, raw in enumerate(file, 1):
             if number == 1:
                 if raw.startswith(UTF16_BOMS):
-                    way_out = f"convert it: iconv -f UTF-16 -t UTF-8 {path.name}"
+                    way_out = f"convert it: iconv -f UTF-16 -t UTF-8 {path}"
                     raise UserError(f"{path}: the file is UTF-16, not UTF-8: {way_out}")
                 raw = raw.removeprefix(UTF8_BOM)
             try:
                 yield number, raw.decode("utf-8")
             except UnicodeDecodeError as error:
                 place = f"line {number}: byte {error.start + 1} of the line (0x{raw[error.start]:02x}) is not UTF-8"
-                way_out = f"convert the file, e.g. iconv -f LATIN1 -t UTF-8 {path.name}"
+                way_out = f"convert the file, e.g. iconv -f LATIN1 -t UTF-8 {path}"
                 raise UserError(f"{path}, {place}: {way_out}") from error
 
 
@@ -162,10 +162,13 @@ def _csv_rows(path: Path, columns: Columns) -> Iterator[Row]:
     csv.field_size_limit(MAX_FIELD_CHARS)
     delimiter = "\t" if ".tsv" in path.suffixes[-2:] else ","
     reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
-    start = 1
+    start, spans = 1, False
     try:
         header = [name.strip() for name in next(reader, [])]
         if columns.text not in header:
+            if len(header) == 1 and (other := next((mark for mark in ";\t|," if mark in header[0]), None)):
+                way_out = "save it with commas (.csv) or tabs (.tsv), or as .jsonl"
+                raise UserError(f"{path}, line 1: looks separated by {other!r}; {way_out}")
             raise _missing_column(f"{path}, line 1", columns.text, header, "text_column")
         if columns.need_labels and columns.label not in header:
             raise _missing_column(f"{path}, line 1", columns.label, header, "label_column")
@@ -176,6 +179,10 @@ def _csv_rows(path: Path, columns: Columns) -> Iterator[Row]:
             if fields and len(fields) != len(header):
                 found = f"{len(fields)} fields where the header has {len(header)}"
                 raise UserError(f"{path}, line {start}: {found}: quote fields that hold a separator")
+            if delimiter == "\t" and not spans and reader.line_num > start:
+                spans = True
+                told = "a field in quotes spans several lines; where quotes are plain characters, double them or use .jsonl"
+                log.warning("%s, line %d: %s", path, start, told)
             label = fields[label_at] if fields and label_at is not None else None
             yield Row(start, fields[text_at] if fields else None, label or None)
             start = reader.line_num + 1
@@ -208,17 +215,34 @@ def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
             raise UserError(f"{path}: several columns are called '{twice[0]}': give them names of their own")
         wanted = [columns.text] + [columns.label] * (columns.label in have and columns.label != columns.text)
         number = 0
+        names = _class_names(file.schema_arrow.metadata or {}, columns.label)
         for batch in file.iter_batches(batch_size=4096, columns=wanted):
             texts = batch.column(columns.text).to_pylist()
             labels = batch.column(columns.label).to_pylist() if columns.label in have else [None] * len(texts)
             for text, label in zip(texts, labels, strict=True):
                 number += 1
-                yield Row(number, text, label, "record")
+                yield Row(number, text, _named(label, names), "record")
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         # Arrow's own complaints are OSErrors without a number, over several lines.
         raise UserError(f"{path}: damaged parquet file ({first_line(error)})") from error
+
+
+def _class_names(metadata: dict[bytes, bytes], column: str) -> list[str] | None:
+    """What the library `datasets` writes beside numbers that stand for classes."""
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][column]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return names if isinstance(names, list) else None
+
+
+def _named(label: Any, names: list[str] | None) -> Any:
+    """The name of a class number; None for -1, which is how such sets say "no label"."""
+    if names is None or not isinstance(label, int) or label >= len(names):
+        return label
+    return None if label < 0 else names[label]
 
 
 def _hub_rows(name: str, split: str, columns: Columns) -> Iterator[Row]:
@@ -247,6 +271,4 @@ def _hub_rows(name: str, split: str, columns: Columns) -> Iterator[Row]:
         labels = batch.get(columns.label, [None] * len(batch[columns.text]))
         for text, label in zip(batch[columns.text], labels, strict=True):
             number += 1
-            # -1 is how hub sets say "no label".
-            hidden = names is not None and label is not None and label < 0
-            yield Row(number, text, None if hidden else names[label] if names and label is not None else label, "record")
+            yield Row(number, text, _named(label, names), "record")

@@ -185,14 +185,23 @@ def check_company(store: Path, entries: Sequence[dict[str, Any]]) -> bool:
 def open_store(
     store: str | Path, texts: TextSet | None = None, options: dict[str, Any] | None = None, names: Sequence[str] = ()
 ) -> Supervision:
-    """Every complete teacher of a store, or those with these names in this order, without running or even finding a teacher.
+    """Every complete teacher of a store, or those with these names in this order, without running or even finding a teacher; all else
+    as `chosen_teachers`."""
+    store = Path(store)
+    manifest, keys = chosen_teachers(store, texts, options or {}, names)
+    return load_supervision(store, manifest, keys)
+
+
+def chosen_teachers(
+    store: Path, texts: TextSet | None, options: dict[str, Any], names: Sequence[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """The manifest of a store, and the keys of its teachers that are meant.
 
     texts: refuse a store of other texts. options: only teachers scored with these values of OPTION_KEYS; a differing
     run_seed is accepted where it leaves no choice, so that students of several seeds can share a store.
     Raises UserError where there is no store, nothing complete, nothing with these options, one teacher under several option sets, or
     several of one name, which may be one before and after its files changed.
     """
-    store, options = Path(store), options or {}
     manifest = read_manifest(store)
     if manifest is None or not manifest["teachers"]:
         raise UserError(
@@ -202,6 +211,12 @@ def open_store(
     if texts is not None:
         check_texts(store, manifest, texts)
     entries = manifest["teachers"]
+    known = list(dict.fromkeys(entry["name"] for entry in entries.values()))
+    for name in names:
+        if name not in known:
+            raise UserError(f"--store_teachers {name}: {store} holds no teacher of this name (it has {', '.join(known)})")
+    if names:
+        entries = {key: entry for key, entry in entries.items() if entry["name"] in names}
     differences = {key: differing_options(entry, options) for key, entry in entries.items()}
     candidates: dict[str, list[str]] = {}
     for key, entry in entries.items():
@@ -225,8 +240,8 @@ def open_store(
                 "give --teachers to say which is meant"
             )
         if name not in there:
-            raise UserError(f"--store_teachers {name}: {store} holds no teacher of this name (it has {', '.join(there)})")
-    return load_supervision(store, manifest, [keys[there.index(name)] for name in names] if names else keys)
+            raise UserError(f"--store_teachers {name}: {store} holds it only with other options ({', '.join(OPTION_KEYS)})")
+    return manifest, [keys[there.index(name)] for name in names] if names else keys
 
 
 def _only(store: Path, keys: list[str], entries: dict[str, Any], differences: dict[str, list[str]]) -> str:

@@ -63,6 +63,10 @@ class Method(ABC):
         if self.needs_labels:
             self._exclude(label_ids < 0)
 
+    @staticmethod  # noqa: B027 - most methods take any
+    def check_space(label_space: LabelSpace) -> None:
+        """Raises UserError where the method cannot merge teachers of these labels."""
+
     def loss(self, student: Tensor | StudentOutput, rows: Tensor) -> Tensor:
         """Loss per text [B], weights (margin, exclusion) included, before any mean; differentiable in the student."""
         output = student if isinstance(student, StudentOutput) else StudentOutput(student)

@@ -21,11 +21,12 @@ from muka_fast.data import TextSet, Tokens, collate, cut_length, epoch_batches, 
 from muka_fast.engine import quiet_deepspeed
 from muka_fast.errors import UserError
 from muka_fast.evaluate import metrics, predict
-from muka_fast.export import check_replaceable, clean_tokenizer, is_write_error, open_weights, set_labels, sync_folder
+from muka_fast.export import clean_tokenizer, is_write_error, open_weights, set_labels, sync_folder
 from muka_fast.fused_layers import fused_layers
 from muka_fast.labels import warn_of_lookalikes
 from muka_fast.memory import device_of
 from muka_fast.optim import linear_schedule, parameter_groups
+from muka_fast.outputs import MODEL_FILES, check_own, check_replaceable
 from muka_fast.recipe import default_epochs, default_learning_rate
 from muka_fast.student import load_student
 from muka_fast.teachers import token_limit
@@ -34,11 +35,7 @@ if TYPE_CHECKING:
     import transformers
 
 RECORD = "teach.json"  # how a teacher was made, beside its weights
-# What a teacher's folder holds: all that --overwrite removes.
-WRITTEN = re.compile(
-    rf"{RECORD}|config\.json|model.*\.safetensors(\.index\.json)?|tokenizer.*|special_tokens_map\.json|added_tokens\.json"
-    r"|vocab\.(txt|json)|merges\.txt|.*\.model|chat_template\..*"
-)
+WRITTEN = re.compile(rf"{RECORD}|{MODEL_FILES}")  # what a teacher's folder holds: all that --overwrite removes
 
 
 @dataclass(frozen=True)
@@ -196,9 +193,7 @@ def check_output(output: str | Path, overwrite: bool, inputs: Sequence[str | Pat
             raise UserError(f"--output {output}: holds {what}; name a new or empty folder")
         if not overwrite:
             raise UserError(f"--output {output}: already holds a model; name a new folder, or replace it with --overwrite")
-        foreign = sorted(entry.name for entry in path.iterdir() if not WRITTEN.fullmatch(entry.name))
-        if foreign:
-            raise UserError(f"--output {output}: --overwrite would remove {foreign[0]}, which is no teacher's; name another folder")
+        check_own(path, WRITTEN, output, "no teacher's command")
         check_replaceable(path.resolve(), output, inputs)
     there = next(folder for folder in path.absolute().parents if folder.exists())  # the new folder is made beside the old one
     if not os.access(there, os.W_OK):

@@ -11,6 +11,7 @@ if __name__ == "__main__":
     # Python puts this file's folder first on the path, where our module names would shadow other packages' (`evaluate`, ...).
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import inspect
 import logging
 import os
 import random
@@ -24,7 +25,7 @@ import torch
 import transformers
 import yaml
 
-from muka_fast import export, identity, runinfo, snapshots
+from muka_fast import export, identity, outputs, runinfo, snapshots
 from muka_fast.aligned import student_part
 from muka_fast.config import EvalConfig, RunConfig, load_config
 from muka_fast.console import log_file, setup_logging
@@ -47,7 +48,6 @@ from muka_fast.neutral import name_features, neutral_features, neutral_tokens
 from muka_fast.pool_tokens import PoolTokens
 from muka_fast.preflight import (
     check_inputs,
-    check_labels,
     check_layout,
     check_options,
     output_options,
@@ -91,6 +91,9 @@ def amalgamate(**options: Any) -> RunResult:
         return run(config)
 
 
+amalgamate.__signature__ = inspect.signature(RunConfig)  # for help() and editors
+
+
 @contextmanager
 def caller_undisturbed() -> Iterator[None]:
     """Gives a Python caller's random numbers back, since a run seeds torch's generators for each of its steps, and takes LOCAL_RANK
@@ -122,10 +125,11 @@ def run(config: RunConfig) -> RunResult:
     tell_unused_options(config)
     if device != "cpu" and identity.ds_identity(ds_config)["precision"] == "fp32":
         log.info("training in fp32; --precision bf16 is faster on most GPUs")
-    on_first_process(lambda: export.check_output(*output_options(config)) and None)
+    on_first_process(lambda: outputs.check_output(*output_options(config)) and None)
     earlier = on_first_process(lambda: identity.earlier_run(config, ds_config)) if config.resume else {}
     done = None
     if earlier.get("state") == "complete":
+        on_first_process(lambda: export.check_student(config.output))
         config, done = identity.as_then(config, earlier), RunResult(Path(config.output), earlier.get("metrics", {}))
         if on_first_process(lambda: identity.untouched(config, earlier)):
             on_first_process(lambda: snapshots.discard_unfinished(Path(config.output)))
@@ -153,12 +157,9 @@ def merge(
         sup, neutral = supervise(config, texts, output)
     with told_once():
         label_map = read_label_map(config.label_map) if config.label_map else None
-        owners = [(teacher["name"], teacher["labels"]) for teacher in sup.teachers]
-        space = build_label_space(owners, label_map, warn=not config.teachers)  # theirs were told of before the scoring
+        space = build_label_space([(teacher["name"], teacher["labels"]) for teacher in sup.teachers], label_map, warn=False)
         sup = sup.restrict(space)  # once: for ten million texts a copy is gigabytes
         labels = true_labels(texts, label_map, sup)
-    if not config.teachers:  # else they were checked before the scoring
-        on_first_process(lambda: check_labels(config, sup.teachers, space, label_map))
     with clock("select teachers"):
         weights = on_first_process(lambda: pool_weights(config, sup, space, texts, neutral, output))
         doubt = on_first_process(lambda: doubt_targets(config, sup))
@@ -222,16 +223,17 @@ def true_labels(texts: TextSet, label_map: LabelMap | None, sup: Supervision) ->
 
 def open_output(config: RunConfig, texts: TextSet, holds: ExitStack) -> Path:
     """Take the output folder, for this job alone until `holds` is closed, and complete an export that a kill cut off."""
-    output = export.output_guard(*output_options(config))
+    output = outputs.output_guard(*output_options(config))
     try:
         holds.enter_context(held(output))
     except BlockingIOError as error:
-        raise export.busy(config.output) from error
+        raise outputs.busy(config.output) from error
     if config.resume:
         identity.check_identity(output, identity.files_identity(config, texts))
+    holds.callback(outputs.tell_of_replaced, output)
     export.finish_export(output)
     if config.overwrite and config.store is None:
-        kept = (take_over(run / "supervision", store_folder(config, output), texts) for run in export.replaced(output))
+        kept = (take_over(run / "supervision", store_folder(config, output), texts) for run in outputs.replaced(output))
         if any(kept):
             log.info("scores of these texts that the replaced run has made serve this one")
     return output

@@ -42,6 +42,22 @@ REQUIRED = {
 }
 
 
+@pytest.mark.parametrize("name", REQUIRED)
+def test_under_a_launcher_only_commands_that_processes_share_run_in_all(called, monkeypatch, name):
+    monkeypatch.setenv("RANK", "1")
+    assert main([name, *REQUIRED[name]]) == 0
+    assert bool(called) is (name in ("score", "train"))
+
+
+def test_what_the_package_offers_is_what_it_lists():
+    import inspect
+
+    import muka_fast
+
+    assert dir(muka_fast) == ["Predictor", "UserError", "__version__", "amalgamate"]
+    assert {"teachers", "student", "texts", "mc_samples"} <= inspect.signature(muka_fast.amalgamate).parameters.keys()
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_reaches_its_module_with_its_configuration(called, name):
     assert main([name, *REQUIRED[name]]) == 0

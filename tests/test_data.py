@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muka_fast import data
-from muka_fast.checkpoint import resolve_folder
+from muka_fast.checkpoint import config_labels, resolve_folder
 from muka_fast.data import (
     Tokens,
     collate,
@@ -524,6 +524,36 @@ def test_hidden_labels_of_a_hub_set_are_none(monkeypatch):
     assert read_texts("owner/name").labels is None
     with pytest.raises(UserError, match="record 2: column 'label' holds no label"):
         read_texts("owner/name", need_labels=True)
+
+
+def test_names_that_a_parquet_file_has_beside_its_class_numbers_are_read(tmp_path):
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    whole = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    whole.to_parquet(tmp_path / "a.parquet")
+    assert read_texts(tmp_path / "a.parquet", need_labels=True).labels == ["pos", "neg"]
+    whole.add_item({"text": "c", "label": -1}).to_parquet(tmp_path / "hidden.parquet")
+    assert read_texts(tmp_path / "hidden.parquet").labels is None
+
+
+def test_quotes_that_swallow_rows_of_tsv_are_told(tmp_path, product_log):
+    (tmp_path / "a.tsv").write_text('text\tlabel\nfirst\tx\n"half quote\tx\nend quote"\ty\nlast\ty\n')
+    assert len(read_texts(tmp_path / "a.tsv").texts) == 3
+    assert "a.tsv, line 3: a field in quotes spans several lines" in product_log.text
+
+
+@pytest.mark.parametrize(("name", "content", "mark"), [("a.csv", "text;label\na;x\n", ";"), ("a.tsv", "text,label\na,x\n", ",")])
+def test_another_separator_is_told(tmp_path, name, content, mark):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name}, line 1: looks separated by '{mark}'; save it with commas"):
+        read_texts(tmp_path / name)
+
+
+def test_labels_have_no_outer_blanks(tmp_path):
+    (tmp_path / "a.csv").write_text("text, label\none, x\ntwo,x \n")
+    assert read_texts(tmp_path / "a.csv").labels == ["x", "x"]
+    assert config_labels({"id2label": {"0": "x ", "1": " y"}}, "a model") == ["x", "y"]
 
 
 def test_a_field_of_csv_may_be_long(tmp_path):

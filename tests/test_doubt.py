@@ -18,6 +18,7 @@ import muka_fast
 from muka_fast import cli, export, fit_doubt
 from muka_fast.config import EvalConfig, RunConfig
 from muka_fast.coverage import doubt_ranks, ranks
+from muka_fast.data import TextSet
 from muka_fast.doubt import FILE, UncertaintyHead, auroc, false_positive_rate, logistic_scale, with_features
 from muka_fast.errors import UserError
 from muka_fast.evaluate import evaluate
@@ -170,6 +171,9 @@ def test_plain_transformers_never_sees_it_and_ours_reads_it_back(exported, texts
         with torch.no_grad():
             expected = head(model.bert(**inputs).pooler_output).item()
         assert prediction.doubt == pytest.approx(expected, abs=1e-5)
+    odd = [muka_fast.predict.Prediction("a", 0.5, 0.1)]
+    (line,) = muka_fast.predict.lines(TextSet(["x\u2028y\x85z"], None, np.array([4]), "", "", 0), odd)
+    assert line.splitlines() == [line.rstrip("\n")] and json.loads(line)["text"] == "x\u2028y\x85z"
     assert muka_fast.Predictor(folder).predict([]) == []
     predictor = muka_fast.Predictor(folder, max_length=32)
     assert predictor.predict(texts[0]) == predictor.predict(texts[:1])

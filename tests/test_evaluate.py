@@ -145,6 +145,21 @@ def test_columns_of_one_name_are_one_class(make_model, make_tokenizer, make_teac
     assert evaluate(config(folder, data))["accuracy"] == pytest.approx((both.argmax(-1) == 0).double().mean().item())
 
 
+def test_what_is_no_list_of_texts_and_no_option_is_refused(student):
+    import pandas
+
+    predictor = muka_fast.Predictor(student, device="cpu")
+    for wrong in (pandas.DataFrame({"text": ["a"]}), {"text": "a"}, None, 5, [["a"]], [None]):
+        with pytest.raises(UserError, match="predict takes a list of texts, found"):
+            predictor.predict(wrong)
+    assert predictor.predict(pandas.Series(["a", "b"])) == predictor.predict(iter(["a", "b"])) == predictor.predict(("a", "b"))
+    with pytest.raises(UserError, match="model: a folder or hub name is expected, found BertForSequenceClassification"):
+        muka_fast.Predictor(predictor.model)
+    for name, value in {"max_length": "x", "token_budget": 0, "device": "gpu"}.items():
+        with pytest.raises(UserError, match=f"--{name} {value}: must be"):
+            muka_fast.Predictor(student, **{name: value})
+
+
 def test_a_text_whose_logits_are_no_numbers_is_named_by_its_row(tmp_path, student, texts):
     predictor = muka_fast.Predictor(student, device="cpu")
     token = predictor.tokenizer("zebra")["input_ids"][1]

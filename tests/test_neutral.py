@@ -114,18 +114,18 @@ def test_another_encoder_tokenizer_or_length_has_features_of_its_own(tmp_path, e
 
 
 def test_a_broken_encoder_is_named(tmp_path, encoder, pool, make_model, make_tokenizer):
-    with pytest.raises(UserError, match=r"neutral encoder .*nowhere"):
+    with pytest.raises(UserError, match=r"encoder .*nowhere"):
         compute(tmp_path / "s", tmp_path / "nowhere", pool)
     folder = tmp_path / "broken"
     model = make_model("bert").base_model
     model.encoder.layer[0].output.dense.bias.data[0] = float("nan")
     model.save_pretrained(folder)
     make_tokenizer("bert").save_pretrained(folder)
-    with pytest.raises(UserError, match=r"neutral encoder .*broken: NaN or infinite for text \d+"):
+    with pytest.raises(UserError, match=r"encoder .*broken: NaN or infinite for text \d+"):
         compute(tmp_path / "s", folder, pool)
     assert not list((tmp_path / "s").glob("neutral-*/*.safetensors"))
     make_model("bert", vocab_size=9).base_model.save_pretrained(folder)
-    with pytest.raises(UserError, match=r"neutral encoder .*broken: its tokenizer has token .* the model embeds only 9 tokens"):
+    with pytest.raises(UserError, match=r"encoder .*broken: its tokenizer has token .* the model embeds only 9 tokens"):
         compute(tmp_path / "s", folder, pool)
 
 

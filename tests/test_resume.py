@@ -10,7 +10,7 @@ import pytest
 import torch
 from runs import SMOOTH_ADAM, largest_difference, losses, weights
 
-from muka_fast import loop, runinfo, snapshots
+from muka_fast import loop, runinfo, snapshots, train
 from muka_fast.errors import UserError
 from muka_fast.files import held
 
@@ -229,6 +229,31 @@ def test_a_complete_run_of_a_store_is_done_only_for_the_teachers_that_it_merged(
     for names, told in ((["home", "news"], "another order of teachers"), (["news"], "other teachers")):
         with pytest.raises(UserError, match=told):
             go("run", resume=True, **chosen | {"store_teachers": names})
+
+
+@pytest.mark.parametrize("fault", ["gone", "cut", "longer"])
+def test_a_complete_run_without_its_weights_is_not_done(go, fault):
+    weights = go("run", epochs=1).output / "model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink() if fault == "gone" else weights.write_bytes(content[:-9] if fault == "cut" else content + b"x")
+    with pytest.raises(UserError, match=r"--resume: the run in .* is complete, but the student: .*--overwrite"):
+        go("run", epochs=1, resume=True)
+
+
+def test_a_method_that_these_teachers_do_not_fit_leaves_the_old_run_in_its_place(go, tmp_path):
+    output = go("run", epochs=1).output
+    before = sorted(path.name for path in output.iterdir())
+    for teachers in ({}, {"teachers": []}):
+        for given in ({"method": "mean"}, {"label_map": {"news": {"sport": "a"}, "home": {"nothing": "b"}}}):
+            with pytest.raises(UserError, match="mean needs teachers of one label set|has no label 'nothing'"):
+                go("run", epochs=1, overwrite=True, **given, **teachers)
+    assert sorted(path.name for path in output.iterdir()) == before and not list(tmp_path.glob(".run*"))
+
+
+def test_a_resume_without_the_options_names_the_file_that_has_them(go, tmp_path):
+    output = go("run", epochs=1).output
+    with pytest.raises(UserError, match=rf"--texts is missing: .*, or go on with --config {output}/run\.yaml --resume"):
+        train.amalgamate(output=output, resume=True)
 
 
 def test_what_a_kill_left_of_an_unfinished_run_goes_with_the_next_resume(go, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -182,8 +183,25 @@ def test_label_map_and_ds_config_may_be_given_as_they_are(go, tmp_path, product_
 
 
 def test_texts_in_memory_are_told_how_to_come_in():
-    with pytest.raises(UserError, match=r"texts: a file, pattern or hub data set is expected, found list; .*to_json"):
-        train.amalgamate(texts=["a text", "another"])
+    import datasets
+    import pandas
+
+    ways = {"Dataset.from_dict": ["a text"], "its to_json('texts.jsonl') ": datasets.Dataset.from_dict({"text": ["a text"]})}
+    for way, given in (ways | {"orient='records', lines=True": pandas.DataFrame({"text": ["a text"]})}).items():
+        with pytest.raises(UserError, match=rf"texts: a file, .* expected, found {type(given).__name__}; .*{re.escape(way)}"):
+            train.amalgamate(texts=given)
+
+
+def test_options_that_the_method_does_not_look_at_are_told_as_they_were_typed(go, product_log):
+    go("run", method="vkd", margin=False, score_temperature=0.5, epochs=1)
+    assert "--no-margin, --score_temperature: --method vkd does not look at it" in product_log.text
+
+
+def test_an_adapter_is_no_student(go, tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"student .*lora: is a LoRA adapter, which may be a teacher"):
+        go("run", student=str(tmp_path / "lora"))
 
 
 def test_teachers_of_one_class_altogether_are_refused(go, tmp_path):
@@ -219,6 +237,8 @@ def test_a_run_from_a_store_is_repeated_whoever_else_is_scored_into_it(go, world
     assert [teacher["name"] for teacher in json.loads((one.output / "run.json").read_text())["teachers"]] == ["home"]
     with pytest.raises(UserError, match=r"--store_teachers cash: .* holds no teacher of this name \(it has home, news\)"):
         go("none", epochs=1, store=store, teachers=[], store_teachers=["cash"])
+    with pytest.raises(UserError, match="--store_teachers cash"):  # said first: the options are those of teachers that nobody named
+        go("none", epochs=1, store=store, teachers=[], store_teachers=["cash"], mc_samples=64)
 
 
 def test_the_head_is_fresh_seeded_and_independent_of_the_folders_own(world, make_model, texts, tmp_path):
