@@ -245,7 +245,7 @@ def test_a_method_that_these_teachers_do_not_fit_leaves_the_old_run_in_its_place
     before = sorted(path.name for path in output.iterdir())
     for teachers in ({}, {"teachers": []}):
         for given in ({"method": "mean"}, {"label_map": {"news": {"sport": "a"}, "home": {"nothing": "b"}}}):
-            with pytest.raises(UserError, match="mean needs teachers of one label set|has no label 'nothing'"):
+            with pytest.raises(UserError, match=r"mean needs teachers of one label set|has no label 'nothing'"):
                 go("run", epochs=1, overwrite=True, **given, **teachers)
     assert sorted(path.name for path in output.iterdir()) == before and not list(tmp_path.glob(".run*"))
 
