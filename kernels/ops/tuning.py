@@ -59,7 +59,7 @@ CANDIDATES: dict[str, dict[str, Sequence[Entry]]] = {
         "1024": [(1, 4), (1, 2), (1, 1)],
     },
     "mc_head": {  # texts a program, features a step, warps, stages, by class tile
-        "32 bit 16": [(4, 32, 4, 1), (8, 64, 8, 1), (4, 32, 4, 2)],
+        "32 bit 16": [(4, 32, 4, 1), (8, 64, 8, 1)],
         "32 bit 32": [(4, 32, 8, 1)],
         "32 bit 64": [(2, 64, 8, 1)],
         "32 bit 128": [(2, 32, 8, 1)],
