@@ -36,7 +36,7 @@ from muka_fast.store import (
     write_shard,
 )
 from muka_fast.teachers import Teacher
-from muka_fast.trunk import StochasticTeacher, TeacherScores, check_numbers
+from muka_fast.trunk import StochasticTeacher, TeacherScores
 
 if TYPE_CHECKING:
     from muka_fast.config import ScoringOptions
@@ -118,9 +118,7 @@ class Scoring:
             def fill() -> None:
                 rows = np.concatenate(batches)
                 for job, tensors, parts in zip(group, shards, zip(*results, strict=True), strict=True):
-                    scores = gathered(parts)
-                    check_numbers(job.entry["name"], scores, ids[rows])
-                    self._keep(job, tensors, rows, scores)
+                    self._keep(job, tensors, rows, gathered(parts))
 
             return fill
 

@@ -147,7 +147,7 @@ def score_together(
 ) -> list[TeacherScores]:
     """Scores of several teachers of one tokeniser over one batch; layers with the same weights run once.
 
-    Arguments as of `StochasticTeacher.score`; scores on the device, where nothing has looked for NaN, so that nothing waits.
+    Arguments and scores as of `StochasticTeacher.launch`: on the device, where nothing has looked for NaN, so that nothing waits.
     tree: `trunk_tree(teachers)`, which a loop over batches computes once.
     """
     if len(teachers) == 1:

@@ -56,7 +56,7 @@ class Trunk:
 
 
 class StochasticTeacher:
-    """A teacher with its active dropout sites: `score` gives statistics of K passes and deterministic logits.
+    """A teacher with its active dropout sites: `launch` gives statistics of K passes and deterministic logits.
 
     mc_scope: "all", "last:M" (the last M layers and the head) or "head".
     mc_dropout_p: p in (0, 1) at every site of the scope, None = the model's own.
@@ -103,18 +103,12 @@ class StochasticTeacher:
         """Whether samples cannot share a forward: a masked value is shared by all its texts."""
         return any(site.kind == "shared" and site.index in self.p_of_site for site in self.all_sites)
 
-    def score(self, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor | np.ndarray) -> TeacherScores:
+    def launch(self, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor | np.ndarray) -> TeacherScores:
         """Score B texts: input_ids, attention_mask int64 [B, L], padded on the right, on the host; example_ids int64 [B].
 
-        A text's scores depend on nothing but the text, its example id and the teacher (to float rounding).
-        Raises UserError that names teacher and text where a logit is NaN; to look waits for the device.
+        A text's scores depend on nothing but the text, its example id and the teacher (to float rounding). Nothing waits for the
+        device, which may still be at work when this returns: whether the scores are numbers is for the caller to see.
         """
-        scores = self.launch(input_ids, attention_mask, example_ids)
-        check_numbers(self.name, scores, np.asarray(example_ids))
-        return scores
-
-    def launch(self, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor | np.ndarray) -> TeacherScores:
-        """`score` without a look at the result, so that nothing waits for the device: it may still be at work when this returns."""
         return self.finish(self.trunk(self.texts(input_ids, attention_mask, example_ids)))
 
     def texts(self, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor | np.ndarray) -> Texts:
@@ -148,7 +142,7 @@ class StochasticTeacher:
         return Trunk(stop, self.encoder.run(texts.input_ids, texts.attention_mask, **below), texts)
 
     def finish(self, trunk: Trunk) -> TeacherScores:
-        """The stochastic part on top of this teacher's trunk; `check_numbers` looks for NaN."""
+        """The stochastic part on top of this teacher's trunk."""
         with torch.inference_mode():
             scores = self._finish(trunk)
         # Out of inference mode: such tensors could not be used where gradients are recorded.
@@ -366,13 +360,6 @@ class StochasticTeacher:
             if fits and self._agree(module(features), logits):
                 return active[0], module
         return None
-
-
-def check_numbers(name: str, scores: TeacherScores, example_ids: np.ndarray) -> None:
-    """Raises UserError that names the teacher and the first text whose scores hold NaN. Waits for the device."""
-    bad = torch.stack([torch.isnan(value).reshape(len(value), -1).any(1) for value in vars(scores).values()]).any(0).cpu().numpy()
-    if bad.any():
-        raise UserError(f"teacher {name}: NaN logits for text {example_ids[bad][0]}; {NOT_FINITE}")
 
 
 def scores_of_passes(logits: Tensor, samples: Tensor, features: Tensor) -> TeacherScores:

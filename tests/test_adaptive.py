@@ -297,7 +297,7 @@ def test_all_passes_give_the_scores_of_a_teacher_alone(scope, folders, pool):
     assert (num_samples == 12).all()
     for scorer, source, result in zip(scorers, sources, results, strict=True):
         for places, *inputs in source(torch.arange(len(pool))):
-            alone = scorer.score(*inputs, ids[places])
+            alone = scorer.launch(*inputs, ids[places])
             for name, value in vars(alone).items():
                 torch.testing.assert_close(getattr(result, name)[places], value, atol=1e-5, rtol=0)
 

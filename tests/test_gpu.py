@@ -136,7 +136,7 @@ def test_scores_of_a_teacher_are_the_cpus(scope, make_teacher):
         teacher = load_teacher(make_teacher("bert"), run_seed=0, device=device)
         ids = torch.tensor([[2, 7, 9, 11, 3], [2, 8, 3, 0, 0]])
         mask = (ids != 0).long()
-        scores[device] = StochasticTeacher(teacher, mc_scope=scope, mc_samples=8).score(ids, mask, torch.tensor([3, 2**32 - 1]))
+        scores[device] = StochasticTeacher(teacher, mc_scope=scope, mc_samples=8).launch(ids, mask, torch.tensor([3, 2**32 - 1]))
     for name, value in vars(scores["cpu"]).items():
         torch.testing.assert_close(getattr(scores["cuda"], name).cpu(), value, atol=1e-4, rtol=1e-4)
 
@@ -151,7 +151,7 @@ def test_half_precision_errs_on_the_gpu_as_on_the_cpu(family, dtype, scope, make
     scores = {}
     for way, (device, weights) in ways.items():
         teacher = load_teacher(make_teacher(family), run_seed=0, device=device, dtype=weights)
-        scores[way] = vars(StochasticTeacher(teacher, mc_scope=scope, mc_samples=8, mc_dropout_p=0.1).score(*batch))
+        scores[way] = vars(StochasticTeacher(teacher, mc_scope=scope, mc_samples=8, mc_dropout_p=0.1).launch(*batch))
     for name, value in scores["exact"].items():
         error = {way: (scores[way][name].cpu() - value).square().mean().sqrt() for way in ("cpu", "cuda")}
         assert error["cuda"] <= 2 * error["cpu"] + torch.finfo(dtype).eps / 10, name
@@ -253,8 +253,8 @@ def test_memory_of_scoring_is_bounded_in_the_samples(scope, make_teacher):
         scorer = StochasticTeacher(teacher, mc_scope=scope, mc_samples=samples, memory_budget_bytes=1 << 20)
         ids = torch.randint(5, 50, (64, 24))
         arguments = (ids, torch.ones_like(ids), torch.arange(64))
-        scorer.score(*arguments)
+        scorer.launch(*arguments)
         torch.cuda.reset_peak_memory_stats()
-        scorer.score(*arguments)
+        scorer.launch(*arguments)
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[1] < peaks[0] + (1 << 20)

@@ -54,8 +54,8 @@ def test_a_split_teacher_scores_as_a_whole_one(family, make_teacher, texts):
     for scope in scopes:
         expected, found = (StochasticTeacher(teacher, mc_scope=scope, mc_samples=3) for teacher in (whole, split))
         assert found.mc_scope == scope and found.sites == expected.sites and num_site_layers(found.all_sites) == 3
-        for name, value in vars(expected.score(*batch(whole, texts))).items():
-            torch.testing.assert_close(getattr(found.score(*batch(split, texts)), name), value, atol=1e-5, rtol=1e-5)
+        for name, value in vars(expected.launch(*batch(whole, texts))).items():
+            torch.testing.assert_close(getattr(found.launch(*batch(split, texts)), name), value, atol=1e-5, rtol=1e-5)
     assert on_disk(split.model)  # brought for a call only
 
 
@@ -75,7 +75,7 @@ def test_a_split_adapter_is_merged_and_scores_as_a_whole_one(tmp_path, make_teac
     monkeypatch.setattr(placement, "memory_limits", lambda *rest: {"cpu": GIB})  # hooks on all modules, weights in memory
     split = load_teacher(tmp_path / "adapter", run_seed=0)
     assert is_split(split.model)
-    found, expected = (StochasticTeacher(teacher).score(*batch(teacher, texts)) for teacher in (split, whole))
+    found, expected = (StochasticTeacher(teacher).launch(*batch(teacher, texts)) for teacher in (split, whole))
     for name in FIELDS:
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-5, rtol=1e-5)
     monkeypatch.setattr(placement, "memory_limits", lambda *rest: {"cpu": 1000})

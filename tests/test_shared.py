@@ -86,7 +86,7 @@ def test_one_changed_number_ends_the_common_trunk(place, relatives):
 def test_scores_together_are_the_scores_alone(family, relatives, batch, monkeypatch):
     plan = [(4, "last:1"), (4, "head"), (2, "last:1"), (2, "last:2"), (0, "last:1"), (4, "all")]
     teachers, inputs = relatives(family, plan), batch(family)
-    alone = [teacher.score(*inputs) for teacher in teachers]
+    alone = [teacher.launch(*inputs) for teacher in teachers]
     tree = trunk_tree(teachers)
     calls = layer_calls(monkeypatch)
     together = score_together(teachers, *inputs, tree)

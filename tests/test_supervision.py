@@ -472,7 +472,7 @@ def test_nan_is_refused_with_teacher_and_text_and_not_stored(tmp_path, stage, mo
     work = ShardQueue.work
     monkeypatch.setattr(ShardQueue, "work", lambda *given: work(*given[:-1], torch.device(device)))
     stage.poison = ("blue", 13)
-    with pytest.raises(UserError, match="teacher blue: NaN logits for text 13"):
+    with pytest.raises(UserError, match=r"teacher 'blue': its output for text 13 of 'texts.jsonl' .* is NaN"):
         fill(tmp_path)
     assert [entry["name"] for entry in read_manifest(tmp_path)["teachers"].values()] == ["red"]
     stage.poison = None

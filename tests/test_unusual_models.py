@@ -86,11 +86,11 @@ def test_functional_sites_are_listed_with_their_probability(name):
 def test_scores_are_those_of_the_model_and_of_the_text(model, scope):
     ids, mask, names = a_batch()
     teacher = scorer(model, mc_scope=scope, mc_samples=4)
-    together = teacher.score(ids, mask, names)
+    together = teacher.launch(ids, mask, names)
     for row, length in enumerate(mask.sum(1).tolist()):
         plain = model(input_ids=ids[row : row + 1, :length], attention_mask=mask[row : row + 1, :length]).logits[0]
         torch.testing.assert_close(together.logits[row], plain, atol=1e-5, rtol=1e-4)
-        alone = teacher.score(ids[row : row + 1, :length], mask[row : row + 1, :length], names[row : row + 1])
+        alone = teacher.launch(ids[row : row + 1, :length], mask[row : row + 1, :length], names[row : row + 1])
         for name, value in vars(together).items():
             torch.testing.assert_close(getattr(alone, name)[0], value[row], atol=1e-5, rtol=1e-4)
     assert (together.var_probs > 0).all()
@@ -98,7 +98,7 @@ def test_scores_are_those_of_the_model_and_of_the_text(model, scope):
 
 def test_passes_vary_as_much_as_in_training_mode(model):
     ids, mask, names = a_batch()
-    ours = scorer(model, mc_scope="all", mc_samples=400).score(ids, mask, names).var_probs.sum()
+    ours = scorer(model, mc_scope="all", mc_samples=400).launch(ids, mask, names).var_probs.sum()
     model.train()
     passes = torch.stack([model(input_ids=ids, attention_mask=mask).logits.softmax(-1).detach() for _ in range(400)])
     assert 0.7 < float(ours / passes.var(0).sum()) < 1.4
@@ -112,7 +112,7 @@ def test_a_model_that_cannot_be_cut_is_run_whole(options, caplog):
     teacher = scorer(model, mc_samples=4, **options)
     assert teacher.encoder.depth == 0 and ("cannot be split" in caplog.text) == ("mc" not in options)
     torch.testing.assert_close(
-        teacher.score(ids, mask, names).logits, model(input_ids=ids, attention_mask=mask).logits, atol=1e-5, rtol=1e-4
+        teacher.launch(ids, mask, names).logits, model(input_ids=ids, attention_mask=mask).logits, atol=1e-5, rtol=1e-4
     )
 
 
@@ -131,7 +131,7 @@ def test_an_encoder_with_a_decoder_is_read_at_its_end_token(name):
     ids[torch.arange(3), mask.sum(1) - 1] = 2
     teacher = scorer(model, mc_scope="all", mc_samples=400)
     assert (teacher.encoder.depth == 0) == (name == "T5")
-    scores = teacher.score(ids, mask, names)
+    scores = teacher.launch(ids, mask, names)
     torch.testing.assert_close(scores.logits, model(input_ids=ids, attention_mask=mask).logits, atol=1e-5, rtol=1e-4)
     model.train()
     passes = torch.stack([model(input_ids=ids, attention_mask=mask).logits.softmax(-1).detach() for _ in range(400)])

@@ -16,6 +16,7 @@ from muka_fast.memory import send
 from muka_fast.methods import METHODS
 from muka_fast.neutral import mean_states
 from muka_fast.optim import clip_gradients
+from muka_fast.scoring import gathered
 from muka_fast.shared import score_together, trunk_tree
 from muka_fast.split import ModelSplit
 from muka_fast.teachers import Teacher, settle_forward
@@ -64,7 +65,7 @@ def test_scoring_does_not_wait(family, scope, budget, dtype, on_fake_gpu):
         scores = teacher.launch(*batch)
         assert all(value.device.type == "cuda" and len(value) == 4 for value in vars(scores).values())
         with pytest.raises(WouldWait):  # but whoever looks at the scores does
-            teacher.score(*batch)
+            gathered([scores])
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "llama"])  # MPNet's own attention asks for the padding
