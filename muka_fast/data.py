@@ -291,13 +291,12 @@ def _stand_in(tokenizer: "PreTrainedTokenizerBase") -> int:
     return 0
 
 
-def token_budget_batches(lengths: np.ndarray, token_budget: int, max_texts: int | None = None) -> list[np.ndarray]:
+def token_budget_batches(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
     """Cut all texts, longest first, into batches of at most `token_budget` padded tokens and little padding.
 
     Args:
         lengths: [n] tokens per text.
         token_budget: bound of B * L; a single text may exceed it.
-        max_texts: bound of B.
 
     Returns:
         int64 row indices per batch; each row occurs once. The longest texts come first: where memory does not suffice,
@@ -310,7 +309,6 @@ def token_budget_batches(lengths: np.ndarray, token_budget: int, max_texts: int 
     while start < len(order):
         longest = max(1, int(ordered[start]))
         size = max(1, token_budget // longest)
-        size = min(size, max_texts) if max_texts else size
         tokens = np.cumsum(ordered[start : start + size])
         padding = 1 - tokens / (longest * np.arange(1, len(tokens) + 1))
         tight = int(np.searchsorted(padding, MAX_PADDING, side="right"))
@@ -367,10 +365,3 @@ def collate(tokens: Tokens, rows: np.ndarray, pad_id: int, few_shapes: bool = Fa
     input_ids = np.full(mask.shape, pad_id, dtype=np.int64)
     input_ids[mask] = np.concatenate([tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]] for row in rows])
     return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
-
-
-def padding_share(lengths: np.ndarray, batches: Sequence[np.ndarray]) -> float:
-    """Share of padding among the tokens of all batches, in [0, 1)."""
-    lengths = np.asarray(lengths, dtype=np.int64)
-    padded = sum(int(lengths[rows].max()) * len(rows) for rows in batches)
-    return 1 - sum(int(lengths[rows].sum()) for rows in batches) / padded if padded else 0.0

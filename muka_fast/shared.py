@@ -70,16 +70,6 @@ def prefixes(teacher: StochasticTeacher) -> tuple[str, ...]:
     return _prefixes[model]
 
 
-def shared_layers(a: StochasticTeacher, b: StochasticTeacher) -> int:
-    """How many leading layers (embeddings included) two teachers have in common; 0 where not even these are the same."""
-    count = 0
-    for left, right in zip(prefixes(a)[1:], prefixes(b)[1:], strict=False):
-        if left != right:
-            break
-        count += 1
-    return count if prefixes(a)[0] == prefixes(b)[0] else 0
-
-
 @dataclass(frozen=True)
 class TrunkNode:
     """Layers start..stop that run once for `teachers` (indices); then come the children, and the tails of `finished`."""
@@ -89,11 +79,6 @@ class TrunkNode:
     teachers: tuple[int, ...]
     finished: tuple[int, ...]
     children: tuple["TrunkNode", ...] = field(default=())
-
-    @property
-    def layers_run(self) -> int:
-        """Trunk layers that run per batch, this node and everything below it."""
-        return self.stop - self.start + sum(child.layers_run for child in self.children)
 
 
 def trunk_tree(teachers: Sequence[StochasticTeacher]) -> tuple[TrunkNode, ...]:

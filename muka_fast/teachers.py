@@ -97,15 +97,6 @@ def inspect(path: str | Path) -> TeacherFiles:
     return TeacherFiles(folder, labels, checkpoint.folder_fingerprint(folder, what))
 
 
-def read_labels(path: str | Path) -> list[str]:
-    """A teacher's label names in the order of its logits; only its configuration is read."""
-    what = f"teacher {path}"
-    folder = checkpoint.resolve_folder(path)
-    if adapters.is_adapter(folder):
-        return adapters.adapter_labels(folder, what)
-    return checkpoint.check_classifier(checkpoint.read_config(folder, what), what)
-
-
 def check_teachers(paths: Sequence[str | Path], warn: bool = True) -> list[TeacherFiles]:
     """Check the files of all teachers before any work starts; warns (where `warn`) when there is only one.
 

@@ -61,7 +61,6 @@ class StochasticTeacher:
     mc_scope: "all", "last:M" (the last M layers and the head) or "head".
     mc_dropout_p: p in (0, 1) at every site of the scope, None = the model's own.
     mc_samples: K >= 1. mc=False: no sampling, the statistics are those of the deterministic pass (K = 1).
-    memory_budget_bytes: activations of the replicas that run at once; None = a share of the free memory.
     Raises UserError for an unknown scope, a scope without sites, or one whose sites all have p = 0.
     """
 
@@ -73,11 +72,9 @@ class StochasticTeacher:
         mc_dropout_p: float | None = None,
         mc_samples: int = 16,
         mc: bool = True,
-        memory_budget_bytes: int | None = None,
     ):
         self.teacher, self.model, self.name = teacher, teacher.model, teacher.name
         self.mc, self.mc_samples = mc, mc_samples
-        self.memory_budget_bytes = memory_budget_bytes
         with understood(self.model, f"teacher {self.name}"):
             self.all_sites = list_sites(self.model)
             self.encoder = ModelSplit(self.model)
@@ -241,7 +238,7 @@ class StochasticTeacher:
         return rows * (10 * width + 3 * inner + 3 * heads * num_tokens) * self.model.dtype.itemsize
 
     def _budget(self) -> int:
-        return self.memory_budget_bytes or replica_budget_bytes(input_device(self.model))
+        return replica_budget_bytes(input_device(self.model))
 
     # Set-up: run once, at construction.
 

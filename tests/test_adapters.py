@@ -58,7 +58,7 @@ def test_merged_adapter_gives_the_logits_of_peft(family, make_adapter, texts):
 
 def test_without_own_config_the_head_decides_and_the_tokenizer_is_the_bases(make_adapter, texts):
     folder, model, base = make_adapter(config=False, tokenizer=False)
-    assert teachers.read_labels(folder) == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert teachers.inspect(folder).labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
     teacher = teachers.load_teacher(folder, run_seed=0)
     assert teacher.tokenizer_key == teachers.load_teacher(base, run_seed=0).tokenizer_key
     tokens = teacher.tokenizer(texts[:4], padding=True, return_tensors="pt", return_token_type_ids=False)
@@ -77,7 +77,7 @@ def test_a_base_that_asks_for_more_is_answered_as_usual(make_adapter):
 
 def test_same_head_size_keeps_the_names_of_the_base(make_adapter):
     folder, *_ = make_adapter(config=False, labels=("c", "d"))
-    assert teachers.read_labels(folder) == ["a", "b"]
+    assert teachers.inspect(folder).labels == ["a", "b"]
 
 
 def test_base_and_adapter_are_read_once_for_a_fingerprint(make_adapter, monkeypatch):

@@ -12,7 +12,7 @@ from muka_fast import cli, demo, docstrings, material
 from muka_fast.config import DemoConfig, RunConfig
 from muka_fast.errors import UserError
 from muka_fast.labels import build_label_space
-from muka_fast.teachers import read_labels
+from muka_fast.teachers import inspect
 
 # ---- texts ----
 
@@ -115,7 +115,7 @@ def config(tmp_path):
 
 def test_material_is_made_once_and_used_again(config, short_recipe):
     prepared = material.prepare(config.output, config)
-    labels = [read_labels(teacher) for teacher in prepared.teachers]
+    labels = [inspect(teacher).labels for teacher in prepared.teachers]
     space = build_label_space(list(zip(material.TEACHERS, labels, strict=True)))
     assert space.overlaps == ("scipy",)
     assert set(space.names) == set(docstrings.LIBRARIES)

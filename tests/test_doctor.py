@@ -170,6 +170,8 @@ def test_the_tree_of_common_layers_and_what_it_saves(relatives, capsys):
 
 
 def test_what_the_tree_saves_is_what_scoring_together_leaves_out(relatives):
+    from test_shared import layers_run
+
     from muka_fast.shared import trunk_tree
     from muka_fast.teachers import load_teacher
     from muka_fast.trunk import StochasticTeacher
@@ -177,7 +179,7 @@ def test_what_the_tree_saves_is_what_scoring_together_leaves_out(relatives):
     folders = relatives(news=4, bank=3, shop=1)
     facts = [doctor.teacher_facts(folder, folder.name) for folder in folders]
     scorers = [StochasticTeacher(load_teacher(folder, run_seed=0), mc_scope="last:1") for folder in folders]
-    run_layers = sum(node.layers_run for node in trunk_tree(scorers))
+    run_layers = sum(map(layers_run, trunk_tree(scorers)))
     skipped = sum(scorer.layer for scorer in scorers) - run_layers
     assert f"{skipped} of 12 layers" in doctor.trunk_rows(facts)[1].value and skipped == 4
 

@@ -231,7 +231,8 @@ def test_no_scoring_step_waits_for_the_device(family, scope, dtype, make_teacher
     if (family, scope) == ("llama", "head"):
         scope = "last:1"  # decoders have no dropout site in their head
     teacher = load_teacher(make_teacher(family), run_seed=0, device="cuda", dtype=dtype)
-    scorer = StochasticTeacher(teacher, mc_scope=scope, mc_samples=4, mc_dropout_p=0.1, memory_budget_bytes=1 << 16)
+    scorer = StochasticTeacher(teacher, mc_scope=scope, mc_samples=4, mc_dropout_p=0.1)
+    scorer._budget = lambda: 1 << 16
     ids = torch.tensor([[5, 7, 9, 11, 6], [5, 8, 6, 0, 0]])
     batch = ids, (ids != 0).long(), torch.tensor([3, 2**32 - 1])
     scorer.launch(*batch)  # compiles, and copies the class counts once
@@ -250,7 +251,8 @@ def test_memory_of_scoring_is_bounded_in_the_samples(scope, make_teacher):
     peaks = []
     for samples in (8, 64):
         teacher = load_teacher(make_teacher("bert"), run_seed=0, device="cuda")
-        scorer = StochasticTeacher(teacher, mc_scope=scope, mc_samples=samples, memory_budget_bytes=1 << 20)
+        scorer = StochasticTeacher(teacher, mc_scope=scope, mc_samples=samples)
+        scorer._budget = lambda: 1 << 20
         ids = torch.randint(5, 50, (64, 24))
         arguments = (ids, torch.ones_like(ids), torch.arange(64))
         scorer.launch(*arguments)

@@ -47,8 +47,9 @@ def on_fake_gpu(make_model, make_tokenizer):
         model = make_model(family, ("a", "b", "c")).to(dtype)
         tokenizer = make_tokenizer(family)
         teacher = Teacher("news", "news", model, tokenizer, "key", ["a", "b", "c"], "fingerprint", 7, tokenizer.pad_token_id, 64)
-        options = {"mc_scope": scope, "mc_samples": 4, "mc_dropout_p": 0.1, "memory_budget_bytes": budget}
-        return StochasticTeacher(teacher, **options)
+        scorer = StochasticTeacher(teacher, mc_scope=scope, mc_samples=4, mc_dropout_p=0.1)
+        scorer._budget = lambda: budget
+        return scorer
 
     return make
 
