@@ -33,6 +33,7 @@ PLACES = ("name_or_path", "is_local", "local_files_only", "cache_dir")  # settin
 # A batch ends early where its padding would exceed this share, but not below 1/8 of the budget: tiny batches cost more.
 MAX_PADDING = 0.08
 SMALLEST_BATCH = 8
+SORTED_BATCHES = 50  # of an epoch that are cut from one run of shuffled texts, sorted by length
 
 
 @dataclass(frozen=True)
@@ -318,10 +319,10 @@ def token_budget_batches(lengths: np.ndarray, token_budget: int) -> list[np.ndar
     return batches
 
 
-def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, window: int = 50) -> list[np.ndarray]:
+def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Batches of one training epoch: random, yet of texts of similar length. A pure function of its arguments.
 
-    All rows are shuffled, each run of window * batch_size rows is sorted by length and cut, then the batches are
+    All rows are shuffled, each run of SORTED_BATCHES * batch_size rows is sorted by length and cut, then the batches are
     shuffled. Batches hold exactly `batch_size` rows; what remains, a random rest, is the last and smaller one.
 
     Returns:
@@ -333,8 +334,9 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, w
     order = np.argsort(bits.random_raw(len(lengths)), kind="stable")
     num_full = len(order) // batch_size
     batches = []
-    for start in range(0, num_full * batch_size, window * batch_size):
-        rows = order[start : min(start + window * batch_size, num_full * batch_size)]
+    run = SORTED_BATCHES * batch_size
+    for start in range(0, num_full * batch_size, run):
+        rows = order[start : min(start + run, num_full * batch_size)]
         rows = rows[np.argsort(lengths[rows], kind="stable")]
         batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     batches = [batches[i] for i in np.argsort(bits.random_raw(num_full), kind="stable")]

@@ -42,6 +42,7 @@ MAX_PER_FILE = 8  # so that one large module does not stand for a whole library
 MIN_WORDS, MAX_WORDS = 8, 60
 SHINGLE = 4  # words
 MAX_SEEN_SHINGLES = 0.4  # share of a text's shingles known from kept texts beyond which it is a near-duplicate
+TEST_SHARE = 0.2  # of the texts
 
 MASK = "library"
 NAMES = (
@@ -185,7 +186,7 @@ def _known(text: str, seen: set[bytes]) -> bool:
     return False
 
 
-def collect(per_class: int = 450, seed: int = 0, test_share: float = 0.2) -> DocTexts:
+def collect(per_class: int = 450, seed: int = 0) -> DocTexts:
     """Texts of all libraries, at most `per_class` each, and their split.
 
     Raises:
@@ -194,7 +195,7 @@ def collect(per_class: int = 450, seed: int = 0, test_share: float = 0.2) -> Doc
     seen: set[bytes] = set()
     rows = [(text, label) for label in LIBRARIES for text in library_texts(label, per_class, seed, seen)]
     random.Random(seed).shuffle(rows)
-    cut = round(len(rows) * test_share)
+    cut = round(len(rows) * TEST_SHARE)
     return DocTexts(
         texts=[text for text, _ in rows],
         labels=[label for _, label in rows],

@@ -34,6 +34,7 @@ from muka_fast.pooled import classifier_layer, head_input, last_feature
 FILE = "uncertainty_head.safetensors"
 FORMAT = "muka_fast uncertainty head 2"
 CERTAINTY = 4.0  # power of the top probability in the weights of the Gaussians, as for the teachers'
+KEPT = 0.95  # of the texts that are not foreign, in `false_positive_rate`
 STEPS = 50  # of Newton's method, which needs about six
 
 
@@ -165,13 +166,13 @@ def auroc(doubt: np.ndarray, foreign: np.ndarray) -> float | None:
     return float(roc_auc_score(foreign, doubt)) if 0 < foreign.sum() < len(foreign) else None
 
 
-def false_positive_rate(doubt: np.ndarray, foreign: np.ndarray, kept: float = 0.95) -> float | None:
-    """Share of the foreign texts that pass where at least `kept` of the others pass (FPR at 95 %), texts passing up to a doubt.
+def false_positive_rate(doubt: np.ndarray, foreign: np.ndarray) -> float | None:
+    """Share of the foreign texts that pass where at least KEPT of the others pass (FPR at 95 %), texts passing up to a doubt.
 
     None where there is one kind only. doubt [n]; foreign bool [n].
     """
     if not 0 < foreign.sum() < len(foreign):
         return None
     own = np.sort(doubt[~foreign])
-    threshold = own[int(np.ceil(kept * len(own))) - 1]
+    threshold = own[int(np.ceil(KEPT * len(own))) - 1]
     return float((doubt[foreign] <= threshold).mean())

@@ -170,24 +170,23 @@ def metrics(
     return result
 
 
-def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, num_bins: int = ECE_BINS) -> float:
-    """Mean gap between confidence and accuracy over equal-width bins, weighted by their texts (Guo et al., 2017).
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Mean gap between confidence and accuracy over ECE_BINS equal-width bins, weighted by their texts (Guo et al., 2017).
 
-    confidence [n] in [0, 1]: probability of the predicted class; correct bool [n]. Bin j holds (j / bins, (j + 1) / bins],
-    the first one also 0.
+    confidence [n] in [0, 1]: probability of the predicted class; correct bool [n]. Bin j holds (j / ECE_BINS,
+    (j + 1) / ECE_BINS], the first one also 0.
     """
-    bins = _bins(confidence, num_bins)
-    gap = np.bincount(bins, weights=confidence - correct, minlength=num_bins)
+    gap = np.bincount(_bins(confidence), weights=confidence - correct, minlength=ECE_BINS)
     return float(np.abs(gap).sum() / len(confidence))
 
 
-def _bins(confidence: np.ndarray, num_bins: int) -> np.ndarray:
-    return np.clip(np.ceil(confidence * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
+def _bins(confidence: np.ndarray) -> np.ndarray:
+    return np.clip(np.ceil(confidence * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
 
 
-def calibration_bins(confidence: np.ndarray, correct: np.ndarray, num_bins: int = ECE_BINS) -> list[dict[str, float]]:
+def calibration_bins(confidence: np.ndarray, correct: np.ndarray) -> list[dict[str, float]]:
     """The bins of `expected_calibration_error` that hold texts: count, mean confidence, accuracy; lowest first."""
-    bins = _bins(confidence, num_bins)
+    bins = _bins(confidence)
     parts = [bins == index for index in np.unique(bins)]
     return [
         {"count": int(part.sum()), "confidence": float(confidence[part].mean()), "accuracy": float(correct[part].mean())}

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from muka_fast.stored import Supervision
 
 log = logging.getLogger("muka_fast")
+CHUNK = 8192  # texts whose targets are composed at once to be looked at
 MARGIN_FLOOR = 1e-6  # as published: a text whose two best teachers tie still counts a little
 
 
@@ -326,7 +327,7 @@ def build_method(
 # ---- how good the supervision is, where true labels are known ----
 
 
-def target_accuracy(method: Method, labels: Sequence[str], label_space: LabelSpace, chunk: int = 8192) -> float | None:
+def target_accuracy(method: Method, labels: Sequence[str], label_space: LabelSpace) -> float | None:
     """Share of texts whose composed target has its maximum at the true label, among texts whose label some teacher
     owns.
 
@@ -334,7 +335,7 @@ def target_accuracy(method: Method, labels: Sequence[str], label_space: LabelSpa
     """
     truth = label_ids(labels, label_space)
     rows, hits = torch.nonzero(truth >= 0).flatten(), 0
-    for part in rows.split(chunk):
+    for part in rows.split(CHUNK):
         target = method.target_probs(part)
         if target is None:
             return None

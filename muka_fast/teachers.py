@@ -30,6 +30,7 @@ LOADING_ERRORS = (
     OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, AssertionError, ImportError,
     SafetensorError, StrictDataclassError,
 )  # fmt: skip
+SHOWN_NAMES = 3  # of a list in a message
 NO_LIMIT = 10**6  # a tokenizer without a length limit says 1e30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -249,10 +250,10 @@ def check_loading(info: dict, what: str, supplied: frozenset[str] = frozenset())
         log.warning("%s: weights that the model does not use: %s", what, some(sorted(info["unexpected_keys"])))
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
+def some(names: Sequence[str]) -> str:
     """The first names of a list, and how many more there are."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def check_finite(model: torch.nn.Module, what: str) -> None:
