@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -171,12 +171,10 @@ def log_file(folder: Path, rank: int, world_size: int) -> Iterator[None]:
 
 
 class Progress:
-    """Progress over `total` units; made by `progress`. Iterate it, or use it as a context manager and `advance`."""
+    """Progress over `total` units; made by `progress`, a context manager."""
 
-    def __init__(self, work: Iterable[Any] | int, description: str, unit: str):
-        self.work = range(work) if isinstance(work, int) else work
-        self.total = work if isinstance(work, int) else len(work) if hasattr(work, "__len__") else None
-        self.description, self.unit = description, unit
+    def __init__(self, total: int, description: str, unit: str):
+        self.total, self.description, self.unit = total, description, unit
         self.done, self.note = 0, ""
         self._bar, self._task = None, None
 
@@ -205,12 +203,6 @@ class Progress:
         elif self.done > self._last_done and exc_info[0] is None and time.monotonic() - self._start > QUIET_SECONDS:
             self._line()
 
-    def __iter__(self) -> Iterator[Any]:
-        with self:
-            for item in self.work:
-                yield item
-                self.advance()
-
     def advance(self, amount: int = 1, note: str | None = None) -> None:
         """Count `amount` more units as done; `note` (a loss, a file name) is shown beside the bar until the next one."""
         self.done += amount
@@ -218,9 +210,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, advance=amount, rate=self._rate(), note=self.note)
             return
-        # Without a total a line is due only by time.
-        step = (self.total or 0) / 10
-        if self.done - self._last_done >= step and time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
+        if self.done - self._last_done >= self.total / 10 and time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
             self._line()
 
     def _rate(self) -> str:
@@ -229,16 +219,16 @@ class Progress:
 
     def _line(self) -> None:
         self._last_done, self._last_line = self.done, time.monotonic()
-        of_total = f"/{self.total} ({self.done / self.total:.0%})" if self.total else ""
         left = ""
-        if self.total and 0 < self.done < self.total:
+        if 0 < self.done < self.total:
             left = f", {(self.total - self.done) * (self._last_line - self._start) / self.done:.0f} s left"
         note = f", {self.note}" if self.note else ""
-        log.info("%s: %d%s, %s%s%s", self.description, self.done, of_total, self._rate(), left, note)
+        done = f"{self.done}/{self.total} ({self.done / self.total:.0%})"
+        log.info("%s: %s, %s%s%s", self.description, done, self._rate(), left, note)
 
 
-def progress(work: Iterable[Any] | int, description: str, unit: str = "texts") -> Progress:
-    """Show progress: `for batch in progress(batches, "training", "steps")`, or with a total
+def progress(total: int, description: str, unit: str = "texts") -> Progress:
+    """Show progress over `total` units:
 
         with progress(len(texts), "scoring bert") as bar:
             bar.advance(len(batch))
@@ -246,4 +236,4 @@ def progress(work: Iterable[Any] | int, description: str, unit: str = "texts") -
     A bar with rate and time left on a terminal, otherwise a log line about every tenth of the way (at most one in
     5 seconds) and one at the end of work of more than 2; nothing on processes with rank != 0.
     """
-    return Progress(work, description, unit)
+    return Progress(total, description, unit)

@@ -5,6 +5,7 @@ n texts · C classes of the model.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,12 +88,15 @@ def predict(
     logits: Tensor | None = None
     model.eval()
     try:
-        with torch.inference_mode(), first_token_only(model):
-            for rows in progress(batches, description, "batches") if description else batches:
+        shown = progress(len(batches), description, "batches") if description else nullcontext()
+        with torch.inference_mode(), first_token_only(model), shown as bar:
+            for rows in batches:
                 inputs = {name: value.to(device) for name, value in collate(tokens, rows, pad_id or 0).items()}
                 found = (model(**inputs).logits if forward is None else forward(inputs)).float().cpu()
                 logits = torch.empty(len(tokens), found.shape[1]) if logits is None else logits
                 logits[torch.from_numpy(rows)] = found
+                if bar is not None:
+                    bar.advance()
     finally:
         model.train(was_training)
     if logits is None:
