@@ -176,17 +176,9 @@ def example(
 
 def truncate_metrics(path: Path, completed_steps: int) -> None:
     """Drop the lines after the checkpoint that a resumed run continues from, and a line that a kill cut off."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and record.get("step", 0) <= completed_steps:
-            kept.append(line + "\n")
-    write_text(path, "".join(kept))
+    if path.exists():
+        kept = [record for record in read_metrics(path) if record.get("step", 0) <= completed_steps]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def read_metrics(path: Path) -> Sequence[dict[str, Any]]:
