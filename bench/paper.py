@@ -40,11 +40,10 @@ from settings import (
 )
 
 import muka_fast
-from muka_fast.config import RunConfig, ScoreConfig, TeachConfig, load_config
+from muka_fast.config import LABELLED_METHODS, RunConfig, ScoreConfig, TeachConfig, load_config
 from muka_fast.console import log, setup_logging
 from muka_fast.data import TextSet, read_texts
 from muka_fast.errors import UserError
-from muka_fast.export import LABELLED_METHODS
 from muka_fast.files import write_json
 from muka_fast.labels import LabelSpace, build_label_space
 from muka_fast.methods import Method, build_method, selection_accuracy, target_accuracy

@@ -19,6 +19,7 @@ from muka_fast.mappings import read_mapping
 
 METHODS = ("muka-soft", "muka-hard", "muka-evidence", "muka-auto", "vkd", "uhc", "dfa", "cfl", "mean", "supervised", "oracle")
 RULED_METHODS = ("muka-evidence", "muka-auto")  # whose teachers are chosen over the whole pool
+LABELLED_METHODS = ("supervised", "oracle")  # which read the labels of the texts
 UNCERTAINTIES = ("predictive_entropy", "mutual_information", "expected_entropy", "variance")
 PRECISIONS = ("fp32", "bf16", "fp16")
 FILES = "Models and files"

@@ -25,6 +25,7 @@ import transformers
 import yaml
 
 from muka_fast import __version__, checkpoint
+from muka_fast.config import LABELLED_METHODS
 from muka_fast.console import quiet_transformers
 from muka_fast.errors import UserError, first_line
 from muka_fast.outputs import PARTIAL, READY
@@ -53,7 +54,6 @@ METHOD_TEXTS = {
     "supervised": "Training on the true labels; the teachers only name the classes.",
     "oracle": "Distillation of the teacher that knows the true label of each text.",
 }
-LABELLED_METHODS = ("supervised", "oracle")
 TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # which would show what follows in another order
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -11,7 +11,6 @@ from muka_fast import adapters, checkpoint
 from muka_fast.config import RunConfig
 from muka_fast.data import TextSet, read_texts
 from muka_fast.errors import UserError
-from muka_fast.export import LABELLED_METHODS
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
 from muka_fast.methods import METHODS, neutral_encoder, unused_options
 from muka_fast.stored import chosen_teachers
@@ -102,7 +101,7 @@ def check_labels(
     if space.num_classes == 1:
         raise UserError(f"all labels of the teachers are one class, {space.names[0]!r}: there is nothing to learn; see --label_map")
     for option, found in (("eval", read_eval(config) if config.eval is not None else None), ("texts", texts)):
-        if found is None or found.labels is None or (option == "texts" and config.method not in LABELLED_METHODS):
+        if found is None or found.labels is None or (option == "texts" and not METHODS[config.method].needs_labels):
             continue
         if not set(rename_labels(found.labels, label_map, teachers)) & set(space.names):
             raise UserError(

@@ -35,7 +35,6 @@ from muka_fast.ds_config import ds_config_name, prepare_ds_config, settle_recipe
 from muka_fast.engine import Engine, check_ds_config, init_distributed, resolve_device
 from muka_fast.evaluate import evaluate
 from muka_fast.evidence import SAMPLE, sample_rows
-from muka_fast.export import LABELLED_METHODS
 from muka_fast.features import Features
 from muka_fast.files import held, write_json, write_text
 from muka_fast.fit_doubt import doubt_targets, fit_head
@@ -242,7 +241,7 @@ def open_output(config: RunConfig, texts: TextSet, holds: ExitStack) -> Path:
 def read_data(config: RunConfig) -> TextSet:
     """The texts of the run, with labels where the method needs them."""
     columns = {"text_column": config.text_column, "label_column": config.label_column}
-    need_labels = config.method in LABELLED_METHODS
+    need_labels = METHODS[config.method].needs_labels
     return read_texts(config.texts, **columns, need_labels=need_labels, limit=config.limit)
 
 
@@ -301,7 +300,7 @@ def begin_record(
         | {"own_labels": teacher["labels"]}
         for teacher, names in zip(sup.teachers, space.teacher_labels, strict=True)
     ]
-    needed = labels if config.method in LABELLED_METHODS else None
+    needed = labels if METHODS[config.method].needs_labels else None
     return {
         "state": "training",
         "config": config.resolved(),

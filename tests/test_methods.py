@@ -15,7 +15,6 @@ from muka_fast import runinfo
 from muka_fast.aligned import StudentOutput
 from muka_fast.data import TextSet
 from muka_fast.errors import UserError
-from muka_fast.export import LABELLED_METHODS
 from muka_fast.features import Features
 from muka_fast.labels import build_label_space
 from muka_fast.methods import (
@@ -115,8 +114,9 @@ def test_a_teacher_of_one_class_is_told(caplog):
     assert "one class" not in caplog.text
 
 
-def test_the_methods_that_need_labels_are_those_of_the_card():
-    assert {name for name in METHODS if METHODS[name].needs_labels} == set(LABELLED_METHODS)
+def test_the_configuration_names_the_methods_that_need_labels_and_those_with_a_rule():
+    assert {name for name in METHODS if METHODS[name].needs_labels} == set(configuration.LABELLED_METHODS)
+    assert {name for name in METHODS if METHODS[name].rule is not None} == set(configuration.RULED_METHODS)
 
 
 def test_predictive_entropy_scores_are_those_of_the_op():
