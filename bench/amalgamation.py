@@ -41,7 +41,8 @@ from muka_fast.evaluate import metrics, predict
 from muka_fast.labels import LabelSpace, build_label_space
 from muka_fast.memory import token_budget
 from muka_fast.plan import scoring_forwards
-from muka_fast.supervision import Supervision, fill_store
+from muka_fast.stored import Supervision
+from muka_fast.supervision import fill_store
 from muka_fast.teachers import DTYPES, Teacher, load_teacher
 from muka_fast.trunk import ROUNDING
 

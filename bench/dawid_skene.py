@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from muka_fast.labels import LabelSpace
-from muka_fast.supervision import Supervision
+from muka_fast.stored import Supervision
 
 INSTALLED = importlib.util.find_spec("crowdkit") is not None
 

@@ -33,7 +33,7 @@ from muka_fast.evidence import CERTAINTY, SAMPLE, energies, own_scores, sample_r
 from muka_fast.labels import LabelSpace
 from muka_fast.methods import build_method
 from muka_fast.selection import label_ids, owners
-from muka_fast.supervision import Supervision
+from muka_fast.stored import Supervision
 from muka_fast.train import pool_features, pool_weights
 
 LEARNED = "owners learned"

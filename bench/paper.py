@@ -48,7 +48,8 @@ from muka_fast.files import write_json
 from muka_fast.labels import LabelSpace, build_label_space
 from muka_fast.methods import Method, build_method, selection_accuracy, target_accuracy
 from muka_fast.selection import label_ids, owners
-from muka_fast.supervision import Supervision, open_store, option_values, score
+from muka_fast.stored import Supervision, open_store
+from muka_fast.supervision import option_values, score
 from muka_fast.teach import teach
 from muka_fast.train import pool_features, pool_weights
 

@@ -20,7 +20,8 @@ from muka_fast.evaluate import load_model
 from muka_fast.labels import LabelSpace, build_label_space
 from muka_fast.material import MAX_LENGTH, STUDENT_OPTIONS, TEACHERS, Prepared, is_ours, one_thread, prepare
 from muka_fast.methods import build_method, selection_accuracy, target_accuracy, vote_accuracy
-from muka_fast.supervision import Supervision, fill_store
+from muka_fast.stored import Supervision
+from muka_fast.supervision import fill_store
 from muka_fast.teach import measure
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from muka_fast.doubt import UncertaintyHead, with_features
 from muka_fast.evaluate import load_model, predict
 from muka_fast.evidence import SAMPLE, sample_rows
 from muka_fast.memory import device_of
-from muka_fast.supervision import Supervision
+from muka_fast.stored import Supervision
 from muka_fast.targets import Method
 from muka_fast.teachers import token_limit
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from muka_fast.config import RunConfig
     from muka_fast.data import TextSet
     from muka_fast.labels import LabelSpace
-    from muka_fast.supervision import Supervision
+    from muka_fast.stored import Supervision
 
 log = logging.getLogger("muka_fast")
 # Options that decide the student's numbers; all others (layout, logging, paths) may change between a kill and --resume.

@@ -36,7 +36,7 @@ from muka_fast.store import (
     read_manifest,
     teacher_key,
 )
-from muka_fast.stored import Supervision, load_supervision, open_store
+from muka_fast.stored import Supervision, load_supervision
 from muka_fast.teachers import (
     DTYPES,
     LOADING_ERRORS,
@@ -50,8 +50,6 @@ from muka_fast.trunk import StochasticTeacher
 
 if TYPE_CHECKING:
     from muka_fast.config import ScoreConfig, ScoringOptions
-
-__all__ = ["Supervision", "check_sites", "fill_store", "load_supervision", "main", "open_store", "option_values", "score"]
 
 log = logging.getLogger("muka_fast")
 FAMILY_BYTES = 1 << 20  # of the largest tensor; whether layers are equal is found out from all of them

@@ -55,8 +55,9 @@ from muka_fast.preflight import (
 from muka_fast.recipe import default_epochs, default_learning_rate
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.store import take_over
+from muka_fast.stored import Supervision, open_store
 from muka_fast.student import checkpoint_activations, load_student
-from muka_fast.supervision import Supervision, fill_store, open_store, option_values
+from muka_fast.supervision import fill_store, option_values
 from muka_fast.teachers import token_limit
 from muka_fast.words import with_words
 

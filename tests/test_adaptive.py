@@ -20,8 +20,8 @@ from muka_fast.errors import UserError
 from muka_fast.ops.reference import mc_statistics_ref
 from muka_fast.selection import UNCERTAINTY
 from muka_fast.store import read_manifest
-from muka_fast.stored import COLUMNS, PER_TEACHER, Supervision
-from muka_fast.supervision import fill_store, open_store, option_values
+from muka_fast.stored import COLUMNS, PER_TEACHER, Supervision, open_store
+from muka_fast.supervision import fill_store, option_values
 
 K = 16
 LEVEL = 0.3  # random teachers disagree little: at a strict level no text of the tests would stop early

@@ -26,7 +26,7 @@ from muka_fast.methods import (
 )
 from muka_fast.ops.mc_statistics import mc_statistics
 from muka_fast.selection import UNCERTAINTY, owners, teacher_scores
-from muka_fast.supervision import Supervision
+from muka_fast.stored import Supervision
 from muka_fast.targets import block_softmax, text_weights
 
 # `mean` is for teachers of one label set.

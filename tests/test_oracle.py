@@ -27,7 +27,7 @@ from muka_fast.labels import build_label_space
 from muka_fast.methods import build_method, vote_accuracy
 from muka_fast.ops.mc_statistics import mc_statistics
 from muka_fast.selection import teacher_scores
-from muka_fast.supervision import Supervision
+from muka_fast.stored import Supervision
 
 CLEAR = 1e-5  # a margin above this decides the same way in float32 and float64
 MEASURES = ("predictive_entropy", "mutual_information", "expected_entropy", "variance")

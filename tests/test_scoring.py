@@ -14,8 +14,8 @@ from muka_fast.labels import build_label_space
 from muka_fast.methods import METHODS as METHODS_TABLE
 from muka_fast.methods import build_method
 from muka_fast.store import read_manifest
-from muka_fast.stored import COLUMNS, PER_TEACHER
-from muka_fast.supervision import fill_store, open_store, option_values, score
+from muka_fast.stored import COLUMNS, PER_TEACHER, open_store
+from muka_fast.supervision import fill_store, option_values, score
 
 
 def test_real_teachers_are_scored_once_and_every_method_follows_without_them(tmp_path, make_teacher, texts, caplog):

@@ -15,7 +15,7 @@ from test_supervision import text_set
 from muka_fast import store as store_module
 from muka_fast.errors import UserError
 from muka_fast.store import MATRICES, VECTORS, merge_manifest, read_manifest, read_shard, shard_ranges, teacher_key
-from muka_fast.supervision import open_store
+from muka_fast.stored import open_store
 
 
 def test_the_teacher_key_depends_on_what_decides_the_numbers_and_on_nothing_else():

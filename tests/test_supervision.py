@@ -24,7 +24,8 @@ from muka_fast.data import TextSet, Tokens
 from muka_fast.errors import UserError
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.store import MATRICES, VECTORS, read_manifest, read_shard, shard_ranges, teacher_key
-from muka_fast.supervision import fill_store, open_store
+from muka_fast.stored import open_store
+from muka_fast.supervision import fill_store
 
 LABELS = {"red": ["a", "b"], "blue": ["b", "c", "d"]}
 FORK = multiprocessing.get_context("fork")
