@@ -242,8 +242,7 @@ def open_output(config: RunConfig, texts: TextSet, holds: ExitStack) -> Path:
 def read_data(config: RunConfig) -> TextSet:
     """The texts of the run, with labels where the method needs them."""
     columns = {"text_column": config.text_column, "label_column": config.label_column}
-    need_labels = METHODS[config.method].needs_labels
-    return read_texts(config.texts, **columns, need_labels=need_labels, limit=config.limit)
+    return read_texts(config.texts, **columns, need_labels=METHODS[config.method].needs_labels, limit=config.limit)
 
 
 def supervise(config: RunConfig, texts: TextSet, output: Path) -> tuple[Supervision, Features | None]:
@@ -301,7 +300,6 @@ def begin_record(
         | {"own_labels": teacher["labels"]}
         for teacher, names in zip(sup.teachers, space.teacher_labels, strict=True)
     ]
-    needed = labels if METHODS[config.method].needs_labels else None
     return {
         "state": "training",
         "config": config.resolved(),
@@ -309,7 +307,7 @@ def begin_record(
         "overlaps": list(space.overlaps),
         "teachers": teachers,
         "data": {"source": texts.source, "texts": len(texts), "blank": texts.num_blank, "fingerprint": texts.fingerprint},
-        "identity": identity.identity(config, texts, sup, space, tokenizer, ds_config, needed),
+        "identity": identity.identity(config, texts, sup, space, tokenizer, ds_config, labels if METHODS[config.method].needs_labels else None),
         "layout": {
             "processes": init_distributed()[1],
             "micro_batch": ds_config["train_micro_batch_size_per_gpu"],
