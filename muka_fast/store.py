@@ -70,7 +70,7 @@ FEATURES = "features"
 # teachers, and 0.1 and 0.3 % in the others. Values beyond its range are cut to it.
 FEATURE_TYPE = np.float16
 # What tells two option sets of one teacher apart; order as shown in messages.
-LEFT_S = 3600.0  # an aside-file of this age, whose process is not found, is left over
+LEFT_S = 3600.0  # an aside-file of this age is left over
 OPTION_KEYS = ("max_length", "mc", "mc_samples", "mc_scope", "mc_dropout_p", "mc_stop", "scoring_precision", "run_seed")
 ADDED_KEYS = {"mc_stop": None, "scoring_precision": "fp32"}  # those that entries of earlier versions lack, and what these mean
 
@@ -111,7 +111,7 @@ def company_of(entries: Sequence[dict[str, Any]], texts_fingerprint: str) -> lis
 def write_atomically(path: Path, content: bytes) -> None:
     """Write aside, flush to the disk, then rename. Raises UserError when the disk is full or not writable; leaves
     nothing behind."""
-    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{_process_space()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
@@ -131,16 +131,25 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the aside-files of processes of this machine that no longer run, as far as it can be told.
+    """Delete the aside-files of processes of this machine that no longer run.
 
-    Containers may share a host's name and not its processes: a file is left alone for an hour, longer than one is being written.
+    Of another container under the same name, whose processes are not seen here, those that are older than any writing takes.
     """
+    if not Path("/proc/self").exists():
+        return
     for path in folder.glob(f".*.{socket.gethostname()}.*.tmp"):
-        pid = path.name.split(".")[-3]
-        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc/self").exists():
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > LEFT_S:
-                    path.unlink()
+        space, pid = path.name.split(".")[-4:-2]
+        with contextlib.suppress(FileNotFoundError):
+            ended = not Path("/proc", pid).exists() if space == _process_space() else time.time() - path.stat().st_mtime > LEFT_S
+            if pid.isdigit() and ended:
+                path.unlink()
+
+
+def _process_space() -> str:
+    """What a process id means something in: the number of the kernel's name space, 0 where it has none."""
+    with contextlib.suppress(OSError):
+        return str(os.stat("/proc/self/ns/pid").st_ino)
+    return "0"
 
 
 def _digest(tensors: dict[str, np.ndarray]) -> str:

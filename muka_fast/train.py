@@ -207,7 +207,8 @@ def merge(
             record["metrics"] |= {"student": on_first_process(lambda: evaluate_student(config, output))}
             on_first_process(write)
     record |= {"state": "complete", "seconds": clock.seconds}
-    on_first_process(lambda: end_run(output, record))
+    on_first_process(lambda: write_json(output / "run.json", record))
+    on_first_process(lambda: snapshots.discard_unfinished(output))
     return RunResult(output, record["metrics"])
 
 
@@ -300,6 +301,7 @@ def begin_record(
         | {"own_labels": teacher["labels"]}
         for teacher, names in zip(sup.teachers, space.teacher_labels, strict=True)
     ]
+    needed = labels if METHODS[config.method].needs_labels else None
     return {
         "state": "training",
         "config": config.resolved(),
@@ -307,7 +309,7 @@ def begin_record(
         "overlaps": list(space.overlaps),
         "teachers": teachers,
         "data": {"source": texts.source, "texts": len(texts), "blank": texts.num_blank, "fingerprint": texts.fingerprint},
-        "identity": identity.identity(config, texts, sup, space, tokenizer, ds_config, labels if METHODS[config.method].needs_labels else None),
+        "identity": identity.identity(config, texts, sup, space, tokenizer, ds_config, needed),
         "layout": {
             "processes": init_distributed()[1],
             "micro_batch": ds_config["train_micro_batch_size_per_gpu"],
@@ -330,12 +332,6 @@ def begin_run(output: Path, config: RunConfig, record: dict[str, Any]) -> None:
 
 
 # ---- after training ----
-
-
-def end_run(output: Path, record: dict[str, Any]) -> None:
-    """Write the last run.json, after which nothing of an unfinished run is needed."""
-    write_json(output / "run.json", record)
-    snapshots.discard_unfinished(output)
 
 
 def card(config: RunConfig, record: dict[str, Any]) -> export.Card:
