@@ -21,14 +21,7 @@ from muka_fast.errors import UserError
 from muka_fast.first_token import first_token_only
 from muka_fast.labels import read_label_map, rename_labels
 from muka_fast.memory import device_of
-from muka_fast.teachers import (
-    check_finite,
-    check_vocabulary,
-    load_classifier,
-    load_tokenizer,
-    settle_tokenizer,
-    token_limit,
-)
+from muka_fast.teachers import open_classifier, token_limit
 
 if TYPE_CHECKING:
     import transformers
@@ -48,20 +41,7 @@ def load_model(
 
     Raises UserError for every fault that a teacher would be refused for.
     """
-    what = f"--model {source}"
-    folder = checkpoint.resolve_folder(source, "--model")
-    if adapters.is_adapter(folder):
-        labels = adapters.adapter_labels(folder, what)
-        model = adapters.load_merged(folder, labels, torch.float32, what)
-        tokenizer = load_tokenizer(adapters.tokenizer_folder(folder, what), what)
-    else:
-        labels = checkpoint.check_classifier(checkpoint.read_config(folder, what), what)
-        model = load_classifier(folder, torch.float32, what)
-        tokenizer = load_tokenizer(folder, what)
-    check_finite(model, what)
-    settle_tokenizer(model, tokenizer, what)
-    check_vocabulary(model, tokenizer, what)
-    return model.eval().to(device), tokenizer, labels
+    return open_classifier(checkpoint.resolve_folder(source, "--model"), f"--model {source}", device)
 
 
 def predict(

@@ -168,22 +168,10 @@ def load_teacher(
     limits = placement.memory_limits(needed, device, most_gib)
     if limits is not None:
         placement.require_accelerate(needed, device, what)
-    if adapters.is_adapter(files.folder):
-        model = adapters.load_merged(files.folder, files.labels, dtype, what)
-        model = model if limits is None else placement.dispatch(model, limits, what)
-        tokenizer_folder = adapters.tokenizer_folder(files.folder, what)
-    else:
-        model = load_classifier(files.folder, dtype, what, "sequential" if limits else None, limits)
-        tokenizer_folder = files.folder
-    model = model.eval().requires_grad_(False)
+    model, tokenizer, labels = open_classifier(files.folder, what, device, dtype, limits)
+    model.requires_grad_(False)
     if placement.is_split(model):
         check_split(model, needed, what)
-    else:
-        model = model.to(device)
-    check_finite(model, what)
-    tokenizer = load_tokenizer(tokenizer_folder, what)
-    settle_tokenizer(model, tokenizer, what)
-    check_vocabulary(model, tokenizer, what)
     max_length = token_limit(model, tokenizer)
     return Teacher(
         name=name or teacher_names([path])[0],
@@ -191,12 +179,39 @@ def load_teacher(
         model=model,
         tokenizer=tokenizer,
         tokenizer_key=tokenizer_key(tokenizer, max_length),
-        labels=files.labels,
+        labels=labels,
         fingerprint=files.fingerprint,
         seed=teacher_seed(run_seed, files.fingerprint),
         pad_id=tokenizer.pad_token_id,
         max_length=max_length,
     )
+
+
+def open_classifier(
+    folder: Path, what: str, device: str | torch.device, dtype: torch.dtype = torch.float32, limits: dict[int | str, int] | None = None
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase, list[str]]:
+    """Of a folder or LoRA adapter: model in eval mode, tokenizer fitted to it, label names in logit order.
+
+    limits: bytes that each place may hold of a model that is split over several, in place of `device`. Raises UserError for every
+    fault, naming `what`.
+    """
+    if adapters.is_adapter(folder):
+        labels = adapters.adapter_labels(folder, what)
+        model = adapters.load_merged(folder, labels, dtype, what)
+        model = model if limits is None else placement.dispatch(model, limits, what)
+        tokenizer_folder = adapters.tokenizer_folder(folder, what)
+    else:
+        labels = checkpoint.check_classifier(checkpoint.read_config(folder, what), what)
+        model = load_classifier(folder, dtype, what, "sequential" if limits else None, limits)
+        tokenizer_folder = folder
+    model = model.eval()
+    if not placement.is_split(model):
+        model = model.to(device)
+    check_finite(model, what)
+    tokenizer = load_tokenizer(tokenizer_folder, what)
+    settle_tokenizer(model, tokenizer, what)
+    check_vocabulary(model, tokenizer, what)
+    return model, tokenizer, labels
 
 
 def load_classifier(
