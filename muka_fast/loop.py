@@ -98,10 +98,10 @@ def train(
                 # A step's loss is looked at while the next one runs, so that the device never waits for the host; before anything is
                 # written, all that are left.
                 while len(running) > (0 if save or stop or metrics.due else 1):
-                    done = running.pop(0)
-                    loss, asked = done.settle(texts, config)
+                    oldest = running.pop(0)
+                    loss, asked = oldest.settle(texts, config)
                     stop = stop or asked
-                    metrics.step(done.number, loss, len(done.rows))
+                    metrics.step(oldest.number, loss, len(oldest.rows))
                     if engine.rank == 0:
                         bar.advance(note=f"loss {loss:.4f}")
                 if save or stop:
