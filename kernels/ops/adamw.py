@@ -134,7 +134,7 @@ if triton is not None:
         tl.store(p_squares + tl.program_id(0), tl.sum(b_sum, 0))
 
     @triton.jit
-    def move(
+    def update(
         p_grad, p_weight, p_exp_avg, p_exp_avg_sq, p_cast, start, end, scale, decay, lr, rate, root, rest1, beta2, rest2, eps,
         CASTS: tl.constexpr, COUPLED: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
@@ -182,12 +182,12 @@ if triton is not None:
         decay, lr, rate, root = tl.load(p_decays + i), tl.load(p_rates), tl.load(p_rates + 1), tl.load(p_rates + 2)
         for start in range(first, end, BLOCK):
             if start + BLOCK <= end:
-                move(
+                update(
                     p_grad, p_weight, p_exp_avg, p_exp_avg_sq, p_cast, start, end, scale, decay, lr, rate, root, rest1, beta2, rest2,
                     eps, CASTS, COUPLED, True, BLOCK,
                 )  # fmt: skip
             else:
-                move(
+                update(
                     p_grad, p_weight, p_exp_avg, p_exp_avg_sq, p_cast, start, end, scale, decay, lr, rate, root, rest1, beta2, rest2,
                     eps, CASTS, COUPLED, False, BLOCK,
                 )  # fmt: skip
