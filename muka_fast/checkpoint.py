@@ -96,7 +96,7 @@ def read_config(folder: Path, what: str) -> dict:
 
 
 def config_labels(config: dict, what: str) -> list[str]:
-    """The label names in the order of the logits, without outer blanks; LABEL_n where the configuration names none.
+    """The label names in the order of the logits; LABEL_n where the configuration names none.
 
     Raises UserError where id2label has gaps, contradicts num_labels or holds a blank name.
     """
@@ -118,8 +118,8 @@ def config_labels(config: dict, what: str) -> list[str]:
         )
     if config.get("num_labels", len(named)) != len(named):
         raise UserError(f"{what}: config.json says num_labels {config['num_labels']} but names {len(named)} labels")
-    names = [str(named[index]).strip() for index in range(len(named))]
-    blank = [index for index, name in enumerate(names) if not name]
+    names = [str(named[index]) for index in range(len(named))]
+    blank = [index for index, name in enumerate(names) if not name.strip()]
     if blank:
         raise UserError(f"{what}: label {blank[0]} has a blank name in id2label of config.json; give it a name")
     return names

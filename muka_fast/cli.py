@@ -205,10 +205,9 @@ def _run(name: str, argv: Sequence[str]) -> int:
     command = COMMANDS[name]
     with first_of_node_tells():
         options = parse(command, argv, f"muka-fast {name}")
-    rank = int(os.environ.get("RANK", "0"))
-    if rank and not command.shared:  # under a launcher process 0 does it alone
-        return 0
-    setup_logging(options.verbose, rank)
+        if not command.shared and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError(f"muka-fast {name} runs in one process: start it without torchrun or deepspeed")
+    setup_logging(options.verbose, int(os.environ.get("RANK", "0")))
     return importlib.import_module(f"muka_fast.{command.module}").main(options)
 
 

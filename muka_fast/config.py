@@ -494,7 +494,8 @@ def _explain(
     """The first of pydantic's findings as one line; the number of the others is told."""
     findings = error.errors(include_url=False)
     first = findings[0]
-    more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+    others = len({finding["loc"][:1] for finding in findings}) - 1  # one option may have several: a file's and a mapping's
+    more = f" (and {others} more)" if others else ""
     if not first["loc"]:
         return first["msg"].removeprefix("Value error, ") + more
     key = str(first["loc"][0])

@@ -71,9 +71,9 @@ def check_source(option: str, given: Any) -> None:
     """Raises UserError, which names the way out, for texts in memory where `read_texts` takes their source."""
     if not isinstance(given, (str, os.PathLike, type(None))):
         way_out = "datasets.Dataset.from_dict({'text': texts}).to_json('texts.jsonl')"
-        if hasattr(given, "column_names"):
+        if hasattr(given, "column_names") and hasattr(given, "to_json"):
             way_out = "its to_json('texts.jsonl')"
-        elif hasattr(given, "columns"):
+        elif hasattr(given, "columns") and hasattr(given, "to_json"):
             way_out = "its to_json('texts.jsonl', orient='records', lines=True)"
         raise UserError(
             f"{option}: a file, pattern or hub data set is expected, found {type(given).__name__}; {way_out} makes a file of it"
@@ -135,12 +135,10 @@ def read_texts(
 
 
 def _label_name(row: Row, place: str, column: str, needed: bool) -> str | None:
-    """A label as text without outer blanks; None where there is none and none is needed."""
+    """A label as text; None where there is none and none is needed."""
     label = row.label
     if isinstance(label, float) and label.is_integer():
         label = int(label)
-    if isinstance(label, str):
-        label = label.strip()
     missing = label is None or label == "" or (isinstance(label, float) and label != label)
     if missing:
         if needed:

@@ -348,6 +348,7 @@ class Engine:
         """Restore what `save_checkpoint` wrote, whatever stage and number of processes it came from. Collective."""
         from safetensors import safe_open
 
+        assert self.recorded is None or self.recorded.adamw is None, "before the first step: it keeps where the moments lie"
         with contextlib.ExitStack() as stack:
             handles = [stack.enter_context(safe_open(path, "pt")) for path in sorted(folder.glob("state-*.safetensors"))]
             where = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 (not a dictionary)

@@ -94,11 +94,12 @@ def predict(
 
 def join_columns(logits: Tensor, names: Sequence[str]) -> Tensor:
     """Logits of the distinct names, in first-seen order: columns of one name are one class, by the sum of their probabilities."""
-    distinct = list(dict.fromkeys(names))
-    if len(distinct) == len(names):
+    columns: dict[str, list[int]] = {}
+    for column, name in enumerate(names):
+        columns.setdefault(name, []).append(column)
+    if len(columns) == len(names):
         return logits
-    same = torch.tensor([[name == other for name in names] for other in distinct], device=logits.device)
-    return torch.where(same, logits[:, None], -torch.inf).logsumexp(-1)
+    return torch.stack([logits[:, same].logsumexp(-1) for same in columns.values()], -1)
 
 
 # ---- figures ----

@@ -164,23 +164,20 @@ def as_then(config: "RunConfig", earlier: dict[str, Any]) -> "RunConfig":
     return config.model_copy(update={name: before.get(name) for name in ("epochs", "learning_rate") if getattr(config, name) is None})
 
 
-def untouched(config: "RunConfig", earlier: dict[str, Any]) -> bool:
-    """Whether the input of the run in --output, whose run.json `earlier` is, has the same names as then, and no local file of it was
-    written, moved or linked anew after that run began. Nothing slow is read; False where that cannot tell.
-
-    A filled store may have got other teachers since.
-    """
-    now, before = config.resolved(), earlier.get("config") or {}
-    if not config.teachers or any(now[name] != before.get(name) for name in INPUT_OPTIONS):
-        return False
-    record = Path(config.output) / "run.yaml"
-    began = record.stat().st_mtime_ns if record.exists() else 0
-    files = [Path(name) for name in (*find_files(config.texts), config.label_map) if isinstance(name, (str, Path))]
+def input_files(config: "RunConfig") -> dict[str, list[Any]]:
+    """What tells each local file that a run reads from any other, now or before: its place, number, size and time of writing."""
     sources = [config.student, config.neutral_encoder, *config.teachers]
     folders = [Path(source) for source in sources if source is not None and os.path.isdir(source)]
-    if any(adapters.is_adapter(folder) for folder in folders):  # of another model, which may lie anywhere
-        return False
-    files += [file for folder in folders for file in (folder, *folder.iterdir())]
-    # A name that points to another file has a new time of change, of the file that was moved there or of the link.
-    states = [state for file in files if file.exists() for state in (file.stat(), file.lstat())]
-    return not any(max(state.st_mtime_ns, state.st_ctime_ns) > began for state in states)
+    files = [Path(name) for name in (*find_files(config.texts), config.label_map) if isinstance(name, (str, Path))]
+    files += [file for folder in folders for file in folder.iterdir()]
+    states = {str(file): (os.path.realpath(file), file.stat()) for file in files if file.is_file()}
+    return {name: [place, state.st_ino, state.st_size, state.st_mtime_ns] for name, (place, state) in sorted(states.items())}
+
+
+def untouched(config: "RunConfig", earlier: dict[str, Any], inputs: dict[str, list[Any]]) -> bool:
+    """Whether the input of the run in --output, whose run.json `earlier` is, has the same names as then, and its files are those
+    that it read; inputs: `input_files`. False where that cannot tell: a store may have got other teachers, an adapter's base lie
+    anywhere."""
+    now, before = config.resolved(), earlier.get("config") or {}
+    known = config.teachers and not any(adapters.is_adapter(Path(teacher)) for teacher in config.teachers)
+    return bool(known) and inputs == earlier.get("inputs") and all(now[name] == before.get(name) for name in INPUT_OPTIONS)

@@ -180,8 +180,8 @@ def rename_labels(
 
 def _name(key: object, what: str) -> str:
     # YAML reads a bare `no` or `1.5` as something else than text; an integer is taken as it was written.
-    if isinstance(key, str) and key.strip():
-        return key.strip()
+    if isinstance(key, str) and key:
+        return key
     if isinstance(key, int) and not isinstance(key, bool):
         return str(key)
     raise UserError(f"{what}: {key!r} is not a label name: put names in quotes")

@@ -29,7 +29,8 @@ RUN_MARKERS += (PARTIAL, READY)
 # What a folder that holds a saved model may consist of, tokenizer files of all kinds included.
 MODEL_FILES = (
     r"config\.json|generation_config\.json|model.*\.safetensors(\.index\.json)?|tokenizer.*|special_tokens_map\.json|added_tokens\.json"
-    r"|.*vocab.*\.(txt|json)|merges\.txt|.*\.model|.*\.codes|dict\.txt|emojis?\.json|chat_template\..*"
+    r"|.*vocab.*\.(txt|json)|merges\.txt|.*\.model|.*\.codes|dict\.txt|emojis?\.json|word_(shape|pronunciation)\.json"
+    r"|chat_template\..*|additional_chat_templates"
 )
 RUN_FILES = re.compile(
     rf"{MODEL_FILES}|run\.(json|yaml)|metrics\.jsonl|README\.md|report\.html|uncertainty_head\.safetensors|logs|supervision|checkpoints"
@@ -70,7 +71,7 @@ def check_output(
         )
     if found and overwrite:
         check_replaceable(output.resolve(), given, inputs)
-        check_own(output, RUN_FILES, given, "no run")
+        check_own(output, RUN_FILES, given, "no run wrote")
     return bool(found)
 
 
@@ -101,11 +102,11 @@ def busy(output: str | Path) -> UserError:
     return UserError(f"--output {output}: another run is writing there; wait for its end or name another folder")
 
 
-def check_own(folder: Path, own: re.Pattern, given: str | Path, whose: str) -> None:
-    """Refuse to remove what is not ours: entries of a folder whose names are others than `own`."""
+def check_own(folder: Path, own: re.Pattern, given: str | Path, stranger: str) -> None:
+    """Refuse to remove what is not ours: entries of a folder whose names are others than `own`. stranger: "no run wrote"."""
     foreign = sorted(entry.name for entry in folder.iterdir() if not own.fullmatch(entry.name))
     if foreign:
-        raise UserError(f"--output {given}: --overwrite would remove {foreign[0]}, which {whose} wrote; name another folder")
+        raise UserError(f"--output {given}: --overwrite would remove {foreign[0]}, which {stranger}; name another folder")
 
 
 def check_replaceable(folder: Path, given: str | Path, inputs: Sequence[str | Path | None]) -> None:
@@ -129,15 +130,16 @@ def _set_aside(folder: Path, given: str | Path) -> None:
 
 
 def replaced(output: Path) -> list[Path]:
-    """The runs that `--overwrite` has set aside and no complete run has replaced yet."""
+    """The runs that `--overwrite` has set aside and no complete run has replaced yet, in this order."""
     folder = output.resolve()
-    name = re.compile(re.escape(f".{folder.name}.replaced") + r"(-\d+)?")
-    return [entry for entry in folder.parent.iterdir() if name.fullmatch(entry.name)] if folder.parent.exists() else []
+    name = re.compile(re.escape(f".{folder.name}.replaced") + r"(?:-(\d+))?")
+    found = [(name.fullmatch(entry.name), entry) for entry in folder.parent.iterdir()] if folder.parent.exists() else []
+    return [entry for _, entry in sorted((int(match[1] or 1), entry) for match, entry in found if match)]
 
 
 def tell_of_replaced(output: Path) -> None:
     """The way back to what `--overwrite` has set aside, where the new run ends before it has begun to train."""
-    asides = replaced(output)
+    asides = [folder for folder in replaced(output) if (folder / "run.json").exists()]  # not what another refused run left
     if asides and not (output / "run.json").exists():
         log.warning("the run that was to be replaced is whole: to have it back, remove %s and rename %s to it", output, asides[-1])
 

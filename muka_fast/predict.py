@@ -21,6 +21,7 @@ from muka_fast.errors import UserError
 from muka_fast.evaluate import join_columns, kept_length, load_model, predict
 from muka_fast.files import write_text
 from muka_fast.memory import device_of
+from muka_fast.readers import find_files
 
 if TYPE_CHECKING:
     from muka_fast.config import PredictConfig
@@ -53,7 +54,7 @@ class Predictor:
             raise UserError(f"model: a folder or hub name is expected, found {type(model).__name__}")
         # The options' own checks.
         options = load_config(
-            FinishedModelOptions, None, {"device": device, "max_length": max_length, "token_budget": token_budget}
+            FinishedModelOptions, None, {"device": str(device), "max_length": max_length, "token_budget": token_budget}
         )
         folder = checkpoint.resolve_folder(model, "--model")
         self.model, self.tokenizer, self.labels = load_model(model, device_of(options.device))
@@ -99,6 +100,13 @@ def lines(texts: TextSet, predictions: Iterable[Prediction]) -> Iterator[str]:
         yield json.dumps(row, ensure_ascii=False).translate(LINE_ENDS) + "\n"
 
 
+def check_unread(config: PredictConfig, output: Path) -> None:
+    """Refuse to replace what is read: one of the files of texts, or a part of the model."""
+    model = Path(config.model).resolve()
+    if output.resolve().is_relative_to(model) or any(output.samefile(name) for name in find_files(config.texts)):
+        raise UserError(f"--output {output}: --overwrite would replace what this command reads; name another file")
+
+
 def main(config: PredictConfig) -> int:
     """`muka-fast predict`: JSON lines on stdout, or in a new file."""
     output = None if config.output is None else Path(config.output)
@@ -106,6 +114,8 @@ def main(config: PredictConfig) -> int:
         raise UserError(f"--output {output}: is already there; name another file{', or --overwrite it' * output.is_file()}")
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}; make it, or name another file")
+    if output is not None and output.exists():
+        check_unread(config, output)
     texts = read_texts(config.texts, text_column=config.text_column, limit=config.limit, split="test")
     predictor = Predictor(config.model, config.device, config.max_length, config.token_budget)
     if predictor.head is None:

@@ -69,18 +69,21 @@ def check_inputs(config: RunConfig, texts: TextSet) -> None:
             checkpoint.check_tokenizer_files(folder, what)
             checkpoint.read_tensors(folder, what)
     label_map = read_label_map(config.label_map) if config.label_map else None
-    if config.teachers:
-        files = check_teachers(config.teachers, warn=False)
-        names = teacher_names(config.teachers)
-        owners = [{"name": name, "labels": file.labels} for name, file in zip(names, files, strict=True)]
-    else:
-        manifest, keys = chosen_teachers(Path(config.store), texts, option_values(config), config.store_teachers)
-        owners = [manifest["teachers"][key] for key in keys]
-    space = build_label_space([(owner["name"], owner["labels"]) for owner in owners], label_map)
+    owners = label_owners(config, texts)
+    space = build_label_space([(owner["name"], owner["labels"]) for owner in owners], label_map, warn=False)
     METHODS[config.method].check_space(space)
     check_labels(config, owners, space, label_map, texts)
     if config.teachers and config.mc:
-        check_sites(names, files, config)
+        check_sites(teacher_names(config.teachers), check_teachers(config.teachers, warn=False), config)
+
+
+def label_owners(config: RunConfig, texts: TextSet) -> list[Mapping[str, Any]]:
+    """Name and labels of each teacher of a run, before any is loaded; of those in a store what its manifest says."""
+    if config.teachers:
+        files = check_teachers(config.teachers, warn=False)
+        return [{"name": name, "labels": file.labels} for name, file in zip(teacher_names(config.teachers), files, strict=True)]
+    manifest, keys = chosen_teachers(Path(config.store), texts, option_values(config), config.store_teachers)
+    return [manifest["teachers"][key] for key in keys]
 
 
 def read_eval(config: RunConfig) -> TextSet:

@@ -62,6 +62,7 @@ log = logging.getLogger("muka_fast")
 FORMAT = 1
 MANIFEST = "manifest.json"
 METADATA = "muka_fast"  # the one metadata entry of a shard, JSON
+LEFT_S = 3600.0  # an aside-file of this age is left over
 MATRICES = ("logits", "mean_probs", "var_probs")
 VECTORS = ("predictive_entropy", "expected_entropy")
 FEATURES = "features"
@@ -70,7 +71,6 @@ FEATURES = "features"
 # teachers, and 0.1 and 0.3 % in the others. Values beyond its range are cut to it.
 FEATURE_TYPE = np.float16
 # What tells two option sets of one teacher apart; order as shown in messages.
-LEFT_S = 3600.0  # an aside-file of this age is left over
 OPTION_KEYS = ("max_length", "mc", "mc_samples", "mc_scope", "mc_dropout_p", "mc_stop", "scoring_precision", "run_seed")
 ADDED_KEYS = {"mc_stop": None, "scoring_precision": "fp32"}  # those that entries of earlier versions lack, and what these mean
 

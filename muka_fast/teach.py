@@ -193,7 +193,7 @@ def check_output(output: str | Path, overwrite: bool, inputs: Sequence[str | Pat
             raise UserError(f"--output {output}: holds {what}; name a new or empty folder")
         if not overwrite:
             raise UserError(f"--output {output}: already holds a model; name a new folder, or replace it with --overwrite")
-        check_own(path, WRITTEN, output, "no teacher's command")
+        check_own(path, WRITTEN, output, "muka-fast teach did not write")
         check_replaceable(path.resolve(), output, inputs)
     there = next(folder for folder in path.absolute().parents if folder.exists())  # the new folder is made beside the old one
     if not os.access(there, os.W_OK):

@@ -14,19 +14,17 @@ if __name__ == "__main__":
 import inspect
 import logging
 import os
-import random
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 import yaml
 
 from muka_fast import export, identity, outputs, runinfo, snapshots
 from muka_fast.aligned import student_part
+from muka_fast.caller import caller_undisturbed
 from muka_fast.config import EvalConfig, RunConfig, load_config
 from muka_fast.console import log_file, setup_logging
 from muka_fast.coverage import nobody_weights
@@ -49,6 +47,7 @@ from muka_fast.preflight import (
     check_inputs,
     check_layout,
     check_options,
+    label_owners,
     output_options,
     tell_unused_options,
 )
@@ -91,24 +90,8 @@ def amalgamate(**options: Any) -> RunResult:
         return run(config)
 
 
-amalgamate.__signature__ = inspect.signature(RunConfig)  # for help() and editors
-
-
-@contextmanager
-def caller_undisturbed() -> Iterator[None]:
-    """Gives a Python caller's random numbers back, since a run seeds torch's generators for each of its steps, and takes LOCAL_RANK
-    away where DeepSpeed alone needed it: others would take the process for a member of a group."""
-    launched = "LOCAL_RANK" in os.environ
-    states = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        if not launched:
-            os.environ.pop("LOCAL_RANK", None)
+_CONFIG = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None)
+amalgamate.__signature__ = inspect.Signature([*inspect.signature(RunConfig).parameters.values(), _CONFIG])  # for help() and editors
 
 
 def run(config: RunConfig) -> RunResult:
@@ -127,11 +110,12 @@ def run(config: RunConfig) -> RunResult:
         log.info("training in fp32; --precision bf16 is faster on most GPUs")
     on_first_process(lambda: outputs.check_output(*output_options(config)) and None)
     earlier = on_first_process(lambda: identity.earlier_run(config, ds_config)) if config.resume else {}
+    inputs = on_first_process(lambda: identity.input_files(config))
     done = None
     if earlier.get("state") == "complete":
         on_first_process(lambda: export.check_student(config.output))
         config, done = identity.as_then(config, earlier), RunResult(Path(config.output), earlier.get("metrics", {}))
-        if on_first_process(lambda: identity.untouched(config, earlier)):
+        if on_first_process(lambda: identity.untouched(config, earlier, inputs)):
             on_first_process(lambda: snapshots.discard_unfinished(Path(config.output)))
             log.info(COMPLETE, config.output)
             return done
@@ -143,20 +127,30 @@ def run(config: RunConfig) -> RunResult:
     with ExitStack() as holds:
         output = on_first_process(lambda: open_output(config, texts, holds))
         with log_file(output / "logs", rank, world_size):
-            return merge(config, ds_config, texts, output, clock, done)
+            return merge(config, ds_config, texts, inputs, output, clock, done)
 
 
 def merge(
-    config: RunConfig, ds_config: dict[str, Any], texts: TextSet, output: Path, clock: runinfo.Clock, done: RunResult | None = None
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    texts: TextSet,
+    inputs: dict[str, Any],
+    output: Path,
+    clock: runinfo.Clock,
+    done: RunResult | None = None,
 ) -> RunResult:
     """The walk from the texts on, the output folder taken and the options settled.
 
-    done: what the complete run found there gave, where its input files were written since: it holds if they say the same as then.
+    inputs: of `identity.input_files`. done: what the complete run found there gave, where that cannot be told from its files alone: it
+    holds if they say the same as then.
     """
+    with told_once():
+        label_map = read_label_map(config.label_map) if config.label_map else None
+        owners = [(teacher["name"], teacher["labels"]) for teacher in label_owners(config, texts)]
+        build_label_space(owners, label_map)  # which tells of names that need a look, before the scoring
     with clock("score teachers"):
         sup, neutral = supervise(config, texts, output)
     with told_once():
-        label_map = read_label_map(config.label_map) if config.label_map else None
         space = build_label_space([(teacher["name"], teacher["labels"]) for teacher in sup.teachers], label_map, warn=False)
         sup = sup.restrict(space)  # once: for ten million texts a copy is gigabytes
         labels = true_labels(texts, label_map, sup)
@@ -177,7 +171,7 @@ def merge(
     config = settle_recipe(config, ds_config, epochs, rate)
     plan = Plan(tokens.lengths, config)
     log.info("epochs: %d, of %d steps; peak learning rate: %g", config.epochs, plan.steps_per_epoch, config.learning_rate)
-    record = begin_record(config, ds_config, texts, sup, space, labels, tokenizer)
+    record = begin_record(config, ds_config, texts, sup, space, labels, tokenizer) | {"inputs": inputs}
     if config.resume:
         on_first_process(lambda: identity.check_identity(output, record["identity"]))
     if done is not None:

@@ -43,10 +43,14 @@ REQUIRED = {
 
 
 @pytest.mark.parametrize("name", REQUIRED)
-def test_under_a_launcher_only_commands_that_processes_share_run_in_all(called, monkeypatch, name):
-    monkeypatch.setenv("RANK", "1")
-    assert main([name, *REQUIRED[name]]) == 0
-    assert bool(called) is (name in ("score", "train"))
+def test_a_launcher_is_for_commands_that_processes_share(called, monkeypatch, capsys, name):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shared = name in ("score", "train")
+    assert main([name, *REQUIRED[name]]) == (0 if shared else 2) and bool(called) is shared
+    assert shared or f"muka-fast {name} runs in one process: start it without torchrun or deepspeed" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "1")  # left over from something else
+    assert main([name, *REQUIRED[name]]) == 0 and called
 
 
 def test_what_the_package_offers_is_what_it_lists():
@@ -55,7 +59,7 @@ def test_what_the_package_offers_is_what_it_lists():
     import muka_fast
 
     assert dir(muka_fast) == ["Predictor", "UserError", "__version__", "amalgamate"]
-    assert {"teachers", "student", "texts", "mc_samples"} <= inspect.signature(muka_fast.amalgamate).parameters.keys()
+    assert {"teachers", "student", "texts", "mc_samples", "config"} <= inspect.signature(muka_fast.amalgamate).parameters.keys()
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muka_fast import data
-from muka_fast.checkpoint import config_labels, resolve_folder
+from muka_fast.checkpoint import resolve_folder
 from muka_fast.data import (
     Tokens,
     collate,
@@ -554,12 +554,6 @@ def test_another_separator_is_told(tmp_path, name, content, mark):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=rf"{name}, line 1: looks separated by '{mark}'; save it with commas"):
         read_texts(tmp_path / name)
-
-
-def test_labels_have_no_outer_blanks(tmp_path):
-    (tmp_path / "a.csv").write_text("text, label\none, x\ntwo,x \n")
-    assert read_texts(tmp_path / "a.csv").labels == ["x", "x"]
-    assert config_labels({"id2label": {"0": "x ", "1": " y"}}, "a model") == ["x", "y"]
 
 
 def test_a_field_of_csv_may_be_long(tmp_path):

@@ -240,6 +240,10 @@ def test_the_command_writes_one_object_per_text_and_overwrites_nothing_unasked(e
     out.write_text("of another run")
     assert cli.main([*words, "--output", str(out), "--overwrite"]) == 0 and out.read_bytes() == before
     assert cli.main([*words, "--output", str(tmp_path), "--overwrite"]) == 2 and "name another" in capsys.readouterr().err
+    for read in (tmp_path / "t.jsonl", folder / "config.json"):
+        content = read.read_bytes()
+        assert cli.main([*words, "--output", str(read), "--overwrite"]) == 2 and read.read_bytes() == content
+        assert "would replace what this command reads" in capsys.readouterr().err
     assert cli.main([*words, "--output", str(tmp_path / "no" / "answers.jsonl")]) == 2 and "no folder" in capsys.readouterr().err
     assert cli.main([*words, "--output", str(tmp_path / ("x" * 250))]) == 2 and "File name too long" in capsys.readouterr().err
     (folder / FILE).unlink()

@@ -98,7 +98,8 @@ def test_overwrite_removes_nothing_that_no_run_wrote(tmp_path, mine):
     output = tmp_path / "out"
     (output / mine).parent.mkdir(parents=True)
     (output / mine).write_text("years of work")
-    for name in ("run.json", "vocab.txt", "tokenizer.json", "sentencepiece.bpe.model", "model-00001-of-00002.safetensors"):
+    models = ("vocab.txt", "tokenizer.json", "sentencepiece.bpe.model", "word_shape.json", "model-00001-of-00002.safetensors")
+    for name in ("run.json", *models):
         (output / name).write_text("")
     with pytest.raises(UserError, match=f"would remove {mine.split('/')[0]}, which no run wrote; name another folder"):
         outputs.output_guard(output, overwrite=True)
@@ -108,7 +109,8 @@ def test_overwrite_removes_nothing_that_no_run_wrote(tmp_path, mine):
 def test_the_way_back_to_a_run_that_was_not_replaced_is_told(tmp_path, product_log):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.json").write_text("old")
-    outputs.tell_of_replaced(outputs.output_guard(tmp_path / "out", overwrite=True))
+    (outputs.output_guard(tmp_path / "out", overwrite=True) / "supervision").mkdir()
+    outputs.tell_of_replaced(outputs.output_guard(tmp_path / "out", overwrite=True))  # refused once more: only scores were replaced
     assert f"remove {tmp_path / 'out'} and rename {tmp_path / '.out.replaced'} to it" in product_log.text
     product_log.clear()
     (tmp_path / "out" / "run.json").write_text("new")  # has begun: --resume goes on with it

@@ -193,17 +193,19 @@ def test_a_complete_run_is_done_only_for_the_files_that_it_read(go, world, tmp_p
     assert (first.output / "run.json").read_bytes() == record
 
 
-@pytest.mark.parametrize("way", ["moved", "folder", "link"])
+@pytest.mark.parametrize("way", ["moved", "folder", "link", "above"])
 def test_an_older_file_in_the_place_of_one_that_was_read_is_another(go, world, tmp_path, way):
     """Its time of writing says nothing."""
-    mine, other = tmp_path / "mine.jsonl", tmp_path / "other.jsonl"
+    for name in ("data", "data2"):
+        (tmp_path / name).mkdir()
+    mine, other = tmp_path / "data" / "mine.jsonl", tmp_path / "data2" / "mine.jsonl"
     rows = (world / "texts.jsonl").read_text().splitlines(keepends=True)
     other.write_text("".join(rows[:40]))
     shutil.copytree(world / "home", tmp_path / "older")
     shutil.copytree(world / "news", tmp_path / "news")
     config = tmp_path / "older" / "config.json"
     config.write_text(config.read_text().replace("bank", "till"))
-    shutil.copy(world / "texts.jsonl", tmp_path / "first.jsonl")
+    shutil.copy(world / "texts.jsonl", tmp_path / "data" / "first.jsonl")
     mine.symlink_to("first.jsonl") if way == "link" else mine.write_text("".join(rows))
     own = {"texts": str(mine), "teachers": [str(tmp_path / "news"), str(world / "home")], "epochs": 1}
     first = go("run", **own)
@@ -212,11 +214,27 @@ def test_an_older_file_in_the_place_of_one_that_was_read_is_another(go, world, t
         os.replace(other, mine)
     elif way == "link":
         mine.unlink()
-        mine.symlink_to("other.jsonl")
+        mine.symlink_to(other)
+    elif way == "above":
+        os.replace(tmp_path / "data", tmp_path / "data1")
+        os.replace(tmp_path / "data2", tmp_path / "data")
     else:
         shutil.rmtree(tmp_path / "news")
         os.replace(tmp_path / "older", tmp_path / "news")
     with pytest.raises(UserError, match="other teachers" if way == "folder" else "other texts"):
+        go("run", resume=True, **own)
+
+
+def test_a_pattern_that_matches_fewer_files_is_another(go, world, tmp_path):
+    rows = (world / "texts.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("a", rows[:40]), ("b", rows[40:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    own = {"texts": f"{tmp_path}/[ab].jsonl", "epochs": 1}
+    first = go("run", **own)
+    os.chmod(tmp_path / "a.jsonl", 0o400)  # changes no content
+    assert go("run", resume=True, **own).metrics == first.metrics
+    (tmp_path / "b.jsonl").unlink()
+    with pytest.raises(UserError, match="other texts"):
         go("run", resume=True, **own)
 
 

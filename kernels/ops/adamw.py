@@ -178,7 +178,7 @@ if triton is not None:
         p_exp_avg = at(tl.load(p_exp_avgs + i), tl.float32)
         p_exp_avg_sq = at(tl.load(p_exp_avg_sqs + i), tl.float32)
         p_cast = at(tl.load(p_casts + i), tl.bfloat16)
-        scale = tl.minimum(max_norm / (tl.load(p_norm) + 1e-6), 1.0)
+        scale = tl.minimum(max_norm / (tl.load(p_norm) + 1e-6), 1.0, propagate_nan=tl.PropagateNan.ALL)
         decay, lr, rate, root = tl.load(p_decays + i), tl.load(p_rates), tl.load(p_rates + 1), tl.load(p_rates + 2)
         for start in range(first, end, BLOCK):
             if start + BLOCK <= end:

@@ -125,6 +125,14 @@ def test_tiny_and_huge_gradients():
         torch.testing.assert_close(tensors.weights[0], before - 1e-2, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_that_are_no_numbers_spoil_all_weights_as_in_torch():
+    tensors, rule = new_tensors([(7,), (2049,)], False, [0.0, 0.0]), Rule((0.9, 0.99), 1e-6, 1.0)
+    ours, grads = AdamW(tensors, rule), gradients(tensors)
+    grads[0][3] = float("nan")
+    norm = ours.step(grads, torch.tensor(rule.rates(1e-2, 1)), ours.addresses(grads))
+    assert norm.isnan() and all(weight.isnan().all() for weight in tensors.weights)
+
+
 def test_in_tritons_interpreter(interpreter):
     if BACKEND == "triton":
         pytest.skip("this is the interpreter")
