@@ -79,7 +79,8 @@ def check_student(output: str | Path) -> None:
     try:
         checkpoint.read_tensors(Path(output), "the student")
     except UserError as error:
-        raise UserError(f"--resume: the run in {output} is complete, but {error}; or start anew with --overwrite") from error
+        what = str(error).partition(";")[0]  # its own way out is for models from elsewhere
+        raise UserError(f"--resume: the run in {output} is complete, but {what}; start anew with --overwrite") from error
 
 
 def save_student(
