@@ -42,8 +42,8 @@ MACHINES = {"h100": Machine(3.0e12, 790e12, *UNITS, 80 * 10**9), "h200": Machine
 # eighth of that each, plus unpacking, comparing and selecting.
 LANE_INSTRUCTIONS = 10 * (2 * 2 + 2 + 2) / 8 + 3
 # Forward and backward (of distill_loss the scaling of the kept gradient; of residual_norm also one sum over its programs' sums).
-# Of adamw the gradients' norm as well.
-KERNELS = {"distill_loss": 2, "self_attention": 2, "residual_norm": 3, "adamw": 5}
+# Of adamw the addresses of the gradients and their norm, in four, as well.
+KERNELS = {"distill_loss": 2, "self_attention": 2, "residual_norm": 3, "adamw": 6}
 REASONS = {
     "mc_statistics": "reads K logits a class and writes two; small shapes are one launch",
     "mc_head": "K masks of every feature: the random lanes",

@@ -20,7 +20,7 @@ SHARED = (
     (("optimizer", "params", "lr"), "learning_rate"),
     (("optimizer", "params", "weight_decay"), "weight_decay"),
 )
-STEPS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+PARTS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")  # of a process's share of the batch
 OPTIMIZERS = ("AdamW", "Adam")
 # DeepSpeed ignores keys it does not know, so a misspelt one would silently do nothing: near misses of these are refused.
 KNOWN_KEYS = (
@@ -87,12 +87,12 @@ def prepare_ds_config(
     if optimizer.setdefault("type", "AdamW") not in OPTIMIZERS:
         raise UserError(f"{name}: optimizer type {optimizer['type']!r} is not supported, use one of {', '.join(OPTIMIZERS)}")
     optimizer["params"] = optimizer_params(optimizer.get("params", {}), name)
-    steps = [ds.get(key) for key in STEPS]
-    for key, value in zip(STEPS, steps, strict=True):
+    parts = [ds.get(key) for key in PARTS]
+    for key, value in zip(PARTS, parts, strict=True):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise UserError(f"{name}: {key} must be an integer >= 1, found {value!r}")
-    if "train_batch_size" not in ds and None not in steps:
-        ds["train_batch_size"] = steps[0] * steps[1] * world_size
+    if "train_batch_size" not in ds and None not in parts:
+        ds["train_batch_size"] = parts[0] * parts[1] * world_size
     config = merge_shared(ds, config, name)
     fill_batch(ds, name, world_size)
     if "scheduler" in ds and "warmup_ratio" in config.model_fields_set:
@@ -176,7 +176,7 @@ def settle_recipe(config: RunConfig, ds_config: dict[str, Any], epochs: int, lea
 
 def fill_batch(ds: dict[str, Any], name: str, world_size: int) -> None:
     """Complete batch = micro-batch x accumulation x processes; default: no accumulation."""
-    batch, micro, accumulation = (ds.get(key) for key in ("train_batch_size", *STEPS))
+    batch, micro, accumulation = (ds.get(key) for key in ("train_batch_size", *PARTS))
     step = (micro or 1) * (accumulation or 1) * world_size
     if accumulation is None:
         accumulation = 1 if micro is None else max(1, batch // (micro * world_size))

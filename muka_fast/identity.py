@@ -36,7 +36,7 @@ IDENTITY_OPTIONS = (
     "mc_samples", "mc_scope", "mc_dropout_p", "mc_stop", "scoring_precision", "epochs", "learning_rate", "batch_size", "warmup_ratio",
     "weight_decay", "max_grad_norm", "max_length", "seed", "teacher_balance", "coverage", "uncertainty_head",
 )
-# What a run reads. Under the same names, and not written since, it is taken for the same: --resume of a complete run is instant.
+# What a run reads. Under the same names, and of the same files, it is taken for the same: --resume of a complete run is instant.
 INPUT_OPTIONS = (
     "texts", "text_column", "label_column", "limit", "student", "neutral_encoder", "label_map", "teachers", "store",
 )  # fmt: skip

@@ -49,7 +49,7 @@ class Predictor:
         self, model: str | Path, device: str = "auto", max_length: int | None = None, token_budget: int | None = None
     ) -> None:
         """model: folder or hub name; device: auto, cpu, cuda or cuda:N; max_length: tokens kept of each text (None: as the model was
-        trained, see `kept_length`); token_budget: padded tokens per forward (None: by the device)."""
+        trained, see `kept_length`); token_budget: padded tokens per forward (None: by the device). Raises UserError for others."""
         if not isinstance(model, (str, os.PathLike)):
             raise UserError(f"model: a folder or hub name is expected, found {type(model).__name__}")
         # The options' own checks.
@@ -110,12 +110,12 @@ def check_unread(config: PredictConfig, output: Path) -> None:
 def main(config: PredictConfig) -> int:
     """`muka-fast predict`: JSON lines on stdout, or in a new file."""
     output = None if config.output is None else Path(config.output)
-    if output is not None and output.exists() and not (config.overwrite and output.is_file()):
-        raise UserError(f"--output {output}: is already there; name another file{', or --overwrite it' * output.is_file()}")
-    if output is not None and not output.parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}; make it, or name another file")
     if output is not None and output.exists():
+        if not (config.overwrite and output.is_file()):
+            raise UserError(f"--output {output}: is already there; name another file{', or --overwrite it' * output.is_file()}")
         check_unread(config, output)
+    elif output is not None and not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}; make it, or name another file")
     texts = read_texts(config.texts, text_column=config.text_column, limit=config.limit, split="test")
     predictor = Predictor(config.model, config.device, config.max_length, config.token_budget)
     if predictor.head is None:

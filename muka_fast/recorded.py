@@ -128,10 +128,11 @@ class RecordedSteps:
                 torch._foreach_copy_(list(self.casts.values()), self.cast_from)
 
     def _update(self) -> Tensor:
-        grads = self._adamw().readable([leaf.grad for leaf in self.leaves])
+        adamw = self._adamw()
+        grads = adamw.readable([leaf.grad for leaf in self.leaves])
         for leaf in self.leaves:
             leaf.grad = None
-        return self.adamw.step(grads, self.rates, send(self.adamw.addresses(grads), self.rates.device))
+        return adamw.step(grads, self.rates, send(adamw.addresses(grads), self.rates.device))
 
     def _adamw(self) -> AdamW:
         if self.adamw is None:
@@ -188,7 +189,7 @@ class RecordedSteps:
 
     def _record(self, batch: Mapping[str, Tensor]) -> Recording | None:
         """None where there is not memory enough. Raises UserError where CUDA refuses."""
-        inputs = {name: values.clone() for name, values in batch.items()}
+        inputs, adamw = {name: values.clone() for name, values in batch.items()}, self._adamw()
         forward, update = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         if self.pool is None:
@@ -198,8 +199,8 @@ class RecordedSteps:
                 logits = self._logits(inputs)
             grad, addresses = torch.zeros_like(logits), torch.zeros(len(self.leaves), dtype=torch.int64, device=logits.device)
             with self._recording(update):
-                grads = self._adamw().readable(torch.autograd.grad(logits, self.leaves, grad, allow_unused=True))
-                norm = self._adamw().step(grads, self.rates, addresses)
+                grads = adamw.readable(torch.autograd.grad(logits, self.leaves, grad, allow_unused=True))
+                norm = adamw.step(grads, self.rates, addresses)
         except RuntimeError as error:
             cause = error.__context__ or error  # the end of a recording that failed may raise an error of its own
             if isinstance(cause, torch.OutOfMemoryError):
@@ -207,5 +208,5 @@ class RecordedSteps:
             raise UserError(
                 f"the student's step cannot be recorded as a CUDA graph ({first_line(cause)}): train with --no-cuda_graphs"
             ) from error
-        addresses.copy_(self.adamw.addresses(grads))  # known only now, and the replays'
+        addresses.copy_(adamw.addresses(grads))  # known only now, and the replays'
         return Recording(forward, update, inputs, logits.detach(), grad, norm, addresses)

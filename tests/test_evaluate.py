@@ -130,7 +130,7 @@ def test_nan_predictions_are_refused(make_model, make_tokenizer):
         predict(model, tokenize(make_tokenizer("bert"), ["a", "b"], 8))
 
 
-def test_columns_of_one_name_are_one_class(make_model, make_tokenizer, make_teacher, texts, tmp_path):
+def test_columns_of_one_name_are_one_class(make_teacher, texts, tmp_path):
     """Whichever of them is larger, the answer is that name, with the probability of both."""
     folder = make_teacher("bert", ("a", "b", "a"), name="twice")
     predictor = muka_fast.Predictor(folder, device="cpu")

@@ -38,7 +38,7 @@ def torch_step(parameters, optimizer, grads, lr, max_norm):
 
 
 def check(shapes, casts, max_norm, coupled=False, missing=(), device="cpu"):
-    """Three steps; of the third nothing is missing."""
+    """Three steps; weights in `missing` have no gradient in the third."""
     decays = [0.1 * (i % 3) for i in range(len(shapes))]
     tensors, rule = new_tensors(shapes, casts, decays, device), Rule((0.9, 0.99), 1e-6, max_norm, coupled)
     parameters = [torch.nn.Parameter(w.double()) for w in tensors.weights]
