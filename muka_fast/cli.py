@@ -35,16 +35,16 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command(
-        "demo", config.DemoConfig, "make three teachers from local docstrings and merge them", reads_yaml=False
+        "demo", config.DemoConfig, "make three small teachers from local docstrings and merge them", reads_yaml=False
     ),
-    "teach": Command("teach", config.TeachConfig, "fine-tune a teacher on the rows with some labels"),
-    "score": Command("supervision", config.ScoreConfig, "fill or complete the supervision store", shared=True),
+    "teach": Command("teach", config.TeachConfig, "fine-tune a teacher on labelled texts, on all of their labels or some"),
+    "score": Command("supervision", config.ScoreConfig, "score teachers: fill or complete a supervision store", shared=True),
     "train": Command("train", config.RunConfig, "merge teachers into one student", shared=True),
     "eval": Command("evaluate", config.EvalConfig, "measure a classifier on labelled texts"),
-    "predict": Command("predict", config.PredictConfig, "label texts, with the doubt of a student that learnt it"),
-    "plan": Command("plan", config.PlanConfig, "plan memory, hours and disk of a merge on paper", reads_yaml=False),
-    "report": Command("report", config.ReportConfig, "report on a finished run", "run", reads_yaml=False),
-    "doctor": Command("doctor", config.DoctorConfig, "check this machine and the teachers", reads_yaml=False),
+    "predict": Command("predict", config.PredictConfig, "label texts; with an uncertainty head, tell the doubt of each"),
+    "plan": Command("plan", config.PlanConfig, "estimate memory, time and disk of a merge beforehand", reads_yaml=False),
+    "report": Command("report", config.ReportConfig, "write a page about a run", "run", reads_yaml=False),
+    "doctor": Command("doctor", config.DoctorConfig, "check this machine and, if given, teachers", reads_yaml=False),
 }
 
 
@@ -96,11 +96,13 @@ class _Extend(argparse.Action):
 
 def _help_text(field: FieldInfo) -> str:
     """Description, what is allowed and the default, each where it says something."""
-    kind = plain_type(field)
-    plain = kind in (bool, str) and not field.json_schema_extra["allowed"]
+    kind, extra = plain_type(field), field.json_schema_extra
+    plain = kind in (bool, str) and not extra["allowed"]
     notes = [] if plain or get_origin(kind) is list else [allowed_values(field)]
     if field.is_required():
         notes.append("required")
+    elif extra["means"]:
+        notes.append(f"default: {extra['means']}")
     elif field.default is not None and field.default is not False and field.default != []:
         notes.append("default: on" if field.default is True else f"default: {field.default}")
     text = f"{field.description} ({'; '.join(notes)})" if notes else str(field.description)
@@ -122,7 +124,7 @@ def _add_option(group: Any, name: str, field: FieldInfo) -> None:
         group.add_argument(f"--{name}", action=_Switch, default_on=field.default is True, **common)
     elif get_origin(plain_type(field)) is list:
         split = name == "labels"
-        metavar = "A,B" if split else "DIR"
+        metavar = "A,B" if split else "NAME" if name == "store_teachers" else "DIR"
         group.add_argument(f"--{name}", action=_Extend, split=split, nargs="+", metavar=metavar, **common)
     else:
         group.add_argument(f"--{name}", metavar=_metavar(field), **common)

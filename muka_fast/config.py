@@ -24,24 +24,23 @@ UNCERTAINTIES = ("predictive_entropy", "mutual_information", "expected_entropy",
 PRECISIONS = ("fp32", "bf16", "fp16")
 FILES = "Models and files"
 GROUPS = (FILES, "Data", "Uncertainty", "Distillation", "Training", "Run")
-EPOCHS = (
-    f"passes over the texts (default: {recipe.FEWEST_EPOCHS}, of few texts as many as make {recipe.MIN_STEPS:,} steps, at most "
-    f"{recipe.MOST_EPOCHS})"
-)
-LEARNING_RATE = (
-    f"peak learning rate of AdamW (default: {recipe.BASE_LEARNING_RATE:g} for a hidden size of {recipe.BASE_WIDTH}, in inverse "
-    "proportion to it)"
-)
+DEFAULT_EPOCHS = f"{recipe.FEWEST_EPOCHS}, or as many as make {recipe.MIN_STEPS:,} steps, at most {recipe.MOST_EPOCHS}"
+DEFAULT_LEARNING_RATE = f"{recipe.BASE_LEARNING_RATE:g} x {recipe.BASE_WIDTH} / hidden size"
 LABEL_MAP = "renames, merges or drops (null) labels"
+NEUTRAL_ENCODER = "encoder that tells muka-evidence and muka-auto which texts are alike: folder or hub name"
+TEXTS = "file, 'pattern' (.jsonl .json .csv .tsv .parquet .txt, or these .gz) or hub data set"
 OR_CONTENT = "file; in --config and Python also its content"
 BOUND_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 ConfigType = TypeVar("ConfigType", bound="Config")
 
 
-def option(default: Any, description: str, group: str, *, allowed: str | None = None, **limits: Any) -> Any:
-    """A field with its help text and help group; `allowed` says in words what the type alone does not."""
-    return Field(default, description=description, json_schema_extra={"group": group, "allowed": allowed}, **limits)
+def option(
+    default: Any, description: str, group: str, *, allowed: str | None = None, means: str | None = None, **limits: Any
+) -> Any:
+    """A field with its help text and help group; in words: `allowed` what the type alone does not say, `means` what the default is."""
+    extra = {"group": group, "allowed": allowed, "means": means}
+    return Field(default, description=description, json_schema_extra=extra, **limits)
 
 
 class Config(BaseModel):
@@ -99,8 +98,9 @@ class DeviceOptions(Config):
 
     token_budget: int | None = option(
         None,
-        "padded tokens per forward of a frozen model (default: 8192, on a GPU by its free memory); changes no result",
+        "padded tokens per forward of teachers and finished models; changes no result",
         "Run",
+        means="8192, on a GPU by its free memory",
         ge=16,
         le=2**24,
     )
@@ -114,13 +114,13 @@ class DeviceOptions(Config):
 
 
 class ScoringOptions(TextOptions, DeviceOptions):
-    """What decides the content of a supervision store."""
+    """How teachers are scored: what a supervision store holds, and where and how fast it is filled."""
 
     seed: int = option(0, "seed of every random number of the run", "Run", ge=0, lt=2**32)
     mc: bool = option(
         True, "Monte-Carlo dropout; --no-mc takes the statistics from one deterministic pass", "Uncertainty"
     )
-    mc_samples: int = option(16, "stochastic passes per text", "Uncertainty", ge=1, le=4096)
+    mc_samples: int = option(16, "stochastic passes per text (K)", "Uncertainty", ge=1, le=4096)
     mc_scope: str = option(
         "last:1",
         "where dropout stays on: everywhere, in the last M layers and the head, or in the head only",
@@ -129,41 +129,43 @@ class ScoringOptions(TextOptions, DeviceOptions):
         pattern=r"^(all|head|last:[1-9]\d{0,3})$",
     )
     mc_dropout_p: float | None = option(
-        None, "dropout probability at the sites of the scope (default: the teacher's own)", "Uncertainty", gt=0, le=0.9
+        None, "dropout probability at the sites of the scope", "Uncertainty", means="the teacher's own", gt=0, le=0.9
     )
     mc_stop: float | None = option(
         None,
-        "end the passes of a text early once the choice of its teacher by --uncertainty is decided with this probability of "
-        "error; pays with --mc_scope all, loads the teachers together where they fit, else once per wave; adding a teacher later "
-        "scores all again (default: exact, no early end)",
+        "stop sampling a text once its choice of teacher by --uncertainty is decided at this error probability; worth it with "
+        "--mc_scope all only; teachers are loaded together where they fit, and adding one later scores all of them again",
         "Uncertainty",
         allowed="exact, or a number > 0 and <= 0.5",
+        means="exact, no early stop",
         gt=0,
         le=0.5,
     )
     uncertainty: Literal[UNCERTAINTIES] | None = option(
         None,
-        "measure behind the teacher scores (default: mutual_information, after a single pass predictive_entropy)",
+        "measure of muka-soft, muka-hard and --mc_stop",
         "Uncertainty",
+        means="mutual_information, after a single pass predictive_entropy",
     )
     shard_size: int | None = option(
         None,
-        "texts per shard of the store: what a killed run repeats and a process takes at a time (default: a 16th, 256 to 4096)",
+        "texts per shard of the store, which is what a killed run repeats at most, and what a process scores at a time",
         "Run",
+        means="a 16th of the texts, 256 to 4096",
         ge=1,
         le=2**20,
     )
 
     scoring_precision: Literal[PRECISIONS] = option(
         "fp32",
-        "of teachers and neutral encoder; bf16 and fp16 take half the memory and less time where the device computes in them",
+        "precision of teachers and neutral encoder; bf16 and fp16 halve the memory, and save time where the device computes in them",
         "Run",
     )
     teacher_gib: float | None = option(
         None,
-        "GiB of a teacher's weights that the device may hold; a larger one is split over GPUs, host memory and disk, which is slow "
-        "(default: what is free)",
+        "GiB of a teacher's weights that the device may hold; a larger one is split over GPUs, host memory and disk, which is slow",
         "Run",
+        means="what is free",
         gt=0,
         le=1e6,
     )
@@ -188,23 +190,21 @@ class ScoringOptions(TextOptions, DeviceOptions):
 class RunConfig(ScoringOptions):
     """Options of `muka-fast train` and muka_fast.amalgamate.
 
-    The training's defaults are the published recipe (arXiv 2112.07327), with more epochs where texts are few and a learning rate by
-    the encoder's width (muka_fast/recipe.py). The published method is `muka-soft` with uncertainty predictive_entropy and mc_scope
-    all; `muka-auto` chooses the teacher better (docs/selection.md), and last:1 costs a sixteenth of all.
+    The published methods (arXiv 2112.07327) are `muka-soft` and `muka-hard` with uncertainty predictive_entropy and mc_scope all;
+    `muka-auto` chooses the teacher better (docs/selection.md), and last:1 costs a sixteenth of all. Epochs and learning rate are the
+    published ones for long runs of large encoders only (muka_fast/recipe.py).
     """
 
-    teachers: list[str] = option([], "teacher folders or hub names", FILES)
-    student: str | None = option(None, "encoder to start the student from: folder or hub name", FILES)
-    neutral_encoder: str | None = option(
-        None, "encoder that tells muka-evidence and muka-auto which texts are alike: folder or hub name (default: the student)", FILES
-    )
-    texts: str | None = option(None, "unlabelled texts: file, 'pattern' (.jsonl .json .csv .tsv .parquet .txt) or hub data set", FILES)
+    teachers: list[str] = option([], "teacher folders or hub names; required unless --store is filled", FILES)
+    student: str | None = option(None, "encoder to start the student from: folder or hub name; required", FILES)
+    neutral_encoder: str | None = option(None, NEUTRAL_ENCODER, FILES, means="the student")
+    texts: str | None = option(None, f"unlabelled texts: {TEXTS}; required", FILES)
     eval: str | None = option(None, "labelled texts to measure the student on", FILES)
-    store: str | None = option(None, "supervision store to fill or reuse (default: OUTPUT/supervision)", FILES)
+    store: str | None = option(None, "supervision store to fill or reuse", FILES, means="OUTPUT/supervision")
     store_teachers: list[str] = option(
-        [], "without --teachers: names of the store's teachers to merge, in this order (default: all, as last scored)", FILES
+        [], "without --teachers: names of the store's teachers to merge, in this order", FILES, means="all, as last scored"
     )
-    output: str | None = option(None, "folder of the run and of the exported student", FILES)
+    output: str | None = option(None, "folder of the run and of the exported student; required", FILES)
     ds_config: str | dict[str, Any] | None = option(None, "DeepSpeed configuration", FILES, allowed=f"a path of a JSON {OR_CONTENT}")
     label_map: str | dict[Any, Any] | None = option(None, LABEL_MAP, FILES, allowed=f"a path of a JSON or YAML {OR_CONTENT}")
 
@@ -222,13 +222,12 @@ class RunConfig(ScoringOptions):
         1.0, "temperature T of teachers and student in the loss", "Distillation", ge=1e-6, le=1000
     )
     target: Literal["deterministic", "mc_mean"] = option(
-        "deterministic", "teacher probabilities: of the plain forward or the mean of the passes", "Distillation"
+        "deterministic", "teacher probabilities: of the deterministic forward or averaged over the stochastic passes", "Distillation"
     )
 
     teacher_balance: float = option(
         0.5,
-        "muka-evidence and muka-auto: a text counts by its teacher's share of the pool, inverse and to this power; 0: all alike, "
-        "1: every teacher's texts together as much as any other's",
+        "muka-evidence and muka-auto: weight a text by (its teacher's share of the texts)^-X; 0: texts count alike, 1: teachers do",
         "Distillation",
         ge=0,
         le=1,
@@ -237,27 +236,27 @@ class RunConfig(ScoringOptions):
         False, "leave out texts that belong to no teacher (muka-evidence and muka-auto with two teachers or more)", "Distillation"
     )
     uncertainty_head: bool = option(
-        False, "the student also learns the teachers' doubt, which muka-fast predict tells with every answer", "Distillation"
+        False, "the student also learns how much the teachers doubt a text, which predict and Predictor report", "Distillation"
     )
 
-    epochs: int | None = option(None, EPOCHS, "Training", ge=1, le=10_000)
-    learning_rate: float | None = option(None, LEARNING_RATE, "Training", gt=0, le=1)
+    epochs: int | None = option(None, "passes over the texts", "Training", means=DEFAULT_EPOCHS, ge=1, le=10_000)
+    learning_rate: float | None = option(None, "peak learning rate of AdamW", "Training", means=DEFAULT_LEARNING_RATE, gt=0, le=1)
     batch_size: int = option(16, "texts per optimizer step, over all processes", "Training", ge=1, le=2**20)
     warmup_ratio: float = option(0.1, "share of the steps with rising learning rate", "Training", ge=0, le=1)
     weight_decay: float = option(0.01, "decoupled weight decay", "Training", ge=0, le=1)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", "Training", gt=0, le=1e6)
     precision: Literal[PRECISIONS] | None = option(
-        None, "of the student's forward and backward (default: what the ds_config says, else fp32); a CPU takes fp32", "Training"
+        None, "precision of the student's training; a CPU takes fp32", "Training", means="what the ds_config says, else fp32"
     )
     cuda_graphs: bool = option(
-        True, "on one GPU replay the steps of small batches as CUDA graphs, which spares the host their launches", "Training"
+        True, "on one GPU replay the steps of small batches as CUDA graphs, which saves their launches", "Training"
     )
     activation_checkpointing: bool = option(
-        False, "keep only the layers' inputs for the backward and compute the rest again: less memory, a third slower", "Training"
+        False, "recompute activations in the backward pass: less memory, a third slower", "Training"
     )
     log_every: int = option(10, "steps between two lines of metrics", "Run", ge=1)
     save_every: int | None = option(
-        None, "steps between two checkpoints (default: where an epoch ends a minute or more after the last one)", "Run", ge=1
+        None, "steps between two checkpoints", "Run", means="where an epoch ends, a minute apart or more", ge=1
     )
     resume: bool = option(False, "continue the run in the output folder; where there is none, begin it", "Run")
     overwrite: bool = option(False, "replace the run in the output folder; without --store its scores of the same texts stay", "Run")
@@ -283,7 +282,7 @@ class ScoreConfig(ScoringOptions):
     """Options of `muka-fast score`."""
 
     teachers: list[str] = option(..., "teacher folders or hub names", FILES)
-    texts: str = option(..., "texts: file, 'pattern' (.jsonl .json .csv .tsv .parquet .txt) or hub data set", FILES)
+    texts: str = option(..., f"texts: {TEXTS}", FILES)
     output: str = option(..., "supervision store to fill or complete", FILES)
 
 
@@ -291,18 +290,19 @@ class TeachConfig(TextOptions):
     """Options of `muka-fast teach`."""
 
     encoder: str = option(..., "encoder to fine-tune: folder or hub name", FILES)
-    train: str = option(..., "labelled texts: file, 'pattern' (.jsonl .json .csv .tsv .parquet) or hub data set", FILES)
+    train: str = option(..., "labelled texts: file, 'pattern' (.jsonl .json .csv .tsv .parquet, or these .gz) or hub data set", FILES)
     labels: list[str] | None = option(
         None,
         "labels of this teacher, in order, with commas or spaces between them; one that holds a comma in double quotes, "
-        "'\"a,b\"' (default: all, sorted)",
+        "'\"a,b\"'",
         "Data",
+        means="all, sorted",
         min_length=1,
     )
     output: str = option(..., "folder of the teacher", FILES)
     eval: str | None = option(None, "labelled texts to measure the teacher on", FILES)
-    epochs: int | None = option(None, EPOCHS, "Training", ge=1, le=10_000)
-    learning_rate: float | None = option(None, LEARNING_RATE, "Training", gt=0, le=1)
+    epochs: int | None = option(None, "passes over the texts", "Training", means=DEFAULT_EPOCHS, ge=1, le=10_000)
+    learning_rate: float | None = option(None, "peak learning rate of AdamW", "Training", means=DEFAULT_LEARNING_RATE, gt=0, le=1)
     batch_size: int = option(16, "texts per optimizer step", "Training", ge=1, le=2**20)
     freeze_layers: int = option(
         0,
@@ -319,7 +319,7 @@ class FinishedModelOptions(TextOptions, DeviceOptions):
     """Of a command that runs a finished model, which knows how its texts were cut."""
 
     max_length: int | None = option(
-        None, "tokens kept of each text (default: as the model was trained by muka-fast, else 128)", "Data", ge=4, le=16384
+        None, "tokens kept of each text", "Data", means="as the model was trained by muka-fast, else 128", ge=4, le=16384
     )
 
 
@@ -336,43 +336,47 @@ class EvalConfig(FinishedModelOptions):
 class PredictConfig(FinishedModelOptions):
     """Options of `muka-fast predict`."""
 
-    model: str = option(..., "classifier: folder or hub name; an uncertainty head beside it tells its doubt", FILES)
-    texts: str = option(..., "texts: file, 'pattern' (.jsonl .json .csv .tsv .parquet .txt) or hub data set", FILES)
-    output: str | None = option(None, "new file for one JSON object per text (default: stdout)", FILES)
+    model: str = option(..., "classifier: folder or hub name, with or without an uncertainty head", FILES)
+    texts: str = option(..., f"texts: {TEXTS}", FILES)
+    output: str | None = option(None, "new file for one JSON object per text", FILES, means="stdout")
     overwrite: bool = option(False, "replace the file at --output", "Run")
 
 
 class DemoConfig(Config):
     """Options of `muka-fast demo`."""
 
-    output: str = option("runs/demo", "folder of the demo", "Run")
+    output: str = option("runs/demo", "folder of the demo", FILES)
     seed: int = option(0, "seed of every random number of the run", "Run", ge=0, lt=2**32)
-    limit: int | None = option(None, "use only N texts", "Run", ge=1)
+    limit: int | None = option(None, "use only N texts, an equal number of each library", "Run", ge=100)
     overwrite: bool = option(False, "replace the demo in the output folder", "Run")
 
 
 class PlanConfig(ScoringOptions):
-    """Options of `muka-fast plan`: those of scoring, so that its command line can be planned as it is, and the training's layout."""
+    """Options of `muka-fast plan`: those of scoring, so that its command line can be planned as it is, and the training's layout.
+
+    Some change neither memory nor time and are accepted for that reason alone; --mc_stop is planned as all K passes.
+    """
 
     teachers: list[str] = option(..., "teacher folders or hub names; only their configurations are read", FILES)
     student: str = option(..., "encoder of the student: folder or hub name; only its configuration is read", FILES)
-    neutral_encoder: str | None = option(
-        None, "encoder that tells muka-evidence and muka-auto which texts are alike: folder or hub name (default: the student)", FILES
-    )
+    neutral_encoder: str | None = option(None, NEUTRAL_ENCODER, FILES, means="the student")
     texts: str | None = option(None, "the texts to train on, to count them and their tokens", FILES)
     num_texts: int | None = option(None, "number of texts, instead of --texts", "Data", ge=1)
     tokens_per_text: int | None = option(
-        None, "mean number of tokens of a text (default: counted in --texts, else --max_length)", "Data", ge=1, le=16384
+        None, "mean number of tokens of a text", "Data", means="counted in --texts, else --max_length", ge=1, le=16384
     )
-    epochs: int | None = option(None, EPOCHS, "Training", ge=1, le=10_000)
-    micro_batch: int = option(4, "texts per forward and backward of one process", "Training", ge=1, le=2**20)
-    precision: Literal[PRECISIONS] = option("bf16", "of the student's weights in training", "Training")
+    epochs: int | None = option(None, "passes over the texts", "Training", means=DEFAULT_EPOCHS, ge=1, le=10_000)
+    batch_size: int = option(16, "texts per optimizer step, over all processes", "Training", ge=1, le=2**20)
+    micro_batch: int | None = option(
+        None, "texts per forward and backward of one process", "Training", means="--batch_size / --gpus", ge=1, le=2**20
+    )
+    precision: Literal[PRECISIONS] = option("fp32", "precision of the student's training", "Training")
     gpus: int = option(1, "processes, one for each GPU", "Run", ge=1, le=2**20)
     gpu: Literal["a10", "a100", "h100", "h200", "l4", "l40s"] | None = option(
         None, "plan the hours by this GPU's data sheet, at 40 % of its peak", "Run"
     )
     flops: float | None = option(
-        None, "plan the hours by this many FLOP/s that one GPU sustains (default: measured here)", "Run", gt=0
+        None, "plan the hours by this many FLOP/s that one GPU sustains", "Run", means="measured here", gt=0
     )
     # `json` is a method name of pydantic's models, hence the alias.
     json_output: bool = option(False, "print the plan as JSON", "Run", alias="json")
@@ -383,19 +387,21 @@ class PlanConfig(ScoringOptions):
             raise ValueError("give either --texts or --num_texts")
         if self.gpu is not None and self.flops is not None:
             raise ValueError("--gpu and --flops exclude each other")
+        if self.micro_batch is None:  # not by assignment, which would validate again
+            self.__dict__["micro_batch"] = -(-self.batch_size // self.gpus)
         return self
 
 
 class ReportConfig(Config):
     """Options of `muka-fast report`."""
 
-    run: str = option(..., "folder of the run", "Run")
+    run: str = option(..., "folder of the run", FILES)
 
 
 class DoctorConfig(Config):
     """Options of `muka-fast doctor`."""
 
-    teachers: list[str] = option([], "teacher folders or hub names to check", "Run")
+    teachers: list[str] = option([], "teacher folders or hub names to check", FILES)
 
 
 def option_name(name: str, field: FieldInfo) -> str:
@@ -424,13 +430,11 @@ def allowed_values(field: FieldInfo) -> str:
         float: "a number",
         str: "a path or hub name" if is_file else "non-empty text" if field.metadata else "text",
     }[kind]
-    bounds = [
-        f"{sign} {getattr(limit, key):g}" if kind is float else f"{sign} {getattr(limit, key)}"
-        for limit in field.metadata
-        for key, sign in BOUND_SIGNS.items()
-        if getattr(limit, key, None) is not None
-    ]
-    return f"{words} {' and '.join(bounds)}".strip()
+    told = {key: getattr(limit, key) for limit in field.metadata for key in BOUND_SIGNS if getattr(limit, key, None) is not None}
+    told = {key: f"{bound:g}" if kind is float else str(bound) for key, bound in told.items()}
+    if told.keys() == {"ge", "le"}:
+        return f"{words} from {told['ge']} to {told['le']}"
+    return f"{words} {' and '.join(f'{BOUND_SIGNS[key]} {bound}' for key, bound in told.items())}".strip()
 
 
 def split_labels(texts: Iterable[str]) -> list[str]:

@@ -26,7 +26,6 @@ from muka_fast.teach import Recipe, fine_tune, save_classifier
 BEGUN = ".begun-by-muka-fast-demo"  # written first: this folder is the demo's, and may be made anew
 MARKER = "demo.json"  # written last: the material is whole
 TEXTS_PER_LIBRARY = 450
-MIN_TEXTS = 10 * len(LIBRARIES)
 VOCABULARY = 4000
 MAX_LENGTH = 64  # tokens; the texts have 37 on average
 SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
@@ -165,10 +164,8 @@ def prepare(workdir: str | Path, config: DemoConfig) -> Prepared:
     config: seed and limit count (output and overwrite do not).
 
     Raises:
-        UserError: too small a limit; `workdir` holds other files, or a demo made with another seed, limit or version.
+        UserError: `workdir` holds other files, or a demo made with another seed, limit or version.
     """
-    if config.limit is not None and config.limit < MIN_TEXTS:
-        raise UserError(f"--limit {config.limit}: the demo needs {MIN_TEXTS} texts or more")
     workdir = Path(workdir).expanduser()
     material = workdir / "material"
     prepared = Prepared(

@@ -11,7 +11,7 @@ from safetensors.numpy import save
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from muka_fast import adapters, checkpoint
-from muka_fast.config import PlanConfig, RunConfig
+from muka_fast.config import PlanConfig
 from muka_fast.console import fill, new_table, quiet_transformers, stdout_console
 from muka_fast.data import read_texts, tokenize
 from muka_fast.errors import UserError, first_line
@@ -147,7 +147,7 @@ def plan(options: PlanConfig) -> dict[str, Any]:
     step = footprint(config, 1, length, options.precision, f"student {options.student}")
     reached = rate(options, config, length, options.precision, True, "the student")
     shard_size = options.shard_size or default_shard_size(num_texts)
-    epochs = options.epochs or default_epochs(num_texts, RunConfig.model_fields["batch_size"].default)
+    epochs = options.epochs or default_epochs(num_texts, options.batch_size)
     flops = 3 * epochs * num_texts * step.forward_flops  # the backward costs two forwards
     return {
         "texts": num_texts,

@@ -88,7 +88,7 @@ def test_help_tells_defaults_and_ranges(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "an integer >= 1 and <= 4096; default: 16" in text
+    assert "an integer from 1 to 4096; default: 16" in text
     assert "--margin, --no-margin" in text
     assert "all, last:M (M >= 1) or head; default: last:1" in text
     assert "10 %" in text or "default: 0.1" in text
@@ -144,8 +144,8 @@ def test_yaml_is_read_and_flags_override_it(called, tmp_path):
         (["train", "--epcohs", "3"], ["unknown option '--epcohs'", "--epochs"]),
         (["train", "--no-margn"], ["--margin"]),
         (["train", "--epochs"], ["--epochs", "expected one argument"]),
-        (["train", "--epochs", "0"], ["--epochs 0", ">= 1"]),
-        (["train", "--weight_decay", "-1"], ["--weight_decay -1", ">= 0"]),
+        (["train", "--epochs", "0"], ["--epochs 0", "from 1 to"]),
+        (["train", "--weight_decay", "-1"], ["--weight_decay -1", "from 0 to 1"]),
         (["train", "--method", "muka"], ["--method muka", "muka-hard", "oracle"]),
         (["train", "--epo", "3"], ["unknown option '--epo'"]),
         (["train", "stray"], ["unexpected argument 'stray'"]),
@@ -196,7 +196,7 @@ def test_the_launchers_rank_is_ignored(rank):
 
 
 def test_parse_needs_no_command_line_around_it():
-    assert parse(COMMANDS["demo"], ["--limit", "5"], "demo").limit == 5
+    assert parse(COMMANDS["demo"], ["--limit", "500"], "demo").limit == 500
     with pytest.raises(UserError, match="unknown option"):
         parse_train_args(["--local_rank", "0", "--teecher", "x"])
 

@@ -110,7 +110,7 @@ def short_recipe(monkeypatch):
 
 @pytest.fixture
 def config(tmp_path):
-    return DemoConfig(output=str(tmp_path / "demo"), limit=material.MIN_TEXTS)
+    return DemoConfig(output=str(tmp_path / "demo"), limit=10 * len(material.LIBRARIES))
 
 
 def test_material_is_made_once_and_used_again(config, short_recipe):
@@ -162,7 +162,7 @@ def test_other_peoples_folders_are_left_alone(config, tmp_path):
 
 def test_too_few_texts_are_refused(capsys, tmp_path):
     assert cli.main(["demo", "--limit", "20", "--output", str(tmp_path / "x")]) == 2
-    assert "--limit 20: the demo needs 100 texts or more" in capsys.readouterr().err
+    assert "--limit 20: must be an integer >= 100" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 

@@ -239,7 +239,18 @@ def test_hours_disk_and_fit_of_a_plan(make_teacher, student, capsys, tmp_path, m
     assert all(row["fits"] for row in told("--gpu", "a10")["memory"])
     monster = plan.memory(cost.Footprint(10**12, 10, 1, 7, 3), PlanConfig(teachers=["t"], student="s", num_texts=1, gpu="a10"))
     assert not monster[0]["fits"]
-    assert told("--gpu", "h200")["student"]["flops_per_s"] == pytest.approx(0.4 * 989e12)
+    assert told("--gpu", "h200")["student"]["flops_per_s"] == pytest.approx(0.4 * 67e12)  # fp32, as train where nobody says
+    assert told("--gpu", "h200", "--precision", "bf16")["student"]["flops_per_s"] == pytest.approx(0.4 * 989e12)
+
+
+def test_what_nobody_says_is_planned_as_train_does_it():
+    given = {"teachers": ["t"], "student": "s"}
+    for gpus in (1, 4, 16, 32):
+        planned, run = PlanConfig(**given, num_texts=100, gpus=gpus), RunConfig(**given, texts="x", output="o")
+        assert planned.batch_size == run.batch_size
+        assert planned.micro_batch == max(1, run.batch_size // gpus)
+    assert PlanConfig(**given, num_texts=100, batch_size=64, micro_batch=3, gpus=8).micro_batch == 3
+    assert PlanConfig(**given, num_texts=100).precision == "fp32"
 
 
 def test_a_plan_counts_up_to_the_limit(make_teacher, student, tmp_path, capsys):
