@@ -8,8 +8,8 @@ From the finished student's features f, which its output layer reads, and the cl
 where a >= 0 and c minimise the sum over the texts of -r ln doubt - (1 - r) ln(1 - doubt), r in (0, 1) being the ensemble's doubt:
 the mean of two ranks in the pool (coverage.doubt_ranks). So doubt is on the ensemble's scale, and outside of the pool it follows the
 distance; arsinh, as distances there are tens of d, where the sigmoid would give 1 to all. An affine map from f to r, trained beside
-the student, fits the pool well and tells nothing of other texts (README). A text counts (top probability of the student)^4, one that
-belongs to no teacher (--coverage) not at all.
+the student, fits the pool well and tells nothing of other texts (docs/measured.md, "Doubt"). For mu and S a text counts (top
+probability of the student)^4, one that belongs to no teacher (--coverage) not at all; a and c are fitted to all of them.
 
 Nothing of it reaches the student's weights. It travels beside the student in FILE; plain transformers never sees it.
 

@@ -1,4 +1,4 @@
-"""How long and how fast a classifier is trained where nobody says: by the number of texts and the width of the encoder."""
+"""Default epochs and learning rate of a classifier, by the number of texts and the width of the encoder."""
 
 MIN_STEPS = 1000
 FEWEST_EPOCHS, MOST_EPOCHS = 3, 20

@@ -1,4 +1,4 @@
-"""Running a classifier in parts: from any layer to any layer, through the model's own forward."""
+"""Running a classifier in parts, from any layer to any layer, through the model's own forward: for what layered.py does not know."""
 
 from collections.abc import Callable
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""The conductor: teachers and unlabelled text in, one Hugging Face student out. `run` is the whole walk, stage by stage.
+"""`muka-fast train`: teachers and unlabelled text in, one Hugging Face student out. `run` is the whole walk, stage by stage.
 
 Runs as `muka-fast train ...`, as `muka_fast.amalgamate(...)`, and as a script under a launcher:
 `deepspeed muka_fast/train.py --ds_config ds.json ...`.

@@ -1,4 +1,4 @@
-"""muka_fast.ops: the fused ops, one per file; importing this registers them with torch.library."""
+"""muka_fast.ops: the fused ops, one per file; importing this registers those of scoring and of the loss with torch.library."""
 
 from muka_fast.ops import distill_loss as distill_loss
 from muka_fast.ops import dropout_add_layer_norm as dropout_add_layer_norm

@@ -10,8 +10,8 @@
 Source: Loshchilov and Hutter, arXiv 1711.05101; clipping as torch.nn.utils.clip_grad_norm_.
 Bytes of a weight: g read twice, w, m and v read and written, the cast written: 30 with a cast, 32 without. By PyTorch, with copies of
 the gradients in fp32, 52 and 40.
-Kernels find the tensors by addresses, which lie in memory, a program PART elements of one: a CUDA graph may be recorded before the
-gradients' are filled in.
+The kernels read the tensors' addresses from memory, so that a CUDA graph may be recorded before the gradients' are known
+(muka_fast/recorded.py, which alone uses this); each program does PART elements of one tensor.
 """
 
 from collections.abc import Callable, Sequence
