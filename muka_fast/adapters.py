@@ -150,7 +150,7 @@ def load_merged(folder: Path, labels: list[str], dtype: "torch.dtype", what: str
                 lost = teachers.some(sorted(wanted - supplied))
                 raise UserError(f"{what}: the adapter lacks {lost}, which would be random; save it again")
             merged = adapted.merge_and_unload()
-    except teachers.LOADING_ERRORS as error:
+    except checkpoint.LOADING_ERRORS as error:
         raise UserError(f"{what}: the adapter cannot be loaded: {first_line(error)}") from error
     teachers.settle_forward(merged)
     return merged

@@ -14,13 +14,21 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from muka_fast.errors import UserError, first_line
 
+# What transformers raises for a configuration or weights it cannot use.
+LOADING_ERRORS = (
+    OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, AssertionError, ImportError,
+    SafetensorError, StrictDataclassError,
+)  # fmt: skip
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "spm.model", "tokenizer.model", "sentencepiece.model")
 TOKENIZER_FILES += ("sentencepiece.bpe.model",)
+WITHOUT_VOCABULARY = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")  # of bytes and characters
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 WAY_TO_SAFETENSORS = (
     "if you trust its source, convert it once: "
@@ -118,7 +126,7 @@ def config_labels(config: dict, what: str) -> list[str]:
         )
     if config.get("num_labels", len(named)) != len(named):
         raise UserError(f"{what}: config.json says num_labels {config['num_labels']} but names {len(named)} labels")
-    names = [str(named[index]) for index in range(len(named))]
+    names = ["" if named[index] is None else str(named[index]) for index in range(len(named))]
     blank = [index for index, name in enumerate(names) if not name.strip()]
     if blank:
         raise UserError(f"{what}: label {blank[0]} has a blank name in id2label of config.json; give it a name")
@@ -131,7 +139,7 @@ def check_classifier(config: dict, what: str) -> list[str]:
     One class is allowed, but one unnamed class without a problem type is how transformers spells regression.
     """
     auto_map = config.get("auto_map") or {}
-    if any(str(key).startswith(("AutoModel", "AutoConfig")) for key in auto_map):
+    if any(str(key).startswith(("AutoModel", "AutoConfig")) for key in auto_map) and not is_native(config):
         raise UserError(
             f"{what}: the model needs code from its own repository (auto_map in config.json), which is never run here; "
             "use a model that transformers itself supports"
@@ -157,12 +165,21 @@ def check_classifier(config: dict, what: str) -> list[str]:
     return labels
 
 
+def is_native(config: dict) -> bool:
+    """Whether transformers itself has this type of model; then it is what runs, whatever code of its own the repository offers."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return config.get("model_type") in CONFIG_MAPPING_NAMES
+
+
 def check_tokenizer_files(folder: Path, what: str) -> None:
     """Refuse a folder without a tokenizer, or with one that runs its own code."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"{what}: no tokenizer in {folder}; add it with tokenizer.save_pretrained({str(folder)!r})")
     file = folder / "tokenizer_config.json"
-    if file.is_file() and read_json(file, what).get("auto_map"):
+    settings = read_json(file, what) if file.is_file() else {}
+    there = any((folder / name).is_file() for name in TOKENIZER_FILES) or settings.get("tokenizer_class") in WITHOUT_VOCABULARY
+    if not there:
+        raise UserError(f"{what}: no tokenizer in {folder}; add it with tokenizer.save_pretrained({str(folder)!r})")
+    if settings.get("auto_map") and not ((folder / "config.json").is_file() and is_native(read_config(folder, what))):
         raise UserError(f"{what}: its tokenizer needs code from its own repository (auto_map), which is never run here")
 
 
@@ -186,6 +203,8 @@ def weight_files(folder: Path, what: str, stem: str = "model") -> list[Path]:
         raise UserError(
             f"{what}: only a pickle ({pickles[0]}) in {folder}, which is never opened here; {WAY_TO_SAFETENSORS}"
         )
+    if folder.parent.name == "snapshots":  # the hub's cache, for which no pickle is fetched
+        raise UserError(f"{what}: the hub has no safetensors weights of it, and pickles are never opened here; {WAY_TO_SAFETENSORS}")
     raise UserError(f"{what}: no {single.name} in {folder}; save the model with save_pretrained")
 
 
@@ -287,7 +306,7 @@ def has_nan(block: bytes, dtype: str) -> bool:
 
 def file_state(folder: Path) -> tuple:
     """Names, sizes and times of a folder's JSON and safetensors files: changes when a fingerprint could change."""
-    files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+    files = sorted(file for file in (*folder.glob("*.json"), *folder.glob("*.safetensors")) if file.is_file())  # no link to nowhere
     return tuple((file.name, *(lambda s: (s.st_size, s.st_mtime_ns, s.st_ino))(file.stat())) for file in files)
 
 

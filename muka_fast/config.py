@@ -28,7 +28,7 @@ DEFAULT_EPOCHS = f"{recipe.FEWEST_EPOCHS}, or as many as make {recipe.MIN_STEPS:
 DEFAULT_LEARNING_RATE = f"{recipe.BASE_LEARNING_RATE:g} x {recipe.BASE_WIDTH} / hidden size"
 LABEL_MAP = "renames, merges or drops (null) labels"
 NEUTRAL_ENCODER = "encoder that tells muka-evidence and muka-auto which texts are alike: folder or hub name"
-TEXTS = "file, 'pattern' (.jsonl .json .csv .tsv .parquet .txt, or these .gz) or hub data set"
+TEXTS = "file, 'pattern' (.jsonl .json .csv .tsv .txt, also .gz, .parquet) or hub data set"
 OR_CONTENT = "file; in --config and Python also its content"
 BOUND_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
@@ -290,7 +290,7 @@ class TeachConfig(TextOptions):
     """Options of `muka-fast teach`."""
 
     encoder: str = option(..., "encoder to fine-tune: folder or hub name", FILES)
-    train: str = option(..., "labelled texts: file, 'pattern' (.jsonl .json .csv .tsv .parquet, or these .gz) or hub data set", FILES)
+    train: str = option(..., "labelled texts: file, 'pattern' (.jsonl .json .csv .tsv, also .gz, .parquet) or hub data set", FILES)
     labels: list[str] | None = option(
         None,
         "labels of this teacher, in order, with commas or spaces between them; one that holds a comma in double quotes, "

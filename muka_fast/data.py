@@ -259,7 +259,14 @@ def tokenize_quietly(
 
 def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_length: int) -> list[list[int]]:
     options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False}
-    return tokenizer(texts, truncation=True, max_length=max_length, padding=False, **options)["input_ids"]
+    rows = tokenizer(texts, truncation=True, max_length=max_length, padding=False, **options)["input_ids"]
+    end = tokenizer.eos_token_id
+    # A Unigram vocabulary (T5) has "</s>" as a piece, so that a text spells it even so: the last one alone is the end.
+    if tokenizer.split_special_tokens and any(row.count(end) > 1 for row in rows) and tokenizer("")["input_ids"].count(end) == 1:
+        for row in rows:
+            last = len(row) - 1 - row[::-1].index(end)
+            row[:last] = [token for token in row[:last] if token != end]
+    return rows
 
 
 def _cut(tokenizer: "PreTrainedTokenizerBase", text: str, max_length: int) -> str:

@@ -21,7 +21,8 @@ from muka_fast.errors import UserError
 from muka_fast.first_token import first_token_only
 from muka_fast.labels import read_label_map, rename_labels
 from muka_fast.memory import device_of
-from muka_fast.teachers import open_classifier, token_limit
+from muka_fast.teachers import open_classifier
+from muka_fast.tokenizer import token_limit
 
 if TYPE_CHECKING:
     import transformers

@@ -29,7 +29,7 @@ from muka_fast.config import LABELLED_METHODS
 from muka_fast.console import quiet_transformers
 from muka_fast.errors import UserError, first_line
 from muka_fast.outputs import PARTIAL, READY
-from muka_fast.teachers import settle_tokenizer, token_limit
+from muka_fast.tokenizer import NO_LIMIT, settle_tokenizer, token_limit
 
 if TYPE_CHECKING:
     from muka_fast.doubt import UncertaintyHead
@@ -179,7 +179,9 @@ def clean_tokenizer(
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
     settle_tokenizer(model, tokenizer, "student")
-    tokenizer.model_max_length = token_limit(model, tokenizer)
+    limit = token_limit(model, tokenizer)
+    if limit < NO_LIMIT:
+        tokenizer.model_max_length = limit
     return tokenizer
 
 

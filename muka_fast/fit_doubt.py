@@ -14,7 +14,7 @@ from muka_fast.evidence import SAMPLE, sample_rows
 from muka_fast.memory import device_of
 from muka_fast.stored import Supervision
 from muka_fast.targets import Method
-from muka_fast.teachers import token_limit
+from muka_fast.tokenizer import token_limit
 
 log = logging.getLogger("muka_fast")
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 
 from muka_fast.errors import UserError, first_line
 from muka_fast.sites import AnyValue
-from muka_fast.teachers import DTYPES, position_limit, settle_forward
+from muka_fast.teachers import DTYPES, settle_forward
+from muka_fast.tokenizer import position_limit
 
 STAGES = ("0", "1", "2", "3", "3 offload")
 # DeepSpeed's defaults, in elements: gradients under way, whole weights at work and fetched ahead, weights too small to partition.

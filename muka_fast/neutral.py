@@ -41,15 +41,8 @@ from muka_fast.store import (
     write_shard,
 )
 from muka_fast.student import encoder_fingerprint
-from muka_fast.teachers import (
-    DTYPES,
-    LOADING_ERRORS,
-    check_vocabulary,
-    load_tokenizer,
-    settle_forward,
-    settle_tokenizer,
-    token_limit,
-)
+from muka_fast.teachers import DTYPES, settle_forward
+from muka_fast.tokenizer import check_vocabulary, load_tokenizer, settle_tokenizer, token_limit
 
 if TYPE_CHECKING:
     from muka_fast.config import ScoringOptions
@@ -184,7 +177,7 @@ def load_encoder(
             model = transformers.AutoModel.from_pretrained(
                 folder, dtype=DTYPES[precision], use_safetensors=True, local_files_only=True, trust_remote_code=False
             )
-    except LOADING_ERRORS as error:
+    except checkpoint.LOADING_ERRORS as error:
         raise UserError(f"{what}: transformers cannot load it: {first_line(error)}") from error
     settle_forward(model)
     settle_tokenizer(model, tokenizer, what)

@@ -21,7 +21,7 @@ from muka_fast.memory import device_of
 from muka_fast.recipe import default_epochs
 from muka_fast.scoring import empty_shard
 from muka_fast.store import FEATURE_TYPE, FEATURES, default_shard_size, shard_ranges
-from muka_fast.teachers import DTYPES, LOADING_ERRORS, teacher_names
+from muka_fast.teachers import DTYPES, teacher_names
 
 log = logging.getLogger("muka_fast")
 # Data sheets: GiB of memory, dense FLOP/s in half precision and in fp32 without TF32.
@@ -50,7 +50,7 @@ def read_model(source: str, what: str, classifier: bool = True) -> tuple[PreTrai
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(path if local else source, local_files_only=local, trust_remote_code=False)
-    except LOADING_ERRORS as error:
+    except checkpoint.LOADING_ERRORS as error:
         raise UserError(f"{what}: its configuration cannot be read: {first_line(error)}") from error
     if labels is None:
         labels = checkpoint.check_classifier(written or config.to_dict(), what) if classifier else []
@@ -96,7 +96,7 @@ def count_texts(options: PlanConfig) -> tuple[int, float]:
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(options.student, trust_remote_code=False)
-    except LOADING_ERRORS as error:
+    except checkpoint.LOADING_ERRORS as error:
         raise UserError(
             f"student {options.student}: its tokenizer cannot be loaded ({first_line(error)}); give --tokens_per_text"
         ) from error

@@ -15,7 +15,7 @@ from muka_fast.console import log
 from muka_fast.errors import UserError, first_line
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
-HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.\[\]%+-]+))?")
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.\[\]:%+-]+))?")
 UTF8_BOM = b"\xef\xbb\xbf"
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 # One text may be a whole book; the csv module stops at 128 kB unless told otherwise.
@@ -68,11 +68,14 @@ def find_files(source: str) -> list[str]:
 
 def _file_rows(source: str, columns: Columns) -> Iterator[Row]:
     path = Path(source)
-    kind = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
+    gz = path.suffix.lower() == ".gz"
+    kind = Path(path.stem).suffix.lower() if gz else path.suffix.lower()
     if path.is_dir():
         raise UserError(f"{source}: is a folder; name a file, or several by a pattern: '{path}/*{SUFFIXES[0]}' ({' '.join(SUFFIXES)})")
     if kind not in SUFFIXES:
         raise UserError(f"{source}: unknown kind of file '{path.suffix}': use one of {' '.join(SUFFIXES)}")
+    if gz and kind == ".parquet":
+        raise UserError(f"{source}: parquet is compressed in itself and not read as .gz: gunzip {path}")
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows, ".txt": _txt_rows}
     return _guarded(source, path, readers.get(kind, _csv_rows)(path, columns))
 

@@ -15,14 +15,8 @@ from muka_fast import checkpoint
 from muka_fast.console import quiet_transformers
 from muka_fast.engine import partitioned_loading, whole_parameters
 from muka_fast.errors import UserError, first_line
-from muka_fast.teachers import (
-    LOADING_ERRORS,
-    check_vocabulary,
-    load_tokenizer,
-    settle_forward,
-    settle_tokenizer,
-    some,
-)
+from muka_fast.teachers import settle_forward, some
+from muka_fast.tokenizer import check_vocabulary, load_tokenizer, settle_tokenizer
 
 log = logging.getLogger("muka_fast")
 
@@ -50,6 +44,7 @@ def load_student(
             config = transformers.AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, num_labels=len(labels)
             )
+            vars(config).pop("auto_map", None)  # transformers' own class it is, and what is saved says so
             config.id2label, config.label2id = names, {name: index for index, name in names.items()}
             config.problem_type = "single_label_classification" if len(labels) > 1 else None
             model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -62,7 +57,7 @@ def load_student(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except LOADING_ERRORS as error:
+    except checkpoint.LOADING_ERRORS as error:
         raise UserError(f"{what}: transformers cannot load it: {first_line(error)}") from error
     settle_forward(model)
     # ZeRO-3 loading records even legacy renamings (LayerNorm.gamma), and saving would apply them backwards.

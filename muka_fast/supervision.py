@@ -37,15 +37,7 @@ from muka_fast.store import (
     teacher_key,
 )
 from muka_fast.stored import Supervision, load_supervision
-from muka_fast.teachers import (
-    DTYPES,
-    LOADING_ERRORS,
-    Teacher,
-    TeacherFiles,
-    check_teachers,
-    load_teacher,
-    teacher_names,
-)
+from muka_fast.teachers import DTYPES, Teacher, TeacherFiles, check_teachers, load_teacher, teacher_names
 from muka_fast.trunk import StochasticTeacher
 
 if TYPE_CHECKING:
@@ -175,7 +167,7 @@ def _sites(folder: Path, _state: tuple) -> list[Site] | None:
     try:
         with quiet_transformers():
             return sites_of_config(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-    except LOADING_ERRORS:
+    except checkpoint.LOADING_ERRORS:
         return None  # an adapter's broken base: told with all details when its turn comes
 
 

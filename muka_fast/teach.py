@@ -29,7 +29,7 @@ from muka_fast.optim import linear_schedule, parameter_groups
 from muka_fast.outputs import MODEL_FILES, check_own, check_replaceable
 from muka_fast.recipe import default_epochs, default_learning_rate
 from muka_fast.student import load_student
-from muka_fast.teachers import token_limit
+from muka_fast.tokenizer import token_limit
 
 if TYPE_CHECKING:
     import transformers

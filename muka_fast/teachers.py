@@ -1,4 +1,4 @@
-"""Loads teachers: checks, names, fingerprints and seeds them, and settles their padding.
+"""Loads teachers: checks, names, fingerprints and seeds them.
 
 A teacher is any single-label `*ForSequenceClassification` folder (or hub name) with safetensors weights and a
 tokenizer, or a LoRA adapter of one. Whatever else is met ends in a UserError that names the teacher and the way out.
@@ -14,24 +14,17 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 
 from muka_fast import adapters, checkpoint, placement
 from muka_fast.console import quiet_transformers
 from muka_fast.data import tokenizer_key
 from muka_fast.errors import UserError, first_line
 from muka_fast.sites import trace_inputs
+from muka_fast.tokenizer import check_vocabulary, load_tokenizer, settle_tokenizer, token_limit
 
 log = logging.getLogger("muka_fast")
 
-# What transformers raises for a configuration or weights it cannot use.
-LOADING_ERRORS = (
-    OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, AssertionError, ImportError,
-    SafetensorError, StrictDataclassError,
-)  # fmt: skip
 SHOWN_NAMES = 3  # of a list in a message
-NO_LIMIT = 10**6  # a tokenizer without a length limit says 1e30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -68,9 +61,13 @@ class TeacherFiles:
 def teacher_names(paths: Sequence[str | Path]) -> list[str]:
     """A unique name for each path: its last part, with parents joined on ("a-model", "b-model") where two are equal.
 
-    A name depends on the set of paths, not on their order, unless the same path is given twice.
+    A name depends on the set of paths, not on their order, unless the same path is given twice. A snapshot in the hub's cache has the
+    name that the hub has for it.
     """
     parts = [list(Path(path).expanduser().absolute().parts[1:]) or ["teacher"] for path in paths]
+    for part in parts:
+        if part[-2:-1] == ["snapshots"] and part[-3:-2] and part[-3].startswith("models--"):
+            part[-3:] = part[-3].split("--")[1:]
     depth = [1] * len(parts)
     while True:
         names = ["-".join(part[-length:]) for part, length in zip(parts, depth, strict=True)]
@@ -239,7 +236,7 @@ def load_classifier(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except LOADING_ERRORS as error:
+    except checkpoint.LOADING_ERRORS as error:
         raise UserError(f"{what}: transformers cannot load it: {first_line(error)}") from error
     check_loading(info, what)
     settle_forward(model)
@@ -297,23 +294,10 @@ def check_split(model: transformers.PreTrainedModel, needed: int, what: str) -> 
     log.info("%s: %.3g GiB of weights, placed on: %s", what, needed / placement.GIB, placement.describe(model))
 
 
-def load_tokenizer(folder: Path, what: str) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer of a folder, padding on the right."""
-    checkpoint.check_tokenizer_files(folder, what)
-    try:
-        with quiet_transformers():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, padding_side="right"
-            )
-    except LOADING_ERRORS as error:
-        raise UserError(f"{what}: its tokenizer cannot be loaded: {first_line(error)}") from error
-    return tokenizer
-
-
 def settle_forward(model: transformers.PreTrainedModel) -> None:
     """Named outputs and no more than the answer, whatever a saved configuration asks for: no keys and values kept for a next token;
     feed-forward layers in one piece: cut into chunks, which changes no number, they take only texts whose length divides by the
-    chunk's."""
+    chunk's; full attention where a model could choose."""
     config = model.config
     if getattr(config.get_text_config(), "use_cache", False):
         config.get_text_config().use_cache = False
@@ -321,76 +305,6 @@ def settle_forward(model: transformers.PreTrainedModel) -> None:
     for part in (config, *model.modules()):
         if getattr(part, "chunk_size_feed_forward", 0):
             part.chunk_size_feed_forward = 0
-
-
-def settle_tokenizer(
-    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, what: str
-) -> None:
-    """Give tokenizer and configuration the same padding token, and keep texts from spelling an end token that the head looks for.
-
-    Order of choice for padding: the tokenizer's, the one that config.pad_token_id names, the end-of-text token (usual for decoders;
-    said aloud), and where the tokenizer ends every text with that one, which a head that reads the last token would then take for
-    padding, the unknown token.
-    """
-    config = model.config.get_text_config()
-    if tokenizer.pad_token_id is None:
-        named = tokenizer.convert_ids_to_tokens(config.pad_token_id) if isinstance(config.pad_token_id, int) else None
-        if named is None:
-            ends = tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]
-            named = tokenizer.unk_token if ends else tokenizer.eos_token
-            if named is None or (ends and named == tokenizer.eos_token):
-                raise UserError(f"{what}: its tokenizer has no padding token; set tokenizer.pad_token and save it again")
-            log.warning("%s: no padding token; %r takes the place", what, named)
-        tokenizer.pad_token = named
-    config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-    # An encoder with a decoder (BART, T5) refuses a batch whose texts hold "</s>" in different numbers, as HTML does.
-    tokenizer.split_special_tokens |= model.config.is_encoder_decoder
-
-
-def check_vocabulary(
-    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, what: str
-) -> None:
-    """Refuse a tokenizer whose ids the model cannot embed: it belongs to another model."""
-    rows = embedded_tokens(model)
-    if rows is None:
-        log.info("%s: has no table of tokens that its tokenizer could be compared with", what)
-        return
-    beyond = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= rows)
-    if not beyond:
-        return
-    special = set(tokenizer.all_special_ids) - {tokenizer.pad_token_id}
-    if all(id_ in special for id_, _ in beyond):
-        log.warning("%s: its model has no row for the special token %r; texts must not hold it", what, beyond[0][1])
-        return
-    raise UserError(
-        f"{what}: its tokenizer has token {beyond[0][1]!r} with id {beyond[0][0]}, but the model embeds only {rows} tokens; "
-        "copy the tokenizer that the model was trained with"
-    )
-
-
-def embedded_tokens(model: transformers.PreTrainedModel) -> int | None:
-    """Rows of the table of tokens; None for a model without one: CANINE hashes characters, Perceiver begins with a projection."""
-    try:
-        table = model.get_input_embeddings()
-    except NotImplementedError:  # raised by transformers for a model that has none; `check_vocabulary` tells it
-        return None
-    if isinstance(table, torch.nn.Embedding):
-        return table.num_embeddings  # ZeRO-3 leaves no rows in its weight
-    weight = getattr(table, "weight", None)  # I-BERT's table is a class of its own
-    return None if weight is None else len(weight)
-
-
-def token_limit(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> int:
-    """Most tokens of a text: the least of what position table (or configuration) and tokenizer allow."""
-    limit = tokenizer.model_max_length
-    return int(min(position_limit(model), limit if limit > 0 else NO_LIMIT))
-
-
-def position_limit(model: transformers.PreTrainedModel) -> int:
-    """Most tokens that a model's position table, or else its configuration, allows; its weights may be on the meta device."""
-    named = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
-    tables = [module for module in named if isinstance(module, torch.nn.Embedding)]
-    # RoBERTa's kin count positions from padding_idx + 1.
-    limits = [table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1) for table in tables]
-    limits = limits or [getattr(model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT]
-    return min(limit for limit in (*limits, NO_LIMIT) if limit > 0)  # XLNet's -1: none
+    if hasattr(model.base_model, "set_attention_type"):  # BigBird: what itself it changes to for texts of up to 704 tokens
+        model.base_model.set_attention_type("original_full")
+        config.attention_type = "original_full"

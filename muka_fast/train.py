@@ -57,7 +57,7 @@ from muka_fast.store import take_over
 from muka_fast.stored import Supervision, open_store
 from muka_fast.student import checkpoint_activations, load_student
 from muka_fast.supervision import fill_store, option_values
-from muka_fast.teachers import token_limit
+from muka_fast.tokenizer import token_limit
 from muka_fast.words import with_words
 
 log = logging.getLogger("muka_fast")

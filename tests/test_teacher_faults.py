@@ -230,7 +230,7 @@ def test_an_unknown_model_type(make_teacher):
 def test_code_of_the_repository_is_never_run(make_teacher):
     folder = make_teacher("bert")
     (folder / "modeling_evil.py").write_text("raise SystemExit('ran')")
-    edit_config(folder, auto_map={"AutoModelForSequenceClassification": "modeling_evil.Evil"})
+    edit_config(folder, auto_map={"AutoModelForSequenceClassification": "modeling_evil.Evil"}, model_type="evil")
     refusal(folder, "auto_map", "never run")
     edit_config(folder, auto_map=None)
     settings = json.loads((folder / "tokenizer_config.json").read_text())

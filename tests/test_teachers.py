@@ -19,6 +19,7 @@ from muka_fast.data import tokenize, tokenizer_key
 from muka_fast.errors import UserError
 from muka_fast.evaluate import predict
 from muka_fast.student import load_student
+from muka_fast.tokenizer import check_vocabulary, settle_tokenizer
 
 HTML = "was <s>dear</s>, now cheap"  # struck out in HTML, the marks of a text's ends in many tokenizers
 
@@ -211,9 +212,9 @@ def test_end_of_text_pads_nothing_where_it_ends_every_text(make_tokenizer, make_
         single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
     )
     with pytest.raises(UserError, match="no padding token"):
-        teachers.settle_tokenizer(model, tokenizer, "teacher x")
+        settle_tokenizer(model, tokenizer, "teacher x")
     tokenizer.unk_token = tokenizer.convert_ids_to_tokens(3)
-    teachers.settle_tokenizer(model, tokenizer, "teacher x")
+    settle_tokenizer(model, tokenizer, "teacher x")
     assert tokenizer.pad_token_id == model.config.pad_token_id == 3 and "no padding token" in caplog.text
 
 
@@ -225,7 +226,7 @@ def test_a_text_cannot_spell_the_end_token_that_a_head_looks_for(make_tokenizer)
     sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "vocab_size": len(tokenizer)}
     config = BartConfig(d_model=16, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sizes)
     model = BartForSequenceClassification(config).eval()
-    teachers.settle_tokenizer(model, tokenizer, "teacher x")
+    settle_tokenizer(model, tokenizer, "teacher x")
     tokens = tokenize(tokenizer, [HTML, "plain"], 32)
     rows = [tokens.ids[a:b].tolist() for a, b in itertools.pairwise(tokens.offsets)]
     assert [row.count(tokenizer.eos_token_id) for row in rows] == [1, 1]
@@ -261,10 +262,10 @@ class QuantisedTable(torch.nn.Module):
 def test_the_vocabulary_is_compared_with_whatever_table_there_is(make_model, make_tokenizer, caplog):
     model, tokenizer = make_model(), make_tokenizer()
     model.set_input_embeddings(QuantisedTable(len(tokenizer)))
-    teachers.check_vocabulary(model, tokenizer, "teacher x")
+    check_vocabulary(model, tokenizer, "teacher x")
     model.set_input_embeddings(QuantisedTable(9))
     with pytest.raises(UserError, match="the model embeds only 9 tokens"):
-        teachers.check_vocabulary(model, tokenizer, "teacher x")
+        check_vocabulary(model, tokenizer, "teacher x")
     small = {"vocab_size": 9, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 16}
     for without in (
         transformers.CanineForSequenceClassification(transformers.CanineConfig(num_hash_buckets=16, **small)),
@@ -277,7 +278,7 @@ def test_the_vocabulary_is_compared_with_whatever_table_there_is(make_model, mak
     ):  # fmt: skip
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="muka_fast"):
-            teachers.check_vocabulary(without, tokenizer, "teacher x")
+            check_vocabulary(without, tokenizer, "teacher x")
         assert caplog.messages == ["teacher x: has no table of tokens that its tokenizer could be compared with"]
 
 

@@ -1,0 +1,109 @@
+"""A model's tokenizer: loaded, made to fit the model, and how many tokens a text may have."""
+
+import logging
+from pathlib import Path
+
+import torch
+import transformers
+
+from muka_fast import checkpoint
+from muka_fast.console import quiet_transformers
+from muka_fast.errors import UserError, first_line
+
+log = logging.getLogger("muka_fast")
+NO_LIMIT = 10**6  # a tokenizer without a length limit says 1e30
+
+
+def load_tokenizer(folder: Path, what: str) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a folder, padding on the right."""
+    checkpoint.check_tokenizer_files(folder, what)
+    try:
+        with quiet_transformers():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, padding_side="right"
+            )
+    except checkpoint.LOADING_ERRORS as error:
+        raise UserError(f"{what}: its tokenizer cannot be loaded: {first_line(error)}") from error
+    tokenizer.init_kwargs.pop("auto_map", None)  # transformers' own class it is, and what is saved says so
+    return tokenizer
+
+
+def settle_tokenizer(
+    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, what: str
+) -> None:
+    """Give tokenizer and configuration the same padding token, and keep texts from spelling an end token that the head looks for.
+
+    Order of choice for padding: the tokenizer's, the one that config.pad_token_id names, the end-of-text token (usual for decoders;
+    said aloud), and where the tokenizer ends every text with that one, which a head that reads the last token would then take for
+    padding, the unknown token.
+    """
+    config = model.config.get_text_config()
+    if tokenizer.pad_token_id is None:
+        has_id = isinstance(config.pad_token_id, int) and config.pad_token_id >= 0
+        named = tokenizer.convert_ids_to_tokens(config.pad_token_id) if has_id else None
+        if named is None:
+            ends = tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]
+            named = tokenizer.unk_token if ends else tokenizer.eos_token
+            if named is None or (ends and named == tokenizer.eos_token):
+                raise UserError(f"{what}: its tokenizer has no padding token; set tokenizer.pad_token and save it again")
+            log.warning("%s: no padding token; %r takes the place", what, named)
+        tokenizer.pad_token = named
+    if not any(table.padding_idx is not None for table in position_tables(model)):  # which counts from the id that it was built with
+        config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    # An encoder with a decoder (BART, T5) refuses a batch whose texts hold "</s>" in different numbers, as HTML does.
+    tokenizer.split_special_tokens |= model.config.is_encoder_decoder
+    if tokenizer.split_special_tokens:
+        tokenizer.init_kwargs["split_special_tokens"] = True  # what save_pretrained writes
+
+
+def check_vocabulary(
+    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, what: str
+) -> None:
+    """Refuse a tokenizer whose ids the model cannot embed: it belongs to another model."""
+    rows = embedded_tokens(model)
+    if rows is None:
+        log.info("%s: has no table of tokens that its tokenizer could be compared with", what)
+        return
+    beyond = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= rows)
+    if not beyond:
+        return
+    special = set(tokenizer.all_special_ids) - {tokenizer.pad_token_id}
+    if all(id_ in special for id_, _ in beyond):
+        log.warning("%s: its model has no row for the special token %r; texts must not hold it", what, beyond[0][1])
+        return
+    raise UserError(
+        f"{what}: its tokenizer has token {beyond[0][1]!r} with id {beyond[0][0]}, but the model embeds only {rows} tokens; "
+        "copy the tokenizer that the model was trained with"
+    )
+
+
+def embedded_tokens(model: transformers.PreTrainedModel) -> int | None:
+    """Rows of the table of tokens; None for a model without one: CANINE hashes characters, Perceiver begins with a projection."""
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:  # raised by transformers for a model that has none; `check_vocabulary` tells it
+        return None
+    if isinstance(table, torch.nn.Embedding):
+        return table.num_embeddings  # ZeRO-3 leaves no rows in its weight
+    weight = getattr(table, "weight", None)  # I-BERT's table is a class of its own
+    return None if weight is None else len(weight)
+
+
+def token_limit(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> int:
+    """Most tokens of a text: the least of what position table (or configuration) and tokenizer allow."""
+    limit = tokenizer.model_max_length
+    return int(min(position_limit(model), limit if limit > 0 else NO_LIMIT))
+
+
+def position_tables(model: transformers.PreTrainedModel) -> list[torch.nn.Embedding]:
+    """The tables of learned positions."""
+    named = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    return [module for module in named if isinstance(module, torch.nn.Embedding)]
+
+
+def position_limit(model: transformers.PreTrainedModel) -> int:
+    """Most tokens that a model's position table, or else its configuration, allows; its weights may be on the meta device."""
+    # RoBERTa's kin count positions from padding_idx + 1.
+    limits = [table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1) for table in position_tables(model)]
+    limits = limits or [getattr(model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT]
+    return min(limit for limit in (*limits, NO_LIMIT) if limit > 0)  # XLNet's -1: none

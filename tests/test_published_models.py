@@ -1,0 +1,219 @@
+"""Models as they are published: padding ids that differ, code of their own beside transformers', vocabularies of other names, the
+hub's cache; what is made of them is what transformers reads back."""
+
+import json
+import threading
+import time
+
+import pytest
+import sentencepiece
+import torch
+import transformers
+from conftest import TEXTS
+from teacher_folders import edit_config, refusal
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from muka_fast import checkpoint, teachers
+from muka_fast.caller import caller_undisturbed
+from muka_fast.data import read_texts, tokenize
+from muka_fast.errors import UserError
+from muka_fast.evaluate import predict
+from muka_fast.export import Card, clean_tokenizer, save_student
+from muka_fast.student import load_student
+from muka_fast.teachers import teacher_names
+from muka_fast.tokenizer import settle_tokenizer
+
+ZERO_0 = {"zero_optimization": {"stage": 0}}
+OWN_CODE = {"AutoConfig": "theirs.Config", "AutoModelForSequenceClassification": "theirs.Model"}
+
+
+def edit_tokenizer(folder, **changes):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "mpnet", "bert", "llama"])
+@pytest.mark.parametrize("pad_id", [0, 1, 5])
+def test_a_student_is_read_back_as_it_was_trained(make_teacher, tmp_path, texts, family, pad_id):
+    """RoBERTa's kin count positions from the padding id that they were built with, which need not be their tokenizer's."""
+    folder = make_teacher(family, hidden=32)
+    edit_config(folder, pad_token_id=pad_id)
+    model, tokenizer = load_student(folder, ["a", "b", "c"], 0, ZERO_0)
+    model.eval()
+    tokens = tokenizer(texts[:6], padding=True, return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        trained = model(**tokens).logits
+        save_student(model, tokenizer, tmp_path / "out", ["a", "b", "c"], Card("x"))
+        back = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+        assert torch.equal(back(**tokens).logits, trained)
+    classify = transformers.pipeline("text-classification", str(tmp_path / "out"))
+    assert len(classify(["word " * 2000], truncation=True)) == 1  # the length limit that is written is the model's
+
+
+def test_a_negative_padding_id_is_none(make_teacher, caplog):
+    folder = make_teacher("llama", pad_token_id=None)
+    edit_config(folder, pad_token_id=-1)
+    edit_tokenizer(folder, pad_token=None)
+    teacher = teachers.load_teacher(folder, run_seed=0)
+    assert teacher.pad_id == teacher.tokenizer.eos_token_id and "no padding token" in caplog.text
+
+
+def test_code_of_their_own_beside_transformers_is_left_alone(make_teacher, tmp_path, texts):
+    folder = make_teacher()
+    plain = teachers.load_teacher(folder, run_seed=0)
+    (folder / "theirs.py").write_text("raise SystemExit('ran')")
+    edit_config(folder, auto_map=OWN_CODE)
+    edit_tokenizer(folder, auto_map={"AutoTokenizer": ["theirs.Tokenizer", None]})
+    teacher = teachers.load_teacher(folder, run_seed=0)
+    tokens = teacher.tokenizer(texts[:3], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(teacher.model(**tokens).logits, plain.model(**tokens).logits)
+    model, tokenizer = load_student(folder, ["a", "b", "c"], 0, ZERO_0)
+    save_student(model, tokenizer, tmp_path / "out", ["a", "b", "c"], Card("x"))
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "auto_map" not in json.loads((tmp_path / "out" / name).read_text())
+    assert teachers.load_teacher(tmp_path / "out", run_seed=0).labels == ["a", "b", "c"]
+
+
+def test_a_vocabulary_by_the_name_of_deberta(make_teacher, tmp_path):
+    folder = make_teacher("deberta-v2", vocab_size=300)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    refusal(folder, "no tokenizer")
+    (tmp_path / "corpus.txt").write_text("\n".join(TEXTS * 3))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(folder / "spm"), vocab_size=230, hard_vocab_limit=False, minloglevel=2,
+        unk_id=1, bos_id=-1, eos_id=-1, pad_id=0, unk_piece="[UNK]", pad_piece="[PAD]", user_defined_symbols=["[CLS]", "[SEP]"],
+    )  # fmt: skip
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
+    assert len(teachers.load_teacher(folder, run_seed=0).tokenizer("card bank").input_ids) > 3
+
+
+def test_a_tokenizer_of_characters_has_no_vocabulary(make_teacher):
+    folder = make_teacher()
+    (folder / "tokenizer.json").unlink()
+    refusal(folder, "no tokenizer")
+    edit_tokenizer(folder, tokenizer_class="CanineTokenizer")
+    checkpoint.check_tokenizer_files(folder, "teacher x")
+
+
+def test_what_only_a_pickle_of_the_hub_has(make_teacher, tmp_path):
+    folder = make_teacher()
+    cached = tmp_path / "models--org--news" / "snapshots" / ("0" * 40)
+    cached.parent.mkdir(parents=True)
+    folder.rename(cached)
+    (cached / "model.safetensors").unlink()
+    refusal(cached, "the hub has no safetensors weights", "convert it once")
+
+
+def test_names_in_the_hubs_cache(tmp_path):
+    cached = [tmp_path / f"models--org--{name}" / "snapshots" / ("a" * 40) for name in ("news", "bank")]
+    assert teacher_names(cached) == ["news", "bank"]
+    other = tmp_path / "models--their--news" / "snapshots" / ("b" * 40)
+    assert teacher_names([cached[0], other]) == ["org-news", "their-news"]
+    assert teacher_names([tmp_path / "news" / "snapshots" / "x"]) == ["x"]
+
+
+def test_a_link_to_nowhere_that_nobody_needs(make_teacher):
+    folder = make_teacher()
+    (folder / "generation_config.json").symlink_to("../../blobs/gone")
+    teachers.load_teacher(folder, run_seed=0)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../../blobs/gone")
+    refusal(folder, "no model.safetensors")
+
+
+def test_a_label_without_a_name_is_refused(make_teacher):
+    folder = make_teacher()
+    edit_config(folder, id2label={"0": None, "1": "b"})
+    refusal(folder, "label 0 has a blank name")
+
+
+def unigram_t5(folder):
+    """T5 whose vocabulary has "</s>" as a piece."""
+    (folder / "corpus.txt").write_text("\n".join(TEXTS * 3))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "corpus.txt"), model_prefix=str(folder / "spiece"), vocab_size=230, hard_vocab_limit=False, minloglevel=2,
+        unk_id=2, bos_id=-1, eos_id=1, pad_id=0,
+    )  # fmt: skip
+    sizes = {"d_model": 16, "d_ff": 32, "d_kv": 4, "num_heads": 4, "num_layers": 2, "vocab_size": 400, "decoder_start_token_id": 0}
+    model = transformers.T5ForSequenceClassification(transformers.T5Config(num_labels=3, id2label=dict(enumerate("abc")), **sizes))
+    model.save_pretrained(folder)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_text_of_t5_with_its_end_token(tmp_path):
+    model, tokenizer = unigram_t5(tmp_path)
+    settle_tokenizer(model, tokenizer, "teacher x")
+    assert tokenizer("was </s> dear").input_ids.count(1) == 2  # else there is nothing to test
+    tokens = tokenize(tokenizer, ["was </s> dear </s> now", "plain"], 32)
+    rows = [tokens.ids[start:stop].tolist() for start, stop in zip(tokens.offsets, tokens.offsets[1:], strict=False)]
+    assert [row.count(1) for row in rows] == [1, 1] and rows[0][-1] == 1
+    assert predict(model, tokens, pad_id=tokenizer.pad_token_id).shape == (2, 3)
+
+
+def test_a_model_without_a_length_limit_names_none(tmp_path):
+    model, tokenizer = unigram_t5(tmp_path)
+    before = tokenizer.model_max_length
+    assert clean_tokenizer(model, tokenizer).model_max_length == before > 10**9
+
+
+def test_marks_of_the_text_are_read_by_the_pipeline_as_by_us(make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer("roberta")
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "vocab_size": len(tokenizer)}
+    config = transformers.BartConfig(d_model=16, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sizes)
+    model = transformers.BartForSequenceClassification(config)
+    save_student(model, clean_tokenizer(model, tokenizer), tmp_path / "out", ["a", "b", "c"], Card("x"))
+    text = "was <s>dear</s>, now cheap"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text).input_ids == clean_tokenizer(model, tokenizer)(text).input_ids
+
+
+def test_big_birds_sparse_attention_is_the_full_one_of_its_short_texts(make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer("bert")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes["vocab_size"] = len(tokenizer)
+    config = transformers.BigBirdConfig(pad_token_id=tokenizer.pad_token_id, id2label=dict(enumerate("abc")), num_labels=3, **sizes)
+    assert config.attention_type == "block_sparse"
+    transformers.BigBirdForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    model = teachers.load_teacher(tmp_path, run_seed=0).model
+    tokens = tokenizer(TEXTS[:4], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**tokens).logits, plain(**tokens).logits, rtol=1e-5, atol=1e-6)
+    assert model.config.attention_type == "original_full"
+
+
+def test_a_slice_of_a_hub_data_set_is_its_name():
+    with pytest.raises(UserError, match=r"hub data set, split 'train\[:10\]'"):
+        read_texts("no-such-org/no-such-set:train[:10]")
+
+
+def test_parquet_in_gzip_is_refused_by_its_name(tmp_path):
+    (tmp_path / "x.parquet.gz").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="gunzip"):
+        read_texts(tmp_path / "x.parquet.gz")
+
+
+def test_runs_in_threads_take_turns():
+    inside, most = [], []
+
+    def run():
+        with caller_undisturbed():
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.01)
+            inside.pop()
+
+    threads = [threading.Thread(target=run) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 8
+
+
+def test_the_card_cuts_texts_as_the_student_was_trained(tmp_path, make_model, make_tokenizer):
+    model = make_model(labels=["a", "b"])
+    save_student(model, make_tokenizer(), tmp_path / "out", ["a", "b"], Card("x", options={"max_length": 48}))
+    assert 'classify("a text", truncation=True, max_length=48)' in (tmp_path / "out" / "README.md").read_text()
