@@ -124,7 +124,7 @@ class MukaAuto(RuledSoft):
 
 
 class Oracle(Composed):
-    """Upper line: the teacher that owns the true label. Of several owners the one with the highest score, as muka-hard would;
+    """Upper bound: the teacher that owns the true label. Of several owners the one with the highest score, as muka-hard would;
     after a single pass by predictive entropy."""
 
     options = (*Composed.options, "uncertainty")
@@ -255,7 +255,7 @@ class UnifiedHead(Method):
 
 
 class Supervised(Method):
-    """Upper line: cross-entropy with the true label; texts whose label is not a class of the student have weight 0."""
+    """Upper bound: cross-entropy with the true label; texts whose label is not a class of the student have weight 0."""
 
     needs_labels = True
 
