@@ -139,7 +139,7 @@ def merge(
     clock: runinfo.Clock,
     done: RunResult | None = None,
 ) -> RunResult:
-    """The walk from the texts on, the output folder taken and the options settled.
+    """The walk from the texts on, the output folder taken and the options settled. Over 60 lines, to be read in one piece.
 
     inputs: of `identity.input_files`. done: what the complete run found there gave, where that cannot be told from its files alone: it
     holds if they say the same as then.
