@@ -6,6 +6,7 @@ code of a model repository is ever run.
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 
 from muka_fast.errors import UserError, first_line
 
+log = logging.getLogger("muka_fast")
 # What transformers raises for a configuration or weights it cannot use.
 LOADING_ERRORS = (
     OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, AssertionError, ImportError,
@@ -165,6 +167,13 @@ def check_classifier(config: dict, what: str) -> list[str]:
     return labels
 
 
+def tell_of_own_code(config: dict, what: str) -> None:
+    """Warn where the repository has code of its own for a type of model that transformers has as well."""
+    if config.get("auto_map"):
+        kind = config["model_type"]
+        log.warning("%s: its own code (auto_map) is not run, but transformers' %s; see that both give the same", what, kind)
+
+
 def is_native(config: dict) -> bool:
     """Whether transformers itself has this type of model; then it is what runs, whatever code of its own the repository offers."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -203,8 +212,9 @@ def weight_files(folder: Path, what: str, stem: str = "model") -> list[Path]:
         raise UserError(
             f"{what}: only a pickle ({pickles[0]}) in {folder}, which is never opened here; {WAY_TO_SAFETENSORS}"
         )
-    if folder.parent.name == "snapshots":  # the hub's cache, for which no pickle is fetched
-        raise UserError(f"{what}: the hub has no safetensors weights of it, and pickles are never opened here; {WAY_TO_SAFETENSORS}")
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):  # no pickle is fetched there
+        way_out = f"pickles are never opened here; {WAY_TO_SAFETENSORS}"
+        raise UserError(f"{what}: no safetensors weights in the hub's cache: it is incomplete, or the hub has none, and {way_out}")
     raise UserError(f"{what}: no {single.name} in {folder}; save the model with save_pretrained")
 
 

@@ -143,7 +143,7 @@ class ScoringOptions(TextOptions, DeviceOptions):
     )
     uncertainty: Literal[UNCERTAINTIES] | None = option(
         None,
-        "measure of muka-soft, muka-hard and --mc_stop",
+        "measure of muka-soft, muka-hard, oracle, --mc_stop and --uncertainty_head",
         "Uncertainty",
         means="mutual_information, after a single pass predictive_entropy",
     )
@@ -191,8 +191,8 @@ class RunConfig(ScoringOptions):
     """Options of `muka-fast train` and muka_fast.amalgamate.
 
     The published methods (arXiv 2112.07327) are `muka-soft` and `muka-hard` with uncertainty predictive_entropy and mc_scope all;
-    `muka-auto` chooses the teacher better (docs/selection.md), and last:1 costs a sixteenth of all. Epochs and learning rate are the
-    published ones for long runs of large encoders only (muka_fast/recipe.py).
+    `muka-auto` chooses the teacher better (docs/selection.md), and last:1 costs a sixteenth of all. Three epochs are the published
+    ones; few texts get more, and the learning rate goes by the width of the encoder (muka_fast/recipe.py).
     """
 
     teachers: list[str] = option([], "teacher folders or hub names; required unless --store is filled", FILES)
@@ -347,7 +347,7 @@ class DemoConfig(Config):
 
     output: str = option("runs/demo", "folder of the demo", FILES)
     seed: int = option(0, "seed of every random number of the run", "Run", ge=0, lt=2**32)
-    limit: int | None = option(None, "use only N texts, an equal number of each library", "Run", ge=100)
+    limit: int | None = option(None, "use about N texts, equally many of each library", "Run", ge=100)
     overwrite: bool = option(False, "replace the demo in the output folder", "Run")
 
 
@@ -388,7 +388,10 @@ class PlanConfig(ScoringOptions):
         if self.gpu is not None and self.flops is not None:
             raise ValueError("--gpu and --flops exclude each other")
         if self.micro_batch is None:  # not by assignment, which would validate again
-            self.__dict__["micro_batch"] = -(-self.batch_size // self.gpus)
+            if self.batch_size % self.gpus:
+                way_out = "change it, or give --micro_batch"
+                raise ValueError(f"--batch_size {self.batch_size} does not divide among --gpus {self.gpus}: {way_out}")
+            self.__dict__["micro_batch"] = self.batch_size // self.gpus
         return self
 
 

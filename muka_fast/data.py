@@ -200,12 +200,23 @@ def tokenizer_key(tokenizer: "PreTrainedTokenizerBase", max_length: int) -> str:
         # State left by the latest call, not a property of the tokenizer.
         content |= {"padding": None, "truncation": None}
     else:
-        settings = {name: value for name, value in tokenizer.init_kwargs.items() if name not in PLACES and not name.endswith("_file")}
+        skip = {*PLACES, "split_special_tokens"}  # the latter is told below
+        settings = {name: value for name, value in tokenizer.init_kwargs.items() if name not in skip and not name.endswith("_file")}
         content = [type(tokenizer).__name__, tokenizer.get_vocab(), sorted(map(str, settings.items())), _file_hashes(tokenizer)]
     behaviour = [content, tokenizer.truncation_side, max_length, tokenizer.pad_token_id]
     if tokenizer.split_special_tokens:  # else the key is that of stores written before it was looked at
         behaviour.append("split_special_tokens")
+        if spells_end(tokenizer):
+            behaviour.append("one end")
     return hashlib.sha256(json.dumps(behaviour, sort_keys=True).encode()).hexdigest()
+
+
+def spells_end(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a text can hold the token that ends every text, once, although special tokens are split: a Unigram vocabulary (T5) has
+    "</s>" as a piece."""
+    end = tokenizer.eos_token_id
+    ends = [tokenizer(text)["input_ids"].count(end) for text in ("", tokenizer.eos_token or "")]
+    return tokenizer.split_special_tokens and ends[0] == 1 and ends[1] > 1
 
 
 def _file_hashes(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
@@ -261,9 +272,8 @@ def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_lengt
     options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False}
     rows = tokenizer(texts, truncation=True, max_length=max_length, padding=False, **options)["input_ids"]
     end = tokenizer.eos_token_id
-    # A Unigram vocabulary (T5) has "</s>" as a piece, so that a text spells it even so: the last one alone is the end.
-    if tokenizer.split_special_tokens and any(row.count(end) > 1 for row in rows) and tokenizer("")["input_ids"].count(end) == 1:
-        for row in rows:
+    if tokenizer.split_special_tokens and any(row.count(end) > 1 for row in rows) and spells_end(tokenizer):
+        for row in rows:  # the last one alone is the end
             last = len(row) - 1 - row[::-1].index(end)
             row[:last] = [token for token in row[:last] if token != end]
     return rows

@@ -106,6 +106,7 @@ def save_student(
             raise UserError(f"--output {output}: training has spoilt the student, {name} is not finite: lower --learning_rate")
     set_labels(model, labels)
     tokenizer = clean_tokenizer(model, tokenizer)
+    kept = min(card.options["max_length"], tokenizer.model_max_length) if "max_length" in card.options else None
     partial = output / PARTIAL
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,7 @@ def save_student(
             head.save(partial)
         open_weights(partial)
         tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(render_card(card, labels, output.resolve().name), encoding="utf-8")
+        (partial / "README.md").write_text(render_card(card, labels, output.resolve().name, kept), encoding="utf-8")
         names = sorted(entry.name for entry in partial.iterdir())
         (partial / FILE_LIST).write_text(json.dumps(names), encoding="utf-8")
         sync_folder(partial)
@@ -261,8 +262,8 @@ def card_template() -> jinja2.Template:
     return environment.get_template("model_card.md.j2")
 
 
-def render_card(card: Card, labels: Sequence[str], folder: str) -> str:
-    """README.md of the exported folder, which is called `folder`."""
+def render_card(card: Card, labels: Sequence[str], folder: str, kept: int | None = None) -> str:
+    """README.md of the exported folder, which is called `folder`. kept: tokens of a text that the student was trained on."""
     owners = [
         (label, [str(teacher["name"]) for teacher in card.teachers if label in (teacher.get("labels") or ())])
         for label in labels
@@ -273,6 +274,7 @@ def render_card(card: Card, labels: Sequence[str], folder: str) -> str:
         owners=owners,
         most_labels=MOST_CARD_LABELS,
         folder=folder,
+        kept=kept,
         version=__version__,
         front_matter=front_matter(card),
         method=METHOD_TEXTS.get(str(card.options.get("method")), "Merging of classifiers."),

@@ -23,7 +23,7 @@ LabelMap = Mapping[str, "str | Mapping[str, str | None] | None"]
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """The student's classes and where each teacher's classes lie among them (README, "How it works").
+    """The student's classes and where each teacher's classes lie among them (README, "Labels").
 
     Attributes:
         names: union label names in first-seen order, length C.

@@ -44,7 +44,8 @@ def load_student(
             config = transformers.AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, num_labels=len(labels)
             )
-            vars(config).pop("auto_map", None)  # transformers' own class it is, and what is saved says so
+            checkpoint.tell_of_own_code(config.to_dict(), what)
+            vars(config).pop("auto_map", None)  # so that what is saved says whose class it is
             config.id2label, config.label2id = names, {name: index for index, name in names.items()}
             config.problem_type = "single_label_classification" if len(labels) > 1 else None
             model, info = transformers.AutoModelForSequenceClassification.from_pretrained(

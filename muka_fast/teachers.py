@@ -67,7 +67,7 @@ def teacher_names(paths: Sequence[str | Path]) -> list[str]:
     parts = [list(Path(path).expanduser().absolute().parts[1:]) or ["teacher"] for path in paths]
     for part in parts:
         if part[-2:-1] == ["snapshots"] and part[-3:-2] and part[-3].startswith("models--"):
-            part[-3:] = part[-3].split("--")[1:]
+            part[-3:] = [part[-1], *part[-3].split("--")[1:]]
     depth = [1] * len(parts)
     while True:
         names = ["-".join(part[-length:]) for part, length in zip(parts, depth, strict=True)]
@@ -96,7 +96,8 @@ def inspect(path: str | Path) -> TeacherFiles:
 
 
 def check_teachers(paths: Sequence[str | Path], warn: bool = True) -> list[TeacherFiles]:
-    """Check the files of all teachers before any work starts; warns (where `warn`) when there is only one.
+    """Check the files of all teachers before any work starts; warns (where `warn`) when there is only one, and of code
+    of their own, which is not run.
 
     Raises UserError for no teacher, for the same teacher twice (same folder or same content) and for every fault that
     `inspect` and `rehearse` find.
@@ -115,6 +116,8 @@ def check_teachers(paths: Sequence[str | Path], warn: bool = True) -> list[Teach
         twin = found.setdefault(files[-1].fingerprint, path)
         if twin != path:
             raise UserError(f"--teachers: {path} and {twin} are the same model; name every teacher once")
+        if warn and not adapters.is_adapter(files[-1].folder):
+            checkpoint.tell_of_own_code(checkpoint.read_config(files[-1].folder, f"teacher {path}"), f"teacher {path}")
     if len(paths) == 1 and warn:
         log.warning("only one teacher (%s): this is plain distillation, there is nothing to select between", paths[0])
     return files
@@ -297,7 +300,7 @@ def check_split(model: transformers.PreTrainedModel, needed: int, what: str) -> 
 def settle_forward(model: transformers.PreTrainedModel) -> None:
     """Named outputs and no more than the answer, whatever a saved configuration asks for: no keys and values kept for a next token;
     feed-forward layers in one piece: cut into chunks, which changes no number, they take only texts whose length divides by the
-    chunk's; full attention where a model could choose."""
+    chunk's; BigBird's full attention."""
     config = model.config
     if getattr(config.get_text_config(), "use_cache", False):
         config.get_text_config().use_cache = False

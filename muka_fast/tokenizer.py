@@ -38,8 +38,8 @@ def settle_tokenizer(
     padding, the unknown token.
     """
     config = model.config.get_text_config()
+    has_id = isinstance(config.pad_token_id, int) and config.pad_token_id >= 0
     if tokenizer.pad_token_id is None:
-        has_id = isinstance(config.pad_token_id, int) and config.pad_token_id >= 0
         named = tokenizer.convert_ids_to_tokens(config.pad_token_id) if has_id else None
         if named is None:
             ends = tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]
@@ -48,7 +48,8 @@ def settle_tokenizer(
                 raise UserError(f"{what}: its tokenizer has no padding token; set tokenizer.pad_token and save it again")
             log.warning("%s: no padding token; %r takes the place", what, named)
         tokenizer.pad_token = named
-    if not any(table.padding_idx is not None for table in position_tables(model)):  # which counts from the id that it was built with
+    counted = has_id and any(table.padding_idx is not None for table in position_tables(model))
+    if not counted:  # else a position depends on the id that the model was built with
         config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     # An encoder with a decoder (BART, T5) refuses a batch whose texts hold "</s>" in different numbers, as HTML does.
     tokenizer.split_special_tokens |= model.config.is_encoder_decoder
@@ -95,15 +96,22 @@ def token_limit(model: transformers.PreTrainedModel, tokenizer: transformers.Pre
     return int(min(position_limit(model), limit if limit > 0 else NO_LIMIT))
 
 
-def position_tables(model: transformers.PreTrainedModel) -> list[torch.nn.Embedding]:
-    """The tables of learned positions."""
+def position_tables(model: transformers.PreTrainedModel) -> list[torch.nn.Module]:
+    """The tables of learned positions: embeddings, of I-BERT a class of its own."""
     named = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
-    return [module for module in named if isinstance(module, torch.nn.Embedding)]
+    return [module for module in named if hasattr(module, "padding_idx")]
 
 
 def position_limit(model: transformers.PreTrainedModel) -> int:
     """Most tokens that a model's position table, or else its configuration, allows; its weights may be on the meta device."""
-    # RoBERTa's kin count positions from padding_idx + 1.
-    limits = [table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1) for table in position_tables(model)]
-    limits = limits or [getattr(model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT]
-    return min(limit for limit in (*limits, NO_LIMIT) if limit > 0)  # XLNet's -1: none
+    told = getattr(model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
+    told = told if told > 0 else NO_LIMIT  # XLNet's -1
+    # RoBERTa's kin count positions from padding_idx + 1; others' tables may begin with rows for other things (Nystromformer).
+    tables = position_tables(model)
+    limits = [min(told, rows(table)) if table.padding_idx is None else rows(table) - table.padding_idx - 1 for table in tables]
+    return min([*limits, NO_LIMIT] if limits else [told])
+
+
+def rows(table: torch.nn.Module) -> int:
+    """Entries of a table of embeddings; ZeRO-3 leaves none in an ordinary one's weight."""
+    return table.num_embeddings if isinstance(table, torch.nn.Embedding) else len(table.weight)

@@ -245,10 +245,12 @@ def test_hours_disk_and_fit_of_a_plan(make_teacher, student, capsys, tmp_path, m
 
 def test_what_nobody_says_is_planned_as_train_does_it():
     given = {"teachers": ["t"], "student": "s"}
-    for gpus in (1, 4, 16, 32):
+    for gpus in (1, 4, 16):
         planned, run = PlanConfig(**given, num_texts=100, gpus=gpus), RunConfig(**given, texts="x", output="o")
         assert planned.batch_size == run.batch_size
-        assert planned.micro_batch == max(1, run.batch_size // gpus)
+        assert planned.micro_batch == run.batch_size // gpus
+    with pytest.raises(ValueError, match="does not divide among --gpus 32"):
+        PlanConfig(**given, num_texts=100, gpus=32)
     assert PlanConfig(**given, num_texts=100, batch_size=64, micro_batch=3, gpus=8).micro_batch == 3
     assert PlanConfig(**given, num_texts=100).precision == "fp32"
 

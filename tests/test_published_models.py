@@ -21,7 +21,7 @@ from muka_fast.evaluate import predict
 from muka_fast.export import Card, clean_tokenizer, save_student
 from muka_fast.student import load_student
 from muka_fast.teachers import teacher_names
-from muka_fast.tokenizer import settle_tokenizer
+from muka_fast.tokenizer import position_limit, settle_tokenizer, token_limit
 
 ZERO_0 = {"zero_optimization": {"stage": 0}}
 OWN_CODE = {"AutoConfig": "theirs.Config", "AutoModelForSequenceClassification": "theirs.Model"}
@@ -50,6 +50,14 @@ def test_a_student_is_read_back_as_it_was_trained(make_teacher, tmp_path, texts,
     assert len(classify(["word " * 2000], truncation=True)) == 1  # the length limit that is written is the model's
 
 
+@pytest.mark.parametrize(("family", "pad_id"), [("mpnet", None), ("mpnet", -1), ("roberta", -1)])
+def test_a_padding_id_that_is_none_gives_way_to_the_tokenizers(make_teacher, family, pad_id):
+    folder = make_teacher(family)
+    edit_config(folder, pad_token_id=pad_id)
+    model, tokenizer = load_student(folder, ["a", "b"], 0, ZERO_0)
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
 def test_a_negative_padding_id_is_none(make_teacher, caplog):
     folder = make_teacher("llama", pad_token_id=None)
     edit_config(folder, pad_token_id=-1)
@@ -58,12 +66,14 @@ def test_a_negative_padding_id_is_none(make_teacher, caplog):
     assert teacher.pad_id == teacher.tokenizer.eos_token_id and "no padding token" in caplog.text
 
 
-def test_code_of_their_own_beside_transformers_is_left_alone(make_teacher, tmp_path, texts):
+def test_code_of_their_own_beside_transformers_is_left_alone(make_teacher, tmp_path, texts, caplog):
     folder = make_teacher()
     plain = teachers.load_teacher(folder, run_seed=0)
     (folder / "theirs.py").write_text("raise SystemExit('ran')")
     edit_config(folder, auto_map=OWN_CODE)
     edit_tokenizer(folder, auto_map={"AutoTokenizer": ["theirs.Tokenizer", None]})
+    teachers.check_teachers([folder])
+    assert "its own code (auto_map) is not run" in caplog.text
     teacher = teachers.load_teacher(folder, run_seed=0)
     tokens = teacher.tokenizer(texts[:3], padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -103,7 +113,7 @@ def test_what_only_a_pickle_of_the_hub_has(make_teacher, tmp_path):
     cached.parent.mkdir(parents=True)
     folder.rename(cached)
     (cached / "model.safetensors").unlink()
-    refusal(cached, "the hub has no safetensors weights", "convert it once")
+    refusal(cached, "no safetensors weights in the hub's cache", "convert it once")
 
 
 def test_names_in_the_hubs_cache(tmp_path):
@@ -111,6 +121,8 @@ def test_names_in_the_hubs_cache(tmp_path):
     assert teacher_names(cached) == ["news", "bank"]
     other = tmp_path / "models--their--news" / "snapshots" / ("b" * 40)
     assert teacher_names([cached[0], other]) == ["org-news", "their-news"]
+    revision = cached[0].with_name("c" * 40)
+    assert teacher_names([cached[0], revision]) == [f"{'a' * 40}-org-news", f"{'c' * 40}-org-news"]
     assert teacher_names([tmp_path / "news" / "snapshots" / "x"]) == ["x"]
 
 
@@ -205,6 +217,8 @@ def test_runs_in_threads_take_turns():
             time.sleep(0.01)
             inside.pop()
 
+    with caller_undisturbed(), caller_undisturbed():  # a run inside of a run: its own concern
+        pass
     threads = [threading.Thread(target=run) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -217,3 +231,14 @@ def test_the_card_cuts_texts_as_the_student_was_trained(tmp_path, make_model, ma
     model = make_model(labels=["a", "b"])
     save_student(model, make_tokenizer(), tmp_path / "out", ["a", "b"], Card("x", options={"max_length": 48}))
     assert 'classify("a text", truncation=True, max_length=48)' in (tmp_path / "out" / "README.md").read_text()
+    save_student(model, make_tokenizer(), tmp_path / "out", ["a", "b"], Card("x", options={"max_length": 10_000}))
+    limit = token_limit(model, make_tokenizer())
+    assert f'classify("a text", truncation=True, max_length={limit})' in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("IBert", 66), ("Nystromformer", 64), ("Bert", 64)])
+def test_positions_that_a_table_has_for_texts(kind, rows):
+    """Of 66 rows RoBERTa's kin, I-BERT's table of its own class too, leave two out; Nystromformer has two more than it names."""
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = getattr(transformers, f"{kind}Config")(max_position_embeddings=rows, pad_token_id=1, **sizes)
+    assert position_limit(getattr(transformers, f"{kind}ForSequenceClassification")(config)) == 64
