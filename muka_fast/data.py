@@ -212,11 +212,11 @@ def tokenizer_key(tokenizer: "PreTrainedTokenizerBase", max_length: int) -> str:
 
 
 def spells_end(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether a text can hold the token that ends every text, once, although special tokens are split: a Unigram vocabulary (T5) has
-    "</s>" as a piece."""
+    """Whether a text can hold the token that ends every text, once, of a tokenizer that splits special tokens: a Unigram vocabulary
+    (T5) has "</s>" as a piece."""
     end = tokenizer.eos_token_id
     ends = [tokenizer(text)["input_ids"].count(end) for text in ("", tokenizer.eos_token or "")]
-    return tokenizer.split_special_tokens and ends[0] == 1 and ends[1] > 1
+    return ends[0] == 1 and ends[1] > 1
 
 
 def _file_hashes(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:

@@ -31,7 +31,8 @@ def load_tokenizer(folder: Path, what: str) -> transformers.PreTrainedTokenizerB
 def settle_tokenizer(
     model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, what: str
 ) -> None:
-    """Give tokenizer and configuration the same padding token, and keep texts from spelling an end token that the head looks for.
+    """Give tokenizer and configuration the same padding token, save where positions count from the configuration's (RoBERTa), and keep
+    texts from spelling an end token that the head looks for.
 
     Order of choice for padding: the tokenizer's, the one that config.pad_token_id names, the end-of-text token (usual for decoders;
     said aloud), and where the tokenizer ends every text with that one, which a head that reads the last token would then take for
@@ -84,10 +85,12 @@ def embedded_tokens(model: transformers.PreTrainedModel) -> int | None:
         table = model.get_input_embeddings()
     except NotImplementedError:  # raised by transformers for a model that has none; `check_vocabulary` tells it
         return None
-    if isinstance(table, torch.nn.Embedding):
-        return table.num_embeddings  # ZeRO-3 leaves no rows in its weight
-    weight = getattr(table, "weight", None)  # I-BERT's table is a class of its own
-    return None if weight is None else len(weight)
+    return num_rows(table) if hasattr(table, "weight") else None
+
+
+def num_rows(table: torch.nn.Module) -> int:
+    """Entries of a table of embeddings, of I-BERT a class of its own; ZeRO-3 leaves none in an ordinary one's weight."""
+    return table.num_embeddings if isinstance(table, torch.nn.Embedding) else len(table.weight)
 
 
 def token_limit(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> int:
@@ -97,21 +100,15 @@ def token_limit(model: transformers.PreTrainedModel, tokenizer: transformers.Pre
 
 
 def position_tables(model: transformers.PreTrainedModel) -> list[torch.nn.Module]:
-    """The tables of learned positions: embeddings, of I-BERT a class of its own."""
+    """The tables of learned positions."""
     named = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     return [module for module in named if hasattr(module, "padding_idx")]
 
 
 def position_limit(model: transformers.PreTrainedModel) -> int:
     """Most tokens that a model's position table, or else its configuration, allows; its weights may be on the meta device."""
-    told = getattr(model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
-    told = told if told > 0 else NO_LIMIT  # XLNet's -1
+    told = max(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0, 0) or NO_LIMIT  # XLNet's -1: none
     # RoBERTa's kin count positions from padding_idx + 1; others' tables may begin with rows for other things (Nystromformer).
     tables = position_tables(model)
-    limits = [min(told, rows(table)) if table.padding_idx is None else rows(table) - table.padding_idx - 1 for table in tables]
-    return min([*limits, NO_LIMIT] if limits else [told])
-
-
-def rows(table: torch.nn.Module) -> int:
-    """Entries of a table of embeddings; ZeRO-3 leaves none in an ordinary one's weight."""
-    return table.num_embeddings if isinstance(table, torch.nn.Embedding) else len(table.weight)
+    limits = [min(told, num_rows(table)) if table.padding_idx is None else num_rows(table) - table.padding_idx - 1 for table in tables]
+    return min(limit for limit in (*(limits or [told]), NO_LIMIT) if limit > 0)

@@ -161,8 +161,9 @@ def test_other_peoples_folders_are_left_alone(config, tmp_path):
 
 
 def test_too_few_texts_are_refused(capsys, tmp_path):
-    assert cli.main(["demo", "--limit", "20", "--output", str(tmp_path / "x")]) == 2
-    assert "--limit 20: must be an integer >= 100" in capsys.readouterr().err
+    fewest = 10 * len(material.LIBRARIES)
+    assert cli.main(["demo", "--limit", str(fewest - 1), "--output", str(tmp_path / "x")]) == 2
+    assert f"--limit {fewest - 1}: must be an integer >= {fewest}" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
