@@ -40,8 +40,8 @@ from muka_fast.store import (
     shard_ranges,
     write_shard,
 )
-from muka_fast.student import encoder_fingerprint
-from muka_fast.teachers import DTYPES, settle_forward
+from muka_fast.student import draw_fresh, encoder_fingerprint
+from muka_fast.teachers import DTYPES, settle_forward, some
 from muka_fast.tokenizer import check_vocabulary, load_tokenizer, settle_tokenizer, token_limit
 
 if TYPE_CHECKING:
@@ -174,15 +174,29 @@ def load_encoder(
     what = f"{ROLE} {folder}"
     try:
         with quiet_transformers():
-            model = transformers.AutoModel.from_pretrained(
-                folder, dtype=DTYPES[precision], use_safetensors=True, local_files_only=True, trust_remote_code=False
+            model, info = transformers.AutoModel.from_pretrained(
+                folder,
+                dtype=DTYPES[precision],
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
     except checkpoint.LOADING_ERRORS as error:
         raise UserError(f"{what}: transformers cannot load it: {first_line(error)}") from error
     settle_forward(model)
     settle_tokenizer(model, tokenizer, what)
     check_vocabulary(model, tokenizer, what)
+    fresh = draw_fresh(model, info, num_labels=0, seed=0)
+    drawn = {parameter for name, parameter in model.named_parameters() if name in fresh and "pooler" not in name}  # which is not read
     model = model.get_encoder() if model.config.is_encoder_decoder else model
+    if random := [name for name, parameter in model.named_parameters() if parameter in drawn]:
+        log.warning(
+            "%s: its files hold no weights for %s, which are random: what it says of the texts may be worth little; "
+            "--neutral_encoder names another",
+            what,
+            some(random),
+        )
     if device != "cpu":
         run_without_waiting(model)
     return model.eval().requires_grad_(False).to(device)

@@ -224,7 +224,7 @@ def chosen_teachers(
             candidates.setdefault(entry["fingerprint"], []).append(key)
     if not candidates:
         key, differing = min(differences.items(), key=lambda pair: len(pair[1]))
-        shown = ", ".join(f"{name} {option_of(entries[key], name)!r} (asked: {options[name]!r})" for name in differing)
+        shown = ", ".join(f"{name} {option_of(entries[key], name)!r} (this run: {options[name]!r})" for name in differing)
         raise UserError(
             f"--store {store} holds no teacher scored with these options: {entries[key]['name']!r} has {shown}; "
             "give --teachers to score them again, or the options of the store"

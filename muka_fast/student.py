@@ -70,7 +70,8 @@ def load_student(
     if len(random) > len(base) // 2:
         raise UserError(f"{what}: its files hold no weights for {some(random)}; give a pretrained encoder")
     if random:
-        log.info("%s: starts with random weights for %s", what, some(random))
+        level = logging.INFO if all("pooler" in name for name in random) else logging.WARNING  # a pooler is made anew like the head
+        log.log(level, "%s: starts with random weights for %s, which its files do not hold", what, some(random))
     settle_tokenizer(model, tokenizer, what)
     check_vocabulary(model, tokenizer, what)
     return model, tokenizer

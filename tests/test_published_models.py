@@ -10,10 +10,11 @@ import sentencepiece
 import torch
 import transformers
 from conftest import TEXTS
+from safetensors.torch import load_file, save_file
 from teacher_folders import edit_config, refusal
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from muka_fast import checkpoint, teachers
+from muka_fast import checkpoint, neutral, teachers
 from muka_fast.caller import caller_undisturbed
 from muka_fast.data import read_texts, tokenize
 from muka_fast.errors import UserError
@@ -194,6 +195,25 @@ def test_big_birds_sparse_attention_is_the_full_one_of_its_short_texts(make_toke
     with torch.no_grad():
         torch.testing.assert_close(model(**tokens).logits, plain(**tokens).logits, rtol=1e-5, atol=1e-6)
     assert model.config.attention_type == "original_full"
+
+
+def test_weights_that_an_encoder_lacks_are_told_and_the_same_every_time(tmp_path, make_model, make_tokenizer, caplog):
+    """As of a model whose own code places its tokens without the table that transformers' class of this type has."""
+    make_model("bert").base_model.save_pretrained(tmp_path)
+    make_tokenizer("bert").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for name in ("embeddings.position_embeddings.weight", "pooler.dense.weight", "pooler.dense.bias"):
+        del weights[name]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = [neutral.load_encoder(tmp_path, make_tokenizer("bert"), "cpu", "fp32") for _ in range(2)]
+    tables = [model.embeddings.position_embeddings.weight for model in loaded]
+    assert torch.equal(*tables) and tables[0].std() > 0
+    told = [record.message for record in caplog.records if "no weights" in record.message]
+    assert len(told) == 2 and "embeddings.position_embeddings.weight" in told[0] and "pooler" not in told[0]
+    caplog.clear()
+    load_student(tmp_path, ["a", "b"], seed=0, ds_config=ZERO_0)
+    [told] = [record for record in caplog.records if "starts with random weights" in record.message]
+    assert told.levelname == "WARNING" and "embeddings.position_embeddings.weight" in told.message
 
 
 def test_a_slice_of_a_hub_data_set_is_its_name():
