@@ -156,12 +156,14 @@ def num_site_layers(sites: Sequence[Site]) -> int:
 
 def active_sites(sites: Sequence[Site], scope: str, teacher: str = "the teacher") -> list[Site]:
     """The sites of `scope`: "all", "last:M" (last M layers and head) or "head". UserError for any other scope."""
-    if scope == "all":
+    if scope == "all" or not sites:
         return list(sites)
     depth = num_site_layers(sites)
     match = re.fullmatch(r"last:(\d+)", scope)
     if match:
         count = int(match[1])
+        if depth == 0:
+            raise UserError(f"--mc_scope {scope}: {teacher} has no dropout site in its layers; use --mc_scope all")
         if not 1 <= count <= depth:
             raise UserError(f"--mc_scope {scope}: {teacher} has {depth} layers, so last:1 to last:{depth} or all")
         return [s for s in sites if s.layer == "head" or (isinstance(s.layer, int) and s.layer >= depth - count)]

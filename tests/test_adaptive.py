@@ -235,7 +235,7 @@ def test_an_early_stop_is_kept_apart_from_exact_scores_and_from_other_companies(
     assert open_store(tmp_path, pool, option_values(options())).num_samples is not None
     with pytest.raises(UserError, match=r"under several options .*mc_stop"):
         open_store(tmp_path, pool)
-    with pytest.raises(UserError, match=r"mc_stop .* \(asked: '0.01 of mutual_information'\)"):
+    with pytest.raises(UserError, match=r"mc_stop .* \(this run: '0.01 of mutual_information'\)"):
         open_store(tmp_path, pool, option_values(options(mc_stop=0.01)))
     fill_store(tmp_path, folders, pool, options())
     with pytest.raises(UserError, match=r"under several options .*teachers scored with it"):
@@ -257,7 +257,7 @@ def test_stores_of_earlier_versions_are_exact(tmp_path, folders, pool):
         del entry["mc_stop"]
     path.write_text(json.dumps(manifest))
     assert open_store(tmp_path, pool, option_values(options(mc_stop=None))).num_samples is None
-    with pytest.raises(UserError, match=r"mc_stop None \(asked: '0.3 of mutual_information'\)"):
+    with pytest.raises(UserError, match=r"mc_stop None \(this run: '0.3 of mutual_information'\)"):
         open_store(tmp_path, pool, option_values(options()))
 
 

@@ -5,7 +5,16 @@ import torch
 
 from muka_fast.errors import UserError
 from muka_fast.ops.reference import dropout_scale, keep_mask_ref
-from muka_fast.sites import ATTENTION_STRIDE, SHARED_EXAMPLE, Masks, Site, active_sites, list_sites, sites_of_config
+from muka_fast.sites import (
+    ATTENTION_STRIDE,
+    SHARED_EXAMPLE,
+    Masks,
+    Site,
+    active_probabilities,
+    active_sites,
+    list_sites,
+    sites_of_config,
+)
 from muka_fast.split import ModelSplit
 
 SEED = 0xFEDC_BA98_7654_3210
@@ -118,6 +127,14 @@ def test_unknown_scopes_are_refused(scope, make_model):
 def test_head_scope_of_a_decoder_names_the_way_out(decoder_family, make_model):
     with pytest.raises(UserError, match=r"teacher news has no dropout site in its head.*last:1"):
         active_sites(list_sites(make_model(decoder_family, "ab")), "head", "teacher news")
+
+
+def test_layers_without_a_site_name_the_way_out(make_model):
+    sites = [site for site in list_sites(make_model("bert", "ab")) if not isinstance(site.layer, int)]
+    with pytest.raises(UserError, match=r"last:1: teacher news has no dropout site in its layers; use --mc_scope all"):
+        active_sites(sites, "last:1", "teacher news")
+    with pytest.raises(UserError, match=r"teacher news: no dropout was found in it, .* use --no-mc"):
+        active_probabilities([], "last:1", None, "teacher news")
 
 
 def element_kept(seed, p, site, sample, example_id, element):

@@ -201,7 +201,7 @@ def test_adding_a_teacher_or_an_option_set_runs_only_that(tmp_path, stage):
     }
     with pytest.raises(UserError, match=r"'red' under several options \(run_seed\)"):
         open_store(tmp_path, options={"mc_samples": 16, "run_seed": 8})
-    with pytest.raises(UserError, match=r"mc_scope 'last:1' \(asked: 'all'\)"):
+    with pytest.raises(UserError, match=r"mc_scope 'last:1' \(this run: 'all'\)"):
         open_store(tmp_path, options={"mc_scope": "all"})
 
 
@@ -234,7 +234,7 @@ def test_precisions_stand_side_by_side(tmp_path, stage):
     assert "scoring_precision" not in open_store(tmp_path, options=supervision.option_values(options())).teachers[0]
     fill(tmp_path)
     assert len(stage.scored) == 40
-    with pytest.raises(UserError, match=r"scoring_precision 'fp32' \(asked: 'fp16'\)"):
+    with pytest.raises(UserError, match=r"scoring_precision 'fp32' \(this run: 'fp16'\)"):
         open_store(tmp_path, options=supervision.option_values(options(scoring_precision="fp16")))
 
 
