@@ -1,5 +1,6 @@
 """What every result is kept with: machine, versions, commit and command; and where it is kept."""
 
+import argparse
 import json
 import os
 import platform
@@ -7,16 +8,44 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import date
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from muka_fast.errors import UserError
+
 BENCH = Path(__file__).resolve().parent
 # gpu.sh --out sets the variable, for all scripts at once.
 RESULTS = Path(os.environ.get("BENCH_RESULTS", BENCH / "results"))
 PACKAGES = ("muka-fast", "torch", "transformers", "triton", "deepspeed", "numpy")
+
+
+def command(main: Callable[[], int | None]) -> int:
+    """The exit code of a script: of its main, or 2 after one line about bad input."""
+    try:
+        return main() or 0
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def device(name: str) -> str:
+    """A script's --device, as a type for argparse: cpu, or cuda where there is a card."""
+    if name not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{name}: cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch finds no usable CUDA device here")
+    return name
+
+
+def result_file(name: str) -> str:
+    """A script's --json, as a type for argparse: a file in a folder that exists, so that nothing is measured in vain."""
+    if not Path(name).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{name}: there is no folder {Path(name).parent}")
+    return name
 
 
 def cpu_model() -> str:
