@@ -15,8 +15,11 @@ until the last. Over 400 lines: rows, timing and table of this one benchmark, wh
 """
 
 import argparse
+import hashlib
 import json
+import re
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,11 +27,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from environment import keep, markdown_table, show
+from environment import command, device, keep, markdown_table, result_file, show
 from published import load_plain, load_published, published_scores, published_seconds, published_student
 from settings import draw, read_rows, write_rows
 from synthetic import SIZES, make_encoder, make_teacher, make_texts
-from timing import largest_resident_bytes, own_process
+from timing import largest_resident_bytes, own_process, ratio
 from torch import Tensor
 from transformers import AutoTokenizer
 from work import work_of
@@ -79,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train", help="labelled texts: the teachers' training data and, unlabelled, the pool")
     parser.add_argument("--eval", help="labelled texts for the student's accuracy")
     parser.add_argument("--synthetic", choices=SIZES, help="random teachers of this size over docstrings instead")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--num_teachers", type=int, default=2)
     parser.add_argument("--texts", type=int, default=320, help="texts of the pool")
     parser.add_argument("--eval_texts", type=int, default=400)
@@ -96,9 +99,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--freeze_layers", type=int, default=4, help="leading layers that the teachers share")
-    parser.add_argument("--workdir", default="runs/bench_amalgamation")
+    parser.add_argument("--workdir", default="runs/bench_amalgamation", help="texts and teachers, made once for the same options")
     parser.add_argument("--stem", help="name of the files in bench/results (default: amalgamation)", default="amalgamation")
-    parser.add_argument("--json", help="write the rows to this file instead of bench/results")
+    parser.add_argument("--json", type=result_file, help="write the rows to this file instead of bench/results")
     parser.add_argument("--scaling", action="store_true", help="cost of shared layers, memory against teachers and passes")
     # JSON of teachers, row and samples: a process of its own scores once so and prints its peak memory
     parser.add_argument("--peak_of", type=json.loads, help=argparse.SUPPRESS)
@@ -109,15 +112,23 @@ def parse_arguments() -> argparse.Namespace:
     args.seeds = (0 if args.synthetic else 1) if args.seeds is None else args.seeds
     if not args.synthetic and not (args.encoder and args.train and args.eval):
         parser.error("--encoder, --train and --eval, or --synthetic")
+    for row in args.rows:
+        if row.scope not in ("all", "head") and not re.fullmatch(r"last:[1-9]\d*", row.scope):
+            parser.error(f"--scopes {row.scope}: all, last:M or head")
     return args
 
 
 def prepare(args: argparse.Namespace) -> list[str]:
-    """Pool, evaluation texts and teachers of consecutive parts of the sorted labels in --workdir; made once. Returns the teachers."""
-    work = Path(args.workdir)
+    """Pool, evaluation texts and teachers of consecutive parts of the sorted labels in --workdir. Returns the teachers.
+
+    Made once, in a folder for all options that decide about them.
+    """
+    deciding = [args.synthetic, args.encoder, args.train, args.eval, args.num_teachers, args.freeze_layers, args.max_length]
+    work = Path(args.workdir) / hashlib.sha256(repr(deciding).encode()).hexdigest()[:8]
     work.mkdir(parents=True, exist_ok=True)
+    args.material = work
     if args.synthetic:
-        args.train, args.eval = make_texts(work, args.texts)
+        args.train, args.eval = make_texts(Path(args.workdir), args.texts)
         args.encoder = str(work / "encoder")
         if not Path(args.encoder).is_dir():
             make_encoder(Path(args.encoder), args.synthetic, read_texts(args.train).texts)
@@ -235,7 +246,7 @@ def measure_scoring(args: argparse.Namespace, paths: list[str], texts: TextSet, 
         "forwards": {
             row.name: scoring_forwards(teachers[row.precision][0].model.config, row.scope, samples[row.name]) for row in args.rows
         },
-        "times": {name: statistics.median(values) for name, values in times.items()},
+        "times": times,
         "published_s": published_s,
         "agreement": {row.name: agreement(selections(found[row.name, 0]), chosen[0]) for row in args.rows} if chosen else {},
         "mean_samples": samples,
@@ -253,7 +264,7 @@ def timed_so_far(args: argparse.Namespace, times: dict[str, list[float]], publis
             "scoring_s": seconds[row.name],
             "plain_forward_s": seconds[row.plain],
             "published_s": published_s[row.precision],
-            "cost_in_plain_forwards": seconds[row.name] / seconds[row.plain],
+            "cost_in_plain_forwards": ratio(times[row.name], times[row.plain]),
         }
         for row in args.rows
         if row.name in seconds
@@ -276,13 +287,16 @@ def measure_students(
     published_s = {f"published, {precision}": steps * timed(DTYPES[precision]) for precision in args.precisions}
     measure = lambda student, tokenizer: accuracy(student, tokenizer, evaluation, space, args.max_length)
 
-    def train(row: Row, seed: int, folder: str) -> str:
-        return muka_fast.amalgamate(
+    def train(row: Row, seed: int, folder: str) -> Path:
+        result = muka_fast.amalgamate(
             store=stores / row.name, student=args.encoder, texts=args.train, limit=args.texts, output=f"{folder}/run",
             method="muka-soft", seed=seed, mc_samples=args.samples, epochs=args.epochs, device=args.device,
             learning_rate=args.learning_rate, batch_size=args.batch_size, max_length=args.max_length,
             precision=row.precision if args.device == "cuda" else "fp32", **row.options,
-        ).output  # fmt: skip
+        )  # fmt: skip
+        if result.stopped:  # by a signal, such as that of a time limit
+            raise SystemExit(f"{row.name}: stopped while its student was trained: no time is shown")
+        return result.output
 
     for seed in range(args.seeds):
         for row in args.rows:
@@ -329,7 +343,8 @@ def rows_of(args: argparse.Namespace, scoring: dict, students: tuple[dict, dict]
     """All figures; the peak of memory only where it is the GPU's."""
     rows = []
     for row in args.rows:
-        seconds, plain = scoring["times"][row.name], scoring["times"][row.plain]
+        times, plain_times = scoring["times"][row.name], scoring["times"][row.plain]
+        seconds, plain = statistics.median(times), statistics.median(plain_times)
         published_s = scoring["published_s"][row.precision]
         figures = {
             "scope": row.name,
@@ -337,7 +352,9 @@ def rows_of(args: argparse.Namespace, scoring: dict, students: tuple[dict, dict]
             "texts_per_s": scoring["texts"] / seconds,
             "plain_forward_s": plain,
             "published_s": published_s,
-            "cost_in_plain_forwards": seconds / plain,
+            "cost_in_plain_forwards": ratio(times, plain_times),
+            "repetitions_s": times,
+            "plain_repetitions_s": plain_times,
             **scoring["work"][row.precision].rates(seconds, plain, scoring["forwards"][row.name], scoring["mean_samples"][row.name]),
             "speedup_vs_published": published_s / seconds,
             "mean_samples": scoring["mean_samples"][row.name],
@@ -435,4 +452,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

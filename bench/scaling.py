@@ -6,7 +6,6 @@ Teachers are the encoder with random own layers: neither time nor memory depends
 import argparse
 import statistics
 import time
-from pathlib import Path
 
 from amalgamation import Row, markdown_table, peak_bytes, score_with
 from synthetic import make_teacher
@@ -43,8 +42,8 @@ def measure_scaling(args: argparse.Namespace, texts: TextSet) -> tuple[list[dict
 
 
 def make_one(args: argparse.Namespace, name: str, seed: int, own_layers: int) -> str:
-    """A teacher of four labels in --workdir, made once."""
-    path = Path(args.workdir) / f"{name}_{own_layers}"
+    """A teacher of four labels beside the others, made once."""
+    path = args.material / f"{name}_{own_layers}"
     if not path.is_dir():
         make_teacher(path, args.encoder, [f"{name} {label}" for label in range(4)], seed=seed, own_layers=own_layers)
     return str(path)

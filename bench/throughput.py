@@ -20,10 +20,11 @@ from pathlib import Path
 
 import torch
 from ceilings import copy_bytes_per_s, gemm_flops_per_s
-from environment import environment, environment_lines, keep
+from environment import device, environment, environment_lines, keep, result_file
 from registry import CASES, Case, Problem
 from timing import interleaved, ratio, seconds_per_call, spread
 
+from muka_fast.errors import first_line
 from muka_fast.ops import distill_loss, mc_statistics, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +35,7 @@ COLUMNS = ["op", "shape", "implementation", "ms", "p20", "p80", "x eager", "x lo
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", default=",".join(dict.fromkeys(case.op for case in CASES)), help="comma-separated")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     parser.add_argument(
         "--compare", help="of eager, compile, ours; default: all, with compile at one shape of each op (it takes long)"
@@ -42,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the ratios; ours is also timed with all of them")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each op and shape")
     parser.add_argument("--base", metavar="REF", help="a commit to compare with, built in a worktree of its own")
-    parser.add_argument("--json", help="write the list of results to this file instead of bench/results")
+    parser.add_argument("--json", type=result_file, help="write the list of results to this file instead of bench/results")
     parser.add_argument("--plot", metavar="F", help="bar chart of the ratios, .png or .svg")
     parser.add_argument("--toy", action="store_true", help="the smallest shapes, briefly: proves the script, not the machine")
     args = parser.parse_args()
@@ -67,15 +68,24 @@ def implementations(problem: Problem, case: Case, compare: str | None) -> dict:
     return runs
 
 
+def description(case: Case, args: argparse.Namespace) -> dict:
+    return {"op": case.op, "shape": case.label, "device": args.device, "dtype": args.dtype}
+
+
+def not_timed(case: Case, args: argparse.Namespace, why: str) -> list[dict]:
+    """The one row of what is wrong or does not run."""
+    print(f"{case.op} {case.label}: WRONG, not timed: {why}", flush=True)
+    nothing = dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "ratio_vs_eager", "share_of_limit"))
+    return [description(case, args) | {"impl": "ours"} | nothing | {"correct": False}]
+
+
 def run_case(case: Case, args: argparse.Namespace, rates: dict[str, float], cores: int) -> list[dict]:
     """The rows of one op at one shape; timings only of what is correct."""
     problem = case.build(case.shape, getattr(torch, args.dtype), args.device)
     wrong = problem.check()
-    base = {"op": case.op, "shape": case.label, "device": args.device, "dtype": args.dtype}
     if wrong:
-        print(f"{case.op} {case.label}: WRONG, not timed: {wrong}", flush=True)
-        nothing = dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "ratio_vs_eager", "share_of_limit"))
-        return [base | {"impl": "ours"} | nothing | {"correct": False}]
+        return not_timed(case, args, wrong)
+    base = description(case, args)
     runs = implementations(problem, case, None if args.toy else args.compare)
     budget = 0.2 if args.toy else args.seconds
     seconds = interleaved(runs, args.device, budget)
@@ -90,10 +100,12 @@ def run_case(case: Case, args: argparse.Namespace, rates: dict[str, float], core
     for name, values in seconds.items():
         median, p20, p80 = spread(values)
         row = base | {"impl": name, "median_ms": 1e3 * median, "p20_ms": 1e3 * p20, "p80_ms": 1e3 * p80}
-        row["ratio_vs_eager"] = ratio(seconds["eager"], values) if "eager" in seconds else None
-        row |= {"share_of_limit": None if in_cache else max(bytes_s, products_s) / median, "correct": True}
-        keys = {"x loop": "eager loop", "x compile": "compile"}
+        alike = "threads" not in name  # as eager and the limit: those are of --threads
+        row["ratio_vs_eager"] = ratio(seconds["eager"], values) if "eager" in seconds and alike else None
+        row |= {"share_of_limit": max(bytes_s, products_s) / median if alike and not in_cache else None, "correct": True}
+        keys = {"x loop": "eager loop", "x compile": "compile"} if alike else {}
         others = {column: ratio(seconds[key], values) for column, key in keys.items() if key in seconds}
+        others |= {"in cache": in_cache}
         what, count = problem.counted
         extra = {"GB/s": problem.bytes_moved / median / 1e9, "work": f"{count / median / 1e9:.2f} G {what}/s"}
         rows.append(row | {"_table": others | extra})
@@ -111,7 +123,8 @@ def markdown(rows: list[dict], header: str) -> str:
         number = lambda value, digits=2: "" if value is None else f"{value:.{digits}f}"
         times = [f"{row[name]:.4g}" for name in ("median_ms", "p20_ms", "p80_ms")]
         ratios = [number(row["ratio_vs_eager"]), number(more.get("x loop")), number(more.get("x compile"))]
-        share = "in L2" if row["share_of_limit"] is None else f"{100 * row['share_of_limit']:.0f} %"
+        share = "" if row["share_of_limit"] is None else f"{100 * row['share_of_limit']:.0f} %"
+        share = "in L2" if more.get("in cache") else share
         cells = [row["op"], row["shape"], row["impl"], *times, *ratios, number(more.get("GB/s")), share, more.get("work", "")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -264,7 +277,10 @@ def main() -> int:
     for case in CASES:
         runs = args.device in case.devices and args.dtype in case.dtypes and (case.toy or not args.toy)
         if case.op in args.op.split(",") and runs:
-            new = run_case(case, args, rates, cores)
+            try:
+                new = run_case(case, args, rates, cores)
+            except Exception as error:  # one op's, which must not cost those after it their time on a card
+                new = not_timed(case, args, f"{type(error).__name__}: {first_line(error)}")
             print(markdown(new, "").strip() if not rows else "\n".join(markdown(new, "").strip().splitlines()[2:]), flush=True)
             rows += new
             save(args, rates, rows, markdown(rows, f"{header} Unfinished."))

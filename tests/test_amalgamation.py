@@ -36,12 +36,19 @@ def test_rows(bench, monkeypatch):
     assert both == ["head", "all", "all, mc_stop 0.05", "head, bf16", "all, bf16", "all, mc_stop 0.05, bf16"]
 
 
+@pytest.mark.parametrize("words", [["--scopes", "lst:1"], ["--json", "nowhere/rows.json"]])
+def test_bad_options_end_before_the_work(bench, monkeypatch, words):
+    with pytest.raises(SystemExit) as ended:
+        arguments(bench, monkeypatch, *words)
+    assert ended.value.code == 2
+
+
 def test_figures_of_a_row(bench, monkeypatch):
     args = arguments(bench, monkeypatch, "--scopes", "all", "--samples", "16")
     names = [row.name for row in args.rows]
     scoring = {
         "texts": 100,
-        "times": {"plain, fp32": 2.0, names[0]: 20.0, names[1]: 8.0},
+        "times": {"plain, fp32": [2.0, 1.0, 4.0], names[0]: [20.0, 10.0, 60.0], names[1]: [8.0, 4.0, 16.0]},
         "published_s": {"fp32": 120.0},
         "agreement": {names[0]: 1.0, names[1]: 0.99},
         "mean_samples": {names[0]: 16, names[1]: 5.0},
@@ -84,6 +91,28 @@ def test_what_is_timed_is_written_before_the_end(bench, monkeypatch, tmp_path):
     ((stem, same, page, device),) = kept
     assert (stem, same, device) == ("amalgamation", rows, "cuda")
     assert "Unfinished. 100 texts." in page and "| head | 6.00 |" in page
+
+
+def test_a_stopped_training_is_no_figure(bench, monkeypatch, tmp_path):
+    """As by a time limit, which the product answers with a checkpoint and a result."""
+    args = arguments(bench, monkeypatch, "--scopes", "head", "--seeds", "1", "--device", "cpu")
+    monkeypatch.setattr(bench, "published_student", lambda *given: (None, None, 0.1))
+    monkeypatch.setattr(bench.muka_fast, "amalgamate", lambda **options: SimpleNamespace(stopped=True, output=tmp_path), raising=False)
+    args.encoder, args.train = "encoder", "pool"
+    with pytest.raises(SystemExit, match="head: stopped while its student was trained"):
+        list(bench.measure_students(args, ["a", "b"], SimpleNamespace(texts=["x"] * 4), None, None, tmp_path))
+
+
+def test_other_options_have_other_material(bench, monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(bench, "make_texts", lambda folder, count: ("pool", "eval"))
+    monkeypatch.setattr(bench, "read_texts", lambda path, **options: SimpleNamespace(texts=["x"], labels=["a", "b", "c"]))
+    for name in ("make_encoder", "make_teacher"):
+        monkeypatch.setattr(bench, name, lambda path, *given, **options: (made.append(path), path.mkdir()))
+    same = ["--workdir", str(tmp_path)]
+    for words in (same, same, [*same, "--num_teachers", "3"], [*same, "--synthetic", "small"]):
+        bench.prepare(arguments(bench, monkeypatch, *words))
+    assert len(made) == len(set(made)) == 3 + 4 + 3
 
 
 def test_published_seconds_count_loading_once(bench, monkeypatch):

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -86,6 +87,40 @@ def test_no_share_of_copy_bandwidth_for_what_the_cache_holds(bench):
         rows = throughput.run_case(case, args, rates | more, cores=1)
         assert all((row["share_of_limit"] is None) == (shown == "| in L2 |") for row in rows)
         assert shown in throughput.markdown(rows, "")
+
+
+def test_all_threads_are_not_compared_with_one(bench):
+    throughput = bench("throughput")
+    case = next(case for case in throughput.CASES if case.op == "repeat_dropout" and case.toy)
+    args = argparse.Namespace(device="cpu", dtype="float32", toy=True, compare="ours,eager", threads=1)
+    before = torch.get_num_threads()
+    try:
+        rows = throughput.run_case(case, args, {"copy_bytes_per_s": 1e10, "gemm_flops_per_s": 1e11}, cores=2)
+    finally:
+        torch.set_num_threads(before)
+    given = {row["impl"]: (row["ratio_vs_eager"] is not None, row["share_of_limit"] is not None) for row in rows}
+    assert given == {"ours": (True, True), "eager": (True, True), "ours, 2 threads": (False, False)}
+
+
+def test_an_op_that_fails_leaves_the_others_their_time(bench, monkeypatch, tmp_path, capsys):
+    throughput = bench("throughput")
+    good = next(case for case in throughput.CASES if case.op == "repeat_dropout" and case.toy)
+
+    def broken(*given):
+        raise ValueError("out of resources")
+
+    monkeypatch.setattr(throughput, "CASES", [good._replace(build=broken), good._replace(shape=(*good.shape[:1], 7, *good.shape[2:]))])
+    monkeypatch.setattr(throughput, "call_overhead", lambda device: "")
+    file = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--device", "cpu", "--toy", "--compare", "ours", "--json", str(file)])
+    before = torch.get_num_threads()
+    try:
+        assert throughput.main() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert "WRONG, not timed: ValueError: out of resources" in capsys.readouterr().out
+    rows = json.loads(file.read_text())
+    assert [row["correct"] for row in rows][:2] == [False, True]
 
 
 def test_the_lanes_that_are_counted_are_those_of_the_masks():
