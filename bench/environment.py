@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from muka_fast.errors import UserError
+from muka_fast.ops import tuning
 
 BENCH = Path(__file__).resolve().parent
 # gpu.sh --out sets the variable, for all scripts at once.
@@ -73,18 +74,30 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
-    return found
+    return found | {"torch": torch.__version__}  # which says whose build it is
+
+
+def driver() -> str | None:
+    """The version of the GPU's driver; None where nvidia-smi does not tell."""
+    try:
+        done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
 
 
 def environment(device: str = "cpu") -> dict:
     """Machine, versions, commit ("+" where the tree was changed) and command, ready for JSON; device: what was measured."""
-    changed = bool(git("status", "--porcelain", "--untracked-files=no"))
+    # What bench/tune.py has found on this card may stand in the tree: a result names the entries beside its commit.
+    changed = bool(git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)kernels/ops/tuning.py"))
     return {
         "date": date.today().isoformat(),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "driver": driver() if device == "cuda" else None,
+        "tuning": tuning.MEASURED.get(tuning.architecture(torch.device("cuda"))) if device == "cuda" else None,
         "versions": versions(),
         "commit": git("rev-parse", "--short", "HEAD") + ("+" if changed else ""),
         "command": shlex.join(["python", *map(portable, sys.argv)]),
@@ -119,7 +132,8 @@ def machine_name(device: str = "cpu") -> str:
 def environment_lines(env: dict) -> str:
     """The environment as the last lines of a Markdown result."""
     packages = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
-    machine = env["gpu"] or f"{env['cpu']}, {env['cores']} cores, {env['torch_threads']} torch threads"
+    host = f"{env['cpu']}, {env['cores']} cores, {env['torch_threads']} torch threads"
+    machine = f"{env['gpu']} (driver {env['driver']}) beside {host}" if env["gpu"] else host
     return f"\nMeasured {env['date']} on {machine}; {packages}; commit {env['commit']}.\n\n    {env['command']}\n"
 
 

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: build, tests marked gpu, ceilings, microbenchmarks, end to end, the experiment matrix.
 #
-#   bench/gpu.sh [--stage build,correct,...] [--dry-run] [--out DIR] [--archive FILE] [--wheels DIR] [--data DIR --encoders DIR] [-- paper.py's options]
+#   bench/gpu.sh [--stage build,correct,...] [--dry-run] [--out DIR] [--archive FILE] [--seconds N] [--wheels DIR]
+#                [--data DIR --encoders DIR] [-- paper.py's options]
 #
 # Every stage has a time limit, keeps its results at once in --out (default bench/results) and stops no other; the last lines printed
-# are a table. The default stages are meant to take nine minutes. Others:
+# are a table. The default stages are meant to take nine minutes; --seconds ends them by then, whatever they took, later ones being
+# skipped. Others:
 #   sanitize   compute-sanitizer over the ops           launches   the host's time to launch a scoring step (no GPU needed)
 #   large      a student and a teacher of a billion parameters       matrix   bench/paper.py, where --data and --encoders are given
 # --archive: all of --out in one .tar.gz, written anew after every stage. --wheels: a folder of wheels to install first, for a machine
@@ -13,21 +15,34 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 texts=32768  # of the stages end_to_end and train
-stages=build,correct,ceilings,tune,ops,predicted,end_to_end,train,amalgamation,matrix
-dry=0 out=bench/results archive='' wheels='' data='' encoders=''
+stages=build,correct,ceilings,tune,ops,predicted,train,end_to_end,amalgamation
+known=$stages,matrix,sanitize,launches,large
+dry=0 out=bench/results archive='' seconds='' wheels='' data='' encoders=''
+refuse() { echo "gpu.sh: $1 (see the head of this file)" >&2; exit 2; }
 while [ $# -gt 0 ]; do
+  case "$1" in
+    --stage | --out | --archive | --seconds | --wheels | --data | --encoders) [ $# -gt 1 ] || refuse "$1 needs a value" ;;
+  esac
   case "$1" in
     --stage) stages=$2; shift 2 ;;
     --dry-run) dry=1; shift ;;
     --out) out=$2; shift 2 ;;
     --archive) archive=$2; shift 2 ;;
+    --seconds) seconds=$2; shift 2 ;;
     --wheels) wheels=$2; shift 2 ;;
     --data) data=$2; shift 2 ;;
     --encoders) encoders=$2; shift 2 ;;
     --) shift; break ;;
-    *) echo "gpu.sh: unknown option $1 (see the head of this file)" >&2; exit 2 ;;
+    *) refuse "unknown option $1" ;;
   esac
 done
+for name in ${stages//,/ }; do
+  case ",$known," in *",$name,"*) ;; *) refuse "unknown stage $name; there are $known" ;; esac
+done
+[ -z "${seconds//[0-9]/}" ] || refuse "--seconds $seconds is no number of seconds"
+case ",$stages," in *,matrix,*)
+  [ $dry = 1 ] || { [ -n "$data" ] && [ -n "$encoders" ]; } || refuse "the stage matrix needs --data and --encoders"
+esac
 mkdir -p "$out"
 export BENCH_RESULTS="$out" PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
@@ -58,12 +73,15 @@ run() { # name, limit in seconds, command...
   local name=$1 limit=$2 start=$SECONDS code
   shift 2
   case ",$stages," in *",$name,"*) ;; *) return ;; esac
+  [ -z "$seconds" ] || limit=$((limit < seconds - SECONDS - 20 ? limit : seconds - SECONDS - 20))  # 20: to end it, and to pack
+  [ "$limit" -gt 0 ] || { table+="$(printf '%-14s %-8s' "$name" 'rc none')"$'\n'; return; }
   echo "=== $name: $*"
-  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$out/gpu_$name.log" | tail -n 40  # some stages run several commands
+  # By Ctrl-C's signal: what a stage has started ends with it, and pytest tells its failures.
+  timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$out/gpu_$name.log" | tail -n 40  # some run several commands
   code=${PIPESTATUS[0]}
   table+="$(printf '%-14s %-8s %5ds' "$name" "$([ "$code" = 0 ] && echo ok || echo "rc $code")" $((SECONDS - start)))"$'\n'
   printf '%s' "$table" >"$out/gpu_stages.txt"
-  [ -z "$archive" ] || tar -czf "$archive" -C "$out" .
+  [ -z "$archive" ] || { tar -czf "$archive.new" -C "$out" . && mv "$archive.new" "$archive"; }
 }
 
 if [ $dry = 1 ]; then
@@ -93,7 +111,7 @@ else
   case ",$stages," in *,end_to_end,*|*,train,*)
     background -c "import sys; sys.path.insert(0, 'bench'); import synthetic as s; from pathlib import Path; s.make_texts(Path('$work'), $texts)"
   esac
-  case ",$stages," in *,correct,*)
+  case ",$stages," in *,tune,* | *,ops,*)
     background bench/tune.py --seconds 0.01
     background bench/throughput.py --device cuda --seconds 0.01 --json "$work/float32.json"
     background bench/throughput.py --device cuda --dtype bfloat16 --compare eager,ours --seconds 0.01 --json "$work/bfloat16.json"
@@ -114,20 +132,18 @@ else
       [ -f "$measured" ] && run predicted 30 "$python" bench/predict.py --machine "${machine%%_*}" --dtype "$dtype" --measured "$measured"
     done
   done
+  run train 120 "$python" bench/step.py
+  run train 200 "$python" bench/student.py --size base --batch_size 1024 --steps $((texts / 1024)) --workdir "$work/student"
   # Enough texts that loading teachers does not hide what a text costs.
   run end_to_end 240 "$python" bench/amalgamation.py --synthetic base --texts $texts --scopes last:1 --precisions bf16 --seeds 1 \
     --repetitions 1 --workdir "$work/amalgamation" --stem amalgamation_end_to_end
-  run train 120 "$python" bench/step.py
-  run train 200 "$python" bench/student.py --size base --batch_size 1024 --steps $((texts / 1024)) --workdir "$work/student"
   run amalgamation 120 "$python" bench/amalgamation.py --synthetic base --texts 4096 --precisions bf16 --repetitions 1 \
     --workdir "$work/few_texts"
   run sanitize 300 "$python" -m pytest -q -m gpu tests/test_sanitizer.py
   run launches 60 "$python" bench/launches.py
   run large 180 "$python" bench/student.py --size 1b --stages 3 "3 offload" --steps 6 --batch_size 16
   run large 240 "$python" bench/teacher.py --size 1b --precisions bf16 fp32
-  if [ -n "$data" ] && [ -n "$encoders" ]; then
-    run matrix 86400 "$python" bench/paper.py --data "$data" --encoders "$encoders" --workdir "$out/matrix" "$@"
-  fi
+  run matrix 86400 "$python" bench/paper.py --data "$data" --encoders "$encoders" --workdir "$out/matrix" "$@"
 fi
 echo "--- bench/gpu.sh on $([ $dry = 1 ] && echo cpu || echo cuda)"
 printf '%s' "$table"

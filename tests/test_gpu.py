@@ -113,10 +113,11 @@ def test_distill_loss(texts, counts, classes, soft, dtype):
     torch.testing.assert_close(gradient.double(), exact_gradient, atol=1e-6 if dtype == torch.float32 else 4e-3, rtol=1e-2)
 
 
-def test_tail_ops_equal_the_cpu():
+@pytest.mark.parametrize("rows", [6, 8192])  # of many rows a program takes several replicas
+def test_tail_ops_equal_the_cpu(rows):
     torch.manual_seed(0)
-    x, residual = torch.randn(5, 6, 384), torch.randn(6, 384)
-    weight, bias, ids = torch.randn(384), torch.randn(384), torch.arange(6)
+    x, residual = torch.randn(5, rows, 384), torch.randn(rows, 384)
+    weight, bias, ids = torch.randn(384), torch.randn(384), torch.arange(rows)
     norm = (x, residual, weight, bias)
     want = dropout_add_layer_norm(*norm, 1e-12, 0.1, 9, 4, ids, ids * 384, 0, True)
     got = dropout_add_layer_norm(*(t.cuda() for t in norm), 1e-12, 0.1, 9, 4, ids.cuda(), (ids * 384).cuda(), 0, True)

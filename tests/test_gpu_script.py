@@ -18,10 +18,38 @@ def gpu_script(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", "bench/gpu.sh", *arguments], cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
-def test_an_unknown_option_is_refused():
-    done = gpu_script("--fast")
-    assert done.returncode == 2
-    assert "unknown option --fast" in done.stderr
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--fast"], "unknown option --fast"),
+        (["--stage"], "--stage needs a value"),
+        (["--stage", "build,corect"], "unknown stage corect"),
+        (["--stage", "matrix", "--data", "data"], "the stage matrix needs --data and --encoders"),
+        (["--seconds", "ten"], "--seconds ten is no number"),
+    ],
+)
+def test_what_it_does_not_know_is_refused(words, told, tmp_path):
+    done = gpu_script("--out", str(tmp_path / "out"), *words)
+    assert done.returncode == 2 and not done.stdout
+    assert told in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_it_ends_in_time_and_what_is_cut_off_takes_its_own_with_it(tmp_path):
+    """A stage that sleeps, and has started a process that does; `python` is a script that does so."""
+    python, mark = tmp_path / "python", tmp_path / "child"
+    child = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    python.write_text(f"#!{sys.executable}\nimport subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])\n")
+    python.chmod(0o755)
+    archive = tmp_path / "all.tar.gz"
+    words = ["--stage", "ceilings,tune", "--dry-run", "--seconds", "23", "--out", str(tmp_path / "out"), "--archive", str(archive)]
+    env = {**os.environ, "PYTHON": str(python)}
+    done = subprocess.run(["bash", "bench/gpu.sh", *words], cwd=ROOT, capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 1
+    rows = [row.split()[:3] for row in done.stdout.split("--- bench/gpu.sh")[1].splitlines()[1:]]
+    assert rows == [["ceilings", "rc", "124"], ["tune", "rc", "none"]]
+    assert not Path("/proc", mark.read_text()).exists()
+    with tarfile.open(archive) as packed:
+        assert "./gpu_ceilings.log" in packed.getnames()
 
 
 def test_a_failing_stage_is_reported_and_stops_no_other(tmp_path, monkeypatch):
