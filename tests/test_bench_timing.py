@@ -89,6 +89,13 @@ def test_no_share_of_copy_bandwidth_for_what_the_cache_holds(bench):
         assert shown in throughput.markdown(rows, "")
 
 
+def test_a_result_of_a_card_names_its_driver_and_its_host(bench):
+    environment = bench("environment")
+    env = environment.environment() | {"gpu": "NVIDIA H200", "driver": "580.1", "cpu": "EPYC"}
+    assert "on NVIDIA H200 (driver 580.1) beside EPYC, " in environment.environment_lines(env)
+    assert torch.__version__ in environment.environment_lines(env)
+
+
 def test_all_threads_are_not_compared_with_one(bench):
     throughput = bench("throughput")
     case = next(case for case in throughput.CASES if case.op == "repeat_dropout" and case.toy)
