@@ -51,24 +51,24 @@ def best_published(cells: Cells, settings: Sequence[str], key: str) -> str | Non
     return max(means, key=means.get) if means else None
 
 
-def paired(cells: Cells, settings: Sequence[str], method: str, reference: str, key: str) -> list[float]:
-    """Differences of a figure between two methods, one per setting and seed that both have."""
-    differences = []
+def paired(cells: Cells, settings: Sequence[str], method: str, reference: str, key: str) -> dict[str, list[float]]:
+    """Setting -> differences of a figure between two methods, one per seed that both have; without settings that have none."""
+    differences = {}
     for setting in settings:
         mine, other = (values_of(cells, setting, name, key) for name in (method, reference))
-        common = [seed for seed in mine if mine[seed] is not None and other.get(seed) is not None]
-        differences += [mine[seed] - other[seed] for seed in common]
-    return differences
+        differences[setting] = [mine[seed] - other[seed] for seed in mine if None not in (mine[seed], other.get(seed))]
+    return {setting: found for setting, found in differences.items() if found}
 
 
-def with_error(differences: list[float]) -> str:
-    """Mean difference in points, and its standard error over the pairs."""
-    if not differences:
+def with_error(differences: dict[str, list[float]]) -> str:
+    """Mean difference in points, and its standard error: over the settings, of which each is one draw whatever its seeds, or over
+    the seeds of the only one."""
+    points = [100 * statistics.mean(found) for found in differences.values()]
+    if not points:
         return "-"
-    error = ""
-    if len(differences) > 1:
-        error = f" ± {100 * statistics.stdev(differences) / len(differences) ** 0.5:.1f}"
-    return f"{100 * statistics.mean(differences):+.1f}{error}"
+    drawn = points if len(points) > 1 else [100 * value for value in next(iter(differences.values()))]
+    error = f" ± {statistics.stdev(drawn) / len(drawn) ** 0.5:.1f}" if len(drawn) > 1 else ""
+    return f"{statistics.mean(points):+.1f}{error}"
 
 
 def worst_regret(cells: Cells, settings: Sequence[str], method: str, key: str) -> str:
@@ -162,8 +162,9 @@ def markdown(results: dict[str, Any]) -> str:
         f"All figures in percent; means ± standard deviation over {options['seeds']} seed(s) of teachers, pools and students. "
         "Selection: the most trusted teacher owns the true label. Target: the composed target is right (both on the pool). Student: "
         "on held-out texts of all teachers' labels. Way: of the mean targets from muka-hard's to the oracle's. Differences are paired "
-        "by setting and seed, ± their standard error. oracle and supervised see the pool's labels; dawid-skene learns from labels of "
-        "its own making. The commit below is that of this table; cells that were finished before may be of earlier ones.",
+        "by setting and seed, ± their standard error over the settings. oracle and supervised see the pool's labels; dawid-skene "
+        "learns from labels of its own making. The commit below is that of this table; cells that were finished before may be of "
+        "earlier ones.",
         "",
         "Options: " + ", ".join(f"{name} {value}" for name, value in options.items() if value is not None) + ".",
     ]
@@ -190,8 +191,7 @@ def plots(results: dict[str, Any], path: Path) -> list[Path]:
     if reference is not None and methods:
         figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.32 * len(methods)), layout="constrained")
         for row, method in enumerate(methods):
-            pairs = [(name, paired(cells, [name], method, reference, key)) for name in names]
-            points = [100 * statistics.mean(found) for _, found in pairs if found]
+            points = [100 * statistics.mean(found) for found in paired(cells, names, method, reference, key).values()]
             axes.plot(points, [row] * len(points), "o", alpha=0.5)
             if points:
                 axes.plot(statistics.mean(points), row, "k|", markersize=14)

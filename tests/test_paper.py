@@ -256,13 +256,16 @@ def test_differences_are_paired_with_the_best_published_method(bench):
     found = cells(vkd=[[0.5, 0.6], [0.7, 0.7]], uhc=[[0.9, 0.9], [0.1, 0.1]], mine=[[0.6, 0.8], [0.6, 0.5]])
     assert report.best_published(found, ["s0", "s1"], "accuracy") == "vkd"
     assert report.best_published(found, ["s0"], "accuracy") == "uhc"
-    assert report.paired(found, ["s0", "s1"], "mine", "vkd", "accuracy") == pytest.approx([0.1, 0.2, -0.1, -0.2])
-    assert report.with_error([0.1, 0.2, -0.1, -0.2]) == "+0.0 ± 9.1"
+    differences = report.paired(found, ["s0", "s1"], "mine", "vkd", "accuracy")
+    assert differences == {"s0": pytest.approx([0.1, 0.2]), "s1": pytest.approx([-0.1, -0.2])}
+    assert report.with_error(differences) == "+0.0 ± 15.0"  # seeds of a setting are no settings
+    assert report.with_error({"s0": [0.1, 0.2]}) == "+15.0 ± 5.0" and report.with_error({"s0": [0.1]}) == "+10.0"
     assert report.worst_regret(found, ["s0", "s1"], "mine", "accuracy") == "-20.0 (s0)"
     assert report.mean_spread([0.4, 0.6]) == "50.0 ± 14.1" and report.mean_spread([0.5]) == "50.0"
     assert report.mean_spread([None]) == report.mean_spread([]) == "-"
     without = [cell for cell in found if (cell["method"], cell["setting"], cell["seed"]) != ("vkd", "s1", 1)]
-    assert report.paired(without, ["s0", "s1"], "mine", "vkd", "accuracy") == pytest.approx([0.1, 0.2, -0.1])
+    assert report.paired(without, ["s0", "s1"], "mine", "vkd", "accuracy")["s1"] == pytest.approx([-0.1])
+    assert "s2" not in report.paired(found, ["s2"], "mine", "vkd", "accuracy") and report.with_error({}) == "-"
 
 
 def test_the_way_to_the_oracle_is_of_means(bench):
