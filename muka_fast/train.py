@@ -10,6 +10,9 @@ from pathlib import Path
 if __name__ == "__main__":
     # Python puts this file's folder first on the path, where our module names would shadow other packages' (`evaluate`, ...).
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from muka_fast.cli import guarded, spin_briefly
+
+    spin_briefly()
 
 import inspect
 import logging
@@ -385,6 +388,4 @@ def script(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from muka_fast.cli import guarded
-
     sys.exit(guarded(lambda: script(sys.argv[1:])))

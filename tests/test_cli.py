@@ -3,17 +3,21 @@
 import errno
 import importlib
 import logging
+import os
 import re
 import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 
 from muka_fast import __version__, cli, config
 from muka_fast.cli import COMMANDS, guarded, main, parse, parse_train_args
 from muka_fast.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -296,3 +300,31 @@ class TestConsole:
             work()
         assert bar.done == 1
         assert not bar._bar.live.is_started
+
+
+FIRST_SEEN = """
+import os, runpy, sys
+
+class Spy:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print("torch at", os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+
+sys.meta_path.insert(0, Spy())
+sys.argv[1:] = ["--texts", "nowhere.jsonl"]
+{start}
+"""
+
+
+STARTS = ["runpy.run_path('muka_fast/train.py', run_name='__main__')", "from muka_fast import cli; cli.main(['train', *sys.argv[1:]])"]
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_idle_threads_spin_briefly(start):
+    """OpenMP reads the environment when torch is loaded, so that later is too late."""
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    for more, seen in (({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")):
+        code = FIRST_SEEN.format(start=start)
+        done = subprocess.run([sys.executable, "-c", code], env=env | more, cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout == f"torch at {seen}\n", done.stderr
