@@ -1,11 +1,11 @@
 """Does the student know what it does not know? Its uncertainty head on clinc150's out-of-scope texts, against softmax and teachers.
 
-    python bench/doubt.py --data DIR --encoder path/to/encoder [--seeds 3] [--labels 40] [--texts_per_label 30]
+    python bench/doubt.py --data DIR --encoder path/to/encoder [--seeds 3] [--labels 40]
 
-DIR holds clinc150/{train,test,oos_test}.jsonl and the training texts of --foreign. Every seed draws labels, texts and students anew.
+DIR holds clinc150/{train,test,oos_test}.jsonl and google_snippets/train.jsonl. Every seed draws labels, texts and students anew.
 In-scope: clinc150's test texts with these labels; out of scope: oos_test. Pools: `plain`, the teachers' training texts, and `mixed`,
-with --share of texts from another data set. No method sees an out-of-scope text before the measurement. What was done is kept in
---workdir: a killed run continues.
+a quarter of which are texts from another data set. No method sees an out-of-scope text before the measurement. What was done is kept
+in --workdir, under a name that holds the options: a killed run continues.
 """
 
 import argparse
@@ -21,14 +21,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from environment import RESULTS, keep
-from settings import Rows, draw, read_rows, write_rows
+from environment import RESULTS, command, keep
+from settings import Rows, digest, draw, read_rows, write_rows
 
 import muka_fast
 from muka_fast.config import ScoreConfig, TeachConfig, load_config
 from muka_fast.console import setup_logging
 from muka_fast.data import tokenize
 from muka_fast.doubt import UncertaintyHead, auroc, false_positive_rate, with_head
+from muka_fast.errors import UserError
 from muka_fast.evaluate import load_model, predict
 from muka_fast.evidence import RelativeMahalanobis
 from muka_fast.files import write_json
@@ -37,6 +38,12 @@ from muka_fast.stored import Supervision, open_store
 from muka_fast.supervision import score
 from muka_fast.teach import teach
 
+TEXTS_PER_LABEL = 30  # to train on
+FOREIGN, SHARE = "google_snippets", 0.25  # texts that belong to nobody in `mixed`
+# Options that change texts, teachers and stores, and those that change the students, hence the names of their folders.
+TEACHER_NUMBERS = ("data", "encoder", "labels", "teachers", "oos", "max_length")
+TEACHER_NUMBERS += ("teacher_epochs", "teacher_learning_rate", "freeze_layers")
+STUDENT_NUMBERS = ("method", "epochs", "learning_rate", "batch_size")
 # Row of the tables -> pool and options of the student.
 STUDENTS = {
     "plain, no head": ("plain", {}),
@@ -53,11 +60,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--labels", type=int, default=40, help="of clinc150's 150, drawn at random")
     parser.add_argument("--teachers", type=int, default=2, help="that share the labels")
-    parser.add_argument("--texts_per_label", type=int, default=30, help="training texts")
     parser.add_argument("--oos", type=int, default=1000, help="out-of-scope texts, drawn at random")
     parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS), metavar="S", help="; ".join(STUDENTS))
-    parser.add_argument("--foreign", default="google_snippets", help="data set of the texts that belong to nobody in `mixed`")
-    parser.add_argument("--share", type=float, default=0.25, help="of them in `mixed`")
     parser.add_argument("--method", default="muka-auto")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--learning_rate", type=float, default=2e-4, help="of the students")
@@ -68,10 +72,23 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_length", type=int, default=48)
     parser.add_argument("--workdir", type=Path, default=Path("runs/doubt"))
     parser.add_argument("--results", type=Path, default=RESULTS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if min(args.seeds, args.teachers, args.oos) < 1 or args.labels < 2 * args.teachers:
+        parser.error("--seeds, --teachers and --oos: must be 1 or more; --labels: two for each teacher, or more")
+    return args
 
 
 # ---- texts, teachers, students of one seed ----
+
+
+def numbers(args: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
+    values = {name: getattr(args, name) for name in names}
+    return {name: str(value.resolve() if isinstance(value, Path) else value) for name, value in values.items()}
+
+
+def seed_folder(args: argparse.Namespace, seed: int) -> Path:
+    """One folder per set of options that change a teacher or a text, and seed."""
+    return args.workdir / digest(numbers(args, TEACHER_NUMBERS)) / f"seed{seed}"
 
 
 def prepare(args: argparse.Namespace, seed: int, folder: Path) -> list[Path]:
@@ -79,12 +96,15 @@ def prepare(args: argparse.Namespace, seed: int, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     choose = random.Random(seed)
     test, train = (read_rows(args.data / "clinc150" / f"{part}.jsonl") for part in ("test", "train"))
-    labels = choose.sample(sorted({label for _, label in train}), args.labels)
+    names = sorted({label for _, label in train})
+    if len(names) < args.labels:
+        raise UserError(f"--labels {args.labels}: {args.data / 'clinc150' / 'train.jsonl'} has {len(names)}")
+    labels = choose.sample(names, args.labels)
     known = {text for text, _ in test}
     train = [row for row in train if row[1] in labels and row[0] not in known]
-    train = draw(train, args.texts_per_label * args.labels, seed)
-    foreign = draw(read_rows(args.data / args.foreign / "train.jsonl"), None, seed)
-    foreign = foreign[: round(len(train) * args.share / (1 - args.share))]
+    train = draw(train, TEXTS_PER_LABEL * args.labels, seed)
+    foreign = draw(read_rows(args.data / FOREIGN / "train.jsonl"), None, seed)
+    foreign = foreign[: round(len(train) * SHARE / (1 - SHARE))]
     oos = draw(read_rows(args.data / "clinc150" / "oos_test.jsonl"), args.oos, seed)
     mixed: Rows = [*train, *foreign]
     choose.shuffle(mixed)
@@ -115,10 +135,15 @@ def scored(args: argparse.Namespace, seed: int, folder: Path, teachers: list[Pat
     return time.perf_counter() - start
 
 
+def student_name(args: argparse.Namespace, name: str) -> str:
+    slug = "".join(letter if letter.isalnum() else "-" for letter in name)
+    return f"student-{slug}-{digest(numbers(args, STUDENT_NUMBERS))}"
+
+
 def student(args: argparse.Namespace, seed: int, folder: Path, name: str) -> Path:
     """The folder of one row's student, trained where it is not there yet."""
     pool, options = STUDENTS[name]
-    output = folder / ("student-" + "".join(letter if letter.isalnum() else "-" for letter in name))
+    output = folder / student_name(args, name)
     common = {"store": folder / f"store-{pool}", "texts": folder / f"{pool}.jsonl", "student": args.encoder, "seed": seed}
     common |= {"method": args.method, "output": output, "resume": True, "max_length": args.max_length}
     common |= {key: getattr(args, key) for key in ("epochs", "learning_rate", "batch_size")}
@@ -178,7 +203,7 @@ def figures(doubt: np.ndarray, foreign: np.ndarray) -> dict[str, float]:
 
 def run_seed(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Every row of one seed."""
-    folder = args.workdir / f"seed{seed}"
+    folder = seed_folder(args, seed)
     teachers = prepare(args, seed, folder)
     seconds = {name: scored(args, seed, folder, teachers, name) for name in ("plain", "mixed", "measure")}
     rows = read_rows(folder / "measure.jsonl")
@@ -214,7 +239,7 @@ def markdown(args: argparse.Namespace, seeds: list[dict[str, Any]]) -> str:
         f"{args.teachers} teachers of {args.labels // args.teachers} labels each, method {args.method}; {len(seeds)} seed(s)"
         f"{', mean (least to largest)' if len(seeds) > 1 else ''}. FPR: out-of-scope texts that pass where 95 % "
         "of the in-scope ones do.",
-        f"`mixed`: {100 * args.share:.0f} % of the pool are texts of {args.foreign}. "
+        f"`mixed`: {100 * SHARE:.0f} % of the pool are texts of {FOREIGN}. "
         f"{seeds[0]['texts'] - seeds[0]['foreign']} in-scope, {seeds[0]['foreign']} out-of-scope texts.\n",
         "| who | doubt | AUROC in % | FPR at 95 % |",
         "|---|---|---|---|",
@@ -249,4 +274,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

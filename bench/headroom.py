@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import paper
 import torch
-from environment import keep
+from environment import command, keep
 from paper_report import markdown
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -82,9 +82,8 @@ def learn(x: np.ndarray, owner: np.ndarray, num_teachers: int) -> np.ndarray:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     settings: dict[str, dict[str, Any]] = {}
     cells = []
-    asked = {name: setting for name, setting in args.settings.items() if not setting.same}
     for seed in range(args.seeds):
-        for name, setting in asked.items():
+        for name, setting in args.settings.items():
             folder = paper.seed_folder(args, name, seed)
             found = paper.prepare(args, name, seed, folder)
             settings.setdefault(name, {"what": setting.what, "group": setting.group, "seeds": []})["seeds"].append(found)
@@ -97,18 +96,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
-    try:
-        args = paper.parse_arguments(argv)
-        args.selection_only = True
-        results = run(args)
-    except UserError as error:
-        print(f"headroom.py: error: {error}", file=sys.stderr)
-        return 2
+    args = paper.parse_arguments(argv, stem="headroom")
+    args.selection_only = True
+    asked = {name: setting for name, setting in args.settings.items() if not setting.same}
+    if not asked:
+        raise UserError(f"--settings {' '.join(args.settings)}: all teachers have the same labels; name one where they differ")
+    args.settings = asked
+    results = run(args)
     text = markdown(results) + f"\n{TOLD}\n"
     print(text)
-    keep("headroom_quick" if args.quick else args.stem, results, text, "cpu", args.results)
+    keep(args.stem, results, text, "cpu", args.results)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

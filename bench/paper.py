@@ -12,7 +12,6 @@ a student there are selection and target alone; --selection_only trains none. `d
 """
 
 import argparse
-import hashlib
 import json
 import shutil
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 from dawid_skene import INSTALLED, aggregate, votes
-from environment import RESULTS, keep
+from environment import RESULTS, command, device, keep
 from paper_report import markdown, plots
 from settings import (
     BERT,
@@ -31,6 +30,7 @@ from settings import (
     OF_ANY_SET,
     SETTINGS,
     deal,
+    digest,
     draw,
     find_settings,
     label_blocks,
@@ -59,7 +59,8 @@ TEACHER_NUMBERS += ("bert", "mpnet")
 STUDENT_NUMBERS = ("student", "neutral_encoder", "epochs", "learning_rate", "batch_size")
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None, stem: str = "paper") -> argparse.Namespace:
+    """stem: of the results, where --stem names none. Raises UserError where there is nothing to do."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of the data sets")
     parser.add_argument("--encoders", type=Path, help="folder of the encoders")
@@ -83,20 +84,24 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--freeze_layers", type=int, default=0, help="leading encoder layers that teachers do not train")
     parser.add_argument("--mc_scope", default="last:1")
     parser.add_argument("--max_length", type=int, default=128)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--selection_only", action="store_true", help="no students: selection and targets only")
-    parser.add_argument("--keep_models", action="store_true", help="keep teachers and students, not only their figures")
     parser.add_argument("--workdir", type=Path, default=Path("runs/paper"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of tables, plots and JSON")
-    parser.add_argument("--stem", default="paper", help="first part of the names of the results")
+    parser.add_argument("--stem", default=stem, help="first part of the names of the results")
     parser.add_argument("--quick", action="store_true", help="tiny models from scratch on docstrings: proves the script")
     args = parser.parse_args(argv)
+    if args.seeds < 1:
+        parser.error("--seeds: must be 1 or more")
     if args.quick:
+        args.stem = f"{stem}_quick"
         quick_arguments(args)
     elif args.data is None or args.encoders is None:
         parser.error("--data and --encoders are required, unless --quick")
     else:
         args.settings = find_settings(args.settings, args.data)
+        if not args.settings:
+            raise UserError(f"--data {args.data}: holds no folder with a train.jsonl; bench/fetch_sets.py makes seven")
     args.student = args.student or args.bert
     args.neutral_encoder = args.neutral_encoder or args.student
     return args
@@ -127,10 +132,6 @@ def seed_folder(args: argparse.Namespace, name: str, seed: int) -> Path:
 
 def numbers(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
-
-
-def digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
 
 
 def encoder_of(args: argparse.Namespace, kind: str) -> Path:
@@ -175,9 +176,8 @@ def prepare(args: argparse.Namespace, name: str, seed: int, folder: Path) -> dic
         score(load_config(ScoreConfig, None, common | {"mc": mc}))
     found = {"teachers": teachers, "pool": len(pool), "test": len(tests)}
     write_json(done, found)
-    if not args.keep_models:
-        for path in common["teachers"]:
-            shutil.rmtree(path)
+    for path in common["teachers"]:
+        shutil.rmtree(path)
     return found
 
 
@@ -218,8 +218,7 @@ def cell(args: argparse.Namespace, name: str, seed: int, method: str, folder: Pa
         raise KeyboardInterrupt
     found |= {key: result.metrics["student"][key] for key in ("accuracy", "macro_f1")}
     write_json(done, found)
-    if not args.keep_models:
-        shutil.rmtree(result.output)
+    shutil.rmtree(result.output)
     return found
 
 
@@ -271,8 +270,6 @@ def teacher_recall(selected: torch.Tensor | None, labels: Sequence[str], space: 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All cells that were asked for, seed by seed, so that an early end leaves whole tables of fewer seeds."""
-    if not args.settings:
-        raise UserError(f"--data {args.data}: holds no folder with a train.jsonl; bench/fetch_sets.py makes seven")
     settings: dict[str, dict[str, Any]] = {}
     cells = []
     wanted = [method for method in args.methods if method != "dawid-skene" or INSTALLED]
@@ -293,19 +290,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
-    try:
-        args = parse_arguments(argv)
-        results = run(args)
-    except UserError as error:
-        print(f"paper.py: error: {error}", file=sys.stderr)
-        return 2
-    stem = "paper_quick" if args.quick else args.stem
+    args = parse_arguments(argv)
+    results = run(args)
     text = markdown(results)
     print(text)
-    path = keep(stem, results, text, "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu", args.results)
+    path = keep(args.stem, results, text, args.device, args.results)
     plots(results, path)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

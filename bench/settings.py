@@ -3,6 +3,7 @@
 A setting is drawn anew for every seed: the teachers' texts, the pool and (through the seed) teachers and students.
 """
 
+import hashlib
 import itertools
 import json
 import random
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from muka_fast.data import read_texts
 from muka_fast.errors import UserError
@@ -221,6 +223,11 @@ def skew(rows: Rows, first: set[str], share: float) -> Rows:
             left[row[1] in first] -= 1
             kept.append(row)
     return kept
+
+
+def digest(values: Any) -> str:
+    """Of options that change what a folder holds, for its name."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
 
 
 def write_rows(path: Path, rows: Rows) -> None:

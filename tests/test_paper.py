@@ -123,7 +123,9 @@ def test_sets_hold_distinct_texts_of_topical_classes(bench):
 def test_settings_of_the_sets_that_are_there(bench, settings, tmp_path, capsys):
     paper = bench("paper")
     known = ["--data", str(tmp_path), "--encoders", "encoders"]
-    assert paper.main(known) == 2 and "no folder with a train.jsonl" in capsys.readouterr().err
+    code = lambda script, *more: bench("environment").command(lambda: script.main([*known, *more]))
+    for script in (paper, bench("headroom")):
+        assert code(script) == 2 and "no folder with a train.jsonl" in capsys.readouterr().err
     for name in ("trec6", "mine_2", "mine"):
         write(tmp_path / name / "train.jsonl", [("x", "a"), ("y", "b"), ("z", "c")])
     named = lambda *names: paper.parse_arguments([*known, *(["--settings", *names] if names else [])]).settings
@@ -135,8 +137,9 @@ def test_settings_of_the_sets_that_are_there(bench, settings, tmp_path, capsys):
     assert found[7].encoders == (settings.BERT, settings.MPNET) and found[8].blocks == (("mine", 1), ("trec6", 1))
     assert [setting.group for setting in found[-2:]] == ["kept-aside", "development"]
     for wrong in ("debian_3", "mine_1", "mine", "mine_overlap", "mine+yours"):
-        assert paper.main([*known, "--settings", wrong]) == 2
+        assert code(paper, "--settings", wrong) == 2
         assert f"--settings {wrong}: " in capsys.readouterr().err
+    assert code(bench("headroom"), "--settings", "mine_same") == 2 and "the same labels" in capsys.readouterr().err
     with pytest.raises(settings.UserError, match="3 labels are too few for 5 teachers"):
         settings.label_blocks(named("mine_5")["mine_5"], tmp_path)
 
@@ -291,6 +294,40 @@ def test_tables_and_plots_hold_every_method(bench, tmp_path):
     written = report.plots(results, tmp_path / "paper.md")
     assert [path.name for path in written] == ["paper_differences.svg", "paper_students.svg"]
     assert all("<svg" in path.read_text() for path in written)
+
+
+def test_headroom_writes_over_no_result_of_the_matrix(bench, monkeypatch, tmp_path):
+    paper, headroom, stems = bench("paper"), bench("headroom"), []
+    write(tmp_path / "mine" / "train.jsonl", [("x", "a"), ("y", "b")])
+    for module in (paper, headroom):
+        monkeypatch.setattr(module, "run", lambda args: {})
+        monkeypatch.setattr(module, "markdown", lambda results: "")
+        monkeypatch.setattr(module, "keep", lambda stem, *more: stems.append(stem) or tmp_path / "kept.md")
+    monkeypatch.setattr(paper, "plots", lambda *results: None)
+    for more in ([], ["--stem", "students"]):
+        for module in (paper, headroom):
+            assert module.main(["--data", str(tmp_path), "--encoders", "encoders", *more]) == 0
+    assert stems == ["paper", "headroom", "students", "students"]
+
+
+def test_other_options_of_doubt_have_other_folders(bench, tmp_path):
+    doubt, folders, students = bench("doubt"), set(), set()
+    options = ["--labels 30", "--oos 9", "--teachers 3", "--teacher_epochs 1", "--freeze_layers 0", "--encoder other"]
+    for more in ("", "--seeds 5", "--epochs 9", "--method vkd", *options):
+        args = doubt.parse_arguments(["--data", str(tmp_path), "--encoder", "enc", "--workdir", str(tmp_path), *more.split()])
+        folders.add(doubt.seed_folder(args, 0))
+        students.add(doubt.student_name(args, "plain"))
+    assert len(folders) == 1 + len(options) and len(students) == 3
+
+
+def test_bad_arguments_of_doubt(bench, capsys, tmp_path):
+    given = ["--data", str(tmp_path), "--encoder", str(tmp_path / "encoder"), "--workdir", str(tmp_path / "work")]
+    code = lambda *more: bench("environment").command(lambda: bench("doubt").main([*given, *more]))
+    assert code() == 2 and "test.jsonl" in capsys.readouterr().err
+    for name in ("clinc150/train", "clinc150/test", "clinc150/oos_test", "google_snippets/train"):
+        write(tmp_path / f"{name}.jsonl", [(f"{name} {label}", label) for label in "abcd"])
+    assert code() == 2 and "--labels 40: " in capsys.readouterr().err
+    assert code("--labels", "4") == 2 and str(tmp_path / "encoder") in capsys.readouterr().err
 
 
 def test_owners_are_learned_from_other_texts(bench):
