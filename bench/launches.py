@@ -22,9 +22,9 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from environment import machine_name, markdown_table, show
+from environment import command, machine_name, markdown_table, result_file, show
 from predict import MACHINES
-from synthetic import SIZES, make_encoder, make_teacher, make_texts
+from synthetic import SIZES, check_scopes, make_encoder, make_teacher, make_texts
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -89,8 +89,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--scopes", nargs="+", default=["last:1", "head", "all"])
     parser.add_argument("--machine", choices=sorted(MACHINES), default=present if present in MACHINES else "h200")
     parser.add_argument("--repetitions", type=int, default=30)
-    parser.add_argument("--json", help="write the rows to this file instead of bench/results")
-    return parser.parse_args()
+    parser.add_argument("--json", type=result_file, help="write the rows to this file instead of bench/results")
+    args = parser.parse_args()
+    if args.repetitions < 1:
+        parser.error("--repetitions: must be 1 or more")
+    return args
 
 
 def tokens_of(machine: str, config: PreTrainedConfig, dtype: torch.dtype) -> int:
@@ -117,6 +120,8 @@ def measure(scorer: StochasticTeacher, tokens: int, repetitions: int) -> tuple[i
 
 def main() -> int:
     args, rows = parse_arguments(), []
+    for size in args.size:
+        check_scopes(args.scopes, size)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -155,4 +160,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

@@ -1,6 +1,7 @@
 """The student's training loop under ZeRO stages: texts/s, share of the matrix rate (MFU), memory beside that of the plan.
 
     python bench/student.py [--size base|1b|...] [--stages 1 2 3 "3 offload"] [--batch_size 64 ...] [--precision bf16] [--device cuda]
+        [--workdir DIR]
 
 Random weights and installed docstrings: speed and memory do not depend on the weights. Each stage and batch size runs in a process
 of its own; one that fails is told and stops no other.
@@ -17,8 +18,8 @@ from pathlib import Path
 
 import torch
 from ceilings import gemm_flops_per_s
-from environment import markdown_table, show
-from synthetic import DECODERS, SIZES, make_encoder, make_teacher, make_texts
+from environment import command, device, markdown_table, result_file, show
+from synthetic import DECODERS, SIZES, made_encoder, make_encoder, make_teacher
 from timing import largest_resident_bytes, own_process
 from transformers import AutoConfig, AutoTokenizer
 
@@ -36,29 +37,36 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=[*SIZES, *DECODERS], default="base")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=["0", "1", "2", "3"])
     parser.add_argument("--precision", choices=list(DTYPES), default="bf16")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=60, help="of the largest batch size; the others take more, over the same texts")
     parser.add_argument("--batch_size", nargs="+", type=int, default=[64])
     parser.add_argument("--max_length", type=int, default=128)
-    parser.add_argument("--workdir", type=Path, help="texts, models and store, made once (default: a temporary folder)")
-    parser.add_argument("--json", help="write the figures to this file instead of bench/results")
+    parser.add_argument("--workdir", type=Path, help="texts, models and stores, made once for the same options (default: temporary)")
+    parser.add_argument("--json", type=result_file, help="write the figures to this file instead of bench/results")
     parser.add_argument("--work", nargs=3, metavar=("FOLDER", "STAGE", "BATCH_SIZE"), help=argparse.SUPPRESS)  # a process of its own
-    return parser.parse_args()
+    args = parser.parse_args()
+    if min(args.steps, args.max_length, *args.batch_size) < 1:
+        parser.error("--steps, --batch_size and --max_length: must be 1 or more")
+    return args
 
 
-def prepare(args: argparse.Namespace, folder: Path) -> None:
-    """Texts, the student, and a store filled by a small teacher: what the loop reads does not depend on the teachers' size."""
-    if (folder / "prepared").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = make_texts(folder, args.steps * max(args.batch_size))[0]
-    found = read_texts(texts, need_labels=True)
-    make_encoder(folder / "student", args.size, found.texts)
-    make_encoder(folder / "small", "toy", found.texts)
-    teacher = make_teacher(folder / "teacher", str(folder / "small"), sorted(set(found.labels))[:4], 0, 1)
-    options = {"device": args.device, "max_length": args.max_length, "mc_samples": 2}
-    score(ScoreConfig(teachers=[teacher], texts=texts, output=str(folder / "store"), **options))
-    (folder / "prepared").touch()
+def prepare(args: argparse.Namespace, workdir: Path) -> Path:
+    """The folder of texts, the student, and a store filled by a small teacher: the loop does not depend on the teachers' size."""
+    folder = made_encoder(workdir, args.size, args.steps * max(args.batch_size))
+    done = folder / f"scored_{args.max_length}"
+    if not done.exists():
+        texts = str(folder / "pool.jsonl")
+        found = read_texts(texts, need_labels=True)
+        small = make_encoder(folder / "small", "toy", found.texts)
+        teacher = make_teacher(folder / "small_teacher", small, sorted(set(found.labels))[:4], 0, 1)
+        options = {"device": args.device, "max_length": args.max_length, "mc_samples": 2}
+        score(ScoreConfig(teachers=[teacher], texts=texts, output=str(store_of(args, folder)), **options))
+        done.touch()
+    return folder
+
+
+def store_of(args: argparse.Namespace, folder: Path) -> Path:
+    return folder / f"store_{args.max_length}"
 
 
 def work(args: argparse.Namespace, folder: Path, stage: str, batch_size: int) -> dict:
@@ -69,11 +77,13 @@ def work(args: argparse.Namespace, folder: Path, stage: str, batch_size: int) ->
     (folder / "ds.json").write_text(json.dumps(ds))
     texts, steps = str(folder / "pool.jsonl"), -(-args.steps * max(args.batch_size) // batch_size)
     with tempfile.TemporaryDirectory() as output:
-        muka_fast.amalgamate(
-            store=str(folder / "store"), student=str(folder / "student"), texts=texts, output=f"{output}/run", method="vkd",
+        result = muka_fast.amalgamate(
+            store=str(store_of(args, folder)), student=str(folder / "encoder"), texts=texts, output=f"{output}/run", method="vkd",
             ds_config=str(folder / "ds.json"), epochs=2, batch_size=batch_size, max_length=args.max_length,
             log_every=steps, save_every=2 * steps, mc_samples=2, device=args.device,
         )  # fmt: skip
+        if result.stopped:  # by SIGTERM, as of a time limit
+            raise SystemExit("stopped while the student was trained: its speed is not shown")
         lines = [json.loads(line) for line in Path(output, "run", "metrics.jsonl").read_text().splitlines()]
     peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else largest_resident_bytes()
     (rate,) = [line["texts_per_s"] for line in lines if line["epoch"] == 2]
@@ -94,12 +104,11 @@ def main() -> int:
         return 0
     rows, failed = [], []
     with tempfile.TemporaryDirectory() as name:
-        folder = args.workdir or Path(name)
-        prepare(args, folder)
+        folder = prepare(args, args.workdir or Path(name))
         lengths = tokenize(
-            AutoTokenizer.from_pretrained(folder / "student"), read_texts(folder / "pool.jsonl").texts, args.max_length
+            AutoTokenizer.from_pretrained(folder / "encoder"), read_texts(folder / "pool.jsonl").texts, args.max_length
         ).lengths
-        config = AutoConfig.from_pretrained(folder / "student")
+        config = AutoConfig.from_pretrained(folder / "encoder")
         mean, longest = round(float(lengths.mean())), int(lengths.max())
         flops = 3 * footprint(config, 1, mean, args.precision, "the student").forward_flops
         limit = gemm_flops_per_s(args.device, args.size == "toy", DTYPES[args.precision])
@@ -121,4 +130,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

@@ -17,9 +17,12 @@ from transformers import (
     LlamaModel,
 )
 
+from muka_fast.data import read_texts
 from muka_fast.docstrings import collect
+from muka_fast.errors import UserError
 from muka_fast.intercept import layer_modules
 from muka_fast.material import train_tokenizer
+from muka_fast.sites import Site, active_sites
 
 # hidden size, layers, heads: "base" is BERT-base, "toy" proves a script; "1b" has the shape of a decoder of a billion parameters.
 SIZES = {"toy": (32, 3, 4), "small": (384, 6, 12), "base": (768, 12, 12)}
@@ -63,6 +66,32 @@ def make_encoder(folder: Path, size: str, texts: list[str]) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def made_encoder(folder: Path, size: str, count: int) -> Path:
+    """A folder in `folder` for what this size and number of texts have: pool.jsonl, the first of the texts in `folder`, and encoder.
+
+    Made once, and again for another size or number.
+    """
+    own = folder / f"{size}_{count}"
+    if not (own / "encoder").is_dir():
+        own.mkdir(parents=True, exist_ok=True)
+        lines = Path(make_texts(folder, count)[0]).read_text(encoding="utf-8").splitlines(keepends=True)
+        (own / "pool.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
+        aside = make_encoder(own / "encoder.part", size, read_texts(own / "pool.jsonl").texts)
+        Path(aside).rename(own / "encoder")
+    return own
+
+
+def check_scopes(scopes: list[str], size: str) -> None:
+    """Before a model of this size is made: raises UserError for a scope that none has."""
+    layers = [*range((SIZES | DECODERS)[size][1]), "head"]
+    sites = [Site(index, "", 0, "activation", 0.1, layer, 3) for index, layer in enumerate(layers)]
+    for scope in scopes:
+        try:
+            active_sites(sites, scope, f"a teacher of --size {size}")
+        except UserError as error:
+            raise UserError(str(error).replace("--mc_scope", "--scopes")) from None
 
 
 def make_teacher(folder: Path, encoder: str, labels: list[str], seed: int, own_layers: int) -> str:
