@@ -3,9 +3,9 @@
     python bench/training.py --encoder DIR --train train.jsonl --eval test.jsonl [--texts 1000] [--parts trainer scoring memory resume]
 
 trainer: same student (seed, head), texts, batch, optimizer, schedule and fp32; both learn the true labels; the Trainer with its random
-batches and, for its best, with its own grouping by length (it needs accelerate: the extra `bench`). Rounds are interleaved, times are
-medians. Everything runs in processes of its own, on all cores together; teachers are the encoder with random heads, as speed does not
-depend on what they know.
+batches and, for its best, with its own grouping by length (it needs accelerate: the extra `bench`). Rounds are interleaved: times are
+medians, and what one is faster by is the median of the rounds' ratios. Everything runs in processes of its own, on all cores
+together; teachers are the encoder with random heads, as speed does not depend on what they know.
 """
 
 import argparse
@@ -18,17 +18,23 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from environment import RESULTS, keep
+from environment import RESULTS, command, keep
 from settings import draw, read_rows, write_rows
 from synthetic import make_teacher
+from timing import largest_resident_bytes, ratio
 
 from muka_fast.config import EvalConfig, ScoreConfig, load_config
 from muka_fast.data import read_texts
+from muka_fast.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+TRAIN = str(ROOT / "muka_fast" / "train.py")
 PARTS = ("trainer", "scoring", "memory", "resume")
+EVAL_TEXTS = 500
+MARKER = ".bench_training"  # in a work folder: this script made it and may replace it
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -38,18 +44,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train", required=True, type=Path, help="labelled texts")
     parser.add_argument("--eval", required=True, type=Path, help="labelled texts")
     parser.add_argument("--texts", type=int, default=1000, help="training texts, drawn at random")
-    parser.add_argument("--eval_texts", type=int, default=500)
     parser.add_argument("--scored_texts", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2, help="interleaved repetitions")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--workdir", type=Path, default=Path("runs/bench_training"), help="is replaced")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/bench_training"), help="is replaced, where it is of this script")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the Markdown and JSON result")
-    parser.add_argument("--work", choices=("trainer", "grouped", "score"), help=argparse.SUPPRESS)  # a process of its own
+    parser.add_argument("--work", choices=("trainer", "grouped", "score", "train"), help=argparse.SUPPRESS)  # a process of its own
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    parser.add_argument("--options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # of `muka-fast train`
+    args = parser.parse_args(argv)
+    if min(args.texts, args.scored_texts, args.batch_size, args.max_length, args.rounds) < 1:
+        parser.error("--texts, --scored_texts, --batch_size, --max_length and --rounds: must be 1 or more")
+    return args
 
 
 # ---- processes ----
@@ -71,42 +80,49 @@ def launch(command: list[str], processes: int = 1) -> list[subprocess.Popen]:
     return runs
 
 
-def finish(runs: list[subprocess.Popen], expected: int = 0) -> tuple[str, list[int]]:
-    """What process 0 printed, and the largest resident set of each process in bytes. Raises where one failed."""
+def finish(runs: list[subprocess.Popen], expected: int = 0) -> list[str]:
+    """What each process printed. Raises where one failed."""
     told = [run.stdout.read() for run in runs]
-    peaks = []
-    for run in runs:
-        _, status, usage = os.wait4(run.pid, 0)
-        run.returncode = os.waitstatus_to_exitcode(status)
-        peaks.append(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-    codes = [run.returncode for run in runs]
+    codes = [run.wait() for run in runs]
     if codes != [expected] * len(runs):
         raise RuntimeError(f"{' '.join(runs[0].args)}: exit codes {codes}")
-    return told[0], peaks
+    return told
 
 
-def own_work(args: argparse.Namespace, work: str, output: Path, processes: int = 1) -> dict:
-    """Run this file's `--work` in processes of its own; its result."""
-    options = ["--encoder", "--train", "--eval", "--batch_size", "--learning_rate", "--max_length", "--workdir"]
-    values = [word for name in options for word in (name, str(getattr(args, name[2:])))]
-    return json.loads(finish(launch([__file__, *values, "--work", work, "--output", str(output)], processes))[0].splitlines()[-1])
+def own_work(args: argparse.Namespace, work: str, output: Path, processes: int = 1, options: Sequence[str] = ()) -> list[dict]:
+    """Run this file's `--work` in processes of its own; the result of each."""
+    same = ["--encoder", "--train", "--eval", "--batch_size", "--learning_rate", "--max_length", "--workdir"]
+    values = [word for name in same for word in (name, str(getattr(args, name[2:])))]
+    runs = launch([__file__, *values, "--work", work, "--output", str(output), "--options", *options], processes)
+    return [json.loads(told.splitlines()[-1]) for told in finish(runs)]
 
 
 def training(args: argparse.Namespace, output: Path, **more: object) -> list[str]:
-    """The command of a run of ours on the prepared texts and store."""
+    """Options of a run of ours on the prepared texts and store."""
     options = {"store": args.workdir / "store", "student": args.encoder, "texts": args.workdir / "train.jsonl", "output": output}
     options |= {"batch_size": args.batch_size, "learning_rate": args.learning_rate, "max_length": args.max_length, "epochs": 1}
-    flags = [word for name, value in (options | more).items() for word in (f"--{name}", str(value))]
-    return [str(ROOT / "muka_fast" / "train.py"), *flags]
+    return [word for name, value in (options | more).items() for word in (f"--{name}", str(value))]
+
+
+def renew(folder: Path) -> None:
+    """An empty folder. Raises UserError for one that holds what this script did not write."""
+    if folder.exists():
+        if not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).is_file()):
+            raise UserError(f"--workdir {folder}: is not of this benchmark, which would replace it; name a new folder")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARKER).touch()
 
 
 def prepare(args: argparse.Namespace) -> list[str]:
-    """Texts, two teachers and their store over the training texts; the teachers' folders."""
-    shutil.rmtree(args.workdir, ignore_errors=True)
-    args.workdir.mkdir(parents=True)
-    sets = (("train", args.train, args.texts), ("test", args.eval, args.eval_texts), ("pool", args.train, args.scored_texts))
-    for name, source, limit in sets:
-        write_rows(args.workdir / f"{name}.jsonl", draw(read_rows(source), limit, 0))
+    """Texts and two teachers in a new --workdir; the teachers' folders."""
+    sets = (("train", args.train, args.texts), ("test", args.eval, EVAL_TEXTS), ("pool", args.train, args.scored_texts))
+    drawn = {name: draw(read_rows(source), limit, 0) for name, source, limit in sets}
+    if not (args.encoder / "config.json").is_file():
+        raise UserError(f"--encoder {args.encoder}: holds no config.json; name the folder of an encoder")
+    renew(args.workdir)
+    for name, rows in drawn.items():
+        write_rows(args.workdir / f"{name}.jsonl", rows)
     labels = sorted(set(read_texts(args.workdir / "train.jsonl", need_labels=True).labels))
     half = (len(labels) + 1) // 2
     parts = (labels[:half], labels[half:])
@@ -117,22 +133,34 @@ def prepare(args: argparse.Namespace) -> list[str]:
 
 
 def trainer_part(args: argparse.Namespace, teachers: list[str]) -> dict:
-    """Texts per second of the training itself (one epoch, its checkpoint included) and accuracy of each."""
-    found: dict[str, dict[str, list[float]]] = {name: {"texts_per_s": [], "accuracy": []} for name in ("ours", "trainer", "grouped")}
+    """Texts per second of the training itself (one epoch; no checkpoint, as ours writes none within a minute) and accuracy of each."""
+    found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "accuracy": []} for name in ("ours", "trainer", "grouped")}
     for turn in range(args.rounds):
         output = args.workdir / f"ours{turn}"
-        finish(launch(training(args, output, method="supervised", eval=args.workdir / "test.jsonl")))
+        finish(launch([TRAIN, *training(args, output, method="supervised", eval=args.workdir / "test.jsonl")]))
         record = json.loads((output / "run.json").read_text(encoding="utf-8"))
-        figures = {"ours": (args.texts / record["seconds"]["train"], record["metrics"]["student"]["accuracy"])}
+        figures = {"ours": (record["seconds"]["train"], record["metrics"]["student"]["accuracy"])}
         for name in ("trainer", "grouped"):
-            result = own_work(args, name, args.workdir / f"{name}{turn}")
-            figures[name] = (args.texts / result["seconds"], result["accuracy"])
-        for name, (speed, accuracy) in figures.items():
-            found[name]["texts_per_s"].append(speed)
+            (result,) = own_work(args, name, args.workdir / f"{name}{turn}")
+            figures[name] = (result["seconds"], result["accuracy"])
+        for name, (seconds, accuracy) in figures.items():
+            found[name]["seconds"].append(seconds)
             found[name]["accuracy"].append(accuracy)
-    rows = {name: {key: statistics.median(values) for key, values in lists.items()} for name, lists in found.items()}
-    speed = {name: row["texts_per_s"] for name, row in rows.items()}
-    return {"rows": rows, "speedup": speed["ours"] / speed["trainer"], "speedup_grouped": speed["ours"] / speed["grouped"]}
+    return compared(found, args.texts)
+
+
+def compared(found: dict[str, dict[str, list[float]]], texts: int) -> dict:
+    """Medians of the rounds, and the seconds of each. found: name -> seconds and accuracy by round."""
+    rows = {
+        name: {
+            "texts_per_s": texts / statistics.median(lists["seconds"]),
+            "accuracy": statistics.median(lists["accuracy"]),
+            "seconds": lists["seconds"],
+        }
+        for name, lists in found.items()
+    }
+    speedup = {name: ratio(found[name]["seconds"], found["ours"]["seconds"]) for name in ("trainer", "grouped")}
+    return {"rows": rows, "speedup": speedup["trainer"], "speedup_grouped": speedup["grouped"]}
 
 
 def work_trainer(args: argparse.Namespace) -> dict:
@@ -155,7 +183,7 @@ def work_trainer(args: argparse.Namespace) -> dict:
     options = TrainingArguments(
         str(args.output), num_train_epochs=1, per_device_train_batch_size=args.batch_size, learning_rate=args.learning_rate,
         weight_decay=0.01, max_grad_norm=1.0, warmup_steps=round(0.1 * -(-len(rows) // args.batch_size)), lr_scheduler_type="linear",
-        save_strategy="epoch", report_to="none", use_cpu=True, disable_tqdm=True, seed=0, logging_strategy="no",
+        save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, seed=0, logging_strategy="no",
         train_sampling_strategy="group_by_length" if args.work == "grouped" else "random", remove_unused_columns=False,
     )  # fmt: skip
     trainer = Trainer(model, options, data_collator=without_length, train_dataset=rows)
@@ -173,9 +201,10 @@ def scoring_part(args: argparse.Namespace, teachers: list[str]) -> dict:
     times: dict[str, list[float]] = {"one process": [], "processes": []}
     for turn in range(args.rounds):
         for name, processes in (("one process", 1), ("processes", CORES)):
-            times[name].append(own_work(args, "score", args.workdir / f"scored-{processes}-{turn}", processes)["seconds"])
+            times[name].append(own_work(args, "score", args.workdir / f"scored-{processes}-{turn}", processes)[0]["seconds"])
     one, many = (statistics.median(values) for values in times.values())
-    return {"processes": CORES, "texts": args.scored_texts, "one_s": one, "many_s": many, "speedup": one / many}
+    speedup = ratio(times["one process"], times["processes"])
+    return {"processes": CORES, "texts": args.scored_texts, "one_s": one, "many_s": many, "speedup": speedup, "seconds": times}
 
 
 def work_score(args: argparse.Namespace) -> dict:
@@ -197,17 +226,26 @@ def memory_part(args: argparse.Namespace, teachers: list[str]) -> dict:
         ds = args.workdir / f"zero{stage}.json"
         ds.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
         # A few steps do: the peak does not grow with their number.
-        command = training(args, args.workdir / f"zero{stage}", ds_config=ds, method="vkd", limit=4 * args.batch_size)
-        command[command.index("--store") + 1] = str(args.workdir / "small_store")
-        command += ["--teachers", *teachers]
-        rows[str(stage)] = finish(launch(command, 2))[1]
+        output = args.workdir / f"zero{stage}"
+        options = training(args, output, ds_config=ds, method="vkd", limit=4 * args.batch_size, store=args.workdir / "small_store")
+        found = own_work(args, "train", output, 2, [*options, "--teachers", *teachers])
+        rows[str(stage)] = [result["peak_bytes"] for result in found]
     return {"processes": 2, "peak_bytes": rows}
+
+
+def work_train(args: argparse.Namespace) -> dict:
+    """A run of ours; the peak of this process."""
+    from muka_fast.train import script
+
+    if code := script(args.options):
+        raise SystemExit(code)
+    return {"peak_bytes": largest_resident_bytes()}
 
 
 def resume_part(args: argparse.Namespace, teachers: list[str]) -> dict:
     """Seconds from the command to the first new step: of a fresh run, and of one that was stopped and continues."""
     output = args.workdir / "stopped"
-    command = training(args, output, method="vkd", log_every=1)
+    command = [TRAIN, *training(args, output, method="vkd", log_every=1)]
     seconds = {"fresh": first_step(command, output, 0)}
     seconds["resumed"] = first_step([*command, "--resume"], output, len((output / "metrics.jsonl").read_text().splitlines()))
     return seconds
@@ -237,10 +275,10 @@ def markdown(args: argparse.Namespace, results: dict) -> str:
         recipe = f"{args.texts} texts, 1 epoch, batch {args.batch_size}, learning rate {args.learning_rate:g}, fp32"
         lines += [f"Our loop against the Hugging Face Trainer, both on true labels ({recipe}; medians of {args.rounds}):", ""]
         lines += ["| | texts/s | ours is faster by | accuracy (test) |", "|---|---|---|---|"]
+        faster = {"ours": "", "trainer": f"{found['speedup']:.2f} x", "grouped": f"{found['speedup_grouped']:.2f} x"}
         titles = {"ours": "muka-fast train", "trainer": "Trainer", "grouped": "Trainer, grouped by length"}
         for name, row in found["rows"].items():
-            ratio = f"{found['rows']['ours']['texts_per_s'] / row['texts_per_s']:.2f} x" if name != "ours" else ""
-            lines.append(f"| {titles[name]} | {row['texts_per_s']:.1f} | {ratio} | {100 * row['accuracy']:.1f} |")
+            lines.append(f"| {titles[name]} | {row['texts_per_s']:.1f} | {faster[name]} | {100 * row['accuracy']:.1f} |")
         lines.append("")
     if found := results.get("scoring"):
         count = found["processes"]
@@ -261,12 +299,12 @@ def markdown(args: argparse.Namespace, results: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.work:
-        result = work_score(args) if args.work == "score" else work_trainer(args)
-        print(json.dumps(result))
+        works = {"score": work_score, "train": work_train}
+        print(json.dumps(works.get(args.work, work_trainer)(args)))
         return 0
     teachers = prepare(args)
-    command = ["-m", "muka_fast.cli", "score", "--texts", str(args.workdir / "train.jsonl"), "--output", str(args.workdir / "store")]
-    finish(launch([*command, "--max_length", str(args.max_length), "--teachers", *teachers]))
+    scoring = ["-m", "muka_fast.cli", "score", "--texts", str(args.workdir / "train.jsonl"), "--output", str(args.workdir / "store")]
+    finish(launch([*scoring, "--max_length", str(args.max_length), "--teachers", *teachers]))
     parts = {"trainer": trainer_part, "scoring": scoring_part, "memory": memory_part, "resume": resume_part}
     results: dict[str, dict] = {}
     for name in args.parts:
@@ -280,4 +318,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))
