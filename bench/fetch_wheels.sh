@@ -4,7 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-DIR=${1:?"usage: bench/fetch_wheels.sh DIR [PYTHON_VERSION]"}
+[ -n "${1:-}" ] || { echo "usage: bench/fetch_wheels.sh DIR [PYTHON_VERSION]" >&2; exit 2; }
+DIR=$1
 VERSION=${2:-3.12}
 PYTHON=${PYTHON:-python3}
 mkdir -p "$DIR"

@@ -9,12 +9,15 @@ file says so; where a run differs by more than a quarter the cause belongs into 
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from environment import RESULTS
+from environment import RESULTS, command
 from registry import CASES, Case
+
+from muka_fast.errors import UserError
 
 SHARE = 0.85  # of the floor's rate that a kernel with enough work is expected to reach
 LAUNCH_S = 2.5e-6  # device time of a launch that does nothing, back to back in one stream
@@ -62,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machine", choices=sorted(MACHINES), default="h200")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
-    parser.add_argument("--measured", type=Path, help="JSON of bench/throughput.py on that machine")
+    parser.add_argument("--measured", type=Path, help="JSON of bench/throughput.py on that machine, for that dtype")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     return parser.parse_args()
 
@@ -77,17 +80,28 @@ def floors(case: Case, machine: Machine, dtype: torch.dtype) -> dict[str, float]
     return {"bytes": problem.bytes_moved / machine.copy_bytes, "products": problem.flops / matrix, what: count / rate}
 
 
-def measured_ms(path: Path | None) -> dict[tuple[str, str], float]:
-    """(op, shape) -> median milliseconds of our implementation."""
+def measured_ms(path: Path | None, machine: str, dtype: str) -> dict[tuple[str, str], float]:
+    """(op, shape) -> median milliseconds of our implementation. Raises UserError for a file that is not of this machine and dtype."""
     if path is None:
         return {}
-    rows = json.loads(path.read_text())["results"]["rows"]
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        gpu, rows = kept["environment"]["gpu"], kept["results"]["rows"]
+        found = {row["dtype"] for row in rows}
+    except OSError as error:
+        raise UserError(f"--measured {path}: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"--measured {path}: is no result of bench/throughput.py") from error
+    if machine not in (gpu or "").lower().split():
+        raise UserError(f"--measured {path}: was measured on {gpu or 'a CPU'}, not on --machine {machine}")
+    if found != {dtype}:
+        raise UserError(f"--measured {path}: holds {', '.join(sorted(found)) or 'no row'}, not --dtype {dtype}")
     return {(row["op"], row["shape"]): row["median_ms"] for row in rows if row["impl"] == "ours" and row["median_ms"]}
 
 
 def main() -> None:
     args = parse_arguments()
-    machine, measured = MACHINES[args.machine], measured_ms(args.measured)
+    machine, measured = MACHINES[args.machine], measured_ms(args.measured, args.machine, args.dtype)
     lines = [
         f"# Predicted for {args.machine}, {args.dtype}{', with measured times' if measured else ': nothing here was measured'}",
         "",
@@ -108,9 +122,13 @@ def main() -> None:
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *(f"- {op}: {reason}" for op, reason in REASONS.items())]
     print("\n".join(lines))
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: {error.strerror}") from error
     path = args.out / f"predicted_{args.machine}_{args.dtype}.md"
     path.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from environment import markdown_table, show
+from environment import command, markdown_table, result_file, show
 from timing import largest_resident_bytes, own_process
 
 from muka_fast.auto import auto_weights
@@ -32,17 +32,19 @@ from muka_fast.words import with_words
 RULES = {"muka-evidence": evidence_weights, "muka-auto": auto_weights}
 LEAST_ACCURACY = 0.9
 VOCABULARY = 30_000  # tokens
+CLASSES, WIDTH = 20, 384  # of a teacher; of features, the neutral encoder's included
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", nargs="+", type=int, default=[25_000, 50_000, 100_000])
     parser.add_argument("--teachers", type=int, default=5)
-    parser.add_argument("--classes", type=int, default=20, help="of a teacher")
-    parser.add_argument("--width", type=int, default=384, help="of features, the neutral encoder's included")
-    parser.add_argument("--json", help="write the rows to this file instead of bench/results")
+    parser.add_argument("--json", type=result_file, help="write the rows to this file instead of bench/results")
     parser.add_argument("--work", nargs=2, metavar=("RULE", "TEXTS"), help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if min(args.teachers, *args.texts) < 1:
+        parser.error("--texts and --teachers: must be 1 or more")
+    return args
 
 
 def make_features(path: Path, rng: np.random.Generator, means: np.ndarray) -> Features:
@@ -77,23 +79,23 @@ def make_pool(args: argparse.Namespace, count: int, folder: Path) -> tuple[Super
     topic = rng.integers(0, args.teachers, count)
     logits, features = [], []
     for i in range(args.teachers):
-        means = 4 * rng.standard_normal((args.classes, args.width), np.float32)
-        mine, classes = (topic == i).astype(np.float32), rng.integers(0, args.classes, count)
+        means = 4 * rng.standard_normal((CLASSES, WIDTH), np.float32)
+        mine, classes = (topic == i).astype(np.float32), rng.integers(0, CLASSES, count)
         features.append(make_features(folder / f"teacher{i}", rng, mine[:, None] * means[classes]))
-        certain = rng.standard_normal((count, args.classes), np.float32)
+        certain = rng.standard_normal((count, CLASSES), np.float32)
         certain[np.arange(count), classes] += 4 * mine
         logits.append(torch.from_numpy(certain))
-    noise = torch.from_numpy(rng.standard_normal((4, count, args.teachers * args.classes), np.float32))
-    offsets, z = list(range(0, args.teachers * args.classes + 1, args.classes)), torch.cat(logits, 1)
+    noise = torch.from_numpy(rng.standard_normal((4, count, args.teachers * CLASSES), np.float32))
+    offsets, z = list(range(0, args.teachers * CLASSES + 1, CLASSES)), torch.cat(logits, 1)
     found = mc_statistics(z + noise, offsets)
     teachers = [
-        {"name": f"t{i}", "labels": [f"{i}.{c}" for c in range(args.classes)], "mc": True, "mc_samples": 4}
+        {"name": f"t{i}", "labels": [f"{i}.{c}" for c in range(CLASSES)], "mc": True, "mc_samples": 4}
         for i in range(args.teachers)
     ]
     parts = {name: getattr(found, name) for name in ("mean_probs", "predictive_entropy", "expected_entropy")}
-    parts["total_variance"] = found.var_probs.unflatten(-1, (args.teachers, args.classes)).sum(-1)
+    parts["total_variance"] = found.var_probs.unflatten(-1, (args.teachers, CLASSES)).sum(-1)
     sup = Supervision(z, **parts, example_ids=torch.arange(count), teachers=teachers, offsets=offsets, features=features)
-    neutral = 3 * rng.standard_normal((args.teachers, args.width), np.float32)[topic]
+    neutral = 3 * rng.standard_normal((args.teachers, WIDTH), np.float32)[topic]
     space = build_label_space([(teacher["name"], teacher["labels"]) for teacher in teachers])
     return sup.restrict(space), make_features(folder / "neutral", rng, neutral), make_tokens(rng, topic), topic
 
@@ -120,11 +122,11 @@ def main() -> int:
         json.loads(own_process(f"{rule}, {count} texts", "--work", rule, str(count))) for rule in RULES for count in args.texts
     ]
     shown = {"rule": "{}", "texts": "{:,}", "seconds": "{:.1f}", "peak_bytes": "{:,}", "accuracy": "{:.1%}"}
-    title = f"# Choosing teachers: {args.teachers} teachers of {args.classes} classes, features {args.width} wide, "
+    title = f"# Choosing teachers: {args.teachers} teachers of {CLASSES} classes, features {WIDTH} wide, "
     title += f"{torch.get_num_threads()} threads"
     show("selection", rows, f"{title}\n\n{markdown_table(rows, shown)}", "cpu", args.json)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))
