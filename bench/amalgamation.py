@@ -15,7 +15,6 @@ until the last. Over 400 lines: rows, timing and table of this one benchmark, wh
 """
 
 import argparse
-import hashlib
 import json
 import re
 import statistics
@@ -29,7 +28,7 @@ from pathlib import Path
 import torch
 from environment import command, device, keep, markdown_table, result_file, show
 from published import load_plain, load_published, published_scores, published_seconds, published_student
-from settings import draw, read_rows, write_rows
+from settings import digest, draw, read_rows, write_rows
 from synthetic import SIZES, make_encoder, make_teacher, make_texts
 from timing import largest_resident_bytes, own_process, ratio
 from torch import Tensor
@@ -124,7 +123,7 @@ def prepare(args: argparse.Namespace) -> list[str]:
     Made once, in a folder for all options that decide about them.
     """
     deciding = [args.synthetic, args.encoder, args.train, args.eval, args.num_teachers, args.freeze_layers, args.max_length]
-    work = Path(args.workdir) / hashlib.sha256(repr(deciding).encode()).hexdigest()[:8]
+    work = Path(args.workdir) / digest(deciding)
     work.mkdir(parents=True, exist_ok=True)
     args.material = work
     if args.synthetic:

@@ -132,7 +132,7 @@ else
       [ -f "$measured" ] && run predicted 30 "$python" bench/predict.py --machine "${machine%%_*}" --dtype "$dtype" --measured "$measured"
     done
   done
-  run train 120 "$python" bench/step.py
+  run train 150 "$python" bench/step.py
   run train 200 "$python" bench/student.py --size base --batch_size 1024 --steps $((texts / 1024)) --workdir "$work/student"
   # Enough texts that loading teachers does not hide what a text costs.
   run end_to_end 240 "$python" bench/amalgamation.py --synthetic base --texts $texts --scopes last:1 --precisions bf16 --seeds 1 \
