@@ -1,5 +1,6 @@
 """muka_fast: merge several fine-tuned text classifiers into one student, without labels."""
 
+import random
 from pathlib import Path
 from pkgutil import extend_path
 
@@ -20,8 +21,10 @@ def __dir__():
 def __getattr__(name):
     # Lazy: importing the package must not import torch (0.3 s against 3 s).
     if name == "amalgamate":
+        state = random.getstate()  # which one of the imports draws from
         from muka_fast.train import amalgamate
 
+        random.setstate(state)
         return amalgamate
     if name == "Predictor":
         from muka_fast.predict import Predictor

@@ -1,11 +1,11 @@
-"""What a run in a Python process leaves as it was: its caller's random numbers and environment. Runs in threads take turns."""
+"""What a run in a Python process leaves as it was: random numbers, torch's modes, environment. Runs in threads take turns."""
 
 import logging
 import os
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -23,6 +23,22 @@ os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 @contextmanager
+def modes_of_a_new_process() -> Iterator[None]:
+    """torch's modes as a process begins with them, whatever the caller has set: no numbers of a run depend on that."""
+    precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.enable_grad())
+        for kind in ["cpu", *["cuda"] * torch.cuda.is_available()]:
+            modes.enter_context(torch.autocast(kind, enabled=False))
+        modes.callback(torch.set_float32_matmul_precision, precision)
+        modes.callback(torch.set_default_dtype, dtype)
+        torch.set_float32_matmul_precision("highest")
+        torch.set_default_dtype(torch.float32)
+        yield
+
+
+@contextmanager
 def caller_undisturbed() -> Iterator[None]:
     """Gives a Python caller's random numbers back, since a run seeds torch's generators for each of its steps, and takes LOCAL_RANK
     away where DeepSpeed alone needed it: others would take the process for a member of a group. One thread at a time."""
@@ -35,7 +51,7 @@ def caller_undisturbed() -> Iterator[None]:
         states = random.getstate(), np.random.get_state()
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         try:
-            with torch.random.fork_rng(devices):
+            with torch.random.fork_rng(devices), modes_of_a_new_process():
                 yield
         finally:
             random.setstate(states[0])

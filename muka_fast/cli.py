@@ -3,6 +3,7 @@
 import argparse
 import errno
 import importlib
+import io
 import os
 import shutil
 import sys
@@ -18,8 +19,9 @@ from muka_fast.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-# What a full or read-only disk raises: the user's to mend, not a fault of the program.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# What a full or read-only disk and the like raise: the user's to mend, not a fault of the program.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ESTALE)
+DISK_ERRORS += (errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class Command(NamedTuple):
@@ -206,6 +208,8 @@ def guarded(function: Callable[[], Any]) -> int:
 def _run(name: str, argv: Sequence[str]) -> int:
     command = COMMANDS[name]
     with first_of_node_tells():
+        if not os.path.exists(os.curdir):
+            raise UserError("the folder that you are in is gone: change to another one")
         options = parse(command, argv, f"muka-fast {name}")
         if not command.shared and os.environ.get("WORLD_SIZE", "1") != "1":
             raise UserError(f"muka-fast {name} runs in one process: start it without torchrun or deepspeed")
@@ -222,9 +226,18 @@ def spin_briefly() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
+def settle_stdout() -> None:
+    """Let results be printed whatever standard output is: closed, as under some daemons, or of an encoding that lacks letters."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `muka-fast`; returns the exit code."""
     spin_briefly()
+    settle_stdout()
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in COMMANDS:
         return guarded(lambda: _run(argv[0], argv[1:]))

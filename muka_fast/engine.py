@@ -70,12 +70,16 @@ def no_jit_build() -> None:
         deepspeed.ops.__compatible_ops__ = defaultdict(bool)
 
 
+_joined_in: int | None = None  # the process that has made our group
+
+
 def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, int]:
     """Join the process group and return (rank, world size). A plain `python` is a group of one. Calling it again does nothing.
 
     The launchers (deepspeed, torchrun) set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Without them the group of one
     opens no port.
     """
+    global _joined_in
     launched = "RANK" in os.environ
     hook = sys.excepthook
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, under ZeRO-3 again and again
@@ -87,6 +91,9 @@ def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, i
 
     if not verbose:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if comm.is_initialized() and _joined_in not in (None, os.getpid()):
+        told = "this process was forked from one that has made a run, whose group of processes it cannot use"
+        raise UserError(f"{told}: start it with spawn, or fork before the first run")
     if not comm.is_initialized():
         if device == "cpu":
             no_jit_build()
@@ -100,6 +107,7 @@ def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, i
             told = f"not all processes of this job have started ({first_line(error)})"
             raise UserError(f"{told}: look for the error of another one") from error
         joined()
+        _joined_in = os.getpid()
         atexit.register(shut_down, at_exit=True)
     return comm.get_rank(), comm.get_world_size()
 

@@ -74,7 +74,7 @@ def predict(
             for rows in batches:
                 inputs = {name: value.to(device) for name, value in collate(tokens, rows, pad_id or 0).items()}
                 found = (model(**inputs).logits if forward is None else forward(inputs)).float().cpu()
-                logits = torch.empty(len(tokens), found.shape[1]) if logits is None else logits
+                logits = torch.empty(len(tokens), found.shape[1], dtype=torch.float32) if logits is None else logits
                 logits[torch.from_numpy(rows)] = found
                 if bar is not None:
                     bar.advance()

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +22,23 @@ def write_text(path: Path, text: str) -> None:
     try:
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def write_beside_others(path: Path, text: str, replace: bool) -> None:
+    """UTF-8, in a folder of the user's, where nothing else is touched. Raises UserError where the file is there, unless `replace`: it
+    has appeared while the text was made, which then lies beside it."""
+    path = path.resolve()  # a link stays one
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        if not replace:
+            path.open("x").close()
+        os.replace(aside, path)
+    except FileExistsError as error:
+        raise UserError(f"{path}: has appeared meanwhile and stays as it is; what was to be written is in {aside}") from error
     except OSError:
         aside.unlink(missing_ok=True)
         raise

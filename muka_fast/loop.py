@@ -19,6 +19,7 @@ from muka_fast.config import RunConfig
 from muka_fast.console import progress
 from muka_fast.data import TextSet, Tokens, collate, epoch_batches
 from muka_fast.engine import Engine
+from muka_fast.errors import UserError
 from muka_fast.group import on_first_process, told_by_first
 from muka_fast.memory import Fetch
 from muka_fast.snapshots import restore_newest, save_snapshot
@@ -232,8 +233,12 @@ class Metrics:
             "texts_per_s": round(self.num_texts / (time.perf_counter() - self.start), 2),
         }
         if self.file is not None:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps(line) + "\n")
+                self.file.flush()
+            except OSError as error:
+                way_out = "free some space, then continue with --resume"
+                raise UserError(f"{self.path}: {error.strerror or error}; {way_out}") from error
         if self.board is not None:
             for name in ("loss", "lr", "grad_norm", "texts_per_s"):
                 if line[name] is not None:

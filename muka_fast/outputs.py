@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from muka_fast.errors import UserError
@@ -36,6 +36,7 @@ RUN_FILES = re.compile(
     rf"{MODEL_FILES}|run\.(json|yaml)|metrics\.jsonl|README\.md|report\.html|uncertainty_head\.safetensors|logs|supervision|checkpoints"
     rf"|tensorboard|{re.escape(LOCK)}|{re.escape(PARTIAL)}|{re.escape(READY)}|.*\.partial"
 )
+INSIDE = {"logs": re.compile(r"rank\d+\.log"), "tensorboard": re.compile(r"events\.out\..*")}
 ANY_MODEL = ("config.json", "model.safetensors")  # of the markers: no run has these alone
 
 
@@ -48,6 +49,7 @@ def check_output(
     """
     given, output = output, Path(output).expanduser()
     try:
+        output.resolve()
         if output.exists() and not output.is_dir():
             raise UserError(f"--output {given}: this is a file; name a folder")
         # Logs alone are no run: a refused one leaves them.
@@ -57,8 +59,9 @@ def check_output(
                 pass
     except BlockingIOError as error:
         raise busy(given) from error
-    except OSError as error:
-        raise UserError(f"--output {given}: {error.strerror or error}; name a folder that can be written") from error
+    except (OSError, RuntimeError, ValueError) as error:  # Path's own for links in a circle and names with a zero byte
+        told = getattr(error, "strerror", None) or error
+        raise UserError(f"--output {given}: {told}; name a folder that can be written") from error
     if found and not any((output / marker).exists() for marker in RUN_MARKERS):
         raise UserError(f"--output {given}: holds files that no run wrote ({found[0]}); name a new or empty folder")
     if found == ["supervision"] and (output / "supervision").is_dir() and not overwrite:
@@ -72,6 +75,9 @@ def check_output(
     if found and overwrite:
         check_replaceable(output.resolve(), given, inputs)
         check_own(output, RUN_FILES, given, "no run wrote")
+        for folder, own in INSIDE.items():
+            if (output / folder).is_dir():
+                check_own(output / folder, own, given, "no run wrote")
     return bool(found)
 
 
@@ -120,21 +126,25 @@ def check_replaceable(folder: Path, given: str | Path, inputs: Sequence[str | Pa
             )
 
 
+def _asides(folder: Path) -> Iterator[Path]:
+    """Where a run may be set aside, in this order."""
+    return (folder.with_name(f".{folder.name}.replaced" + (f"-{n}" if n > 1 else "")) for n in itertools.count(1))
+
+
 def _set_aside(folder: Path, given: str | Path) -> None:
     """Rename a finished or broken run; it stays on the disk until `discard_replaced`."""
-    asides = (folder.with_name(f".{folder.name}.replaced" + (f"-{n}" if n > 1 else "")) for n in itertools.count(1))
-    aside = next(path for path in asides if not path.exists())
+    aside = next(path for path in _asides(folder) if not path.exists())
     os.replace(folder, aside)
     folder.mkdir()
     log.info("the run in %s is kept as %s until the new one is complete", given, aside)
 
 
 def replaced(output: Path) -> list[Path]:
-    """The runs that `--overwrite` has set aside and no complete run has replaced yet, in this order."""
-    folder = output.resolve()
-    name = re.compile(re.escape(f".{folder.name}.replaced") + r"(?:-(\d+))?")
-    found = [(name.fullmatch(entry.name), entry) for entry in folder.parent.iterdir()] if folder.parent.exists() else []
-    return [entry for _, entry in sorted((int(match[1] or 1), entry) for match, entry in found if match)]
+    """The runs that `--overwrite` has set aside and no complete run has replaced yet, in this order.
+
+    By name: whoever may write to a folder may not be allowed to list the one above.
+    """
+    return list(itertools.takewhile(Path.exists, _asides(output.resolve())))
 
 
 def tell_of_replaced(output: Path) -> None:

@@ -19,7 +19,7 @@ from muka_fast.data import TextSet, encodable, read_texts, tokenize
 from muka_fast.doubt import UncertaintyHead, with_head
 from muka_fast.errors import UserError
 from muka_fast.evaluate import join_columns, kept_length, load_model, predict
-from muka_fast.files import write_text
+from muka_fast.files import write_beside_others
 from muka_fast.memory import device_of
 from muka_fast.readers import find_files
 
@@ -127,7 +127,7 @@ def main(config: PredictConfig) -> int:
         sys.stdout.writelines(lines(texts, found))
         return 0
     try:
-        write_text(output, "".join(lines(texts, found)))
+        write_beside_others(output, "".join(lines(texts, found)), config.overwrite)
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror or error}; name another file") from error
     return 0

@@ -17,7 +17,9 @@ from muka_fast.errors import UserError, first_line
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.\[\]:%+-]+))?")
 UTF8_BOM = b"\xef\xbb\xbf"
-UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+GZIP = b"\x1f\x8b"
+# The longer first, whose beginning the shorter is.
+BYTE_ORDER_MARKS = {(b"\xff\xfe\0\0", b"\0\0\xfe\xff"): "UTF-32", (b"\xff\xfe", b"\xfe\xff"): "UTF-16"}
 # One text may be a whole book; the csv module stops at 128 kB unless told otherwise.
 MAX_FIELD_CHARS = 2**31 - 1
 
@@ -62,8 +64,15 @@ def read_rows(source: str, columns: Columns, split: str) -> Iterator[tuple[str, 
 
 
 def find_files(source: str) -> list[str]:
-    """The file of this name, or else those that the pattern matches, sorted; [] where there is none."""
-    return [source] if os.path.exists(source) else sorted(glob.glob(source))  # False for what is no name of a file either
+    """The file of this name, or else those that the pattern matches, sorted; [] where there is none. Raises UserError where the system
+    does not let us look."""
+    try:
+        os.stat(source)
+    except PermissionError as error:
+        raise UserError(f"{source}: {error.strerror}") from error
+    except (OSError, ValueError):  # the latter for what is no name of a file
+        return sorted(glob.glob(source))
+    return [source]
 
 
 def _file_rows(source: str, columns: Columns) -> Iterator[Row]:
@@ -97,9 +106,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             if number == 1:
-                if raw.startswith(UTF16_BOMS):
-                    way_out = f"convert it: iconv -f UTF-16 -t UTF-8 {path}"
-                    raise UserError(f"{path}: the file is UTF-16, not UTF-8: {way_out}")
+                if raw.startswith(GZIP):
+                    raise UserError(f"{path}: is compressed by gzip: name it {path.name}.gz")
+                for marks, encoding in BYTE_ORDER_MARKS.items():
+                    if raw.startswith(marks):
+                        way_out = f"convert it: iconv -f {encoding} -t UTF-8 {path}"
+                        raise UserError(f"{path}: the file is {encoding}, not UTF-8: {way_out}")
                 raw = raw.removeprefix(UTF8_BOM)
             try:
                 yield number, raw.decode("utf-8")
@@ -175,6 +187,9 @@ def _csv_rows(path: Path, columns: Columns) -> Iterator[Row]:
             raise _missing_column(f"{path}, line 1", columns.text, header, "text_column")
         if columns.need_labels and columns.label not in header:
             raise _missing_column(f"{path}, line 1", columns.label, header, "label_column")
+        for name in {columns.text, columns.label}:
+            if header.count(name) > 1:
+                raise UserError(f"{path}, line 1: several columns are called '{name}': give them names of their own")
         text_at = header.index(columns.text)
         label_at = header.index(columns.label) if columns.label in header else None
         start = reader.line_num + 1

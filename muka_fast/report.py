@@ -46,7 +46,10 @@ def write_report(folder: Path) -> Path:
         page = render(record, read_metrics(folder / "metrics.jsonl"), folder.resolve().name)
     except (KeyError, TypeError, ValueError, AttributeError, jinja2.UndefinedError) as error:
         raise UserError(f"report {folder}: run.json is damaged or of another version ({type(error).__name__}: {error})") from error
-    write_text(folder / "report.html", page)
+    try:
+        write_text(folder / "report.html", page)
+    except OSError as error:
+        raise UserError(f"report {folder}: report.html cannot be written ({error.strerror or error})") from error
     return folder / "report.html"
 
 
