@@ -1,5 +1,6 @@
 """Texts that belong to nobody: found where they stand apart, none taken from teachers that own them, in any order and in a stream."""
 
+import dataclasses
 import itertools
 import math
 
@@ -12,8 +13,8 @@ from scipy.special import expit, logit
 from test_evidence import make_pool, matrix, o_anchor, restricted, shuffle
 
 from muka_fast.config import RULED_METHODS, RunConfig
-from muka_fast.coverage import FEWEST, Familiar, doubt_ranks, familiarity, nobody_weights, ranks
-from muka_fast.evidence import CERTAINTY, evidence_weights, own_scores
+from muka_fast.coverage import FEWEST, Familiar, doubt_ranks, familiarity, fit, nobody_weights, ranks
+from muka_fast.evidence import CERTAINTY, Sample, evidence_weights, own_scores
 from muka_fast.features import Features
 from muka_fast.methods import METHODS
 from muka_fast.store import ShardRange
@@ -193,3 +194,28 @@ def test_a_teacher_whose_own_texts_look_no_more_familiar_says_nothing():
     e[owner == 1, 1] += 3
     found = Familiar.of(e, owner, np.full(100, 0.05))
     assert np.isneginf(found.middle[0]) and np.isfinite(found.middle[1])
+
+
+def test_texts_outside_of_the_sample_change_no_scale():
+    sup, _, _ = foreign_pool(n=120)
+    sup, rows = restricted(sup), np.arange(60)
+    other = dataclasses.replace(sup, logits=torch.cat([sup.logits[:60], 9 * sup.logits[60:]]))
+    found, changed = familiarity(sup, rows), familiarity(other, rows)
+    np.testing.assert_allclose(changed[:60], found[:60], rtol=1e-6)
+    assert np.abs(changed[60:] - found[60:]).max() > 0.1
+
+
+def test_texts_outside_of_the_sample_are_judged_by_their_neighbours_in_it():
+    """Steps 3 and 4 of the definition, in loops."""
+    sup, neutral, _ = foreign_pool()
+    sup = restricted(sup)
+    rule, drawn = evidence_weights(sup, neutral), Sample.draw(sup, neutral, 0, 200)
+    found, rows, owner = nobody_weights(sup, rule, neutral, sample=200), drawn.rows, rule.argmax(1)
+    e = familiarity(sup, rows)
+    fitted, r = fit(e[rows], owner[rows], drawn.near)
+    ratio, b = fitted.ratio(e, owner), matrix(neutral)
+    b /= np.linalg.norm(b, axis=1, keepdims=True)
+    for x in set(range(len(sup))) - set(rows.tolist()):
+        near = np.argsort(-(b[rows] @ b[x]))[:15]
+        together = np.clip(ratio[x] / 2 + ratio[rows[near]].mean() / 2 - 0.25, -6, 6)
+        assert logit(found[x]) == pytest.approx(logit(np.clip(r[near].mean(), 0.01, 0.99)) - together, abs=0.02)

@@ -59,6 +59,9 @@ def test_a_doubtful_text_is_uncertain_and_far_from_every_teacher():
     assert (doubt_ranks(restricted(make_pool(60, (1, 1))[0]), "mutual_information") == 0.5).all()
     with pytest.raises(UserError, match="needs two Monte-Carlo passes"):
         doubt_ranks(restricted(foreign_pool(mc=False)[0]), "mutual_information")
+    sup.teachers[-1]["mc_samples"] = 1
+    with pytest.raises(UserError, match=f"but teacher {sup.teachers[-1]['name']!r} was scored by one"):
+        doubt_ranks(restricted(sup), "variance")
 
 
 NAMES_OF_HEAD = ("mean", "form", "pull", "offset", "scale")
@@ -105,6 +108,9 @@ def test_ranks_that_fall_with_the_distance_give_one_doubt_for_all():
         assert abs(a) < 1e-9 and 1 / (1 + math.exp(-c)) == pytest.approx(told.mean())
     *_, a, c = logistic_scale(np.full(40, 7.0), ranks(distance))
     assert a == 0 and c == pytest.approx(0)
+    _, features, far = fitted()
+    head = UncertaintyHead.fit(features, np.zeros((60, 3), np.float32), ranks(-far))
+    assert not head.tells and head(torch.from_numpy(features)).unique().numel() == 1
 
 
 @given(st.integers(0, 2**16))

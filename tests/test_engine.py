@@ -266,6 +266,14 @@ def test_clipping_is_that_of_torch(max_norm, seed):
         torch.testing.assert_close(parameter.grad, gradient * min(1.0, max_norm / (norm + 1e-6)), rtol=1e-5, atol=1e-7)
 
 
+def test_a_tiny_norm_is_clipped_as_by_torch():
+    ours, theirs = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(4))
+    ours.grad, theirs.grad = torch.full((4,), 1e-6), torch.full((4,), 1e-6)
+    clip_gradients([{"params": [ours]}], 1e-6)
+    torch.nn.utils.clip_grad_norm_([theirs], 1e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("max_norm", [0.1, 1e6])
 def test_sparse_gradients_of_embeddings_train_as_dense_ones_do(max_norm):
     """Bit for bit, over steps that touch other rows: repeated ids, a padding row, a second table."""
@@ -305,6 +313,9 @@ def test_weight_decay_spares_biases_and_norms():
     decayed, spared = parameter_groups(model, 0.1)
     assert decayed["weight_decay"] == 0.1 and [p.ndim for p in decayed["params"]] == [2, 2]
     assert spared["weight_decay"] == 0 and [p.ndim for p in spared["params"]] == [1, 1, 1]
+    for parameter in model.parameters():  # as ZeRO-3 leaves them
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    assert [len(group["params"]) for group in parameter_groups(model, 0.1)] == [2, 3]
 
 
 # ---- an engine alone ----

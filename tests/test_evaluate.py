@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
@@ -39,12 +40,17 @@ def test_figures_are_those_of_scikit_learn(n, C, seed, scale):
         assert row["support"] == (labels == c).sum()
         assert row["recall"] == pytest.approx((predicted[labels == c] == c).mean() if row["support"] else 0.0)
     assert sum(row["support"] for row in found["per_class"].values()) == n
+    bins = found["calibration"]
+    assert sum(row["count"] for row in bins) == n and sorted(bins, key=lambda row: row["confidence"]) == bins
+    assert found["ece"] == pytest.approx(sum(row["count"] * abs(row["confidence"] - row["accuracy"]) for row in bins) / n)
 
 
 def test_log_likelihood_keeps_its_digits_for_extreme_logits():
     found = metrics(np.array([[1e4, 0.0, -1e4]]), [2], NAMES)
     assert found["nll"] == 2e4
     assert found["ece"] == 1.0
+    certain = metrics(np.array([[0, -20, -20]], np.float32), [0], NAMES)
+    assert certain["nll"] == pytest.approx(2 * math.exp(-20), rel=1e-6)
 
 
 def test_one_class_is_always_right():
@@ -145,6 +151,15 @@ def test_columns_of_one_name_are_one_class(make_teacher, texts, tmp_path):
     assert evaluate(config(folder, data))["accuracy"] == pytest.approx((both.argmax(-1) == 0).double().mean().item())
 
 
+def test_a_probability_keeps_its_digits(student):
+    predictor = muka_fast.Predictor(student, device="cpu")
+    with torch.no_grad():
+        predictor.model.classifier.weight.zero_()
+        predictor.model.classifier.bias.copy_(torch.tensor([20.0, 0, 0]))
+    (found,) = predictor.predict("a text")
+    assert 1 - found.probability == pytest.approx(2 * math.exp(-20), rel=1e-6)
+
+
 def test_what_is_no_list_of_texts_and_no_option_is_refused(student):
     import pandas
 
@@ -166,9 +181,22 @@ def test_a_text_whose_logits_are_no_numbers_is_named_by_its_row(tmp_path, studen
     with torch.no_grad():
         predictor.model.get_input_embeddings().weight[token] = 3e38  # finite; what follows is not
     predictor.model.save_pretrained(student)
-    data = write_rows(tmp_path / "d.jsonl", [("", "a"), (texts[0], "a"), (texts[1], "other"), ("zebra", "a")])
-    with pytest.raises(UserError, match="NaN for 1 of 2 texts, first for text 3;"):
+    data = write_rows(tmp_path / "d.jsonl", [("", "a"), (texts[0], "a"), (texts[1], "other"), ("zebra", "a"), ("a zebra", "b")])
+    with pytest.raises(UserError, match="NaN for 2 of 3 texts, first for text 3;"):
         evaluate(config(student, data))
+
+
+def test_no_forward_reads_more_tokens_than_the_budget(tmp_path, student, texts, monkeypatch):
+    sizes, forward = [], transformers.BertForSequenceClassification.forward
+
+    def counted(self, **inputs):
+        sizes.append(inputs["input_ids"].numel())
+        return forward(self, **inputs)
+
+    monkeypatch.setattr(transformers.BertForSequenceClassification, "forward", counted)
+    muka_fast.Predictor(student, device="cpu", token_budget=64).predict(texts[:8])
+    evaluate(config(student, write_rows(tmp_path / "d.jsonl", [(text, "a") for text in texts[:8]]), token_budget=64))
+    assert len(sizes) > 4 and max(sizes) <= 64
 
 
 # ---- the command ----
@@ -240,6 +268,10 @@ def test_output_is_json_or_tables_on_stdout(tmp_path, student, texts, capsys):
     shown = capsys.readouterr().out
     for text in ("[red]one[/red]", "macro f1", f"{found['accuracy']:.4f}", f"{found['per_class']['c']['f1']:.4f}"):
         assert text in shown
+    write_rows(data, [(text, "c") for text in texts[:3]])
+    assert main(config(student, data)) == 0
+    shown = capsys.readouterr().out
+    assert "–" in shown and "2 of 3 classes are not in these texts" in shown  # a teacher without texts has no accuracy
 
 
 def test_teacher_blocks_come_from_the_run(tmp_path):

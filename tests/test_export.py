@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from muka_fast import export
 from muka_fast.errors import UserError
-from muka_fast.outputs import READY
+from muka_fast.outputs import PARTIAL, READY
 
 CARD = export.Card(
     title="merged",
@@ -64,6 +64,15 @@ def test_files_of_the_folder(make_model, make_tokenizer, tmp_path):
     assert names == {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
+def test_what_a_kill_left_of_an_export_does_not_get_into_the_next_one(make_model, make_tokenizer, tmp_path):
+    (tmp_path / "out" / PARTIAL).mkdir(parents=True)
+    (tmp_path / "out" / PARTIAL / "vocab.txt").write_text("another student's")
+    save(make_model, make_tokenizer, tmp_path / "out")
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir() if entry.name != "README.md") == [
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+
+
 def test_a_text_beyond_the_position_table_is_cut_by_the_pipeline(make_model, make_tokenizer, tmp_path):
     tokenizer = make_tokenizer("bert")
     tokenizer.model_max_length = 10**30
@@ -93,6 +102,7 @@ def test_config_and_rights_are_those_of_the_written_weights(make_model, make_tok
     """DeepSpeed casts the model to bf16 and hands out fp32 weights; safetensors writes for the owner alone."""
     model, tokenizer = make_model("bert", LABELS), make_tokenizer("bert")
     whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    whole["num_batches_tracked"] = torch.tensor(3)  # a whole number has no precision
     before = os.umask(0o027)
     try:
         export.save_student(model.to(torch.bfloat16), tokenizer, tmp_path / "out", LABELS, CARD, whole)
@@ -102,6 +112,13 @@ def test_config_and_rights_are_those_of_the_written_weights(make_model, make_tok
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o640
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.float32 and torch.equal(loaded.classifier.weight, whole["classifier.weight"])
+
+
+def test_weights_of_several_precisions_leave_the_models_own_word(make_model, make_tokenizer, tmp_path):
+    model = make_model("bert", LABELS).to(torch.bfloat16)
+    mixed = {name: tensor.to(torch.float16 if "bias" in name else torch.float32) for name, tensor in model.state_dict().items()}
+    export.save_student(model, make_tokenizer("bert"), tmp_path / "out", LABELS, CARD, mixed)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_weights_that_are_no_numbers_are_not_written(make_model, make_tokenizer, tmp_path):
@@ -178,6 +195,19 @@ def test_a_file_size_limit_stops_the_real_writers(make_model, make_tokenizer, tm
     save(make_model, make_tokenizer, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("told", "disk"),
+    [
+        ("File too large (os error 27)", True),
+        ('IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })', True),
+        ("I/O error: disk quota exceeded", True),
+        ("'NoneType' object is not iterable", False),
+    ],
+)
+def test_the_disk_is_at_fault_where_the_writers_in_rust_say_so(told, disk):
+    assert export.is_write_error(Exception(told)) is disk
+
+
 def test_another_fault_is_not_called_a_full_disk(make_model, make_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "render_card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -239,6 +269,14 @@ def test_old_shards_do_not_survive(make_model, make_tokenizer, tmp_path):
     make_model("bert", LABELS).save_pretrained(tmp_path / "out", max_shard_size="20KB")
     save(make_model, make_tokenizer, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+
+
+def test_a_folder_of_chat_templates_is_replaced(make_model, make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer("bert")
+    for text in ("old", "new"):
+        tokenizer.chat_template = {"default": "x", "tools": text}
+        export.save_student(make_model("bert", LABELS), tokenizer, tmp_path, LABELS, CARD)
+        assert (tmp_path / "additional_chat_templates" / "tools.jinja").read_text() == text
 
 
 # The card

@@ -184,11 +184,11 @@ def test_faulty_map_files(tmp_path, name, content, message):
         read_label_map(tmp_path / name)
 
 
-@pytest.mark.parametrize(("other", "told"), [(["1", "2"], True), (["8", "cat"], False)])
+@pytest.mark.parametrize(("other", "told"), [(["-1", "+2"], True), (["8", "cat"], False)])
 def test_numbers_in_common_are_told(other, told, caplog):
-    space = build_label_space([("a", ["0", "1", "2", "cat"]), ("b", other)])
+    space = build_label_space([("a", ["0", "-1", "+2", "cat"]), ("b", other)])
     assert space.num_classes == (4 if told else 5)
-    assert ("2 classes named by numbers (1, ...) are taken for the same in several teachers" in caplog.text) is told
+    assert ("2 classes named by numbers (-1, ...) are taken for the same in several teachers" in caplog.text) is told
 
 
 def test_a_map_that_leaves_one_class_is_told(caplog):
@@ -213,6 +213,7 @@ def test_true_labels_follow_the_entries_of_one_teacher_where_all_owners_agree():
     assert rename({"t": {"cat": "pet"}}) == ["cat", "cow", "owl"]  # s keeps its cats
     assert rename({"s": {"cat": "pet"}, "t": {"cat": "pet", "owl": None}}) == ["pet", "cow", None]
     assert rename({"cat": "pet", "t": {"cat": "pet"}}) == ["pet", "cow", "owl"]
+    assert rename({"cat": "pet", "t": {"cat": "cat"}}) == ["pet", "cow", "owl"]  # the owners differ: the entry for all
     assert rename({"t/owl": "bird", "s/cat": "pet"}) == ["cat", "cow", "bird"]  # the other way to spell an entry of one teacher
     assert rename({"t/owl": "wrong", "t": {"owl": "bird"}}) == ["cat", "cow", "bird"]
 

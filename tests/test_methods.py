@@ -437,6 +437,8 @@ def test_uncertainty_stays_that_of_the_full_label_set():
     assert restricted.restrict(space) is restricted
     with pytest.raises(ValueError, match="other teachers"):
         restricted.restrict(space_of(sup))
+    with pytest.raises(ValueError, match="other teachers"):
+        sup.restrict(space_of(make_supervision(LABELS[:-1])))
 
 
 def test_mean_probs_are_renormalised_over_kept_columns():
@@ -454,6 +456,9 @@ def test_a_teacher_without_any_mass_on_its_kept_classes_becomes_uniform():
     torch.testing.assert_close(restricted.mean_probs[0, :2], torch.tensor([0.5, 0.5]))
     torch.testing.assert_close(block_softmax(restricted.logits, restricted.offsets)[0, :2], torch.tensor([0.5, 0.5]))
     assert sup.logits[0, 0] == -math.inf  # the store's own tensors stay
+    sup.logits[0, :2] = torch.tensor([-200.0, -201])  # probabilities that underflowed: the logits still tell them apart
+    restricted = sup.restrict(space_of(sup, {"c": None}))
+    torch.testing.assert_close(restricted.mean_probs[0, :2], torch.softmax(torch.tensor([1.0, 0]), -1))
 
 
 # ---- students, accuracies, refusals ----

@@ -95,7 +95,7 @@ def test_weights_are_shares_and_the_order_of_the_texts_changes_nothing(seed, cou
         ("card_arrival", "card arrival"), ("Sci/Tech", "Sci Tech"), ("bookHotel", "book Hotel"), ("LABEL_0", "LABEL 0"),
         ("culture-arts", "culture arts"), ("天気", "天気"), ("?", "?"), ("bank/US dollars", "bank US dollars"),
         ("हिन्दी", "हिन्दी"), ("e\u0301te\u0301", "été"), ("C++", "C++"), ("C#", "C#"), ("<5", "<5"), ("-1", "-1"),
-        ("Art & Artists", "Art Artists"),
+        ("Art & Artists", "Art Artists"), ("tip_>20%", "tip >20%"), ("-other", "other"), ("x=0", "x=0"),
     ],
 )  # fmt: skip
 def test_names_are_read_as_words(name, words):

@@ -71,10 +71,34 @@ def test_overwrite_never_moves_what_the_run_reads_or_stands_in(tmp_path, monkeyp
     (output / "run.json").write_text("{}")
     with pytest.raises(UserError, match="which this run reads"):
         outputs.output_guard(output, overwrite=True, inputs=[None, "elsewhere", output / "teachers" / "a"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "link").symlink_to(output / "teachers")
+    for same in ("~/out/teachers", tmp_path / "link" / "a"):
+        with pytest.raises(UserError, match="which this run reads"):
+            outputs.output_guard("~/out", overwrite=True, inputs=[same])
     monkeypatch.chdir(output / "teachers")
     with pytest.raises(UserError, match="folder that you are in"):
         outputs.output_guard("..", overwrite=True)
     assert (output / "run.json").exists()
+
+
+def test_an_output_that_is_a_link_stays_one(tmp_path):
+    real, link = tmp_path / "disk" / "runs", tmp_path / "out"
+    (real / "logs").mkdir(parents=True)
+    (real / "run.json").write_text("old")
+    link.symlink_to(real)
+    with pytest.raises(UserError, match="which this run reads"):
+        outputs.output_guard(link, overwrite=True, inputs=[real / "logs"])
+    outputs.output_guard(link, overwrite=True)
+    assert link.is_symlink() and list(real.iterdir()) == []
+    assert outputs.replaced(link) == [tmp_path / "disk" / ".runs.replaced"]
+
+
+def test_runs_set_aside_are_listed_from_the_oldest_on(tmp_path):
+    names = [".out.replaced", *(f".out.replaced-{n}" for n in range(2, 12))]
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert [folder.name for folder in outputs.replaced(tmp_path / "out")] == names
 
 
 def test_a_place_that_cannot_be_written(tmp_path):

@@ -77,8 +77,28 @@ def test_stages_partition_one_thing_more_each():
     state = {stage: (row.weights, row.gradients, row.optimizer, row.host) for stage, row in rows.items()}
     assert state["1"] == (2000, 2000, 3000, 0) and state["2"] == (2000, 500, 3000, 0)
     assert state["3"] == (520, 500, 3000, 0) and state["3 offload"] == (20, 0, 0, 4500)
+    uneven = cost.Footprint(num_parameters=1001, small_parameters=10, forward_flops=1, activation_bytes=7, tokens=3)
+    assert cost.stage_memory("1", uneven, 4, "bf16").optimizer == 12 * 251  # the largest part
     alone = cost.stage_memory("0", model, 1, "fp32")
     assert alone.device == 16_000 + 7 and alone.buffers == 0
+    casts = cost.stage_memory("0", model, 1, "bf16")
+    assert casts.device == 18_000 + 7
+    assert cost.stage_memory("3", model, 1, "bf16").weights == 2000  # nothing is kept whole beside the only part
+
+
+def test_buffers_are_of_the_sizes_that_deepspeed_is_given_and_of_no_more_than_the_model():
+    bucket, small, large = 2 * 500_000_000, cost.Footprint(1000, 10, 1, 7, 3), cost.Footprint(10**12, 10, 1, 7, 3)
+    buffers = lambda model, processes=4: [cost.stage_memory(stage, model, processes, "bf16").buffers for stage in cost.STAGES]
+    fetched = bucket + 2 * 1_050_000_000
+    assert buffers(small) == [4000, bucket, 2 * bucket, bucket + 2000, bucket + 2000]
+    assert buffers(large) == [2 * bucket, bucket, 2 * bucket, fetched, fetched]  # gradients in fp32 at stage 0
+
+
+def test_a_tensor_of_the_threshold_is_small():
+    """BERT's words: 1,000 x 100 elements, and one row more."""
+    sizes = {"hidden_size": 100, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 100}
+    found = [cost.footprint(transformers.BertConfig(vocab_size=rows, **sizes), 1, 4, "fp32", "x") for rows in (1000, 1001)]
+    assert [model.num_parameters - model.small_parameters for model in found] == [0, 100_100]
 
 
 def test_flops_are_those_of_the_formula():
@@ -166,6 +186,9 @@ def test_an_adapter_is_planned_by_its_base(make_teacher, tmp_path):
     save_file({"base_model.model.classifier.weight": torch.zeros(4, 16)}, adapter / "adapter_model.safetensors")
     config, labels = plan.read_model(str(adapter), "teacher adapter")
     assert config.hidden_size == 16 and len(labels) == 4  # the adapter's own head decides
+    transformers.BertConfig(hidden_size=32, num_labels=3).save_pretrained(adapter)
+    config, labels = plan.read_model(str(adapter), "teacher adapter")
+    assert config.hidden_size == 32 and len(labels) == 3  # and the configuration beside it, where there is one
     assert plan.read_model(str(base), "student", classifier=False)[1] == []
 
 
@@ -219,6 +242,18 @@ def test_bad_input_is_one_line(make_teacher, words, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("source", ["./here", "a b", "/no/such/folder"])
+def test_what_is_neither_a_folder_nor_a_hub_name(source):
+    with pytest.raises(UserError, match="student x: no such folder; check the path"):
+        plan.read_model(source, "student x")
+
+
+def test_a_configuration_that_transformers_does_not_know(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "flux_capacitor"}))
+    with pytest.raises(UserError, match=r"student x: its configuration cannot be read: .*flux_capacitor"):
+        plan.read_model(str(tmp_path), "student x", classifier=False)
+
+
 def test_units_for_people():
     assert [plan.size(count) for count in (512, 1536, 3 * 2**20, 5 * 2**29)] == ["512 B", "1.5 KiB", "3 MiB", "2.5 GiB"]
     assert [plan.duration(hours) for hours in (0.005, 0.5, 30)] == ["18 s", "30 min", "30.0 h"]
@@ -253,6 +288,18 @@ def test_what_nobody_says_is_planned_as_train_does_it():
         PlanConfig(**given, num_texts=100, gpus=32)
     assert PlanConfig(**given, num_texts=100, batch_size=64, micro_batch=3, gpus=8).micro_batch == 3
     assert PlanConfig(**given, num_texts=100).precision == "fp32"
+
+
+def test_tokens_are_counted_as_the_student_cuts_them(student, make_tokenizer, tmp_path):
+    texts, tokenizer = ["a text", "one two three four five six seven"], make_tokenizer("bert")
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps({"text": "x", "body": text}) + "\n" for text in texts))
+    given = {"teachers": ["t"], "texts": str(tmp_path / "pool.jsonl"), "text_column": "body", "max_length": 8}
+    make_tokenizer("bert").save_pretrained(tmp_path / "student")
+    lengths = [min(len(tokenizer(text).input_ids), 8) for text in texts]
+    assert lengths[0] < lengths[1] == 8
+    assert plan.count_texts(PlanConfig(student=str(tmp_path / "student"), **given)) == (2, sum(lengths) / 2)
+    with pytest.raises(UserError, match=r"its tokenizer cannot be loaded .*; give --tokens_per_text"):
+        plan.count_texts(PlanConfig(student=str(tmp_path / "none"), **given))
 
 
 def test_a_plan_counts_up_to_the_limit(make_teacher, student, tmp_path, capsys):

@@ -10,6 +10,8 @@ import sentencepiece
 import torch
 import transformers
 from conftest import TEXTS
+from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from teacher_folders import edit_config, refusal
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -65,6 +67,20 @@ def test_a_negative_padding_id_is_none(make_teacher, caplog):
     edit_tokenizer(folder, pad_token=None)
     teacher = teachers.load_teacher(folder, run_seed=0)
     assert teacher.pad_id == teacher.tokenizer.eos_token_id and "no padding token" in caplog.text
+
+
+def test_the_padding_token_that_the_configuration_names_is_taken(make_tokenizer, make_model, product_log):
+    tokenizer, model = make_tokenizer("llama"), make_model("llama", pad_token_id=2)
+    tokenizer.pad_token = None
+    settle_tokenizer(model, tokenizer, "teacher x")
+    assert tokenizer.pad_token_id == model.config.pad_token_id == 2 and product_log.text == ""
+
+
+def test_a_tokenizer_that_reads_no_special_tokens_in_texts_stays_so(make_tokenizer, make_model):
+    tokenizer = make_tokenizer("roberta")
+    tokenizer.split_special_tokens = True
+    settle_tokenizer(make_model("roberta"), tokenizer, "teacher x")
+    assert tokenizer.split_special_tokens and tokenizer.init_kwargs["split_special_tokens"]
 
 
 def test_code_of_their_own_beside_transformers_is_left_alone(make_teacher, tmp_path, texts, caplog):
@@ -125,6 +141,33 @@ def test_names_in_the_hubs_cache(tmp_path):
     revision = cached[0].with_name("c" * 40)
     assert teacher_names([cached[0], revision]) == [f"{'a' * 40}-org-news", f"{'c' * 40}-org-news"]
     assert teacher_names([tmp_path / "news" / "snapshots" / "x"]) == ["x"]
+
+
+def test_of_a_hub_model_safetensors_and_texts_of_the_top_folder_are_fetched_once(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.append(options) or str(tmp_path))
+    assert [checkpoint.resolve_folder("muka/fetched") for _ in range(2)] == [tmp_path] * 2
+    (options,) = asked
+    kept = ["config.json", "model.safetensors", "spiece.model", "vocab.txt", "chat_template.jinja"]
+    there = [*kept, "onnx/config.json", "onnx/model.safetensors", "pytorch_model.bin", "modeling.py"]
+    patterns = {name: options[name] for name in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects(there, **patterns)) == kept
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (errors.RepositoryNotFoundError, "the hub has no public model of this name"),
+        (errors.LocalEntryNotFoundError, "the hub is out of reach"),
+        (errors.HFValidationError, "the hub refused"),
+    ],
+)
+def test_what_the_hub_does_not_give_is_one_line(kind, told, monkeypatch):
+    def refuse(*_, **__):
+        raise kind.__new__(kind)  # some want a response
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    refusal("muka/refused", "no such folder", told, "check the path")
 
 
 def test_a_link_to_nowhere_that_nobody_needs(make_teacher):
@@ -254,6 +297,13 @@ def test_the_card_cuts_texts_as_the_student_was_trained(tmp_path, make_model, ma
     save_student(model, make_tokenizer(), tmp_path / "out", ["a", "b"], Card("x", options={"max_length": 10_000}))
     limit = token_limit(model, make_tokenizer())
     assert f'classify("a text", truncation=True, max_length={limit})' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_tokenizers_length_limit_counts_where_it_is_one(make_model, make_tokenizer):
+    model, tokenizer = make_model(), make_tokenizer()
+    for told, limit in ((7, 7), (0, position_limit(model)), (-1, position_limit(model)), (10**30, position_limit(model))):
+        tokenizer.model_max_length = told
+        assert token_limit(model, tokenizer) == limit
 
 
 @pytest.mark.parametrize(("kind", "rows"), [("IBert", 66), ("Nystromformer", 64), ("Bert", 64)])

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -65,6 +66,17 @@ def test_what_is_ignored_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_thread_of_a_caller_cannot_listen_and_runs_all_the_same():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+    def listen():
+        with loop.stop_signals() as arrived:
+            return arrived, [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(listen).result() == ([], before)
+
+
 def test_a_signal_that_c_code_handles_stays_with_it(monkeypatch):
     monkeypatch.setattr(signal, "getsignal", lambda number: None)
     set_to = []
@@ -118,12 +130,15 @@ def test_the_last_two_checkpoints_stay_until_the_end_and_a_damaged_one_is_passed
     assert not (resumed.output / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(("seconds", "kept"), [(0, ["step-00000010", "step-00000015"]), (60, [])])
-def test_epochs_leave_checkpoints_unless_they_are_short(go, monkeypatch, seconds, kept):
+@pytest.mark.parametrize(
+    ("seconds", "save_every", "kept"),
+    [(0, None, [10, 15]), (60, None, []), (0, 4, [12, 15]), (60, 4, [8, 12])],  # the end is not short of one for --save_every
+)
+def test_epochs_leave_checkpoints_unless_they_are_short(go, monkeypatch, seconds, save_every, kept):
     monkeypatch.setattr(loop, "SAVE_S", seconds)
     left = keep_checkpoints(monkeypatch)
-    go("run")
-    assert left == kept
+    go("run", save_every=save_every)
+    assert left == [f"step-{step:08d}" for step in kept]
 
 
 def test_resume_refuses_another_run(go, stop_at, monkeypatch, world, tmp_path):
@@ -145,8 +160,9 @@ def test_resume_refuses_another_run(go, stop_at, monkeypatch, world, tmp_path):
     assert go("cut", resume=True).output.joinpath("model.safetensors").exists()
 
 
-def test_an_output_folder_with_a_run_is_refused_and_a_complete_one_is_left_alone(go, world):
-    first = go("run", epochs=1)
+def test_an_output_folder_with_a_run_is_refused_and_a_complete_one_is_left_alone(go, world, tmp_path, product_log):
+    shutil.copy(world / "texts.jsonl", tmp_path / "other.jsonl")
+    first = go("run", epochs=1, eval=str(world / "texts.jsonl"))
     before = {path.name: path.stat().st_mtime_ns for path in first.output.iterdir()}
     with pytest.raises(UserError, match="already holds a run"):
         go("run", epochs=1)
@@ -157,6 +173,9 @@ def test_an_output_folder_with_a_run_is_refused_and_a_complete_one_is_left_alone
         go("run", epochs=1, resume=True, student=str(world / "plain_student"))
     with pytest.raises(UserError, match=r"optimizer .* -> "):
         go("run", epochs=1, resume=True, ds=SMOOTH_ADAM)
+    assert "was evaluated on" not in product_log.text
+    go("run", epochs=1, resume=True, eval=str(tmp_path / "other.jsonl"))
+    assert f"was evaluated on {world / 'texts.jsonl'}; for {tmp_path / 'other.jsonl'} use `muka-fast eval`" in product_log.text
     assert {path.name: path.stat().st_mtime_ns for path in first.output.iterdir()} == before
 
 
@@ -369,9 +388,9 @@ def forget(path, *names):
     path.write_text(json.dumps(record))
 
 
-def test_an_option_that_the_method_does_not_look_at_may_change(go):
+def test_an_option_that_the_method_does_not_look_at_may_change(go, world):
     go("run", method="muka-hard", epochs=1, score_temperature=0.2)
-    go("run", method="muka-hard", epochs=1, score_temperature=0.4, resume=True)
+    go("run", method="muka-hard", epochs=1, score_temperature=0.4, neutral_encoder=str(world / "plain_student"), resume=True)
     with pytest.raises(UserError, match="margin true -> false"):
         go("run", method="muka-hard", epochs=1, margin=False, resume=True)
 
@@ -385,6 +404,8 @@ def test_a_run_of_an_older_version_resumes_without_the_new_options(go, stop_at, 
     forget(ruled, "uncertainty_head", "coverage", "scoring_precision", "teacher_balance")
     with pytest.raises(UserError, match=r"teacher_balance 0\.0 -> 0\.5"):
         go("ruled", epochs=1, method="muka-auto", resume=True)
+    with pytest.raises(UserError, match="coverage false -> true"):
+        go("ruled", epochs=1, method="muka-auto", teacher_balance=0, coverage=True, resume=True)
     assert not go("ruled", epochs=1, method="muka-auto", teacher_balance=0, resume=True).stopped
     with pytest.raises(UserError, match="uncertainty_head false -> true"):
         go("cut", epochs=1, method="muka-hard", resume=True, uncertainty_head=True)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from group_targets import exit_codes, leave_or_enter, wait_alone
 from launch import launcher_variables
+from torch import distributed
 
 from muka_fast.errors import UserError
-from muka_fast.shard_queue import ShardQueue
+from muka_fast.shard_queue import ShardQueue, _Stopped
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")  # the latter's numbers are finished in a second thread
 
@@ -126,6 +127,7 @@ def test_the_first_proposal_holds_for_all():
     one, other = two_queues()
     assert one.agree("missing", lambda: [3, 4]) == other.agree("missing", lambda: [4]) == [3, 4]
     assert other.agree("nothing", lambda: []) == one.agree("nothing", lambda: [1]) == []
+    assert one.agree("missing", None) == [3, 4]  # not asked: to propose may be slow
 
 
 def test_progress_is_that_of_all():
@@ -141,6 +143,50 @@ def test_entering_again_forgets_what_was():
 
 
 # ---- several processes ----
+
+
+def test_processes_of_a_group_agree_each_time_anew_and_others_not_at_all(monkeypatch):
+    store = distributed.HashStore()
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed.distributed_c10d, "_get_default_store", lambda: store)
+    queues = []
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+        queues += [ShardQueue(group=True), ShardQueue()]
+    for turn in ("first", "second"):
+        for queue in queues:
+            queue.__enter__()
+        found = [queue.agree("what", lambda told=f"{turn} of {i}": told) for i, queue in enumerate(queues)]
+        assert found == [f"{turn} of 0", f"{turn} of 1", f"{turn} of 0", f"{turn} of 3"]
+
+
+@pytest.mark.parametrize(
+    ("told", "codes"),
+    [([None, None], [None, None]), (["bad", None], [None, 2]), ([None, "bad"], [2, None]), (["bad", "worse"], [None, 2])],
+)
+def test_the_first_process_with_bad_input_tells_it_and_the_others_end(told, codes, monkeypatch):
+    monkeypatch.setattr(distributed, "all_gather_object", lambda found, _: found.__setitem__(slice(None), told))
+    for rank, code in enumerate(codes):
+        queue = ShardQueue().__enter__()
+        queue.rank, queue.world_size = rank, 2
+        error = None if told[rank] is None else UserError(told[rank])
+        if code is None:
+            assert not queue.__exit__(None, error, None)  # what was raised goes on
+            continue
+        with pytest.raises(SystemExit) as ended:
+            queue.__exit__(None, error, None)
+        assert ended.value.code == code
+
+
+def test_no_number_is_taken_after_another_process_has_failed(monkeypatch):
+    monkeypatch.setattr("muka_fast.shard_queue.gone", lambda: None)
+    queue, other = two_queues()
+    queue.world_size = 2
+    assert next(queue.take("teacher", 3)) == 0
+    other._store.set("failed", "1")
+    with pytest.raises(_Stopped):
+        next(queue.take("teacher", 3))
 
 
 def test_a_process_that_is_gone_before_the_queue_begins_ends_the_others(capfd):

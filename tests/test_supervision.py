@@ -24,7 +24,7 @@ from muka_fast.data import TextSet, Tokens
 from muka_fast.errors import UserError
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.store import MATRICES, VECTORS, read_manifest, read_shard, shard_ranges, teacher_key
-from muka_fast.stored import open_store
+from muka_fast.stored import load_supervision, open_store
 from muka_fast.supervision import fill_store
 
 LABELS = {"red": ["a", "b"], "blue": ["b", "c", "d"]}
@@ -145,6 +145,9 @@ def test_a_filled_store_gives_back_every_number_in_text_order(tmp_path, stage):
     check(fill(tmp_path / "s"))
     check(open_store(tmp_path / "s", text_set()))
     check(fill(tmp_path / "s", ("blue", "red")), ("blue", "red"))  # the order asked for, nothing scored again
+    manifest = read_manifest(tmp_path / "s")
+    assert load_supervision(tmp_path / "s", manifest, list(manifest["teachers"]), ["x", "y"]).teachers[0]["name"] == "x"
+    assert manifest == read_manifest(tmp_path / "s")
     assert len(stage.scored) == 20
 
 
@@ -218,6 +221,15 @@ def test_a_teacher_that_changed_is_not_merged_with_what_it_was(tmp_path, stage, 
         open_store(tmp_path, names=names)
     check(fill(tmp_path))  # which names its teachers by their files
     assert len(open_store(tmp_path, names=["blue"]).teachers) == 1
+
+
+def test_teachers_are_named_once_and_where_the_store_has_them_with_these_options(tmp_path, stage):
+    fill(tmp_path)
+    with pytest.raises(UserError, match="--store_teachers: red is given twice; name every teacher once"):
+        open_store(tmp_path, names=["red", "red"])
+    fill(tmp_path, ["red"], mc_samples=8)
+    with pytest.raises(UserError, match=r"--store_teachers blue: .* holds it only with other options"):
+        open_store(tmp_path, options={"mc_samples": 8}, names=["red", "blue"])
 
 
 def test_precisions_stand_side_by_side(tmp_path, stage):

@@ -63,6 +63,7 @@ def test_only_a_pickle_is_never_opened(make_teacher):
 def test_no_weights(make_teacher):
     folder = make_teacher("bert")
     (folder / "model.safetensors").unlink()
+    (folder / "training_args.bin").write_bytes(b"what a Trainer leaves, no weights")
     refusal(folder, "no model.safetensors")
 
 
@@ -112,6 +113,31 @@ def test_an_index_that_lists_a_lost_tensor_or_leaves_the_folder(make_model, make
         json.dumps(index | {"weight_map": index["weight_map"] | {"ghost.weight": "../outside.safetensors"}})
     )
     refusal(tmp_path, "missing")
+    for weight_map in ({}, None, ["model.safetensors"]):
+        file.write_text(json.dumps(index | {"weight_map": weight_map}))
+        refusal(tmp_path, "has no weight_map", "save the model again")
+
+
+def test_one_whole_file_of_weights_is_read_whatever_an_index_beside_it_lists(make_teacher):
+    folder = make_teacher("bert")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"ghost.weight": "gone.safetensors"}}')
+    teachers.load_teacher(folder, run_seed=0)
+
+
+def test_a_shape_below_zero_is_damage(tmp_path):
+    """The product of its extents is the bytes that are there."""
+    header = json.dumps({"x": {"dtype": "F32", "shape": [-2, -2], "data_offsets": [0, 16]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(UserError, match="tensor x has wrong offsets"):
+        checkpoint.read_tensors(tmp_path, "teacher x")
+
+
+def test_weights_that_are_cut_while_they_are_read_are_named(make_teacher):
+    file = make_teacher("bert") / "model.safetensors"
+    last = max(checkpoint.read_header(file, "teacher x"), key=lambda entry: entry.stop)
+    file.write_bytes(file.read_bytes()[: last.start + 2])
+    with pytest.raises(UserError, match=r"model\.safetensors became shorter while it was read"):
+        list(checkpoint.tensor_blocks(last, "teacher x"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -193,6 +219,14 @@ def test_num_labels_that_contradicts_the_names(make_teacher):
     refusal(folder, "num_labels 5", "2 labels")
 
 
+@pytest.mark.parametrize("count", [0, -1, 2.0, "2", None])
+def test_labels_without_names_are_counted_two_where_nobody_says(count):
+    assert checkpoint.config_labels({}, "teacher x") == ["LABEL_0", "LABEL_1"]
+    assert checkpoint.config_labels({"num_labels": 1}, "teacher x") == ["LABEL_0"]
+    with pytest.raises(UserError, match=r"num_labels in config\.json is .*a whole number from 1 up"):
+        checkpoint.config_labels({"num_labels": count}, "teacher x")
+
+
 @pytest.mark.parametrize(
     "id2label", [{"0": "a", "2": "b"}, {"1": "a", "2": "b"}, {}, {"x": "a"}, ["a", "b"], {"0": "a", "1": " "}]
 )
@@ -213,6 +247,12 @@ def test_one_named_class_is_a_teacher(make_teacher):
 
 def test_multi_label_head(make_teacher):
     refusal(make_teacher("bert", problem_type="multi_label_classification"), "multi-label")
+
+
+def test_another_problem_type(make_teacher):
+    folder = make_teacher("bert")
+    edit_config(folder, problem_type="token_classification")
+    refusal(folder, "problem_type", "'token_classification'")
 
 
 def test_another_kind_of_model(make_teacher):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import os
 import shutil
 
 import numpy as np
@@ -102,9 +103,23 @@ def test_fingerprint_sees_one_bit_of_a_weight_a_label_and_the_architecture(make_
 
 def test_fingerprint_notices_a_change_of_files_within_one_process(make_teacher):
     folder = make_teacher("bert")
-    before = teachers.inspect(folder).fingerprint
+    prints = [teachers.inspect(folder).fingerprint]
     edit_weights(folder, lambda tensors: tensors["classifier.bias"].add_(1))
-    assert teachers.inspect(folder).fingerprint != before
+    prints.append(teachers.inspect(folder).fingerprint)
+    file = folder / "model.safetensors"
+    content, written = bytearray(file.read_bytes()), file.stat().st_mtime_ns
+    content[-4] ^= 1
+    file.write_bytes(content)  # in place, of the same size
+    os.utime(file, ns=(written, written + 1000))
+    prints.append(teachers.inspect(folder).fingerprint)
+    content[-4] ^= 2
+    (folder / "copy").write_bytes(content)
+    os.utime(folder / "copy", ns=(written, written + 1000))
+    os.replace(folder / "copy", file)  # another file of the same size and time
+    prints.append(teachers.inspect(folder).fingerprint)
+    edit_config(folder, hidden_act="relu")
+    prints.append(teachers.inspect(folder).fingerprint)
+    assert len(set(prints)) == 5
 
 
 def test_seed_depends_on_run_seed_and_fingerprint_only():
@@ -280,6 +295,20 @@ def test_the_vocabulary_is_compared_with_whatever_table_there_is(make_model, mak
         with caplog.at_level(logging.INFO, logger="muka_fast"):
             check_vocabulary(without, tokenizer, "teacher x")
         assert caplog.messages == ["teacher x: has no table of tokens that its tokenizer could be compared with"]
+
+
+def test_special_tokens_alone_may_have_no_row_and_padding_may_not(make_model, make_tokenizer, product_log):
+    model, tokenizer = make_model(), make_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<extra>"})
+    check_vocabulary(model, tokenizer, "teacher x")
+    assert "no row for the special token '<extra>'; texts must not hold it" in product_log.text
+    tokenizer.add_tokens("muka")
+    with pytest.raises(UserError, match="token '<extra>' with id 240, but the model embeds only 240 tokens"):
+        check_vocabulary(model, tokenizer, "teacher x")
+    padding = make_tokenizer()
+    padding.add_special_tokens({"pad_token": "<extra>"})
+    with pytest.raises(UserError, match="token '<extra>' with id 240"):
+        check_vocabulary(model, padding, "teacher x")
 
 
 def test_no_way_to_pad_is_refused(make_teacher):

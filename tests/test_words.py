@@ -62,6 +62,20 @@ def test_the_order_of_the_texts_changes_only_rounding(seed, n):
     np.testing.assert_allclose(shuffled @ shuffled.T, (features @ features.T)[np.ix_(order, order)], atol=1e-3)
 
 
+def test_where_directions_hardly_differ_the_seed_decides_and_not_the_order_of_the_texts(monkeypatch):
+    monkeypatch.setattr(words, "DIMENSIONS", 8)
+    texts, _ = a_pool(300)
+    order = np.random.default_rng(0).permutation(300)
+
+    def kept(texts, seed):
+        directions = WordFeatures.fit(tokens_of(texts), np.arange(300), seed).directions
+        return directions @ directions.T
+
+    base = kept(texts, 0)
+    np.testing.assert_allclose(kept([texts[i] for i in order], 0), base, atol=1e-3)
+    assert np.abs(kept(texts, 1) - base).max() > 0.05
+
+
 @pytest.mark.parametrize("texts", [[[5]], [[1, 2], [1, 2]], [[3], [4], [5]], [[], [7, 7]]])
 def test_texts_without_common_words_have_no_features(texts):
     features = WordFeatures.fit(tokens_of(texts), np.arange(len(texts)), 0)(np.arange(len(texts)))
