@@ -208,8 +208,10 @@ def guarded(function: Callable[[], Any]) -> int:
 def _run(name: str, argv: Sequence[str]) -> int:
     command = COMMANDS[name]
     with first_of_node_tells():
-        if not os.path.exists(os.curdir):
-            raise UserError("the folder that you are in is gone: change to another one")
+        try:
+            os.getcwd()
+        except FileNotFoundError as error:
+            raise UserError("the folder that you are in is gone: change to another one") from error
         options = parse(command, argv, f"muka-fast {name}")
         if not command.shared and os.environ.get("WORLD_SIZE", "1") != "1":
             raise UserError(f"muka-fast {name} runs in one process: start it without torchrun or deepspeed")

@@ -75,9 +75,9 @@ def check_output(
     if found and overwrite:
         check_replaceable(output.resolve(), given, inputs)
         check_own(output, RUN_FILES, given, "no run wrote")
-        for folder, own in INSIDE.items():
-            if (output / folder).is_dir():
-                check_own(output / folder, own, given, "no run wrote")
+        for inside, own in INSIDE.items():
+            if (output / inside).is_dir():
+                check_own(output, own, given, "no run wrote", inside)
     return bool(found)
 
 
@@ -108,9 +108,10 @@ def busy(output: str | Path) -> UserError:
     return UserError(f"--output {output}: another run is writing there; wait for its end or name another folder")
 
 
-def check_own(folder: Path, own: re.Pattern, given: str | Path, stranger: str) -> None:
-    """Refuse to remove what is not ours: entries of a folder whose names are others than `own`. stranger: "no run wrote"."""
-    foreign = sorted(entry.name for entry in folder.iterdir() if not own.fullmatch(entry.name))
+def check_own(folder: Path, own: re.Pattern, given: str | Path, stranger: str, inside: str = "") -> None:
+    """Refuse to remove what is not ours: entries of a folder, or of one inside, whose names are others than `own`. stranger: "no run
+    wrote"."""
+    foreign = sorted(str(entry.relative_to(folder)) for entry in (folder / inside).iterdir() if not own.fullmatch(entry.name))
     if foreign:
         raise UserError(f"--output {given}: --overwrite would remove {foreign[0]}, which {stranger}; name another folder")
 

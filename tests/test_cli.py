@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import io
 import logging
 import os
 import re
@@ -300,6 +301,25 @@ class TestConsole:
             work()
         assert bar.done == 1
         assert not bar._bar.live.is_started
+
+
+def test_results_are_printed_whatever_stdout_is(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    cli.settle_stdout()
+    print("nowhere")
+    sys.stdout.close()
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    cli.settle_stdout()
+    print("Zürich", flush=True)
+    assert narrow.buffer.getvalue() == b"Z?rich\n"
+
+
+def test_a_folder_that_is_gone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    assert main(["doctor"]) == 2 and "the folder that you are in is gone" in capsys.readouterr().err
 
 
 FIRST_SEEN = """

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muka_fast import data
+from muka_fast import data, readers
 from muka_fast.checkpoint import resolve_folder
 from muka_fast.data import (
     Tokens,
@@ -150,6 +150,9 @@ FAULTS = [
     ("a.jsonl", GOOD * 16 + b'{"text": "x"\n', r"a\.jsonl, line 17: not valid JSON"),
     ("a.jsonl", GOOD + b'{"text": "caf\xe9"}\n', r"line 2: byte 14 of the line \(0xe9\) is not UTF-8: convert"),
     ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "UTF-16, not UTF-8: convert it"),
+    ("a.jsonl", '{"text": "x"}'.encode("utf-32"), "UTF-32, not UTF-8: convert it"),
+    ("a.jsonl", gzip.compress(GOOD, mtime=0), r"is compressed by gzip: name it a\.jsonl\.gz"),
+    ("a.csv", b"text,label,text\nx,y,z\n", "line 1: several columns are called 'text'"),
     ("a.csv", b"text\nok\ncaf\xe9\n", r"line 3: byte 4 of the line \(0xe9\) is not UTF-8"),
     (
         "a.jsonl",
@@ -172,6 +175,15 @@ FAULTS = [
     ("a.docx", b"x", r"unknown kind of file '\.docx'"),
     ("text", b"x", "unknown kind of file"),
 ]
+
+
+def test_a_file_that_may_not_be_looked_at_is_not_called_missing(tmp_path, monkeypatch):
+    def stat(path, *more, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(readers.os, "stat", stat)
+    with pytest.raises(UserError, match=r"a\.jsonl: Permission denied"):
+        read_texts(str(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize(("name", "content", "message"), FAULTS)

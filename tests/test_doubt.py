@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from sklearn.metrics import roc_curve
 from test_methods import make_supervision, space_of
 
 import muka_fast
-from muka_fast import cli, export, fit_doubt
+from muka_fast import cli, export, fit_doubt, predict
 from muka_fast.config import EvalConfig, RunConfig
 from muka_fast.coverage import doubt_ranks, ranks
 from muka_fast.data import TextSet
@@ -273,6 +274,25 @@ def test_figures_of_doubt_against_their_definition(pairs):
     # roc_curve with the texts of the teachers as positive: the first threshold that lets 95 % of them pass.
     passing, kept, _ = roc_curve(~foreign, -doubt, drop_intermediate=False)
     assert false_positive_rate(doubt, foreign) == pytest.approx(passing[np.argmax(kept >= 0.95 - 1e-12)])
+
+
+def test_answers_replace_nothing_but_what_they_may(exported, texts, tmp_path, capsys, monkeypatch):
+    (tmp_path / "t.txt").write_text("\n".join(texts[:3]))
+    out, link, neighbour = tmp_path / "answers.jsonl", tmp_path / "link.jsonl", tmp_path / "answers.jsonl.partial"
+    words = ["predict", "--model", str(exported[0]), "--texts", str(tmp_path / "t.txt"), "--device", "cpu", "--output"]
+    neighbour.write_text("mine")
+    assert cli.main([*words, str(out)]) == 0 and neighbour.read_text() == "mine"
+    link.symlink_to(out)
+    expected = out.read_bytes()
+    out.write_text("old")
+    assert cli.main([*words, str(link), "--overwrite"]) == 0 and link.is_symlink() and out.read_bytes() == expected
+    out.unlink()
+    lines = predict.lines
+    monkeypatch.setattr(predict, "lines", lambda *given: out.write_text("meanwhile") and lines(*given))
+    capsys.readouterr()
+    assert cli.main([*words, str(out)]) == 2 and out.read_text() == "meanwhile"
+    told = capsys.readouterr().err
+    assert "has appeared meanwhile" in told and Path(told.split(" is in ")[1].strip()).read_bytes() == expected
 
 
 def test_eval_measures_doubt_on_wrong_answers_and_unknown_labels(exported, texts, tmp_path, capsys):

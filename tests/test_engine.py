@@ -27,6 +27,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # ---- configuration ----
 
 
+def test_a_process_that_was_forked_after_a_run_is_told_so(monkeypatch):
+    """It has the group of its parent, but not the group's threads: it would wait for ever."""
+    init_distributed()
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(UserError, match="forked from one that has made a run"):
+        init_distributed()
+
+
 def test_a_partial_configuration_is_filled_from_our_options():
     config = RunConfig(batch_size=24, learning_rate=3e-5, weight_decay=0.02, max_grad_norm=0.5)
     ds, same = prepare_ds_config({"optimizer": {"params": {"lr": "auto"}}, "train_batch_size": "auto"}, config, 2)

@@ -109,6 +109,32 @@ def test_a_place_that_cannot_be_written(tmp_path):
         outputs.output_guard("/proc/muka_fast_out")
 
 
+@pytest.mark.parametrize("name", ["circle", "zero\0byte"])
+def test_a_name_that_leads_nowhere(tmp_path, name):
+    (tmp_path / "circle").symlink_to(tmp_path / "other")
+    (tmp_path / "other").symlink_to(tmp_path / "circle")
+    with pytest.raises(UserError, match="--output"):
+        outputs.check_output(tmp_path / name)
+
+
+def test_a_folder_below_one_that_cannot_be_listed(tmp_path, monkeypatch):
+    """As /home is, for those who do not own it."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text("{}")
+    original = type(tmp_path).iterdir
+
+    def iterdir(path):
+        if path == tmp_path:
+            raise PermissionError(13, "Permission denied")
+        return original(path)
+
+    monkeypatch.setattr(type(tmp_path), "iterdir", iterdir)
+    outputs.output_guard(tmp_path / "out", overwrite=True)
+    assert outputs.replaced(tmp_path / "out") == [tmp_path / ".out.replaced"]
+    outputs.discard_replaced(tmp_path / "out")
+    assert not (tmp_path / ".out.replaced").exists()
+
+
 def test_logs_alone_are_no_run(tmp_path):
     """A run that was refused after it had begun its logs leaves them; the corrected command just works."""
     logs = tmp_path / "out" / "logs" / "rank0.log"
@@ -117,15 +143,19 @@ def test_logs_alone_are_no_run(tmp_path):
     assert outputs.output_guard(tmp_path / "out") == tmp_path / "out" and logs.exists()
 
 
-@pytest.mark.parametrize("mine", ["mine/data.csv", "notes.txt", "inner/run.json"])
-def test_overwrite_removes_nothing_that_no_run_wrote(tmp_path, mine):
+FOREIGN = {"mine/data.csv": "mine", "notes.txt": "notes.txt", "inner/run.json": "inner"}
+FOREIGN |= {"logs/notes.txt": "logs/notes.txt", "tensorboard/mine/a": "tensorboard/mine"}
+
+
+@pytest.mark.parametrize(("mine", "told"), FOREIGN.items())
+def test_overwrite_removes_nothing_that_no_run_wrote(tmp_path, mine, told):
     output = tmp_path / "out"
     (output / mine).parent.mkdir(parents=True)
     (output / mine).write_text("years of work")
     models = ("vocab.txt", "tokenizer.json", "sentencepiece.bpe.model", "word_shape.json", "model-00001-of-00002.safetensors")
     for name in ("run.json", *models):
         (output / name).write_text("")
-    with pytest.raises(UserError, match=f"would remove {mine.split('/')[0]}, which no run wrote; name another folder"):
+    with pytest.raises(UserError, match=f"would remove {told}, which no run wrote; name another folder"):
         outputs.output_guard(output, overwrite=True)
     assert (output / mine).read_text() == "years of work" and outputs.output_guard(output, resume=True) == output
 

@@ -153,6 +153,35 @@ def test_a_folder_of_other_files_is_never_replaced(options, tmp_path):
         teach.teach(TeachConfig(**options, overwrite=True))
 
 
+def test_what_has_appeared_during_the_training_stays(options, tmp_path, monkeypatch):
+    output, fit = tmp_path / "teacher", teach.fine_tune
+
+    def meanwhile(*given):
+        output.mkdir()
+        (output / "notes.txt").write_text("mine")
+        return fit(*given)
+
+    monkeypatch.setattr(teach, "fine_tune", meanwhile)
+    with pytest.raises(UserError, match=r"files that are no model; .* The teacher that was trained meanwhile is ") as caught:
+        teach.teach(TeachConfig(**options))
+    assert [path.name for path in output.iterdir()] == ["notes.txt"]
+    assert load_teacher(str(caught.value).rpartition(" is ")[2], run_seed=0).labels == ["sport", "bank"]
+    assert not list(tmp_path.glob(".teacher*"))
+
+
+def test_one_teacher_at_a_time(options, tmp_path):
+    with teach.reserved(tmp_path / "teacher") as aside:
+        (aside / "half.safetensors").write_text("of the other process")
+        with pytest.raises(UserError, match="another run is writing there"):
+            teach.teach(TeachConfig(**options))
+        assert (aside / "half.safetensors").exists()
+    assert not aside.exists()
+    aside.mkdir()
+    (aside / "half.safetensors").write_text("of a killed process")
+    teach.teach(TeachConfig(**options))
+    assert not {"half.safetensors", ".lock"} & {path.name for path in (tmp_path / "teacher").iterdir()}
+
+
 def test_overwrite_removes_nothing_but_a_teacher(options, tmp_path):
     output = tmp_path / "teacher"
     teach.teach(TeachConfig(**options | {"epochs": 1}))

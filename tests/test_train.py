@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,6 +60,32 @@ def test_a_run_leaves_its_caller_undisturbed(go, monkeypatch):
     seed()
     go("run", epochs=1)
     assert state() == expected
+
+
+def test_what_the_caller_has_set_in_torch_changes_nothing(go):
+    """And is set again afterwards."""
+    expected = weights(go("plain", epochs=1))
+    before = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        torch.set_default_dtype(torch.float64)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            found = weights(go("modes", epochs=1))
+            assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+        with torch.no_grad():
+            again = weights(go("no_grad", epochs=1))
+            assert not torch.is_grad_enabled()
+        assert (torch.get_float32_matmul_precision(), torch.get_default_dtype()) == ("medium", torch.float64)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.set_default_dtype(before[1])
+    assert all(torch.equal(value, found[name]) and torch.equal(value, again[name]) for name, value in expected.items())
+
+
+def test_imports_leave_the_callers_random_numbers():
+    code = "import random, muka_fast; random.seed(1); expected = random.Random(1).random(); muka_fast.amalgamate; "
+    done = subprocess.run([sys.executable, "-c", f"{code}print(random.random() == expected)"], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_a_run_tells_what_an_early_end_of_the_passes_saved(go, tmp_path):
