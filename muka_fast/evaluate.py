@@ -49,7 +49,6 @@ def predict(
     model: nn.Module,
     tokens: Tokens,
     *,
-    pad_id: int | None = None,
     token_budget: int | None = None,
     description: str | None = None,
     forward: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
@@ -57,12 +56,12 @@ def predict(
 ) -> Tensor:
     """Logits of every text, fp32 [n, C] on the CPU, in the order of the texts; batches are cut by length.
 
-    model: a Hugging Face classifier; its mode (train, eval) is the same afterwards. pad_id: default config.pad_token_id.
-    token_budget: padded tokens per forward, None: by the device. description: shows progress under this name. forward: what is kept
-    of a batch instead of its logits, [B, anything]. example_ids: what errors call the texts (default: their numbers, from 0).
+    model: a Hugging Face classifier; its mode (train, eval) is the same afterwards. token_budget: padded
+    tokens per forward, None: by the device. description: shows progress under this name. forward: what is kept of a batch instead of
+    its logits, [B, anything]. example_ids: what errors call the texts (default: their numbers, from 0).
     Raises UserError for the first text whose logits are not numbers.
     """
-    pad_id = model.config.get_text_config().pad_token_id if pad_id is None else pad_id
+    pad_id = model.config.get_text_config().pad_token_id or 0
     device = next(model.parameters()).device
     was_training = model.training
     batches = token_budget_batches(tokens.lengths, memory.token_budget(token_budget, model, device))
@@ -72,7 +71,7 @@ def predict(
         shown = progress(len(batches), description, "batches") if description else nullcontext()
         with torch.inference_mode(), first_token_only(model), shown as bar:
             for rows in batches:
-                inputs = {name: value.to(device) for name, value in collate(tokens, rows, pad_id or 0).items()}
+                inputs = {name: value.to(device) for name, value in collate(tokens, rows, pad_id).items()}
                 found = (model(**inputs).logits if forward is None else forward(inputs)).float().cpu()
                 logits = torch.empty(len(tokens), found.shape[1], dtype=torch.float32) if logits is None else logits
                 logits[torch.from_numpy(rows)] = found
@@ -340,7 +339,7 @@ def print_tables(figures: dict[str, Any]) -> None:
     if "doubt" in figures:
         show("Doubt, per measure", ("wrong_auroc", "unknown_auroc", "unknown_fpr95"), list(figures["doubt"].items()))
     classes = list(figures["per_class"].items())
-    met = [(name, values) for name, values in classes if values["support"] or values["precision"]]  # the others say nothing
+    met = [(name, values) for name, values in classes if values["support"]]  # the others say nothing
     show("Per class", ("support", "precision", "recall", "f1"), met)
     if len(met) < len(classes):
         console.print(f"{len(classes) - len(met)} of {len(classes)} classes are not in these texts")

@@ -120,10 +120,10 @@ def measured_flops(config: PreTrainedConfig, texts: int, tokens: int, precision:
 
     Takes a few seconds. Raises UserError where the model cannot be cut or does not fit.
     """
-    small = reduced(config)
-    cost = footprint(small, 1, tokens, precision, what)
-    texts = max(1, min(texts, int(MEASURED_FLOPS / max(cost.forward_flops, 1))))
     try:
+        small = reduced(config)
+        cost = footprint(small, 1, tokens, precision, what)
+        texts = max(1, min(texts, int(MEASURED_FLOPS / max(cost.forward_flops, 1))))
         model = unloaded(small, precision).to(device).train(train)
         ids = torch.ones(texts, cost.tokens, dtype=torch.int64, device=device)
 
@@ -154,7 +154,8 @@ def reduced(config: PreTrainedConfig) -> PreTrainedConfig:
     for name, value in vars(config).items():
         if isinstance(value, list) and len(value) == layers:  # a kind for each layer
             setattr(small, name, value[: small.num_hidden_layers])
-    small.vocab_size = min(config.vocab_size, 1000)
+    if hasattr(config, "vocab_size"):  # CANINE hashes letters
+        small.vocab_size = min(config.vocab_size, 1000)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
         if getattr(config, name, None) is not None:
             setattr(small, name, 0)

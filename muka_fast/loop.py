@@ -88,7 +88,7 @@ def train(
         # At the end too, where the export follows: it is for what may go wrong there.
         return step % plan.steps_per_epoch == 0 and on_first_process(lambda: time.monotonic() - saved >= SAVE_S)
 
-    with Metrics(output, engine, plan, config) as metrics, stop_signals() as arrived:
+    with stop_signals() as arrived, Metrics(output, engine, plan, config) as metrics:
         bar = progress(plan.total_steps - engine.completed_steps, "training", "steps")
         with bar if engine.rank == 0 else nullcontext():
             running: list[Step] = []

@@ -52,6 +52,9 @@ def read_model(source: str, what: str, classifier: bool = True) -> tuple[PreTrai
             config = AutoConfig.from_pretrained(path if local else source, local_files_only=local, trust_remote_code=False)
     except checkpoint.LOADING_ERRORS as error:
         raise UserError(f"{what}: its configuration cannot be read: {first_line(error)}") from error
+    lacking = [name for name in ("hidden_size", "num_hidden_layers") if not hasattr(config.get_text_config(), name)]
+    if lacking:
+        raise UserError(f"{what}: cannot be planned, as the configuration of a {config.model_type} has no {' and no '.join(lacking)}")
     if labels is None:
         labels = checkpoint.check_classifier(written or config.to_dict(), what) if classifier else []
     return config, labels

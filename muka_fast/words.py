@@ -38,7 +38,7 @@ class WordFeatures:
 
     @classmethod
     def fit(cls, tokens: Tokens, rows: np.ndarray, seed: int) -> WordFeatures:
-        """On the texts `rows`. Their order changes nothing but rounding: the SVD draws its random start per token."""
+        """On the texts `rows`. Their order changes the directions by rounding alone: the SVD draws its random start per token."""
         width = int(tokens.ids.max(initial=-1)) + 1
         every = count(tokens, rows, width)
         frequency = np.bincount(every.indices, minlength=every.shape[1])

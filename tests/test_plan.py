@@ -254,6 +254,32 @@ def test_a_configuration_that_transformers_does_not_know(tmp_path):
         plan.read_model(str(tmp_path), "student x", classifier=False)
 
 
+def of_two_classes(kind, folder, **sizes):
+    """A folder with the configuration of a classifier alone."""
+    names = {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}, "architectures": [f"{kind}ForSequenceClassification"]}
+    getattr(transformers, f"{kind}Config")(**names, **sizes).save_pretrained(folder)
+    return str(folder)
+
+
+def test_configurations_of_another_make(tmp_path, student):
+    """Sizes under other names, layers that no number cuts, letters instead of a vocabulary."""
+    small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    teachers = {
+        "Perceiver": of_two_classes("Perceiver", tmp_path / "Perceiver", num_blocks=1, d_model=8, d_latents=8, num_latents=2),
+        "Funnel": of_two_classes("Funnel", tmp_path / "Funnel", block_sizes=[1, 1], d_model=16, n_head=2, d_head=8, d_inner=32),
+        "Canine": of_two_classes("Canine", tmp_path / "Canine", num_hidden_layers=3, **small),
+    }
+    planned = lambda name, **more: plan.plan(
+        PlanConfig(teachers=[teachers[name]], student=str(student), num_texts=9, tokens_per_text=8, device="cpu", **more)
+    )
+    with pytest.raises(UserError, match="cannot be planned, as the configuration of a perceiver has no hidden_size"):
+        planned("Perceiver", flops=1e9)
+    with pytest.raises(UserError, match=r"its speed cannot be measured here .* give --flops or --gpu"):
+        planned("Funnel")
+    assert planned("Funnel", flops=1e9)["teachers"][0]["hours"] > 0
+    assert cost.reduced(transformers.AutoConfig.from_pretrained(teachers["Canine"])).num_hidden_layers == 2
+
+
 def test_units_for_people():
     assert [plan.size(count) for count in (512, 1536, 3 * 2**20, 5 * 2**29)] == ["512 B", "1.5 KiB", "3 MiB", "2.5 GiB"]
     assert [plan.duration(hours) for hours in (0.005, 0.5, 30)] == ["18 s", "30 min", "30.0 h"]

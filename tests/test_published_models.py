@@ -205,7 +205,7 @@ def test_a_text_of_t5_with_its_end_token(tmp_path):
     tokens = tokenize(tokenizer, ["was </s> dear </s> now", "plain"], 32)
     rows = [tokens.ids[start:stop].tolist() for start, stop in zip(tokens.offsets, tokens.offsets[1:], strict=False)]
     assert [row.count(1) for row in rows] == [1, 1] and rows[0][-1] == 1
-    assert predict(model, tokens, pad_id=tokenizer.pad_token_id).shape == (2, 3)
+    assert predict(model, tokens).shape == (2, 3)
 
 
 def test_a_model_without_a_length_limit_names_none(tmp_path):
