@@ -344,7 +344,7 @@ STARTS = ["runpy.run_path('muka_fast/train.py', run_name='__main__')", "from muk
 def test_idle_threads_spin_briefly(start):
     """OpenMP reads the environment when torch is loaded, so that later is too late."""
     env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    for more, seen in (({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")):
+    for more, seen in (({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")):
         code = FIRST_SEEN.format(start=start)
         done = subprocess.run([sys.executable, "-c", code], env=env | more, cwd=ROOT, capture_output=True, text=True)
         assert done.stdout == f"torch at {seen}\n", done.stderr
