@@ -56,9 +56,9 @@ def predict(
 ) -> Tensor:
     """Logits of every text, fp32 [n, C] on the CPU, in the order of the texts; batches are cut by length.
 
-    model: a Hugging Face classifier; its mode (train, eval) is the same afterwards. token_budget: padded
-    tokens per forward, None: by the device. description: shows progress under this name. forward: what is kept of a batch instead of
-    its logits, [B, anything]. example_ids: what errors call the texts (default: their numbers, from 0).
+    model: a Hugging Face classifier; its mode (train, eval) is the same afterwards. token_budget: padded tokens
+    per forward, None: by the device. description: shows progress under this name. forward: what is kept of a batch instead of its
+    logits, [B, anything]. example_ids: what errors call the texts (default: their numbers, from 0).
     Raises UserError for the first text whose logits are not numbers.
     """
     pad_id = model.config.get_text_config().pad_token_id or 0

@@ -255,7 +255,9 @@ def write_classifier(
 ) -> None:
     """What `save_classifier` writes, into a folder that holds nothing but what a killed process has left of the same."""
     for left in folder.iterdir():
-        if left.name != LOCK:
+        if left.is_dir():
+            shutil.rmtree(left)
+        elif left.name != LOCK:
             left.unlink()
     set_labels(model, labels)
     model.save_pretrained(folder)

@@ -176,10 +176,10 @@ def test_one_teacher_at_a_time(options, tmp_path):
             teach.teach(TeachConfig(**options))
         assert (aside / "half.safetensors").exists()
     assert not aside.exists()
-    aside.mkdir()
+    (aside / "additional_chat_templates").mkdir(parents=True)
     (aside / "half.safetensors").write_text("of a killed process")
     teach.teach(TeachConfig(**options))
-    assert not {"half.safetensors", ".lock"} & {path.name for path in (tmp_path / "teacher").iterdir()}
+    assert not {"half.safetensors", "additional_chat_templates", ".lock"} & {path.name for path in (tmp_path / "teacher").iterdir()}
 
 
 def test_overwrite_removes_nothing_but_a_teacher(options, tmp_path):
