@@ -74,14 +74,19 @@ run() { # name, limit in seconds, command...
   shift 2
   case ",$stages," in *",$name,"*) ;; *) return ;; esac
   [ -z "$seconds" ] || limit=$((limit < seconds - SECONDS - 20 ? limit : seconds - SECONDS - 20))  # 20: to end it, and to pack
-  [ "$limit" -gt 0 ] || { table+="$(printf '%-14s %-8s' "$name" 'rc none')"$'\n'; return; }
+  [ "$limit" -gt 0 ] || { told "$(printf '%-14s %-8s' "$name" 'rc none')"; return; }
   echo "=== $name: $*"
   # By Ctrl-C's signal: what a stage has started ends with it, and pytest tells its failures.
   timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$out/gpu_$name.log" | tail -n 40  # some run several commands
   code=${PIPESTATUS[0]}
-  table+="$(printf '%-14s %-8s %5ds' "$name" "$([ "$code" = 0 ] && echo ok || echo "rc $code")" $((SECONDS - start)))"$'\n'
+  told "$(printf '%-14s %-8s %5ds' "$name" "$([ "$code" = 0 ] && echo ok || echo "rc $code")" $((SECONDS - start)))"
+}
+told() { # a line of the table; then all is packed
+  table+="$1"$'\n'
   printf '%s' "$table" >"$out/gpu_stages.txt"
-  [ -z "$archive" ] || { tar -czf "$archive.new" -C "$out" . && mv "$archive.new" "$archive"; }
+  [ -n "$archive" ] || return
+  tar -czf "$work/archive" -C "$out" .
+  [ $? -gt 1 ] || { cp "$work/archive" "$archive.new" && mv "$archive.new" "$archive"; }  # 1: a file grew meanwhile
 }
 
 if [ $dry = 1 ]; then
@@ -107,7 +112,11 @@ else
   parallel=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 10")  # most of the time goes into compiling kernels
   run build 90 "$python" setup.py -q build_ext --inplace
   # While the tests run, what later stages time is compiled, and what they read is made: nothing of this is timed.
-  background() { timeout --kill-after=10 100 "$python" "$@" >>"$out/gpu_background.log" 2>&1 & }
+  background() {
+    local limit=100
+    [ -z "$seconds" ] || limit=$((limit < seconds - SECONDS - 40 ? limit : seconds - SECONDS - 40))
+    [ "$limit" -le 0 ] || timeout --kill-after=10 "$limit" "$python" "$@" >>"$out/gpu_background.log" 2>&1 &
+  }
   case ",$stages," in *,end_to_end,*|*,train,*)
     background -c "import sys; sys.path.insert(0, 'bench'); import synthetic as s; from pathlib import Path; s.make_texts(Path('$work'), $texts)"
   esac

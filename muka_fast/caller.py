@@ -25,15 +25,17 @@ os.register_at_fork(after_in_child=_forget_other_threads)
 @contextmanager
 def modes_of_a_new_process() -> Iterator[None]:
     """torch's modes as a process begins with them, whatever the caller has set: no numbers of a run depend on that."""
-    precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    products = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    precisions, dtype = [product.fp32_precision for product in products], torch.get_default_dtype()
     with ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.enable_grad())
         for kind in ["cpu", *["cuda"] * torch.cuda.is_available()]:
             modes.enter_context(torch.autocast(kind, enabled=False))
-        modes.callback(torch.set_float32_matmul_precision, precision)
+        for product, precision in zip(products, precisions, strict=True):
+            modes.callback(setattr, product, "fp32_precision", precision)
+            product.fp32_precision = "ieee"
         modes.callback(torch.set_default_dtype, dtype)
-        torch.set_float32_matmul_precision("highest")
         torch.set_default_dtype(torch.float32)
         yield
 

@@ -36,11 +36,16 @@ def write_beside_others(path: Path, text: str, replace: bool) -> None:
         aside.write_text(text, encoding="utf-8")
         if not replace:
             path.open("x").close()
-        os.replace(aside, path)
     except FileExistsError as error:
         raise UserError(f"{path}: has appeared meanwhile and stays as it is; what was to be written is in {aside}") from error
     except OSError:
         aside.unlink(missing_ok=True)
+        raise
+    try:
+        os.replace(aside, path)
+    except OSError:
+        for half in (aside, *[path] * (not replace)):
+            half.unlink(missing_ok=True)
         raise
 
 

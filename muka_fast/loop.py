@@ -1,5 +1,6 @@
 """The training loop: which texts each step sees, one step whose gradient no layout changes, metrics, checkpoints, signals to stop."""
 
+import contextlib
 import json
 import logging
 import signal
@@ -202,10 +203,11 @@ class Metrics:
         self._restart()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for writer in (self.file, self.board):
-            if writer is not None:
-                writer.close()
+    def __exit__(self, fault: type | None, *_: object) -> None:
+        with contextlib.suppress(*[OSError] * (fault is not None)):  # what could not be written once is tried again
+            for writer in (self.board, self.file):
+                if writer is not None:
+                    writer.close()
 
     def _restart(self) -> None:
         self.losses, self.num_texts, self.start = [], 0, time.perf_counter()

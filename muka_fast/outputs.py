@@ -1,6 +1,7 @@
 """The output folder of a run: whether it may be taken, by one run at a time; the run that it replaces, aside until the new one is
 complete; what --overwrite removes, and what it must not."""
 
+import contextlib
 import itertools
 import logging
 import os
@@ -36,7 +37,7 @@ RUN_FILES = re.compile(
     rf"{MODEL_FILES}|run\.(json|yaml)|metrics\.jsonl|README\.md|report\.html|uncertainty_head\.safetensors|logs|supervision|checkpoints"
     rf"|tensorboard|{re.escape(LOCK)}|{re.escape(PARTIAL)}|{re.escape(READY)}|.*\.partial"
 )
-INSIDE = {"logs": re.compile(r"rank\d+\.log"), "tensorboard": re.compile(r"events\.out\..*")}
+INSIDE = {"logs": re.compile(r"rank\d+\.log")}
 ANY_MODEL = ("config.json", "model.safetensors")  # of the markers: no run has these alone
 
 
@@ -50,6 +51,9 @@ def check_output(
     given, output = output, Path(output).expanduser()
     try:
         output.resolve()
+        if output.is_symlink():
+            with contextlib.suppress(FileNotFoundError):
+                output.stat()  # tells of links in a circle, which resolve() does before Python 3.13 alone
         if output.exists() and not output.is_dir():
             raise UserError(f"--output {given}: this is a file; name a folder")
         # Logs alone are no run: a refused one leaves them.
@@ -157,5 +161,5 @@ def tell_of_replaced(output: Path) -> None:
 
 def discard_replaced(output: str | Path) -> None:
     """Remove what `--overwrite` had set aside; to be called when the new run is complete."""
-    for folder in replaced(Path(output).expanduser()):
+    for folder in reversed(replaced(Path(output).expanduser())):  # so that one that is killed leaves no gap
         shutil.rmtree(folder)

@@ -187,7 +187,7 @@ def _csv_rows(path: Path, columns: Columns) -> Iterator[Row]:
             raise _missing_column(f"{path}, line 1", columns.text, header, "text_column")
         if columns.need_labels and columns.label not in header:
             raise _missing_column(f"{path}, line 1", columns.label, header, "label_column")
-        for name in {columns.text, columns.label}:
+        for name in (columns.text, *[columns.label] * columns.need_labels):
             if header.count(name) > 1:
                 raise UserError(f"{path}, line 1: several columns are called '{name}': give them names of their own")
         text_at = header.index(columns.text)

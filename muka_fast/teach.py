@@ -1,12 +1,12 @@
 """Fine-tunes a teacher: one encoder, the rows that carry some labels, an ordinary Hugging Face classifier folder as the result."""
 
-import contextlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,11 @@ from muka_fast.engine import quiet_deepspeed
 from muka_fast.errors import UserError
 from muka_fast.evaluate import metrics, predict
 from muka_fast.export import clean_tokenizer, is_write_error, open_weights, set_labels, sync_folder
-from muka_fast.files import LOCK, held
 from muka_fast.fused_layers import fused_layers
 from muka_fast.labels import warn_of_lookalikes
 from muka_fast.memory import device_of
 from muka_fast.optim import linear_schedule, parameter_groups
-from muka_fast.outputs import MODEL_FILES, busy, check_own, check_replaceable
+from muka_fast.outputs import MODEL_FILES, check_own, check_replaceable
 from muka_fast.recipe import default_epochs, default_learning_rate
 from muka_fast.student import load_student
 from muka_fast.tokenizer import token_limit
@@ -203,80 +202,51 @@ def check_output(output: str | Path, overwrite: bool, inputs: Sequence[str | Pat
     return path
 
 
-@contextlib.contextmanager
-def reserved(output: Path) -> Iterator[Path]:
-    """The folder beside `output` that a teacher is written into, for this process alone; gone in the end.
-
-    Raises:
-        UserError: another process has it; the disk is full or read-only.
-    """
-    output = output.resolve()  # a link stays one
-    aside = output.with_name(f".{output.name}.partial")
-    try:
-        aside.mkdir(parents=True, exist_ok=True)
-        with held(aside):
-            try:
-                yield aside
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
-    except BlockingIOError as error:
-        raise busy(output) from error
-    except Exception as error:
-        if not is_write_error(error):
-            raise
-        what = f"--output {output}: the teacher cannot be written ({error})"
-        raise UserError(f"{what}; free some space or name another folder") from error
-
-
 def save_classifier(
     model: "transformers.PreTrainedModel",
     tokenizer: "transformers.PreTrainedTokenizerBase",
     labels: Sequence[str],
     output: Path,
     record: dict[str, Any],
+    check: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write safetensors weights, configuration with label names, tokenizer and teach.json to `output`, all or nothing, in the place of
-    what is there.
+    """Write safetensors weights, configuration with label names, tokenizer and teach.json aside, then rename to `output`.
+
+    An older folder of that name is removed only after the new one is in its place. check: asked right before whether it may be; where
+    it raises UserError, the new folder is kept under another name.
 
     Raises:
-        UserError: as `reserved`.
+        UserError: the disk is full or read-only, or see `check`.
     """
-    with reserved(output) as aside:
-        write_classifier(model, tokenizer, labels, aside, record)
-        put_in_place(aside, output)
-
-
-def write_classifier(
-    model: "transformers.PreTrainedModel",
-    tokenizer: "transformers.PreTrainedTokenizerBase",
-    labels: Sequence[str],
-    folder: Path,
-    record: dict[str, Any],
-) -> None:
-    """What `save_classifier` writes, into a folder that holds nothing but what a killed process has left of the same."""
-    for left in folder.iterdir():
-        if left.is_dir():
-            shutil.rmtree(left)
-        elif left.name != LOCK:
-            left.unlink()
+    output = output.resolve()  # a link stays one
+    aside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
     set_labels(model, labels)
-    model.save_pretrained(folder)
-    open_weights(folder)
-    clean_tokenizer(model, tokenizer).save_pretrained(folder)
-    (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync_folder(folder)
-
-
-def put_in_place(aside: Path, output: Path) -> None:
-    """Rename `aside` to `output`; an older folder of that name is removed only after the new one is in its place."""
-    output = output.resolve()
-    old = output.with_name(f".{output.name}.replaced")
-    if output.exists():
+    tokenizer = clean_tokenizer(model, tokenizer)
+    try:
+        aside.mkdir(parents=True)
+        model.save_pretrained(aside)
+        open_weights(aside)
+        tokenizer.save_pretrained(aside)
+        (aside / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        sync_folder(aside)
+        try:
+            check()
+        except (UserError, OSError) as error:
+            kept = output.with_name(f"{output.name}-{os.getpid()}")
+            os.replace(aside, kept)
+            raise UserError(f"{error}. The teacher that was trained meanwhile is {kept}") from error
+        old = output.with_name(f".{output.name}.replaced")
+        if output.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(output, old)
+        os.replace(aside, output)
         shutil.rmtree(old, ignore_errors=True)
-        os.replace(output, old)
-    (aside / LOCK).unlink()
-    os.replace(aside, output)
-    shutil.rmtree(old, ignore_errors=True)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, UserError) or not is_write_error(error):
+            raise
+        what = f"--output {output}: the teacher cannot be written ({error})"
+        raise UserError(f"{what}; free some space or name another folder") from error
 
 
 # ---- the command ----
@@ -335,26 +305,19 @@ def teach(config: TeachConfig) -> dict[str, Any]:
     index = {label: i for i, label in enumerate(labels)}
     told = (len(labels), len(train), recipe.epochs, recipe.learning_rate)
     log.info("teacher of %d labels: %d texts; epochs: %d; peak learning rate: %g", *told)
-    with reserved(output) as aside:
-        loss = fine_tune(model, tokenizer, train.texts, [index[label] for label in train.labels], recipe)
-        record: dict[str, Any] = {
-            "version": __version__,
-            "options": config.resolved() | {"epochs": recipe.epochs, "learning_rate": recipe.learning_rate},
-            "labels": labels,
-            "texts": {"source": train.source, "fingerprint": train.fingerprint, "count": len(train)},
-            "last_epoch_loss": loss,
-        }
-        if held_out is not None:
-            figures = measure(model, tokenizer, held_out, labels, config.max_length)
-            record["eval"] = {name: figures[name] for name in ("accuracy", "macro_f1", "nll", "ece", "num_texts")}
-        write_classifier(model.cpu(), tokenizer, labels, aside, record)
-        try:
-            check_output(*asked)  # once more: what has appeared meanwhile is not ours to replace
-        except UserError as error:
-            kept = output.resolve().with_name(f"{output.name}-{os.getpid()}")
-            put_in_place(aside, kept)
-            raise UserError(f"{error}. The teacher that was trained meanwhile is {kept}") from error
-        put_in_place(aside, output)
+    loss = fine_tune(model, tokenizer, train.texts, [index[label] for label in train.labels], recipe)
+    record: dict[str, Any] = {
+        "version": __version__,
+        "options": config.resolved() | {"epochs": recipe.epochs, "learning_rate": recipe.learning_rate},
+        "labels": labels,
+        "texts": {"source": train.source, "fingerprint": train.fingerprint, "count": len(train)},
+        "last_epoch_loss": loss,
+    }
+    if held_out is not None:
+        figures = measure(model, tokenizer, held_out, labels, config.max_length)
+        record["eval"] = {name: figures[name] for name in ("accuracy", "macro_f1", "nll", "ece", "num_texts")}
+    # What has appeared there meanwhile, from another teach for example, is not ours to replace.
+    save_classifier(model.cpu(), tokenizer, labels, output, record, check=lambda: check_output(*asked))
     return record
 
 

@@ -144,7 +144,7 @@ def test_logs_alone_are_no_run(tmp_path):
 
 
 FOREIGN = {"mine/data.csv": "mine", "notes.txt": "notes.txt", "inner/run.json": "inner"}
-FOREIGN |= {"logs/notes.txt": "logs/notes.txt", "tensorboard/mine/a": "tensorboard/mine"}
+FOREIGN |= {"logs/notes.txt": "logs/notes.txt"}
 
 
 @pytest.mark.parametrize(("mine", "told"), FOREIGN.items())

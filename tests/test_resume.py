@@ -81,12 +81,16 @@ def test_a_thread_of_a_caller_cannot_listen_and_runs_all_the_same():
 def test_metrics_on_a_full_disk_name_their_file(tmp_path):
     run = argparse.Namespace(rank=0, completed_steps=0, last_lr=1.0, grad_norm=1.0)
     plan, config = argparse.Namespace(total_steps=1, steps_per_epoch=1), argparse.Namespace(log_every=1)
-    with loop.Metrics(tmp_path, run, plan, config) as metrics:
-        metrics.file.close()
-        metrics.file = open("/dev/full", "w")  # noqa: SIM115 - closed by Metrics
-        with pytest.raises(UserError, match=r"metrics\.jsonl: No space left on device; .* --resume"):
+    told = r"metrics\.jsonl: No space left on device; .* --resume"
+
+    def write():
+        with loop.Metrics(tmp_path, run, plan, config) as metrics:
+            metrics.file.close()
+            metrics.file = open("/dev/full", "w")  # noqa: SIM115 - closed by Metrics
             metrics.step(1, 0.5, 2)
-        metrics.file = None
+
+    with pytest.raises(UserError, match=told):
+        write()
 
 
 def test_a_signal_that_c_code_handles_stays_with_it(monkeypatch):

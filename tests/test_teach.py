@@ -169,17 +169,20 @@ def test_what_has_appeared_during_the_training_stays(options, tmp_path, monkeypa
     assert not list(tmp_path.glob(".teacher*"))
 
 
-def test_one_teacher_at_a_time(options, tmp_path):
-    with teach.reserved(tmp_path / "teacher") as aside:
-        (aside / "half.safetensors").write_text("of the other process")
-        with pytest.raises(UserError, match="another run is writing there"):
-            teach.teach(TeachConfig(**options))
-        assert (aside / "half.safetensors").exists()
-    assert not aside.exists()
-    (aside / "additional_chat_templates").mkdir(parents=True)
-    (aside / "half.safetensors").write_text("of a killed process")
-    teach.teach(TeachConfig(**options))
-    assert not {"half.safetensors", "additional_chat_templates", ".lock"} & {path.name for path in (tmp_path / "teacher").iterdir()}
+def test_two_that_teach_one_folder_lose_nothing(options, tmp_path, monkeypatch):
+    fit, inner = teach.fine_tune, []
+
+    def meanwhile(*given):
+        if not inner:
+            inner.append(True)
+            teach.teach(TeachConfig(**options, seed=1))
+        return fit(*given)
+
+    monkeypatch.setattr(teach, "fine_tune", meanwhile)
+    with pytest.raises(UserError, match=r"already holds a model; .* The teacher that was trained meanwhile is "):
+        teach.teach(TeachConfig(**options))
+    seeds = {path: json.loads((path / "teach.json").read_text())["options"]["seed"] for path in tmp_path.glob("teacher*")}
+    assert seeds.pop(tmp_path / "teacher") == 1 and list(seeds.values()) == [0]
 
 
 def test_overwrite_removes_nothing_but_a_teacher(options, tmp_path):

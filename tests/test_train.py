@@ -65,9 +65,10 @@ def test_a_run_leaves_its_caller_undisturbed(go, monkeypatch):
 def test_what_the_caller_has_set_in_torch_changes_nothing(go):
     """And is set again afterwards."""
     expected = weights(go("plain", epochs=1))
-    before = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    products = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = *(product.fp32_precision for product in products), torch.get_default_dtype()
     try:
-        torch.set_float32_matmul_precision("medium")
+        products[0].fp32_precision, products[1].fp32_precision = "tf32", "bf16"  # or "medium" by the older name
         torch.set_default_dtype(torch.float64)
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             found = weights(go("modes", epochs=1))
@@ -75,10 +76,10 @@ def test_what_the_caller_has_set_in_torch_changes_nothing(go):
         with torch.no_grad():
             again = weights(go("no_grad", epochs=1))
             assert not torch.is_grad_enabled()
-        assert (torch.get_float32_matmul_precision(), torch.get_default_dtype()) == ("medium", torch.float64)
+        assert [product.fp32_precision for product in products] == ["tf32", "bf16"] and torch.get_default_dtype() == torch.float64
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.set_default_dtype(before[1])
+        products[0].fp32_precision, products[1].fp32_precision = before[:2]
+        torch.set_default_dtype(before[2])
     assert all(torch.equal(value, found[name]) and torch.equal(value, again[name]) for name, value in expected.items())
 
 
