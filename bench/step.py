@@ -5,8 +5,8 @@
 Random weights, one batch of texts of --length tokens and a few less; loss and labels are of no account. `launched, plain layers` is
 the step as DeepSpeed and transformers run it. Times are of ten steps in a row, those of the host of single ones; recorded steps are
 shown only where they have lost what launched ones do, under the same masks, and fused layers only where, without dropout, they lose
-what plain ones do, with gradients of the same norm. MFU counts three times the forward's products over all
-padded tokens, against the matrix rate measured in the same run. On a CPU only the first row exists.
+what plain ones do, with gradients of the same norm. MFU counts three times the forward's products over all padded tokens, against the
+matrix rate measured in the same run. On a CPU only the first row exists.
 """
 
 import argparse

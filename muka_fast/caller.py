@@ -42,8 +42,9 @@ def modes_of_a_new_process() -> Iterator[None]:
 
 @contextmanager
 def caller_undisturbed() -> Iterator[None]:
-    """Gives a Python caller's random numbers back, since a run seeds torch's generators for each of its steps, and takes LOCAL_RANK
-    away where DeepSpeed alone needed it: others would take the process for a member of a group. One thread at a time."""
+    """Gives a Python caller's random numbers and torch's modes back, since a run seeds torch's generators for each of its steps and
+    has modes of its own, and takes LOCAL_RANK away where DeepSpeed alone needed it: others would take the process for a member of a
+    group. One thread at a time."""
     lock = _one_run
     if not lock.acquire(blocking=False):
         log.info("another thread's run goes first")

@@ -223,7 +223,7 @@ def spin_briefly() -> None:
     """Before torch is imported: have idle threads of OpenMP sleep after a millisecond instead of ten, unless the user says otherwise.
 
     Where other programs want a core as well, a thread that spins waits for one that does not run, and takes the core that it needs.
-    A tenth of that again would cost a machine without other programs 8 % of scoring on two cores: threads that sleep wake slowly.
+    A tenth of that again would cost a machine without other programs time: threads that sleep wake slowly.
     """
     if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
         os.environ.setdefault("GOMP_SPINCOUNT", "30000")

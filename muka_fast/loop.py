@@ -1,13 +1,12 @@
 """The training loop: which texts each step sees, one step whose gradient no layout changes, metrics, checkpoints, signals to stop."""
 
-import contextlib
 import json
 import logging
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,7 +203,7 @@ class Metrics:
         return self
 
     def __exit__(self, fault: type | None, *_: object) -> None:
-        with contextlib.suppress(*[OSError] * (fault is not None)):  # what could not be written once is tried again
+        with suppress(OSError) if fault else nullcontext():  # closing tries once more what could not be written
             for writer in (self.board, self.file):
                 if writer is not None:
                     writer.close()

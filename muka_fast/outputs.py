@@ -37,7 +37,7 @@ RUN_FILES = re.compile(
     rf"{MODEL_FILES}|run\.(json|yaml)|metrics\.jsonl|README\.md|report\.html|uncertainty_head\.safetensors|logs|supervision|checkpoints"
     rf"|tensorboard|{re.escape(LOCK)}|{re.escape(PARTIAL)}|{re.escape(READY)}|.*\.partial"
 )
-INSIDE = {"logs": re.compile(r"rank\d+\.log")}
+LOG_FILES = re.compile(r"rank\d+\.log")
 ANY_MODEL = ("config.json", "model.safetensors")  # of the markers: no run has these alone
 
 
@@ -79,9 +79,8 @@ def check_output(
     if found and overwrite:
         check_replaceable(output.resolve(), given, inputs)
         check_own(output, RUN_FILES, given, "no run wrote")
-        for inside, own in INSIDE.items():
-            if (output / inside).is_dir():
-                check_own(output, own, given, "no run wrote", inside)
+        if (output / "logs").is_dir():
+            check_own(output, LOG_FILES, given, "no run wrote", "logs")
     return bool(found)
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,6 +126,16 @@ def _missing_column(place: str, column: str, have: list[str], option: str) -> Us
     return UserError(f"{place}: no column '{column}'; there are: {names or 'none'}; name the right one with --{option}")
 
 
+def _check_columns(place: str, have: list[str], columns: Columns, single: Sequence[str]) -> None:
+    """Refuse a table without the columns that are needed, or with several of a name that must be one alone."""
+    if columns.text not in have:
+        raise _missing_column(place, columns.text, have, "text_column")
+    if columns.need_labels and columns.label not in have:
+        raise _missing_column(place, columns.label, have, "label_column")
+    if twice := [name for name in single if have.count(name) > 1]:
+        raise UserError(f"{place}: several columns are called '{twice[0]}': give them names of their own")
+
+
 def _pick(record: Any, place: str, columns: Columns) -> tuple[Any, Any]:
     """Text and label of a JSON object."""
     if not isinstance(record, dict):
@@ -180,16 +190,11 @@ def _csv_rows(path: Path, columns: Columns) -> Iterator[Row]:
     start, spans = 1, False
     try:
         header = [name.strip() for name in next(reader, [])]
-        if columns.text not in header:
-            if len(header) == 1 and (other := next((mark for mark in ";\t|," if mark in header[0]), None)):
-                way_out = "save it with commas (.csv) or tabs (.tsv), or as .jsonl"
-                raise UserError(f"{path}, line 1: looks separated by {other!r}; {way_out}")
-            raise _missing_column(f"{path}, line 1", columns.text, header, "text_column")
-        if columns.need_labels and columns.label not in header:
-            raise _missing_column(f"{path}, line 1", columns.label, header, "label_column")
-        for name in (columns.text, *[columns.label] * columns.need_labels):
-            if header.count(name) > 1:
-                raise UserError(f"{path}, line 1: several columns are called '{name}': give them names of their own")
+        others = [mark for mark in ";\t|," if len(header) == 1 and mark in header[0]]
+        if others and columns.text not in header:
+            way_out = "save it with commas (.csv) or tabs (.tsv), or as .jsonl"
+            raise UserError(f"{path}, line 1: looks separated by {others[0]!r}; {way_out}")
+        _check_columns(f"{path}, line 1", header, columns, (columns.text, columns.label)[: 1 + columns.need_labels])
         text_at = header.index(columns.text)
         label_at = header.index(columns.label) if columns.label in header else None
         start = reader.line_num + 1
@@ -225,12 +230,7 @@ def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
     try:
         file = pq.ParquetFile(path)
         have = file.schema_arrow.names
-        if columns.text not in have:
-            raise _missing_column(str(path), columns.text, have, "text_column")
-        if columns.need_labels and columns.label not in have:
-            raise _missing_column(str(path), columns.label, have, "label_column")
-        if twice := [name for name in (columns.text, columns.label) if have.count(name) > 1]:
-            raise UserError(f"{path}: several columns are called '{twice[0]}': give them names of their own")
+        _check_columns(str(path), have, columns, (columns.text, columns.label))
         wanted = [columns.text] + [columns.label] * (columns.label in have and columns.label != columns.text)
         number = 0
         names = _class_names(file.schema_arrow.metadata or {}, columns.label)

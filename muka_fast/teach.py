@@ -219,7 +219,8 @@ def save_classifier(
         UserError: the disk is full or read-only, or see `check`.
     """
     output = output.resolve()  # a link stays one
-    aside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
+    mark = uuid.uuid4().hex[:8]
+    aside = output.with_name(f".{output.name}.{mark}.partial")
     set_labels(model, labels)
     tokenizer = clean_tokenizer(model, tokenizer)
     try:
@@ -232,7 +233,7 @@ def save_classifier(
         try:
             check()
         except (UserError, OSError) as error:
-            kept = output.with_name(f"{output.name}-{os.getpid()}")
+            kept = output.with_name(f"{output.name}-{mark}")
             os.replace(aside, kept)
             raise UserError(f"{error}. The teacher that was trained meanwhile is {kept}") from error
         old = output.with_name(f".{output.name}.replaced")
