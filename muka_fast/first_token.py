@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from muka_fast import intercept
 from muka_fast.intercept import patched
 from muka_fast.postln import PostLayer, layer_calls, layer_parts
 
@@ -32,8 +33,10 @@ PLAIN = Parts()
 
 
 def attention(layer: PostLayer, query: Tensor, key: Tensor, value: Tensor, head_dim: int, bias: Tensor | None) -> Tensor:
-    """PyTorch's own, of heads side by side: query [B, R, D], key and value [B, L, D]."""
+    """PyTorch's own, of heads side by side: query [B, R, D], key and value [B, L, D]. Under `intercept` the model's."""
     query, key, value = (states.unflatten(-1, (-1, head_dim)).transpose(1, 2) for states in (query, key, value))
+    if intercept.intercepted():
+        return intercept.attention(layer.attends, query, key, value, bias)[0].flatten(-2)
     p = probability(layer.attention_dropout)
     return scaled_dot_product_attention(query, key, value, bias, dropout_p=p).transpose(1, 2).flatten(-2)
 

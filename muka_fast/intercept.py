@@ -1,7 +1,7 @@
 """Rerouting a model's dropout, attention probabilities and layer calls to our own code inside a with-block.
 
-Nothing is left behind by a block: instance attributes are removed, the attention implementation is restored. The model stays in
-eval() mode. What the functions `..._without_waiting` change stays.
+Nothing is left behind by a block: instance attributes are removed, the attention implementation is restored. What the functions
+`..._without_waiting` change stays.
 """
 
 import sys
@@ -16,7 +16,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-ATTENTION_NAME = "muka_mc"  # the name under which transformers finds `_attention`
+ATTENTION_NAME = "muka_mc"  # the name under which transformers finds `attention`
 SDPA_NAME = "muka_sdpa"  # PyTorch's attention as transformers calls it, with `_sdpa_mask`
 
 
@@ -40,7 +40,12 @@ class _Handlers(threading.local):
 _handlers = _Handlers()
 
 
-def _attention(
+def intercepted() -> bool:
+    """Whether this thread is inside a block of `intercept`."""
+    return bool(_handlers.stack)
+
+
+def attention(
     module: nn.Module,
     query: Tensor,  # [B, H, Lq, d]
     key: Tensor,  # [B, H / groups, Lk, d]
@@ -94,7 +99,7 @@ def _sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return sdpa_mask(*args, **(kwargs | {"allow_is_bidirectional_skip": False, "allow_is_causal_skip": False}))
 
 
-AttentionInterface.register(ATTENTION_NAME, _attention)
+AttentionInterface.register(ATTENTION_NAME, attention)
 AttentionMaskInterface.register(ATTENTION_NAME, _mask)
 AttentionInterface.register(SDPA_NAME, sdpa_attention_forward)
 AttentionMaskInterface.register(SDPA_NAME, _sdpa_mask)
@@ -170,8 +175,6 @@ def intercept(model: PreTrainedModel, handler: SiteHandler) -> Iterator[None]:
 
     A call of torch.nn.functional.dropout counts as one of the module in whose forward it stands.
     """
-    if model.training:
-        raise RuntimeError("the model must be in eval() mode")
     configs = _configs(model)
     before = [config._attn_implementation for config in configs]
     modules = list(dropout_modules(model).values())

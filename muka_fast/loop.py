@@ -5,7 +5,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from muka_fast.group import on_first_process, told_by_first
 from muka_fast.memory import Fetch
 from muka_fast.snapshots import restore_newest, save_snapshot
 from muka_fast.targets import Method
+from muka_fast.training_masks import NextTexts
 
 log = logging.getLogger("muka_fast")
 SAVE_S = 60.0  # between two checkpoints at the least, where nobody says --save_every: of short epochs they would take their share
@@ -73,9 +74,20 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
 
 
 def train(
-    engine: Engine, method: Method, tokens: Tokens, texts: TextSet, plan: Plan, config: RunConfig, output: Path, pad_id: int
+    engine: Engine,
+    method: Method,
+    tokens: Tokens,
+    texts: TextSet,
+    plan: Plan,
+    config: RunConfig,
+    output: Path,
+    pad_id: int,
+    next_texts: NextTexts,
 ) -> bool:
-    """All steps that are left; False where SIGTERM ended it (after a checkpoint). Raises KeyboardInterrupt, after one, for Ctrl-C."""
+    """All steps that are left; False where SIGTERM ended it (after a checkpoint). Raises KeyboardInterrupt, after one, for Ctrl-C.
+
+    next_texts: of `training_masks`.
+    """
     if config.resume:
         found = restore_newest(engine, output)
         if found:
@@ -94,7 +106,9 @@ def train(
             running: list[Step] = []
             while engine.completed_steps < plan.total_steps:
                 rows = plan.rows(engine.completed_steps)
-                running.append(train_step(engine, method, tokens, texts, rows, config, arrived, pad_id))
+                epoch = engine.completed_steps // plan.steps_per_epoch
+                masked = lambda rows, epoch=epoch: next_texts(torch.from_numpy(texts.example_ids[rows]), epoch)
+                running.append(train_step(engine, method, tokens, texts, rows, config, arrived, pad_id, masked))
                 save, stop = save_due(engine.completed_steps), False
                 # A step's loss is looked at while the next one runs, so that the device never waits for the host; before anything is
                 # written, all that are left.
@@ -143,8 +157,9 @@ def train_step(
     config: RunConfig,
     arrived: list[signal.Signals],
     pad_id: int,
+    masked: Callable[[np.ndarray], None],
 ) -> Step:
-    """One optimizer step over the global batch `rows`. Nothing in it waits for the device.
+    """One optimizer step over the global batch `rows`. Nothing in it waits for the device. masked: told the rows of every forward.
 
     The loss is sum_b loss_b / method.denominator(rows): known from the whole batch on every process, so that neither the cut into
     micro-batches nor the number of processes enters the gradient.
@@ -157,6 +172,7 @@ def train_step(
         torch.manual_seed(runinfo.dropout_seed(config.seed, step, micro, engine.rank))
         used = part if len(part) else rows[:1]  # the last batch may leave a process without texts: it takes part with weight 0
         texts_used = torch.from_numpy(used)
+        masked(used)
         batch = collate(tokens, used, pad_id, few_shapes=engine.device.type != "cpu")
         output = engine(**batch, **method.student_inputs(texts_used))
         losses = method.loss(StudentOutput(output.logits.float(), getattr(output, "penalty", None)), texts_used)

@@ -18,6 +18,7 @@ class PostLayer:
     """norm2(ffn(y) + y) with y = norm1(o(attention(q, k, v)) + x).
 
     Attention, o and ffn end in a dropout: its module (Identity where there is none), and its site index once sites are known.
+    attends: the module that the masks of attention are asked for.
     """
 
     query: nn.Module
@@ -32,6 +33,7 @@ class PostLayer:
     attention_dropout: nn.Dropout
     output_dropout: nn.Module
     ffn_dropout: nn.Module
+    attends: nn.Module
     attention_site: int | None = None
     output_site: int | None = None
     ffn_site: int | None = None
@@ -90,7 +92,8 @@ def layer_calls(model: PreTrainedModel) -> list[nn.Module] | None:
 def layer_parts(model: PreTrainedModel, module: nn.Module) -> tuple[tuple, tuple[str, ...]]:
     """Of one of `layer_calls`: the modules of its PostLayer, and the paths of its sites inside it."""
     parts, paths = LAYERS[model.config.model_type](module)
-    return (*parts, *(module.get_submodule(path) if path else nn.Identity() for path in paths[1:])), paths
+    after, attends = (module.get_submodule(path) if path else nn.Identity() for path in paths[1:]), module.get_submodule(paths[0])
+    return (*parts, *after, attends), paths
 
 
 class PostLayerNormEncoder(LayeredEncoder):

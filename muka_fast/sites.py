@@ -239,9 +239,7 @@ class Masks:
         first_sample: int = 0,
     ):
         """sites: all of the model's; p_of_site: site index -> p of the active ones; example_ids int64 [B]."""
-        self.seed, self.example_ids = seed, example_ids
-        self.num_samples, self.first_sample = num_samples, first_sample
-        self.p_of_site = p_of_site
+        self.seed, self.num_samples, self.p_of_site = seed, num_samples, p_of_site
         modules = dict(model.named_modules())
         self._sites: dict[nn.Module, list[Site]] = {}
         for site in sites:
@@ -249,6 +247,11 @@ class Masks:
         self._by_layer: dict[int | str | None, Counter[nn.Module]] = {}
         for site in sites:
             self._by_layer.setdefault(site.layer, Counter())[modules[site.path]] += 1
+        self.restart(example_ids, first_sample)
+
+    def restart(self, example_ids: Tensor, first_sample: int) -> None:
+        """For another forward."""
+        self.example_ids, self.first_sample = example_ids, first_sample
         self._calls: Counter[nn.Module] = Counter()
         self._rows: dict[tuple, tuple[Tensor, Tensor]] = {}
 

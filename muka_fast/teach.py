@@ -31,6 +31,7 @@ from muka_fast.outputs import MODEL_FILES, check_own, check_replaceable
 from muka_fast.recipe import default_epochs, default_learning_rate
 from muka_fast.student import load_student
 from muka_fast.tokenizer import token_limit
+from muka_fast.training_masks import training_masks
 
 if TYPE_CHECKING:
     import transformers
@@ -124,8 +125,8 @@ def fine_tune(
 ) -> float:
     """Fit a classifier in place on n texts with label_ids int [n] in [0, C); returns the mean loss of the last epoch.
 
-    The model ends in eval mode. The result depends on the arguments only (on one machine and thread count): dropout draws from a
-    generator seeded with recipe.seed, and the caller's random state is left as it was.
+    The model ends in eval mode. The result depends on the arguments only (on one machine and thread count): dropout follows from
+    recipe.seed, and the caller's random state is left as it was.
 
     Raises:
         UserError: the loss is not a number.
@@ -145,10 +146,12 @@ def fine_tune(
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
-        with progress(total, description, "steps") as bar, fused_layers(model):
+        masked = training_masks(model, recipe.seed, device)
+        with progress(total, description, "steps") as bar, fused_layers(model), masked as next_texts:
             for epoch in range(recipe.epochs):
                 losses = []
                 for rows in epoch_batches(tokens.lengths, recipe.batch_size, recipe.seed, epoch):
+                    next_texts(torch.from_numpy(rows), epoch)
                     loss = _step_loss(model, tokens, labels, rows, device)
                     if not math.isfinite(loss.item()):
                         what = f"{description}: the loss is {loss.item()} in epoch {epoch + 1}"

@@ -61,6 +61,7 @@ from muka_fast.stored import Supervision, open_store
 from muka_fast.student import checkpoint_activations, load_student
 from muka_fast.supervision import fill_store, option_values
 from muka_fast.tokenizer import token_limit
+from muka_fast.training_masks import training_masks
 from muka_fast.words import with_words
 
 log = logging.getLogger("muka_fast")
@@ -184,8 +185,9 @@ def merge(
     on_first_process(lambda: begin_run(output, config, record))
     trained = method.wrap(model)
     engine = Engine.create(trained, config, ds_config, plan.total_steps)
-    with clock("train"), fused_layers(model):
-        finished = train(engine, method, tokens, texts, plan, config, output, model.config.get_text_config().pad_token_id)
+    pad_id = model.config.get_text_config().pad_token_id
+    with clock("train"), fused_layers(model), training_masks(model, config.seed, engine.device) as next_texts:
+        finished = train(engine, method, tokens, texts, plan, config, output, pad_id, next_texts)
     if not finished:
         return RunResult(output, stopped=True)
 

@@ -23,7 +23,7 @@ SLOW_SCORING = {"shard_size": 4, "mc_scope": "all", "mc_samples": 256, "token_bu
 
 @pytest.mark.parametrize("method", ["muka-auto", *SLOW])
 def test_two_processes_change_nothing(go, world, tmp_path, method):
-    options = {"student": str(world / "plain_student"), "epochs": 1, "method": method}
+    options = {"epochs": 1, "method": method}
     alone = go("alone", ds=SMOOTH_ADAM, **options)
     ds = {**SMOOTH_ADAM, "zero_optimization": {"stage": 2}}
     # The deepspeed launcher adds the rank.
@@ -36,7 +36,7 @@ def test_two_processes_change_nothing(go, world, tmp_path, method):
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_uncertainty_head(go, world, tmp_path):
-    options = {"student": str(world / "plain_student"), "epochs": 1}
+    options = {"epochs": 1}
     alone = go("alone", ds=SMOOTH_ADAM, uncertainty_head=True, **options)
     ds = {**SMOOTH_ADAM, "zero_optimization": {"stage": 3}}
     codes, told = finish(run_processes(arguments(world, tmp_path, "pair", ds, options), 2, ("--uncertainty_head",)))
@@ -49,7 +49,7 @@ def test_two_processes_train_the_same_uncertainty_head(go, world, tmp_path):
 @pytest.mark.slow
 def test_resume_with_another_number_of_processes(go, stop_at, monkeypatch, world, tmp_path):
     """One process, then two, then one again; losses as of one alone to 1e-5 relative, weights to 1e-5: sums in another order."""
-    options = {"student": str(world / "plain_student"), "epochs": 60}
+    options = {"epochs": 60}
     whole = go("whole", ds=SMOOTH_ADAM, **options)
     stop_at(20)
     assert go("cut", ds=SMOOTH_ADAM, **options).stopped

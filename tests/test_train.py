@@ -129,13 +129,13 @@ def test_activation_checkpointing_changes_nothing(go, stage, monkeypatch):
 
     calls = []
     forward = FFN.forward
-    monkeypatch.setattr(FFN, "forward", lambda self, *rest, **more: calls.append(0) or forward(self, *rest, **more))
+    monkeypatch.setattr(FFN, "forward", lambda self, *rest, **more: calls.append(self.training) or forward(self, *rest, **more))
     ds, counts = {"zero_optimization": {"stage": stage}}, []
     runs = []
     for name, on in (("plain", False), ("recomputed", True)):
         calls.clear()
         runs.append(go(name, ds=ds, method="vkd", epochs=1, activation_checkpointing=on))  # vkd: no other forward of the student
-        counts.append(len(calls))
+        counts.append(sum(calls))  # dropout sites are listed by a model that does not train
     assert losses(runs[0]) == losses(runs[1]) and largest_difference(weights(runs[0]), weights(runs[1])) == 0
     # The first of two layers, five steps; the last one, cut to the token that is read, keeps its activations.
     assert counts[1] == 2 * counts[0] == 2 * 5
@@ -150,9 +150,9 @@ def test_run_yaml_repeats_the_run_bit_for_bit(go, tmp_path):
 
 
 @pytest.mark.parametrize("normalize_margin", [False, True])
-def test_micro_batches_change_nothing(go, world, normalize_margin):
-    """75 texts: the last batch of an epoch has 11, which do not divide."""
-    options = {"student": str(world / "plain_student"), "method": "muka-soft", "normalize_margin": normalize_margin}
+def test_micro_batches_change_nothing(go, normalize_margin):
+    """75 texts: the last batch of an epoch has 11, which do not divide. Dropout included, whose masks are those of the texts."""
+    options = {"method": "muka-soft", "normalize_margin": normalize_margin}
     whole = go("whole", ds=SMOOTH_ADAM, **options)
     for micro in (8, 4, 1):
         split = go(f"micro{micro}", ds={**SMOOTH_ADAM, "train_micro_batch_size_per_gpu": micro}, **options)

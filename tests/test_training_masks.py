@@ -1,0 +1,125 @@
+"""Dropout in training: the contract's masks, whatever the batch, in every form that the layers take, and nothing left behind."""
+
+import pytest
+import torch
+from torch import nn
+
+from muka_fast.fused_layers import fused_layers
+from muka_fast.intercept import intercept
+from muka_fast.postln import LAYERS
+from muka_fast.sites import Masks, list_sites
+from muka_fast.training_masks import student_seed, training_masks
+
+LENGTHS, IDS, EPOCH, SEED = (9, 4, 1, 6), (70, 3, 2**32 - 1, 0), 2, 5
+CPU, ALL = torch.device("cpu"), (0, 1, 2, 3)
+FAMILIES = [(family, {}) for family in LAYERS] + [("albert", {"num_hidden_groups": 3, "layers": 6}), ("bert", {"layers": 1})]
+EACH_FAMILY = pytest.mark.parametrize(("family", "options"), FAMILIES, ids=str)
+
+
+def batch(model, rows=ALL) -> dict[str, torch.Tensor]:
+    """Texts of several lengths, padded on the right to the longest of `rows`."""
+    ids = torch.randint(5, model.config.vocab_size, (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(1))
+    lengths = torch.tensor(LENGTHS)[list(rows)]
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    ids = torch.where(mask.bool(), ids[list(rows), : mask.shape[1]], model.config.pad_token_id)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def logits_and_gradients(model, inputs) -> list[torch.Tensor]:
+    model.zero_grad()
+    logits = model(**inputs).logits
+    (logits * torch.tensor([1.0, -2.0, 0.5])).sum().backward()
+    return [logits.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters())]
+
+
+def trained(model, rows=ALL, seed: int = SEED, epoch: int = EPOCH) -> list[torch.Tensor]:
+    with fused_layers(model), training_masks(model, seed, CPU) as next_texts:
+        next_texts(torch.tensor([IDS[row] for row in rows]), epoch)
+        return logits_and_gradients(model, batch(model, rows))
+
+
+def assert_close(found, expected, **limits) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **limits)
+
+
+@EACH_FAMILY
+def test_masks_are_those_of_a_scoring_pass(family, options, make_model):
+    """The whole model as scores take it, eval mode and no token left out: the same logits, the same gradients."""
+    model = make_model(family, ("a", "b", "c"), dropout=0.3, **options)
+    sites = list_sites(model)
+    masks = Masks(model, sites, {site.index: site.p for site in sites}, student_seed(SEED), torch.tensor(IDS), 1, EPOCH)
+    with intercept(model, masks):
+        expected = logits_and_gradients(model, batch(model))
+    assert_close(trained(model.train()), expected, rtol=1e-4, atol=1e-5)
+    assert model.training and not any("forward" in vars(module) for module in model.modules())
+    assert model.config._attn_implementation != "muka_mc"
+
+
+@EACH_FAMILY
+def test_batches_change_no_mask(family, options, make_model):
+    model = make_model(family, ("a", "b", "c"), dropout=0.3, **options).train()
+    together = trained(model)
+    parts = [trained(model, rows) for rows in ([2], [3, 1], [0])]
+    order = torch.cat([part[0] for part in parts])[[3, 2, 0, 1]]
+    summed = [torch.stack(gradients).sum(0) for gradients in zip(*(part[1:] for part in parts), strict=True)]
+    assert_close([order, *summed], together, rtol=1e-4, atol=1e-5)
+
+
+def test_another_epoch_seed_or_text_has_other_masks(make_model):
+    model = make_model("bert", ("a", "b", "c"), dropout=0.3).train()
+    one, again = trained(model)[0], trained(model)[0]
+    assert torch.equal(one, again)
+    others = [trained(model, epoch=EPOCH + 1)[0], trained(model, seed=SEED + 1)[0]]
+    assert all((other - one).abs().amax(1).min() > 1e-4 for other in others)
+    with training_masks(model, SEED, CPU) as next_texts:
+        next_texts(torch.tensor([70, 4, 5, 6]), EPOCH)
+        moved = (model(**batch(model)).logits - one).abs().amax(1)
+    assert moved[0] < 1e-5 and moved[1:].min() > 1e-4
+
+
+def test_every_probability_of_the_model_is_its_own(make_model):
+    """What is dropped at a site is p of it, the rest is scaled."""
+    model = make_model("bert", ("a", "b", "c"), attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.25).train()
+    seen = []
+    dropout = model.bert.encoder.layer[0].output.dropout
+    with training_masks(model, SEED, CPU) as next_texts:
+        forward = dropout.forward
+        dropout.forward = lambda x: seen.append((x, forward(x))) or seen[-1][1]
+        for epoch in range(20):
+            next_texts(torch.tensor(IDS), epoch)
+            model(**batch(model))
+        dropout.forward = forward
+    before, after = (torch.cat([pair[place] for pair in seen]) for place in (0, 1))
+    kept = after != 0
+    assert 1 - kept.float().mean() == pytest.approx(0.25, abs=0.01)
+    torch.testing.assert_close(after[kept], before[kept] / 0.75)
+
+
+@pytest.mark.parametrize(("family", "recomputed_alike"), [("roberta", True), ("albert", False)])
+def test_recomputed_layers_draw_the_same_masks(family, recomputed_alike, make_model):
+    """ALBERT, whose backward would call one module in another order, takes PyTorch's dropout and not the wrong masks."""
+    model = make_model(family, ("a", "b", "c"), dropout=0.3, layers=3).train()
+    expected = trained(model)
+    if recomputed_alike:
+        model.gradient_checkpointing_enable()
+    else:
+        model.base_model.encoder.gradient_checkpointing = True  # what that sets; transformers 5.23 refuses it for ALBERT
+    with training_masks(model, SEED, CPU):
+        assert any("forward" in vars(module) for module in model.modules()) == recomputed_alike
+    if recomputed_alike:
+        assert_close(trained(model), expected)
+
+
+@pytest.mark.parametrize(("family", "device"), [("deberta-v2", "cpu"), ("llama", "cpu"), ("bert", "cuda")])
+def test_other_models_and_devices_drop_as_pytorch_does(family, device, make_model):
+    model = make_model(family, ("a", "b", "c"), dropout=0.3).train()
+    dropout = nn.functional.dropout
+    with training_masks(model, SEED, torch.device(device)) as next_texts:
+        next_texts(torch.tensor(IDS), 0)
+        assert not any("forward" in vars(module) for module in model.modules())
+        assert nn.functional.dropout is dropout and model.config._attn_implementation != "muka_mc"
+        torch.manual_seed(0)
+        one = model(**batch(model)).logits
+        torch.manual_seed(1)
+        assert not torch.equal(one, model(**batch(model)).logits)
