@@ -134,11 +134,8 @@ def load_merged(folder: Path, labels: list[str], dtype: "torch.dtype", what: str
                 base,
                 config=config,
                 dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
                 ignore_mismatched_sizes=True,
-                output_loading_info=True,
+                **checkpoint.SAFE_LOADING,
             )
             supplied = frozenset(adapter_tensors(folder, what))
             teachers.check_loading(info, f"{what} (base {base})", supplied)

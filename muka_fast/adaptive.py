@@ -91,7 +91,7 @@ def run_waves(
 
     teachers: may load one at each access (`Crew`): a wave goes through them one after another. batches: for each teacher,
     its batches of the texts given by row. example_ids int64 [n]. All teachers make equally many passes of a text. Where no text
-    is decided early the scores are those of `StochasticTeacher.score`, to float rounding.
+    is decided early the scores are those of `StochasticTeacher.launch`, to float rounding.
     """
     num_texts, undecided = len(example_ids), torch.arange(len(example_ids))
     plain: list[Tensor] = [None] * len(batches)

@@ -7,6 +7,7 @@ user's run (`train.amalgamate`) and what each method does with teachers that kno
 import os
 import shutil
 import time
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -156,8 +157,7 @@ def clear(output: Path) -> None:
     if not is_ours(output):
         raise UserError(f"--output {output}: holds files that no demo wrote; name a new or empty folder")
     output = output.resolve()  # a link stays one
-    aside = output.with_name(f".{output.name}.replaced")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.replaced")  # not the name under which a run is set aside
     os.replace(output, aside)
     shutil.rmtree(aside)
 

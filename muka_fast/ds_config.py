@@ -94,7 +94,7 @@ def prepare_ds_config(
     if "train_batch_size" not in ds and None not in parts:
         ds["train_batch_size"] = parts[0] * parts[1] * world_size
     config = merge_shared(ds, config, name)
-    fill_batch(ds, name, world_size)
+    fill_batch(ds, world_size)
     if "scheduler" in ds and "warmup_ratio" in config.model_fields_set:
         raise UserError(f"{name} sets a scheduler and --warmup_ratio is given as well: remove one of them")
     if "activation_checkpointing" in ds:
@@ -174,7 +174,7 @@ def settle_recipe(config: RunConfig, ds_config: dict[str, Any], epochs: int, lea
     return config.model_copy(update=settled)
 
 
-def fill_batch(ds: dict[str, Any], name: str, world_size: int) -> None:
+def fill_batch(ds: dict[str, Any], world_size: int) -> None:
     """Complete batch = micro-batch x accumulation x processes; default: no accumulation."""
     batch, micro, accumulation = (ds.get(key) for key in ("train_batch_size", *PARTS))
     step = (micro or 1) * (accumulation or 1) * world_size
@@ -199,7 +199,7 @@ def fill_scheduler(scheduler: dict[str, Any], total_steps: int, warmup_steps: in
 
 def fill_precision(ds: dict[str, Any], name: str, asked: str | None, world_size: int, device: str) -> None:
     """fp32 by default. Half precision keeps fp32 master weights, which DeepSpeed shards from ZeRO stage 1 on. In bf16 at stage 0, the
-    default of a single process, the weights themselves are fp32 and the forward runs under autocast."""
+    default of a single process and on a CPU, the weights themselves are fp32 and the forward runs under autocast."""
     half = [key for key in ("bf16", "fp16") if ds.get(key, {}).get("enabled")]
     if len(half) == 2:
         raise UserError(f"{name}: bf16 and fp16 are both enabled, choose one")
@@ -209,14 +209,16 @@ def fill_precision(ds: dict[str, Any], name: str, asked: str | None, world_size:
         if "enabled" in ds.get(asked, {}):
             raise UserError(f"{name} sets {asked}.enabled to false, but --precision is {asked}: remove one of them")
         half, ds[asked] = [asked], {**ds.get(asked, {}), "enabled": True}
-    if half and device == "cpu":
+    if half == ["fp16"] and device == "cpu":
         where, way_out = ("--precision", "leave it out") if asked else (name, "set it to false")
-        raise UserError(f"{where}: {half[0]} is enabled, but this run is on the CPU, which trains in fp32: {way_out}")
+        raise UserError(f"{where}: fp16 is enabled, but this run is on the CPU, which trains in fp32 or bf16: {way_out}")
     zero = ds.setdefault("zero_optimization", {})
-    alone = world_size == 1 and half == ["bf16"]
-    stage = zero.setdefault("stage", 1 if half and not alone else 0)
+    autocast = half == ["bf16"] and (world_size == 1 or device == "cpu")
+    stage = zero.setdefault("stage", 1 if half and not autocast else 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise UserError(f"{name}: zero_optimization.stage must be 0, 1, 2 or 3, found {zero['stage']!r}")
+    if half and device == "cpu" and stage > 0:
+        raise UserError(f"{name}: bf16 on a CPU runs at ZeRO stage 0: set zero_optimization.stage to 0, or train in fp32")
     if half == ["fp16"] and zero["stage"] == 0:
         raise UserError(f"{name}: fp16 with ZeRO stage 0 keeps no fp32 master weights here: set zero_optimization.stage to 1")
     if half == ["bf16"]:

@@ -119,6 +119,7 @@ def metrics(
     only the teacher's classes may be predicted), over the texts whose label the teacher owns; None without such texts.
     """
     # Slow to import (scipy), and not needed for predictions.
+    from scipy.special import log_softmax
     from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
     logits = np.asarray(logits, dtype=np.float64)
@@ -127,8 +128,7 @@ def metrics(
         raise ValueError(f"{len(logits)} predictions for {len(labels)} labels")
     if logits.shape[1] != len(names) or labels.min() < 0 or labels.max() >= len(names):
         raise ValueError(f"labels or logits [{logits.shape[1]}] do not fit {len(names)} class names")
-    log_probs = logits - logits.max(-1, keepdims=True)
-    log_probs -= np.log(np.exp(log_probs).sum(-1, keepdims=True))
+    log_probs = log_softmax(logits, axis=-1)
     predicted = logits.argmax(-1)
     every = np.arange(len(names))
     per_class = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0)

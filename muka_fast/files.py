@@ -76,8 +76,9 @@ def held(folder: Path) -> Iterator[None]:
         except (OSError, UserError):
             file.close()
             raise
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
         file.close()  # its last holder removed it between our opening and our lock
     with file:
         try:

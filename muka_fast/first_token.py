@@ -35,7 +35,7 @@ PLAIN = Parts()
 def attention(layer: PostLayer, query: Tensor, key: Tensor, value: Tensor, head_dim: int, bias: Tensor | None) -> Tensor:
     """PyTorch's own, of heads side by side: query [B, R, D], key and value [B, L, D]. Under `intercept` the model's."""
     query, key, value = (states.unflatten(-1, (-1, head_dim)).transpose(1, 2) for states in (query, key, value))
-    if intercept.intercepted():
+    if intercept.intercepted(layer.attends):
         return intercept.attention(layer.attends, query, key, value, bias)[0].flatten(-2)
     p = probability(layer.attention_dropout)
     return scaled_dot_product_attention(query, key, value, bias, dropout_p=p).transpose(1, 2).flatten(-2)
@@ -51,9 +51,9 @@ def first_token_only(model: nn.Module, parts: Parts = PLAIN) -> Iterator[None]:
     """Inside it the last layer of a sequence classifier gives [B, 1, D]; a model that postln.py does not cover stays as it is.
 
     All sequence classifiers of the families there read token 0 of what it gives, and nothing else. Weights are reached through their
-    modules' calls alone, where ZeRO-3 gathers them, and dropout falls on the same sites with the same p, on other elements. With
-    activation checkpointing this layer keeps its activations (transformers 5.23), since its backward comes first, so that they would
-    be recomputed at once, or is recomputed all the same (5.17).
+    modules' calls alone, where ZeRO-3 gathers them, and dropout falls on the same sites with the same p (PyTorch's own on other
+    elements). With activation checkpointing this layer keeps its activations (transformers 5.23), since its backward comes first, so
+    that they would be recomputed at once, or is recomputed all the same (5.17).
     """
     calls = covered_calls(model)
     if not calls:

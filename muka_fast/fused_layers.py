@@ -36,8 +36,8 @@ MOST = 0.99  # all but everything dropped is nothing that the masks' 16 bits are
 def fused_layers(model: nn.Module) -> Iterator[None]:
     """Inside it `model` runs as under `first_token_only`, its layers fused on a GPU wherever they can be.
 
-    The same function with the same gradient; dropout falls on the same sites with the same p (to 16 bits), on other elements. Where
-    PyTorch computes in 16 bits, under autocast, hidden states between layers have 16 bits as well.
+    The same function with the same gradient; on a GPU dropout falls on the same sites with the same p (to 16 bits), on other elements.
+    Where PyTorch computes in 16 bits, under autocast, hidden states between layers have 16 bits as well.
     """
     calls = covered_calls(model)
     fitting = [module for module in dict.fromkeys(calls) if fits(model, module)]

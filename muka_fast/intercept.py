@@ -30,19 +30,14 @@ class SiteHandler(Protocol):
         """x in, masked x out. p is what the module itself would drop, as far as it says so."""
 
 
-class _Handlers(threading.local):
-    """The handlers of the with-blocks that this thread is in, innermost last."""
-
-    def __init__(self) -> None:
-        self.stack: list[SiteHandler] = []
+_handler_of: dict[nn.Module, SiteHandler] = {}  # of every module of the models that are inside a block of `intercept`
+_changing = threading.Lock()  # it, and with it torch.nn.functional.dropout
+_dropout = nn.functional.dropout
 
 
-_handlers = _Handlers()
-
-
-def intercepted() -> bool:
-    """Whether this thread is inside a block of `intercept`."""
-    return bool(_handlers.stack)
+def intercepted(module: nn.Module) -> bool:
+    """Whether its model is inside a block of `intercept`."""
+    return module in _handler_of
 
 
 def attention(
@@ -69,7 +64,7 @@ def attention(
         attention_mask = attention_mask[..., : key.shape[-2]]
     if position_bias is not None:
         attention_mask = position_bias if attention_mask is None else position_bias + attention_mask
-    handler = _handlers.stack[-1] if _handlers.stack else None
+    handler = _handler_of.get(module)
     masked = handler is not None and handler.wants(module)
     if not masked and softcap is None:
         out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
@@ -176,45 +171,51 @@ def intercept(model: PreTrainedModel, handler: SiteHandler) -> Iterator[None]:
     A call of torch.nn.functional.dropout counts as one of the module in whose forward it stands.
     """
     configs = _configs(model)
-    before = [config._attn_implementation for config in configs]
-    modules = list(dropout_modules(model).values())
-    shadows = [module.__dict__.get("forward") for module in modules]
-    functional = nn.functional.dropout
-    _handlers.stack.append(handler)
+    implementations = [config._attn_implementation for config in configs]
+    modules, dropouts = list(model.modules()), list(dropout_modules(model).values())
+    before, shadows = [_handler_of.get(module) for module in modules], [module.__dict__.get("forward") for module in dropouts]
     try:
-        nn.functional.dropout = _functional_dropout(handler, functional)
+        _handle(modules, [handler] * len(modules))
         for config in configs:
             config._attn_implementation = ATTENTION_NAME
-        for module in modules:
+        for module in dropouts:
             module.forward = _site_forward(handler, module)
         yield
     finally:
-        _handlers.stack.pop()
-        nn.functional.dropout = functional
-        for config, name in zip(configs, before, strict=True):
+        _handle(modules, before)
+        for config, name in zip(configs, implementations, strict=True):
             config._attn_implementation = name
-        for module, shadow in zip(modules, shadows, strict=True):
+        for module, shadow in zip(dropouts, shadows, strict=True):
             if shadow is None:
                 module.__dict__.pop("forward", None)
             else:
                 module.forward = shadow
 
 
-def _calling_module() -> nn.Module:
-    """The innermost module whose method is being executed."""
-    frame = sys._getframe(2)
-    while not isinstance(frame.f_locals.get("self"), nn.Module):
+def _handle(modules: list[nn.Module], handlers: list[SiteHandler | None]) -> None:
+    """Give each module its handler; torch.nn.functional.dropout is ours as long as any has one."""
+    global _dropout
+    with _changing:
+        if not _handler_of:
+            _dropout, nn.functional.dropout = nn.functional.dropout, _functional_dropout
+        for module, handler in zip(modules, handlers, strict=True):
+            if handler is None:
+                _handler_of.pop(module, None)
+            else:
+                _handler_of[module] = handler
+        if not _handler_of:
+            nn.functional.dropout = _dropout
+
+
+def _functional_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """The handler's, where the innermost module whose method is being executed has one."""
+    frame = sys._getframe(1)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), nn.Module):
         frame = frame.f_back
-    return frame.f_locals["self"]
-
-
-def _functional_dropout(handler: SiteHandler, original: Callable) -> Callable:
-    def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if handler not in _handlers.stack:  # another thread's
-            return original(input, p, training, inplace)
-        return handler.apply(_calling_module(), input, p)
-
-    return dropout
+    module = None if frame is None else frame.f_locals["self"]
+    if not isinstance(module, nn.Module) or module not in _handler_of:
+        return _dropout(input, p, training, inplace)
+    return _handler_of[module].apply(module, input, p)
 
 
 def _site_forward(handler: SiteHandler, module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -22,6 +22,7 @@ from muka_fast.engine import Engine
 from muka_fast.errors import UserError
 from muka_fast.group import on_first_process, told_by_first
 from muka_fast.memory import Fetch
+from muka_fast.seeds import seed_of
 from muka_fast.snapshots import restore_newest, save_snapshot
 from muka_fast.targets import Method
 from muka_fast.training_masks import NextTexts
@@ -108,7 +109,7 @@ def train(
                 rows = plan.rows(engine.completed_steps)
                 epoch = engine.completed_steps // plan.steps_per_epoch
                 masked = lambda rows, epoch=epoch: next_texts(torch.from_numpy(texts.example_ids[rows]), epoch)
-                running.append(train_step(engine, method, tokens, texts, rows, config, arrived, pad_id, masked))
+                running.append(train_step(engine, method, tokens, rows, config, arrived, pad_id, masked))
                 save, stop = save_due(engine.completed_steps), False
                 # A step's loss is looked at while the next one runs, so that the device never waits for the host; before anything is
                 # written, all that are left.
@@ -152,7 +153,6 @@ def train_step(
     engine: Engine,
     method: Method,
     tokens: Tokens,
-    texts: TextSet,
     rows: np.ndarray,
     config: RunConfig,
     arrived: list[signal.Signals],
@@ -169,7 +169,7 @@ def train_step(
     total = torch.zeros((), device=engine.device)
     seen: list[tuple[np.ndarray, torch.Tensor]] = []
     for micro, part in enumerate(parts):
-        torch.manual_seed(runinfo.dropout_seed(config.seed, step, micro, engine.rank))
+        torch.manual_seed(seed_of(config.seed, step, micro, engine.rank) >> 1)  # a dropout that is PyTorch's: a resume needs no state
         used = part if len(part) else rows[:1]  # the last batch may leave a process without texts: it takes part with weight 0
         texts_used = torch.from_numpy(used)
         masked(used)

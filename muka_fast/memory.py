@@ -1,6 +1,7 @@
 """The device, and how much of its memory a run may take: batches, replicas that run at once, teachers that stay loaded; copies to and
 from it."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from muka_fast.errors import UserError
 
+log = logging.getLogger("muka_fast")
 # On a CPU more replicas at once are no faster, and slower where a tensor of theirs exceeds 32 MiB: glibc maps such memory anew for
 # each, a page fault for every 4 KiB (a tenth of the time of --mc_scope all).
 CPU_REPLICA_BYTES = 128 << 20
@@ -34,6 +36,18 @@ def device_of(name: str) -> str:
     if device.type == "cuda" and (device.index or 0) >= count:
         raise UserError(f"--device {name}: this machine has {count} GPUs, and they are counted from 0")
     return name
+
+
+def tell_precision(option: str, precision: str, device: str) -> None:
+    """Say where another precision would be faster; option: the one that sets it."""
+    if device != "cpu":
+        if precision == "fp32":
+            log.info("%s is fp32; bf16 is faster on most GPUs", option)
+        return
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    units = [f"{unit}_{precision}" for unit in ("avx512", "amx")]
+    if able.get("architecture") == "x86_64" and precision != "fp32" and not any(able.get(unit) for unit in units):
+        log.warning("%s %s: this CPU does not compute in it, so that it is slower than fp32", option, precision)
 
 
 def free_bytes(device: torch.device) -> int:

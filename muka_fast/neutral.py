@@ -42,7 +42,7 @@ from muka_fast.store import (
 )
 from muka_fast.student import draw_fresh, encoder_fingerprint
 from muka_fast.teachers import DTYPES, settle_forward, some
-from muka_fast.tokenizer import check_vocabulary, load_tokenizer, settle_tokenizer, token_limit
+from muka_fast.tokenizer import check_vocabulary, load_tokenizer, settle_tokenizer, token_limit, tokenizer_limit
 
 if TYPE_CHECKING:
     from muka_fast.config import ScoringOptions
@@ -63,7 +63,7 @@ def neutral_features(
     queue = queue or ShardQueue()
     with queue:
         folder, tokenizer = find_encoder(encoder)
-        max_length = min(options.max_length, tokenizer.model_max_length)
+        max_length = min(options.max_length, tokenizer_limit(tokenizer))
         key = neutral_key(encoder, tokenizer, max_length, texts, options.scoring_precision)
         place = Path(store) / f"neutral-{key}"
         ranges = shard_ranges(len(texts), read_manifest(Path(store))["shard_size"])
@@ -84,7 +84,7 @@ def find_encoder(encoder: str | Path) -> tuple[Path, transformers.PreTrainedToke
 def neutral_tokens(store: str | Path, encoder: str | Path, texts: TextSet, options: ScoringOptions) -> Tokens:
     """The texts as the neutral encoder's tokenizer cuts them, special tokens included."""
     _, tokenizer = find_encoder(encoder)
-    return PoolTokens(texts, tokenizer, min(options.max_length, tokenizer.model_max_length), Path(store)).whole(ShardQueue())
+    return PoolTokens(texts, tokenizer, min(options.max_length, tokenizer_limit(tokenizer)), Path(store)).whole(ShardQueue())
 
 
 @torch.inference_mode()
@@ -177,10 +177,7 @@ def load_encoder(
             model, info = transformers.AutoModel.from_pretrained(
                 folder,
                 dtype=DTYPES[precision],
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
+                **checkpoint.SAFE_LOADING,
             )
     except checkpoint.LOADING_ERRORS as error:
         raise UserError(f"{what}: transformers cannot load it: {first_line(error)}") from error

@@ -92,8 +92,8 @@ def layer_calls(model: PreTrainedModel) -> list[nn.Module] | None:
 def layer_parts(model: PreTrainedModel, module: nn.Module) -> tuple[tuple, tuple[str, ...]]:
     """Of one of `layer_calls`: the modules of its PostLayer, and the paths of its sites inside it."""
     parts, paths = LAYERS[model.config.model_type](module)
-    after, attends = (module.get_submodule(path) if path else nn.Identity() for path in paths[1:]), module.get_submodule(paths[0])
-    return (*parts, *after, attends), paths
+    dropouts = (module.get_submodule(path) if path else nn.Identity() for path in paths[1:])
+    return (*parts, *dropouts, module.get_submodule(paths[0])), paths
 
 
 class PostLayerNormEncoder(LayeredEncoder):

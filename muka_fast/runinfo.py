@@ -1,6 +1,5 @@
 """What a run records about itself: versions, timings, metrics, a summary of the teachers' supervision. Its identity: identity.py."""
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -50,12 +49,6 @@ class Clock:
             yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-def dropout_seed(seed: int, step: int, micro: int, rank: int) -> int:
-    """Seed of the student's dropout in one forward: a function of the place, so that a resume needs no saved state."""
-    digest = hashlib.sha256(f"{seed}:{step}:{micro}:{rank}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def tensorboard(folder: Path, completed_steps: int) -> Any | None:

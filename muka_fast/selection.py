@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,11 +48,8 @@ def uncertainties(sup: Supervision, uncertainty: str) -> Tensor:
 
     Entropies over ln C_i, variance (summed over classes) over 1 - 1/C_i; u = 0 where
     C_i = 1. C_i and the measure are those of the teacher's full label set, also where a label map drops some of
-    its columns. Raises UserError for an unknown measure, or one that is zero everywhere because a teacher was scored
-    by a single pass.
+    its columns. Raises UserError for a measure that is zero everywhere because a teacher was scored by a single pass.
     """
-    if uncertainty not in UNCERTAINTY:
-        raise UserError(f"unknown --uncertainty {uncertainty!r}: choose {choices(uncertainty, UNCERTAINTY)}")
     if uncertainty in NEEDS_SAMPLES:
         for teacher in sup.teachers:
             if not sampled(teacher):
@@ -67,12 +63,6 @@ def uncertainties(sup: Supervision, uncertainty: str) -> Tensor:
 def sampled(teacher: dict[str, Any]) -> bool:
     """Whether a store's teacher was scored by several Monte-Carlo passes."""
     return teacher["mc"] and teacher["mc_samples"] > 1
-
-
-def choices(given: str, table: Iterable[str]) -> str:
-    """What may be given instead, the nearest name first: for error messages."""
-    near = difflib.get_close_matches(given, table, n=1)
-    return (f"did you mean {near[0]!r}? One of " if near else "one of ") + ", ".join(table)
 
 
 def owners(label_space: LabelSpace) -> Tensor:

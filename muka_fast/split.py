@@ -62,7 +62,6 @@ class ModelSplit:
         self.model = model
         self.layers = layer_modules(model)
         self.depth = model.config.num_hidden_layers if self.layers else 0
-        self.pad_id = getattr(model.config, "pad_token_id", None)
         self._templates: list[Any] = []  # what each layer call returns
         self._embeddings = self._find_embeddings()
         self._embedding_width = 0

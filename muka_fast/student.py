@@ -15,6 +15,7 @@ from muka_fast import checkpoint
 from muka_fast.console import quiet_transformers
 from muka_fast.engine import partitioned_loading, whole_parameters
 from muka_fast.errors import UserError, first_line
+from muka_fast.seeds import seed_of
 from muka_fast.teachers import settle_forward, some
 from muka_fast.tokenizer import check_vocabulary, load_tokenizer, settle_tokenizer
 
@@ -52,11 +53,8 @@ def load_student(
                 folder,
                 config=config,
                 dtype=torch.float32,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
                 ignore_mismatched_sizes=True,
-                output_loading_info=True,
+                **checkpoint.SAFE_LOADING,
             )
     except checkpoint.LOADING_ERRORS as error:
         raise UserError(f"{what}: transformers cannot load it: {first_line(error)}") from error
@@ -123,8 +121,7 @@ def draw_fresh(model: transformers.PreTrainedModel, info: dict, num_labels: int,
 def draw(parameter: nn.Parameter, name: str, std: float, seed: int) -> None:
     """N(0, std) for matrices, 1 for the scales of norms, 0 for biases."""
     if parameter.ndim > 1:
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        generator = torch.Generator().manual_seed(seed_of(seed, name) >> 1)
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     else:
         parameter.fill_(1.0 if name.endswith("weight") else 0.0)

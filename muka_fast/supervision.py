@@ -21,7 +21,7 @@ from muka_fast.data import TextSet, read_texts
 from muka_fast.engine import init_distributed, resolve_device
 from muka_fast.errors import UserError
 from muka_fast.group import shut_down, told_once
-from muka_fast.memory import device_of, teacher_budget_bytes
+from muka_fast.memory import device_of, teacher_budget_bytes, tell_precision
 from muka_fast.placement import memory_limits, weight_bytes
 from muka_fast.scoring import Job, Scoring
 from muka_fast.shard_queue import ShardQueue
@@ -78,7 +78,7 @@ def fill_store(
         if shard_size != wished:
             log.info("%s was begun with --shard_size %d, which stays", store, shard_size)
         device = device_of(options.device)
-        tell_precision(options.scoring_precision, device)
+        tell_precision("--scoring_precision", options.scoring_precision, device)
         sizes = {"shard_size": shard_size, "max_length": options.max_length, "token_budget": options.token_budget}
         run = Scoring(store, texts, torch.device(device), queue=queue, need_features=need_features, **sizes)
         score_all = _score_adaptively if options.mc and options.mc_stop is not None else _score_in_turn
@@ -186,18 +186,6 @@ def family_of(files: TeacherFiles) -> str:
 def _related(first: Job, other: Job) -> bool:
     """Whether two teachers gain from running together: a common trunk, and the same texts to do."""
     return first.todo == other.todo and trunk_tree([first.scorer, other.scorer])[0].teachers == (0, 1)
-
-
-def tell_precision(precision: str, device: str) -> None:
-    """Say where another --scoring_precision would be faster."""
-    if device != "cpu":
-        if precision == "fp32":
-            log.info("scoring in fp32; --scoring_precision bf16 is faster on most GPUs")
-        return
-    able = getattr(torch.cpu, "get_capabilities", dict)()
-    units = [f"{unit}_{precision}" for unit in ("avx512", "amx")]
-    if able.get("architecture") == "x86_64" and precision != "fp32" and not any(able.get(unit) for unit in units):
-        log.warning("--scoring_precision %s: this CPU does not compute in it, so that it is slower than fp32", precision)
 
 
 def _load(path: str, name: str, device: torch.device, options: ScoringOptions) -> Teacher:

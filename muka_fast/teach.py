@@ -153,16 +153,17 @@ def fine_tune(
                 for rows in epoch_batches(tokens.lengths, recipe.batch_size, recipe.seed, epoch):
                     next_texts(torch.from_numpy(rows), epoch)
                     loss = _step_loss(model, tokens, labels, rows, device)
-                    if not math.isfinite(loss.item()):
-                        what = f"{description}: the loss is {loss.item()} in epoch {epoch + 1}"
+                    value = loss.item()
+                    if not math.isfinite(value):
+                        what = f"{description}: the loss is {value} in epoch {epoch + 1}"
                         raise UserError(f"{what}; lower --learning_rate or check the encoder")
                     loss.backward()
                     nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
                     optimizer.step()
                     schedule.step()
                     optimizer.zero_grad()
-                    losses.append(loss.item() * len(rows))
-                    bar.advance(note=f"loss {loss.item():.3f}")
+                    losses.append(value * len(rows))
+                    bar.advance(note=f"loss {value:.3f}")
     model.eval()
     return sum(losses) / len(tokens)
 
@@ -239,9 +240,8 @@ def save_classifier(
             kept = output.with_name(f"{output.name}-{mark}")
             os.replace(aside, kept)
             raise UserError(f"{error}. The teacher that was trained meanwhile is {kept}") from error
-        old = output.with_name(f".{output.name}.replaced")
+        old = output.with_name(f".{output.name}.{mark}.replaced")  # not the name under which a run is set aside
         if output.exists():
-            shutil.rmtree(old, ignore_errors=True)
             os.replace(output, old)
         os.replace(aside, output)
         shutil.rmtree(old, ignore_errors=True)

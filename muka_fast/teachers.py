@@ -4,7 +4,6 @@ A teacher is any single-label `*ForSequenceClassification` folder (or hub name) 
 tokenizer, or a LoRA adapter of one. Whatever else is met ends in a UserError that names the teacher and the way out.
 """
 
-import hashlib
 import importlib.util
 import logging
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from muka_fast import adapters, checkpoint, placement
 from muka_fast.console import quiet_transformers
 from muka_fast.data import tokenizer_key
 from muka_fast.errors import UserError, first_line
+from muka_fast.seeds import seed_of
 from muka_fast.sites import trace_inputs
 from muka_fast.tokenizer import check_vocabulary, load_tokenizer, settle_tokenizer, token_limit
 
@@ -143,11 +143,6 @@ def rehearse(folder: Path, what: str, _state: tuple) -> None:
         log.disabled = False
 
 
-def teacher_seed(run_seed: int, fingerprint: str) -> int:
-    """The 64-bit seed of a teacher's masks: it depends on what the teacher is, not on its place in the list."""
-    return int.from_bytes(hashlib.sha256(f"{run_seed}:{fingerprint}".encode()).digest()[:8], "little")
-
-
 def load_teacher(
     path: str | Path,
     *,
@@ -181,7 +176,7 @@ def load_teacher(
         tokenizer_key=tokenizer_key(tokenizer, max_length),
         labels=labels,
         fingerprint=files.fingerprint,
-        seed=teacher_seed(run_seed, files.fingerprint),
+        seed=seed_of(run_seed, files.fingerprint),
         pad_id=tokenizer.pad_token_id,
         max_length=max_length,
     )
@@ -233,11 +228,8 @@ def load_classifier(
                 dtype=dtype,
                 device_map=device_map,
                 max_memory=max_memory,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
                 ignore_mismatched_sizes=True,
-                output_loading_info=True,
+                **checkpoint.SAFE_LOADING,
             )
     except checkpoint.LOADING_ERRORS as error:
         raise UserError(f"{what}: transformers cannot load it: {first_line(error)}") from error

@@ -95,8 +95,12 @@ def num_rows(table: torch.nn.Module) -> int:
 
 def token_limit(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> int:
     """Most tokens of a text: the least of what position table (or configuration) and tokenizer allow."""
-    limit = tokenizer.model_max_length
-    return int(min(position_limit(model), limit if limit > 0 else NO_LIMIT))
+    return int(min(position_limit(model), tokenizer_limit(tokenizer)))
+
+
+def tokenizer_limit(tokenizer: transformers.PreTrainedTokenizerBase) -> int:
+    """Most tokens of a text that it says its model takes, be that none that it knows (-1)."""
+    return tokenizer.model_max_length if tokenizer.model_max_length > 0 else NO_LIMIT
 
 
 def position_tables(model: transformers.PreTrainedModel) -> list[torch.nn.Module]:

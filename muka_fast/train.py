@@ -43,6 +43,7 @@ from muka_fast.fused_layers import fused_layers
 from muka_fast.group import on_first_process, shut_down, told_once
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
 from muka_fast.loop import Plan, train
+from muka_fast.memory import tell_precision
 from muka_fast.methods import METHODS, build_method, neutral_encoder
 from muka_fast.neutral import name_features, neutral_features, neutral_tokens
 from muka_fast.pool_tokens import PoolTokens
@@ -110,8 +111,7 @@ def run(config: RunConfig) -> RunResult:
         check_ds_config(ds_config, ds_config_name(config.ds_config))
         check_layout(config, ds_config)
     tell_unused_options(config)
-    if device != "cpu" and identity.ds_identity(ds_config)["precision"] == "fp32":
-        log.info("training in fp32; --precision bf16 is faster on most GPUs")
+    tell_precision("--precision", identity.ds_identity(ds_config)["precision"], device)
     on_first_process(lambda: outputs.check_output(*output_options(config)) and None)
     earlier = on_first_process(lambda: identity.earlier_run(config, ds_config)) if config.resume else {}
     inputs = on_first_process(lambda: identity.input_files(config))

@@ -183,7 +183,7 @@ def student_steps(model, ds, precision, **options):
     engine = Engine.create(model, config, ds, 20)
     lengths = np.array([5, 5, 5, 12, 12, 12])
     tokens = Tokens(np.arange(lengths.sum(), dtype=np.int32) % 40 + 5, np.concatenate([[0], lengths.cumsum()]))
-    return engine, lambda rows: train_step(engine, method, tokens, None, np.array(rows), config, [], 0, lambda rows: None)
+    return engine, lambda rows: train_step(engine, method, tokens, np.array(rows), config, [], 0, lambda rows: None)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

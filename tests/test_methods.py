@@ -511,12 +511,6 @@ def test_refusals_name_the_option():
         build_method(options("oracle"), sup, space)
     with pytest.raises(UserError, match="--method supervised: none of the 7 labels"):
         build_method(options("supervised"), sup, space, ["x"] * 7)
-    wrong = options().model_copy(update={"method": "muka-sofd"})
-    with pytest.raises(UserError, match="did you mean 'muka-soft'"):
-        build_method(wrong, sup, space)
-    wrong = options().model_copy(update={"uncertainty": "entropy"})
-    with pytest.raises(UserError, match="--uncertainty 'entropy'"):
-        build_method(wrong, sup, space)
 
 
 def test_a_text_at_exactly_half_is_kept():

@@ -1,5 +1,6 @@
 """Neutral features: means over tokens, whatever the batch; cached under what decides them; whole or computed again."""
 
+import json
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from muka_fast import neutral
 from muka_fast.config import RunConfig
 from muka_fast.errors import UserError
 from muka_fast.intercept import run_without_waiting
-from muka_fast.neutral import name_features, neutral_features
+from muka_fast.neutral import name_features, neutral_features, neutral_tokens
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.store import merge_manifest
 
@@ -111,6 +112,16 @@ def test_another_encoder_tokenizer_or_length_has_features_of_its_own(tmp_path, e
     assert len(list(store.glob("neutral-*"))) == 4
     compute(store, encoder(), pool, token_budget=4096, seed=5)
     assert len(list(store.glob("neutral-*"))) == 4
+
+
+def test_a_tokenizer_that_knows_no_limit_is_one_without(tmp_path, encoder, pool):
+    folder = encoder()
+    expected = values(compute(tmp_path / "s", folder, pool))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": -1}))
+    assert np.array_equal(values(compute(tmp_path / "other", folder, pool)), expected)
+    tokens = neutral_tokens(tmp_path / "other", folder, pool, options())
+    assert len(tokens) == len(pool) and tokens.lengths.max() <= 32
 
 
 def test_a_broken_encoder_is_named(tmp_path, encoder, pool, make_model, make_tokenizer):

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from muka_fast import pool_tokens, supervision
+from muka_fast import memory, pool_tokens, supervision
 from muka_fast import store as store_module
 from muka_fast.config import RunConfig
 from muka_fast.data import TextSet, Tokens
@@ -255,11 +255,11 @@ def test_a_precision_that_is_slow_here_is_told(precision, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "muka_fast")
     able = {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
-    supervision.tell_precision(precision, "cpu")
+    memory.tell_precision("--precision", precision, "cpu")
     assert ("this CPU does not compute in it" in caplog.text) == (precision == "fp16")
     caplog.clear()
-    supervision.tell_precision(precision, "cuda")
-    assert ("--scoring_precision bf16 is faster" in caplog.text) == (precision == "fp32")
+    memory.tell_precision("--precision", precision, "cuda")
+    assert ("bf16 is faster" in caplog.text) == (precision == "fp32")
 
 
 def test_a_store_is_opened_in_the_order_of_the_latest_scoring(tmp_path, stage):

@@ -197,6 +197,16 @@ def test_overwrite_removes_nothing_but_a_teacher(options, tmp_path):
     assert (output / "data.jsonl").read_text() == "the only copy" and (output / "model.safetensors").exists()
 
 
+def test_a_run_that_was_set_aside_under_this_name_stays(options, tmp_path):
+    """By `train --overwrite`, which failed, and whose folder the user has removed since."""
+    whole = tmp_path / ".teacher.replaced" / "run.json"
+    whole.parent.mkdir()
+    whole.write_text("{}")
+    for overwrite in (False, True):
+        teach.teach(TeachConfig(**options | {"epochs": 1, "overwrite": overwrite}))
+        assert whole.read_text() == "{}" and len(list(tmp_path.glob(".teacher*"))) == 1
+
+
 def test_a_folder_that_cannot_be_written_is_refused_before_the_training(options, monkeypatch):
     monkeypatch.setattr(teach.os, "access", lambda path, mode: False)
     monkeypatch.setattr(teach, "fine_tune", None)

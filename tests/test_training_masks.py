@@ -1,14 +1,19 @@
 """Dropout in training: the contract's masks, whatever the batch, in every form that the layers take, and nothing left behind."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
 import pytest
 import torch
 from torch import nn
 
+from muka_fast import intercept as intercept_module
 from muka_fast.fused_layers import fused_layers
 from muka_fast.intercept import intercept
 from muka_fast.postln import LAYERS
+from muka_fast.seeds import seed_of
 from muka_fast.sites import Masks, list_sites
-from muka_fast.training_masks import student_seed, training_masks
+from muka_fast.training_masks import training_masks
 
 LENGTHS, IDS, EPOCH, SEED = (9, 4, 1, 6), (70, 3, 2**32 - 1, 0), 2, 5
 CPU, ALL = torch.device("cpu"), (0, 1, 2, 3)
@@ -48,7 +53,7 @@ def test_masks_are_those_of_a_scoring_pass(family, options, make_model):
     """The whole model as scores take it, eval mode and no token left out: the same logits, the same gradients."""
     model = make_model(family, ("a", "b", "c"), dropout=0.3, **options)
     sites = list_sites(model)
-    masks = Masks(model, sites, {site.index: site.p for site in sites}, student_seed(SEED), torch.tensor(IDS), 1, EPOCH)
+    masks = Masks(model, sites, {site.index: site.p for site in sites}, seed_of(SEED, "student"), torch.tensor(IDS), 1, EPOCH)
     with intercept(model, masks):
         expected = logits_and_gradients(model, batch(model))
     assert_close(trained(model.train()), expected, rtol=1e-4, atol=1e-5)
@@ -123,3 +128,50 @@ def test_other_models_and_devices_drop_as_pytorch_does(family, device, make_mode
         one = model(**batch(model)).logits
         torch.manual_seed(1)
         assert not torch.equal(one, model(**batch(model)).logits)
+
+
+@pytest.mark.parametrize("p", [1.0, 0.999999])
+def test_what_16_bits_are_not_for_is_pytorchs(p, make_model):
+    """All but everything dropped. Beside such a site the others are PyTorch's too."""
+    model = make_model("bert", ("a", "b", "c"), dropout=0.0, classifier_dropout=p).train()
+    with training_masks(model, SEED, CPU) as next_texts:
+        next_texts(torch.tensor(IDS), 0)
+        logits = model(**batch(model)).logits
+    torch.testing.assert_close(logits, model.classifier.bias.expand_as(logits), rtol=0, atol=1e-3)
+
+
+def test_a_model_that_does_not_train_drops_nothing(make_model):
+    model = make_model("bert", ("a", "b", "c"), dropout=0.3)
+    plain = model(**batch(model)).logits
+    with fused_layers(model), training_masks(model, SEED, CPU) as next_texts:
+        next_texts(torch.tensor(IDS), 0)
+        torch.testing.assert_close(model(**batch(model)).logits, plain)
+
+
+def test_another_model_is_left_alone(make_model):
+    """While one trains: its dropout, in a layer that `first_token_only` cuts as well, and a call of the function outside of any."""
+    one, other = (make_model("bert", ("a", "b", "c"), seed=seed, dropout=0.3).train() for seed in (0, 1))
+    with training_masks(one, SEED, CPU), fused_layers(other):
+        torch.manual_seed(3)
+        found = other(**batch(other)).logits
+        torch.manual_seed(4)
+        assert (nn.functional.dropout(torch.ones(1000), 0.5) == 0).any()
+    with fused_layers(other):
+        torch.manual_seed(3)
+        assert torch.equal(other(**batch(other)).logits, found)
+
+
+def test_models_of_two_threads_end_in_any_order(make_model):
+    dropout = nn.functional.dropout
+    models = [make_model("bert", ("a", "b", "c"), seed=seed, dropout=0.3).train() for seed in (0, 1)]
+    alone = [trained(model) for model in models]
+    first, second = (ExitStack(), ExitStack())
+    told = [block.enter_context(training_masks(model, SEED, CPU)) for block, model in zip((first, second), models, strict=True)]
+    for next_texts in told:
+        next_texts(torch.tensor(IDS), EPOCH)
+    first.close()
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(logits_and_gradients, models[1], batch(models[1])).result()
+    second.close()
+    assert_close(found, alone[1], rtol=1e-4, atol=1e-5)
+    assert nn.functional.dropout is dropout and not intercept_module._handler_of

@@ -170,7 +170,7 @@ def test_a_training_step_does_not_wait(family, method, make_model):
     with fake_gpu(), torch.no_grad():
         move(engine.model)
         chosen._union_on[engine.device] = torch.empty(union.shape, dtype=torch.int64, device="cuda")
-        step = train_step(engine, chosen, tokens, None, np.arange(6), config, [], 0, lambda rows: None)
+        step = train_step(engine, chosen, tokens, np.arange(6), config, [], 0, lambda rows: None)
     assert step.number == 1 and len(step.seen) == 2 and step.outcome.values.shape == (2,)
 
 

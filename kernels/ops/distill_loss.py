@@ -29,7 +29,6 @@ SCHEMA = (
     "(Tensor student_logits, Tensor teacher_probs, Tensor scores, int[] offsets, Tensor teacher_to_union, bool soft, float tau, "
     "float temperature, bool margin) -> (Tensor, Tensor)"
 )
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in csrc/cpu/distill_loss.cpp
 
 
 def bytes_moved(texts: int, teachers: int, width: int, classes: int, itemsize: int = 4) -> int:
@@ -84,15 +83,13 @@ def distill_loss_cpu(
     student_logits: Tensor, teacher_probs: Tensor, scores: Tensor, offsets: list[int], teacher_to_union: Tensor,
     soft: bool, tau: float, temperature: float, margin: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    code = DTYPE_CODES.get(student_logits.dtype)
-    if code is None:  # float64: only tests ask for it
-        return distill_loss_reference(student_logits, teacher_probs, scores, offsets, teacher_to_union, soft, tau, temperature, margin)
     logits, probs = row_major(student_logits), row_major(teacher_probs.float())
     scores, mapping = scores.float().contiguous(), teacher_to_union.contiguous()
     loss, grad = empty_outputs(logits)
     table._C.distill_loss(
-        logits.data_ptr(), code, *logits.shape, logits.stride(0), probs.data_ptr(), probs.stride(0), scores.data_ptr(), offsets,
-        mapping.data_ptr(), soft, tau, temperature, margin, loss.data_ptr(), grad.data_ptr(), torch.get_num_threads(),
+        logits.data_ptr(), table.DTYPE_CODES[logits.dtype], *logits.shape, logits.stride(0), probs.data_ptr(), probs.stride(0),
+        scores.data_ptr(), offsets, mapping.data_ptr(), soft, tau, temperature, margin, loss.data_ptr(), grad.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return loss, grad
 
@@ -266,10 +263,6 @@ if triton is not None:
         student_logits: Tensor, teacher_probs: Tensor, scores: Tensor, offsets: list[int], teacher_to_union: Tensor,
         soft: bool, tau: float, temperature: float, margin: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        if student_logits.dtype not in DTYPE_CODES:
-            return distill_loss_reference(
-                student_logits, teacher_probs, scores, offsets, teacher_to_union, soft, tau, temperature, margin
-            )
         logits, probs = (table.aligned(row_major(t)) for t in (student_logits, teacher_probs))
         scores = table.dense(scores.float())
         loss, grad = empty_outputs(logits)

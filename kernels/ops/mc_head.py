@@ -49,7 +49,7 @@ def operations(num_samples: int, num_texts: int, width: int, classes: int) -> di
     """What the op must compute: random lanes, integer operations behind them, dense-product flops, exponentials."""
     return {
         "philox_lanes": num_samples * num_texts * width,
-        "philox_operations": num_samples * num_texts * philox_calls(0, width) * PHILOX_CALL_OPERATIONS,
+        "philox_operations": num_samples * num_texts * philox_calls(width) * PHILOX_CALL_OPERATIONS,
         "dense_flops": 2 * (num_samples + 1) * num_texts * width * classes,
         "exponentials": num_samples * num_texts * classes,
     }
@@ -78,8 +78,6 @@ def mc_head_reference(
 def mc_head_cpu(
     features: Tensor, weight: Tensor, bias: Tensor | None, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor
 ) -> tuple[Tensor, ...]:
-    if features.dtype == torch.float64:  # only tests ask for it
-        return mc_head_reference(features, weight, bias, num_samples, p, seed, site, example_ids)
     x, w = features.float().contiguous(), weight.float().contiguous()
     b = None if bias is None else bias.float().contiguous()
     threshold, scale = philox.mask_parameters(p)
@@ -257,8 +255,6 @@ if philox.triton is not None:
     def mc_head_triton(
         features: Tensor, weight: Tensor, bias: Tensor | None, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor
     ) -> tuple[Tensor, ...]:
-        if features.dtype == torch.float64:
-            return mc_head_reference(features, weight, bias, num_samples, p, seed, site, example_ids)
         if features.dtype == torch.bfloat16 and philox.INTERPRETED:  # its dot takes the bits of bfloat16 for integers
             features = features.float()
         x, w, b = table.dense(features), table.dense(weight), None if bias is None else table.dense(bias)

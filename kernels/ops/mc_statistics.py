@@ -26,7 +26,6 @@ if triton is not None:
     from muka_fast.ops.mc_statistics_triton import launch
 
 SCHEMA = "(Tensor logits, int[] offsets) -> Tensor"
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in csrc/cpu/mc_statistics.cpp
 
 
 def bytes_moved(num_samples: int, texts: int, teachers: int, width: int, itemsize: int = 4) -> int:
@@ -104,10 +103,8 @@ def mc_statistics_reference(logits: Tensor, offsets: list[int]) -> Tensor:
 
 
 def mc_statistics_cpu(logits: Tensor, offsets: list[int]) -> Tensor:
-    code = DTYPE_CODES.get(logits.dtype)
-    if code is None:  # float64: for gradients and tests, where speed is nothing
-        return mc_statistics_reference(logits, offsets)
     check(logits, offsets)
+    code = table.DTYPE_CODES[logits.dtype]
     samples, texts, _ = logits.shape
     sample_stride, text_stride, class_stride = logits.stride()
     if class_stride != 1:
@@ -124,8 +121,6 @@ def mc_statistics_fake(logits: Tensor, offsets: list[int]) -> Tensor:
 
 
 def mc_statistics_triton(logits: Tensor, offsets: list[int]) -> Tensor:
-    if logits.dtype not in DTYPE_CODES:
-        return mc_statistics_reference(logits, offsets)
     check(logits, offsets)
     out = empty_output(logits, len(offsets) - 1)
     if len(out):

@@ -55,11 +55,6 @@ def _cpu(
     query, key, value, starts, num_heads, scaling, num_samples, p, seed, site, example_ids, query_positions, position_bias,
     first_sample, plain_first,
 ) -> Tensor:  # fmt: skip
-    if query.dtype == torch.float64:  # only tests ask for it
-        return _reference(
-            query, key, value, starts, num_heads, scaling, num_samples, p, seed, site, example_ids, query_positions,
-            position_bias, first_sample, plain_first,
-        )  # fmt: skip
     dtype = query.dtype
     query, key, value = (t.float().contiguous() for t in (query, key, value))
     bias = None if position_bias is None else position_bias.float().contiguous()
@@ -82,7 +77,7 @@ if philox.triton is not None:
     import triton.language as tl
 
     from muka_fast.ops.fast_math import FUSED
-    from muka_fast.ops.packed_attention import halves, product
+    from muka_fast.ops.packed_attention import halves, pad, product, width_class
 
     @triton.jit
     def weighted(b_p, b_v):
@@ -152,21 +147,10 @@ if philox.triton is not None:
 
     MOST_REPLICAS = 32  # of one program; more share a text over several
 
-    def pad(size: int) -> int:
-        return max(16, triton.next_power_of_2(size))  # the least that tl.dot takes
-
-    def shape_class(head_dim: int) -> str:
-        return f"d{next((width for width in (32, 64) if pad(head_dim) <= width), 128)}"
-
     def _triton(
         query, key, value, starts, num_heads, scaling, num_samples, p, seed, site, example_ids, query_positions, position_bias,
         first_sample, plain_first,
     ) -> Tensor:  # fmt: skip
-        if query.dtype == torch.float64:  # only tests ask for it
-            return _reference(
-                query, key, value, starts, num_heads, scaling, num_samples, p, seed, site, example_ids, query_positions,
-                position_bias, first_sample, plain_first,
-            )  # fmt: skip
         query, key, value = (t.contiguous() for t in (query, key, value))
         bias = query if position_bias is None else position_bias.contiguous()
         threshold, scale = philox.mask_parameters(p)
@@ -174,7 +158,7 @@ if philox.triton is not None:
         out = query.new_empty((replicas, *query.shape))
         if out.numel() == 0:
             return out
-        BLOCK, num_warps = tuning.choose("one_query_attention", shape_class(head_dim), query.device)
+        BLOCK, num_warps = tuning.choose("one_query_attention", width_class(head_dim), query.device)
         R_PAD = min(pad(replicas), MOST_REPLICAS)
         with table.on_device_of(query):
             one_query_attention_kernel[(texts, num_heads, triton.cdiv(replicas, R_PAD))](
@@ -200,7 +184,7 @@ if philox.triton is not None:
         )
         for dtype in ("fp32", "fp16", "bf16")
         for head_dim, replicas, biased in ((32, 32, False), (64, 16, False), (64, 32, True), (128, 32, False))
-        for place, (block, num_warps) in enumerate(tuning.CANDIDATES["one_query_attention"][shape_class(head_dim)])
+        for place, (block, num_warps) in enumerate(tuning.CANDIDATES["one_query_attention"][width_class(head_dim)])
     ]
 
 _op = table.register(

@@ -232,22 +232,20 @@ if philox.triton is not None:
     def pad(size: int) -> int:
         return max(16, triton.next_power_of_2(size))  # the least that tl.dot takes
 
+    def width_class(head_dim: int) -> str:
+        """Of tuning.py."""
+        return f"d{next((width for width in (32, 64) if pad(head_dim) <= width), 128)}"
+
     def shape_class(itemsize: int, head_dim: int, longest_query: int, masked: bool, biased: bool) -> str:
         """Of tuning.py."""
         if longest_query <= 16:
             return f"{8 * itemsize} bit one row"
-        width = next((width for width in (32, 64) if pad(head_dim) <= width), 128)
-        return f"{8 * itemsize} bit d{width}{' biased' if biased else ' masked' if masked else ''}"
+        return f"{8 * itemsize} bit {width_class(head_dim)}{' biased' if biased else ' masked' if masked else ''}"
 
     def _triton(
         query, key, value, query_starts, first_positions, starts, longest, num_heads, scaling, num_samples, p, seed, site, example_ids,
         position_bias, first_sample, plain_first,
     ) -> Tensor:  # fmt: skip
-        if query.dtype == torch.float64:  # only tests ask for it
-            return _reference(
-                query, key, value, query_starts, first_positions, starts, longest, num_heads, scaling, num_samples, p, seed, site,
-                example_ids, position_bias, first_sample, plain_first,
-            )  # fmt: skip
         query, key, value = (t.contiguous() for t in (query, key, value))
         out = _fake(
             query, key, value, query_starts, first_positions, starts, longest, num_heads, scaling, num_samples, p, seed, site,

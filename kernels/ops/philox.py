@@ -62,9 +62,9 @@ def check_counters(site: int, first_sample: int, num_samples: int) -> None:
         raise ValueError(f"site {site} and {num_samples} samples from {first_sample} must be in [0, 2^32)")
 
 
-def philox_calls(first_element: int, width: int) -> int:
-    """Philox calls that cover `width` elements from `first_element`: eight lanes each, shared by no two rows."""
-    return (first_element + width + LANES - 1) // LANES - first_element // LANES if width else 0
+def philox_calls(width: int) -> int:
+    """Philox calls of a row of `width` elements that begins with a call: eight lanes each, shared by no two rows."""
+    return (width + LANES - 1) // LANES
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -32,7 +32,7 @@ def bytes_moved(num_samples: int, rows: int, width: int, itemsize: int = 4, repe
 
 def operations(num_samples: int, rows: int, width: int) -> int:
     """32-bit integer operations of the Philox calls (rows that begin at a multiple of eight)."""
-    return num_samples * rows * philox_calls(0, width) * PHILOX_CALL_OPERATIONS
+    return num_samples * rows * philox_calls(width) * PHILOX_CALL_OPERATIONS
 
 
 def repeat_dropout_fake(
@@ -51,8 +51,6 @@ def repeat_dropout_reference(
 def repeat_dropout_cpu(
     x: Tensor, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor, offsets: Tensor, first_sample: int
 ) -> Tensor:
-    if x.dtype == torch.float64:  # only tests ask for it
-        return repeat_dropout_reference(x, num_samples, p, seed, site, example_ids, offsets, first_sample)
     source = x.float().contiguous()
     rows, width = source.shape[-2:]
     threshold, scale = philox.mask_parameters(p)
@@ -127,14 +125,12 @@ if philox.triton is not None:
 
     def block(width: int, calls_of_row: int, calls: int, streamed: int) -> dict[str, Any]:
         """Constexprs of a program that makes `calls` at once, at most `calls_of_row` of them in one row."""
-        calls_of_row = min(calls_of_row, triton.next_power_of_2(philox_calls(0, width)))
+        calls_of_row = min(calls_of_row, triton.next_power_of_2(philox_calls(width)))
         return {"ROWS": calls // calls_of_row, "CALLS": calls_of_row, "STORE": ".cs" if streamed else ""}
 
     def repeat_dropout_triton(
         x: Tensor, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor, offsets: Tensor, first_sample: int
     ) -> Tensor:
-        if x.dtype == torch.float64:
-            return repeat_dropout_reference(x, num_samples, p, seed, site, example_ids, offsets, first_sample)
         source = x.contiguous()
         rows, width = source.shape[-2:]
         threshold, scale = philox.mask_parameters(p)

@@ -2,6 +2,7 @@
 
 MUKA_FAST_BACKEND = auto | reference | cpu | triton overrides the choice (for tests and for hunting a fault); it never changes a
 result beyond float rounding. `auto` takes C++ on the CPU and Triton on CUDA, and the PyTorch reference where neither exists.
+Floats that no kernel is written for, float64 above all, run the reference in any case.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ except ImportError:  # a checkout that was never built; `muka-fast doctor` says 
 ABI = 2  # of the compiled extension; raised with every change of a C++ signature
 if _C is not None and _C.ABI != ABI:
     raise ImportError(f"muka_fast._C has ABI {_C.ABI}, this Python code needs {ABI}: run `pip install -e .` again")
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # what kernels take; the codes are those of csrc/cpu
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 BACKEND = os.environ.get("MUKA_FAST_BACKEND", "auto")
@@ -40,7 +43,8 @@ def register(
 ) -> Callable:
     """Register one op with torch.library and return the callable `torch.ops.muka_fast.<name>`.
 
-    schema: the argument list and result in torch's schema language, without the name.
+    schema: the argument list and result in torch's schema language, without the name. The first argument is a tensor: where it
+    holds floats outside of DTYPE_CODES, the reference runs.
     cpu, triton: None where the extension or Triton is missing.
     Raises ImportError where MUKA_FAST_BACKEND names an implementation that is not there.
     """
@@ -56,9 +60,18 @@ def register(
         if chosen is None:
             raise ImportError(f"MUKA_FAST_BACKEND={BACKEND}: {name} has no such implementation on this machine")
         TABLE[name][device.lower()] = chosen
-        LIBRARY.impl(name, have[chosen], device)
+        LIBRARY.impl(name, reference if chosen == "reference" else _or_reference(have[chosen], reference), device)
     torch.library.register_fake(f"muka_fast::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.muka_fast, name)
+
+
+def _or_reference(kernel: Callable, reference: Callable) -> Callable:
+    """The kernel, or the reference for the floats that it does not take. Integers stay: some kernels refuse what that would round."""
+
+    def run(x: Tensor, *rest):
+        return (kernel if x.dtype in DTYPE_CODES or not x.is_floating_point() else reference)(x, *rest)
+
+    return run
 
 
 def runs_triton(x: Tensor) -> bool:

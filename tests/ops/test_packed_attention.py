@@ -60,6 +60,15 @@ def test_in_the_interpreter(interpreter):
     interpreter(__file__, "reference or long")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
+def test_floats_without_a_kernel_run_the_reference(dtype):
+    *states, longest, ids = case([3, 9], 2, 2, 8, 2, True, True, False)
+    states = [t.to(dtype) if t.is_floating_point() else t for t in states]
+    common = (2, 0.3, 2, 0.4, 12, 3, ids)
+    got, want = packed_attention(*states, longest, *common), packed_attention_ref(*states, *common)
+    assert got.dtype == dtype and torch.equal(got.double(), want.double())
+
+
 def test_a_long_text_in_several_blocks():
     """More queries and keys than one block takes, beside a text of one token."""
     *states, longest, ids = case([1, 83], 2, 2, 8, 2, True, True, False)

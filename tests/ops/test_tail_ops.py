@@ -139,6 +139,17 @@ def test_half_precision_is_rounded_once(dtype):
     torch.testing.assert_close(got.float(), want, atol=0, rtol=torch.finfo(dtype).eps)
 
 
+def test_float64_is_the_reference():
+    x, residual, weight, bias, ids, offsets = layer_norm_case(3, 5, 96, True, 0)
+    doubles = [t.double() for t in (x, residual, weight, bias)]
+    common = (1e-5, 0.25, 9, 2, ids, offsets, 5)
+    assert torch.equal(dropout_add_layer_norm(*doubles, *common), dropout_add_layer_norm_ref(*doubles, *common))
+    query, key, value, starts, ids, positions, _ = attention_case([3, 9, 1], 2, 2, 8, 5)
+    doubles = [t.double() for t in (query, key, value)]
+    common = (starts, 2, 0.35, 4, 0.3, 12, 3, ids, positions, None, 0, True)
+    assert torch.equal(one_query_attention(*doubles, *common), one_query_attention_ref(*doubles, *common))
+
+
 def test_attention_is_the_row_of_the_whole_layer():
     """The masks are those of the full [H, L, L] probabilities at the row of the query, and so is the result."""
     length, heads, head_dim, samples = 9, 3, 8, 2
