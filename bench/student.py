@@ -125,7 +125,8 @@ def main() -> int:
             rows.append({"stage": stage, "batch_size": batch_size, **row})
             told = f"{cost.num_parameters / 1e6:,.0f} M parameters, {args.precision}, {mean} tokens a text, {args.device}"
             text = f"# The student's loop: {args.size}, {told}\n\nMatrix rate {limit / 1e12:.2f} TFLOP/s.\n\n{table(rows)}"
-            show(f"student_{args.size}", rows, text, args.device, args.json)  # anew after every row: a run may be cut off
+            stem = f"student_{args.size}" + ("_fp32" if args.precision == "fp32" else "")
+            show(stem, rows, text, args.device, args.json)  # anew after every row: a run may be cut off
     return int(bool(failed))
 
 

@@ -30,8 +30,13 @@ def modes_of_a_new_process() -> Iterator[None]:
     with ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.enable_grad())
-        for kind in ["cpu", *["cuda"] * torch.cuda.is_available()]:
-            modes.enter_context(torch.autocast(kind, enabled=False))
+        # By their switches: inside a block of torch.autocast, the caller's or one of ours, weights that were cast once stay as they
+        # were then, however they are trained, until the outermost block ends.
+        modes.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)
+        for kind in ("cpu", "cuda"):
+            modes.callback(torch.set_autocast_enabled, kind, torch.is_autocast_enabled(kind))
+            torch.set_autocast_enabled(kind, False)
         for product, precision in zip(products, precisions, strict=True):
             modes.callback(setattr, product, "fp32_precision", precision)
             product.fp32_precision = "ieee"

@@ -246,7 +246,7 @@ class RunConfig(ScoringOptions):
     weight_decay: float = option(0.01, "decoupled weight decay", "Training", ge=0, le=1)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", "Training", gt=0, le=1e6)
     precision: Literal[PRECISIONS] | None = option(
-        None, "precision of the student's training; a CPU takes fp32", "Training", means="what the ds_config says, else fp32"
+        None, "precision of the student's training; a CPU takes fp32 or bf16", "Training", means="what the ds_config says, else fp32"
     )
     cuda_graphs: bool = option(
         True, "on one GPU replay the steps of small batches as CUDA graphs, which saves their launches", "Training"

@@ -45,6 +45,8 @@ def tell_precision(option: str, precision: str, device: str) -> None:
             log.info("%s is fp32; bf16 is faster on most GPUs", option)
         return
     able = getattr(torch.cpu, "get_capabilities", dict)()
+    if precision == "fp32" and able.get("amx_bf16"):
+        log.info("%s is fp32; bf16 is faster on this CPU", option)
     units = [f"{unit}_{precision}" for unit in ("avx512", "amx")]
     if able.get("architecture") == "x86_64" and precision != "fp32" and not any(able.get(unit) for unit in units):
         log.warning("%s %s: this CPU does not compute in it, so that it is slower than fp32", option, precision)

@@ -115,7 +115,7 @@ def rate(options: PlanConfig, config: PreTrainedConfig, tokens: int, precision: 
         return UTILISATION * (full if precision == "fp32" else half)
     device = device_of(options.device)
     log.info("measuring %s, cut to two layers, on this machine's %s", what, device)
-    precision = "fp32" if train and device == "cpu" else precision  # a CPU trains in fp32
+    precision = "fp32" if train and device == "cpu" and precision == "fp16" else precision  # in which a CPU does not train
     return measured_flops(config, options.micro_batch, tokens, precision, device, train, what)
 
 

@@ -76,8 +76,9 @@ def test_batch_is_micro_batch_times_accumulation_times_processes(micro, accumula
         ({"gradient_clipping": -1}, {}, "max_grad_norm"),
         ({"zero_optimization": {"stage": 4}}, {}, "must be 0, 1, 2 or 3"),
         ({"activation_checkpointing": {}}, {}, "activation_checkpointing, which .* use --activation_checkpointing"),
-        ({"bf16": {"enabled": True}}, {}, "bf16 is enabled, but this run is on the CPU"),
-        ({}, {"precision": "bf16"}, "--precision: bf16 is enabled, but this run is on the CPU"),
+        ({"fp16": {"enabled": True}}, {}, "fp16 is enabled, but this run is on the CPU"),
+        ({}, {"precision": "fp16"}, "--precision: fp16 is enabled, but this run is on the CPU"),
+        ({"zero_optimization": {"stage": 2}}, {"precision": "bf16"}, "bf16 on a CPU runs at ZeRO stage 0"),
         ({"bf16": {"enabled": True}}, {"precision": "fp32"}, "enables bf16, but --precision is fp32"),
         ({"bf16": {"enabled": False}}, {"precision": "bf16"}, "bf16.enabled to false, but --precision is bf16"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, {}, "both enabled"),
@@ -89,12 +90,15 @@ def test_contradictions_name_both_sides(ds, options, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("half", "processes", "stage"), [("bf16", 1, 0), ("bf16", 2, 1), ("fp16", 1, 1)])
-def test_half_precision_keeps_fp32_weights(half, processes, stage):
+@pytest.mark.parametrize(
+    ("half", "processes", "device", "stage"),
+    [("bf16", 1, "cuda", 0), ("bf16", 2, "cuda", 1), ("fp16", 1, "cuda", 1), ("bf16", 1, "cpu", 0), ("bf16", 2, "cpu", 0)],
+)
+def test_half_precision_keeps_fp32_weights(half, processes, device, stage):
     given = {half: {"enabled": True}}
-    ds, _ = prepare_ds_config(given, RunConfig(), processes, device="cuda")
+    ds, _ = prepare_ds_config(given, RunConfig(), processes, device=device)
     assert ds["zero_optimization"]["stage"] == stage
-    asked, _ = prepare_ds_config(None, RunConfig(precision=half), processes, device="cuda")
+    asked, _ = prepare_ds_config(None, RunConfig(precision=half), processes, device=device)
     assert asked == ds
     if half == "fp16":
         with pytest.raises(UserError, match="master weights"):
@@ -102,9 +106,10 @@ def test_half_precision_keeps_fp32_weights(half, processes, stage):
 
 
 def test_bf16_without_partitioning_is_autocast_over_fp32_weights(make_model):
-    """As a GPU has it where steps are not recorded; here on the CPU, which prepare_ds_config would refuse."""
-    ds, config = prepare_ds_config({"train_micro_batch_size_per_gpu": 2}, RunConfig(batch_size=4, learning_rate=1e-2), 1)
-    engine = Engine.create(make_model("bert"), config, ds | {"bf16": {"enabled": True}}, 10)
+    """On a CPU, and on a GPU where steps are not recorded."""
+    options = RunConfig(batch_size=4, learning_rate=1e-2, precision="bf16")
+    ds, config = prepare_ds_config({"train_micro_batch_size_per_gpu": 2}, options, 1)
+    engine = Engine.create(make_model("bert"), config, ds, 10)
     before = [parameter.detach().clone() for parameter in engine.ds.module.parameters()]
     ids = torch.tensor([[5, 7, 9], [8, 6, 11]])
     for complete in (False, True):

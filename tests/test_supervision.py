@@ -253,11 +253,13 @@ def test_precisions_stand_side_by_side(tmp_path, stage):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_precision_that_is_slow_here_is_told(precision, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "muka_fast")
-    able = {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": False}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
-    memory.tell_precision("--precision", precision, "cpu")
-    assert ("this CPU does not compute in it" in caplog.text) == (precision == "fp16")
-    caplog.clear()
+    for amx in (False, True):
+        able = {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": amx}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able, raising=False)
+        memory.tell_precision("--precision", precision, "cpu")
+        assert ("this CPU does not compute in it" in caplog.text) == (precision == "fp16")
+        assert ("bf16 is faster on this CPU" in caplog.text) == (precision == "fp32" and amx)
+        caplog.clear()
     memory.tell_precision("--precision", precision, "cuda")
     assert ("bf16 is faster" in caplog.text) == (precision == "fp32")
 

@@ -141,6 +141,26 @@ def test_activation_checkpointing_changes_nothing(go, stage, monkeypatch):
     assert counts[1] == 2 * counts[0] == 2 * 5
 
 
+def test_bf16_on_a_cpu(go, stop_at, monkeypatch):
+    """It learns as fp32 does; the same again inside a caller's autocast and from a checkpoint; in micro-batches."""
+    options = {"method": "supervised", "epochs": 12, "learning_rate": 5e-3}  # whose losses are far above the rounding
+    exact, rounded = go("fp32", **options), go("bf16", precision="bf16", **options)
+    record = json.loads((rounded.output / "run.json").read_text())
+    assert record["config"]["precision"] == "bf16" and {tensor.dtype for tensor in weights(rounded).values()} == {torch.float32}
+    assert losses(rounded)[0] != losses(exact)[0] == pytest.approx(losses(rounded)[0], rel=0.01)
+    fallen = [sum(losses(run)[-5:]) / sum(losses(run)[:5]) for run in (exact, rounded)]
+    assert fallen[1] == pytest.approx(fallen[0], abs=0.05) and fallen[1] < 0.8
+    split = go("micro", ds={"train_micro_batch_size_per_gpu": 4}, precision="bf16", **options)
+    assert losses(split)[0] == pytest.approx(losses(rounded)[0], rel=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert losses(go("inside", precision="bf16", **options)) == losses(rounded)
+    stop_at(4)
+    assert go("cut", precision="bf16", **options).stopped
+    monkeypatch.undo()
+    resumed = go("cut", precision="bf16", resume=True, **options)
+    assert losses(resumed) == losses(rounded) and largest_difference(weights(resumed), weights(rounded)) == 0
+
+
 def test_run_yaml_repeats_the_run_bit_for_bit(go, tmp_path):
     first = go("first", ds={"gradient_clipping": 0.3})
     options = yaml.safe_load((first.output / "run.yaml").read_text())
