@@ -23,6 +23,20 @@ os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 @contextmanager
+def _outside_of_autocast_blocks() -> Iterator[None]:
+    """As if none were open: weights that were cast in one stay as they were, however they are trained, until the outermost ends."""
+    depth = torch.autocast_increment_nesting() - 1
+    for _ in range(depth + 1):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        for _ in range(depth):
+            torch.autocast_increment_nesting()
+
+
+@contextmanager
 def modes_of_a_new_process() -> Iterator[None]:
     """torch's modes as a process begins with them, whatever the caller has set: no numbers of a run depend on that."""
     products = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
@@ -30,13 +44,10 @@ def modes_of_a_new_process() -> Iterator[None]:
     with ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.enable_grad())
-        # By their switches: inside a block of torch.autocast, the caller's or one of ours, weights that were cast once stay as they
-        # were then, however they are trained, until the outermost block ends.
-        modes.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
-        torch.set_autocast_cache_enabled(False)
         for kind in ("cpu", "cuda"):
             modes.callback(torch.set_autocast_enabled, kind, torch.is_autocast_enabled(kind))
             torch.set_autocast_enabled(kind, False)
+        modes.enter_context(_outside_of_autocast_blocks())
         for product, precision in zip(products, precisions, strict=True):
             modes.callback(setattr, product, "fp32_precision", precision)
             product.fp32_precision = "ieee"

@@ -7,7 +7,6 @@ user's run (`train.amalgamate`) and what each method does with teachers that kno
 import os
 import shutil
 import time
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -157,7 +156,8 @@ def clear(output: Path) -> None:
     if not is_ours(output):
         raise UserError(f"--output {output}: holds files that no demo wrote; name a new or empty folder")
     output = output.resolve()  # a link stays one
-    aside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.replaced")  # not the name under which a run is set aside
+    aside = output.with_name(f".{output.name}.replaced-demo")  # not the name under which a run is set aside
+    shutil.rmtree(aside, ignore_errors=True)
     os.replace(output, aside)
     shutil.rmtree(aside)
 

@@ -29,7 +29,7 @@ from muka_fast.config import LABELLED_METHODS
 from muka_fast.console import quiet_transformers
 from muka_fast.errors import UserError, first_line
 from muka_fast.outputs import PARTIAL, READY
-from muka_fast.tokenizer import NO_LIMIT, settle_tokenizer, token_limit
+from muka_fast.tokenizer import NO_LIMIT, settle_tokenizer, token_limit, tokenizer_limit
 
 if TYPE_CHECKING:
     from muka_fast.doubt import UncertaintyHead
@@ -106,7 +106,7 @@ def save_student(
             raise UserError(f"--output {output}: training has spoilt the student, {name} is not finite: lower --learning_rate")
     set_labels(model, labels)
     tokenizer = clean_tokenizer(model, tokenizer)
-    kept = min(card.options["max_length"], tokenizer.model_max_length) if "max_length" in card.options else None
+    kept = min(card.options["max_length"], tokenizer_limit(tokenizer)) if "max_length" in card.options else None
     partial = output / PARTIAL
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -124,11 +124,12 @@ def measured_flops(config: PreTrainedConfig, texts: int, tokens: int, precision:
         small = reduced(config)
         cost = footprint(small, 1, tokens, precision, what)
         texts = max(1, min(texts, int(MEASURED_FLOPS / max(cost.forward_flops, 1))))
-        model = unloaded(small, precision).to(device).train(train)
+        autocast = train and device == "cpu" and precision == "bf16"
+        model = unloaded(small, "fp32" if autocast else precision).to(device).train(train)
         ids = torch.ones(texts, cost.tokens, dtype=torch.int64, device=device)
 
         def work() -> None:
-            with torch.set_grad_enabled(train):
+            with torch.set_grad_enabled(train), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
             if train:
                 logits.float().square().mean().backward()

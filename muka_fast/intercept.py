@@ -4,6 +4,7 @@ Nothing is left behind by a block: instance attributes are removed, the attentio
 `..._without_waiting` change stays.
 """
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -30,14 +31,22 @@ class SiteHandler(Protocol):
         """x in, masked x out. p is what the module itself would drop, as far as it says so."""
 
 
-_handler_of: dict[nn.Module, SiteHandler] = {}  # of every module of the models that are inside a block of `intercept`
+_handler_of: dict[int, SiteHandler] = {}  # by the id of every module of the models that are inside a block of `intercept`
 _changing = threading.Lock()  # it, and with it torch.nn.functional.dropout
-_dropout = nn.functional.dropout
+_dropout = nn.functional.dropout  # what ours stands for
+
+
+def _forget_other_threads() -> None:
+    global _changing
+    _changing = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 def intercepted(module: nn.Module) -> bool:
     """Whether its model is inside a block of `intercept`."""
-    return module in _handler_of
+    return id(module) in _handler_of
 
 
 def attention(
@@ -64,7 +73,7 @@ def attention(
         attention_mask = attention_mask[..., : key.shape[-2]]
     if position_bias is not None:
         attention_mask = position_bias if attention_mask is None else position_bias + attention_mask
-    handler = _handler_of.get(module)
+    handler = _handler_of.get(id(module))
     masked = handler is not None and handler.wants(module)
     if not masked and softcap is None:
         out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
@@ -173,7 +182,7 @@ def intercept(model: PreTrainedModel, handler: SiteHandler) -> Iterator[None]:
     configs = _configs(model)
     implementations = [config._attn_implementation for config in configs]
     modules, dropouts = list(model.modules()), list(dropout_modules(model).values())
-    before, shadows = [_handler_of.get(module) for module in modules], [module.__dict__.get("forward") for module in dropouts]
+    before, shadows = [_handler_of.get(id(module)) for module in modules], [module.__dict__.get("forward") for module in dropouts]
     try:
         _handle(modules, [handler] * len(modules))
         for config in configs:
@@ -193,17 +202,18 @@ def intercept(model: PreTrainedModel, handler: SiteHandler) -> Iterator[None]:
 
 
 def _handle(modules: list[nn.Module], handlers: list[SiteHandler | None]) -> None:
-    """Give each module its handler; torch.nn.functional.dropout is ours as long as any has one."""
+    """Give each module its handler; torch.nn.functional.dropout is ours as long as any has one. What somebody else puts in its place
+    meanwhile stays."""
     global _dropout
     with _changing:
-        if not _handler_of:
+        if not _handler_of and nn.functional.dropout is not _functional_dropout:
             _dropout, nn.functional.dropout = nn.functional.dropout, _functional_dropout
         for module, handler in zip(modules, handlers, strict=True):
             if handler is None:
-                _handler_of.pop(module, None)
+                _handler_of.pop(id(module), None)
             else:
-                _handler_of[module] = handler
-        if not _handler_of:
+                _handler_of[id(module)] = handler
+        if not _handler_of and nn.functional.dropout is _functional_dropout:
             nn.functional.dropout = _dropout
 
 
@@ -213,9 +223,8 @@ def _functional_dropout(input: Tensor, p: float = 0.5, training: bool = True, in
     while frame is not None and not isinstance(frame.f_locals.get("self"), nn.Module):
         frame = frame.f_back
     module = None if frame is None else frame.f_locals["self"]
-    if not isinstance(module, nn.Module) or module not in _handler_of:
-        return _dropout(input, p, training, inplace)
-    return _handler_of[module].apply(module, input, p)
+    handler = _handler_of.get(id(module))
+    return _dropout(input, p, training, inplace) if handler is None else handler.apply(module, input, p)
 
 
 def _site_forward(handler: SiteHandler, module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -17,7 +17,7 @@ from muka_fast.data import read_texts, tokenize
 from muka_fast.errors import UserError, first_line
 from muka_fast.footprint import STAGES, Footprint, footprint, measured_flops, stage_memory
 from muka_fast.labels import build_label_space
-from muka_fast.memory import device_of
+from muka_fast.memory import device_of, tell_precision
 from muka_fast.recipe import default_epochs
 from muka_fast.scoring import empty_shard
 from muka_fast.store import FEATURE_TYPE, FEATURES, default_shard_size, shard_ranges
@@ -116,6 +116,7 @@ def rate(options: PlanConfig, config: PreTrainedConfig, tokens: int, precision: 
     device = device_of(options.device)
     log.info("measuring %s, cut to two layers, on this machine's %s", what, device)
     precision = "fp32" if train and device == "cpu" and precision == "fp16" else precision  # in which a CPU does not train
+    tell_precision("--precision" if train else "--scoring_precision", precision, device)
     return measured_flops(config, options.micro_batch, tokens, precision, device, train, what)
 
 

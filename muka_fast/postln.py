@@ -69,7 +69,7 @@ def _albert_layer(group: nn.Module) -> tuple[tuple, tuple[str, ...]]:
 
 
 # model_type -> parts of a layer in the order of PostLayer, its attention's dropout the last of them, and the paths of its three sites
-# inside it ("" = no such site)
+# inside it ("" = no such site; attention's is always there)
 LAYERS = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _bert_layer),
     "distilbert": _distilbert_layer,

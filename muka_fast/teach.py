@@ -240,8 +240,9 @@ def save_classifier(
             kept = output.with_name(f"{output.name}-{mark}")
             os.replace(aside, kept)
             raise UserError(f"{error}. The teacher that was trained meanwhile is {kept}") from error
-        old = output.with_name(f".{output.name}.{mark}.replaced")  # not the name under which a run is set aside
+        old = output.with_name(f".{output.name}.replaced-teacher")  # not the name under which a run is set aside
         if output.exists():
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(output, old)
         os.replace(aside, output)
         shutil.rmtree(old, ignore_errors=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from muka_fast.first_token import covered_calls
 from muka_fast.fused_layers import MOST
 from muka_fast.intercept import intercept
+from muka_fast.ops import table
 from muka_fast.seeds import seed_of
 from muka_fast.sites import Masks, sites_of_config
 
@@ -51,7 +52,8 @@ def _masks(model: nn.Module, seed: int) -> TrainingMasks | None:
     sites = sites_of_config(model.config)
     recomputed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
     again = any(site.occurrence and isinstance(site.layer, int) for site in sites or [])
-    if sites is None or (recomputed and again) or any(site.p > MOST for site in sites):
+    slow = table.BACKEND == "auto" and table._C is None  # the reference is many times slower than PyTorch's dropout
+    if slow or sites is None or (recomputed and again) or any(site.p > MOST for site in sites):
         log.info("dropout is PyTorch's: its masks depend on batches and on the number of processes")
         return None
     p_of_site = {site.index: site.p for site in sites if site.p > 0}

@@ -35,6 +35,17 @@ def test_two_processes_change_nothing(go, world, tmp_path, method):
 
 
 @pytest.mark.slow
+def test_two_processes_in_bf16(go, world, tmp_path):
+    """On a CPU: fp32 weights and gradients, sums over processes included."""
+    options = {"epochs": 1, "method": "supervised", "precision": "bf16"}
+    alone = go("alone", ds=SMOOTH_ADAM, **options)
+    codes, told = finish(run_processes(arguments(world, tmp_path, "pair", SMOOTH_ADAM, options), 2))
+    assert codes == [0, 0], told
+    pair = train.RunResult(tmp_path / "pair")
+    assert losses(pair) == pytest.approx(losses(alone), rel=1e-3) and largest_difference(weights(pair), weights(alone)) < 1e-3
+
+
+@pytest.mark.slow
 def test_two_processes_train_the_same_uncertainty_head(go, world, tmp_path):
     options = {"epochs": 1}
     alone = go("alone", ds=SMOOTH_ADAM, uncertainty_head=True, **options)

@@ -154,6 +154,8 @@ def test_bf16_on_a_cpu(go, stop_at, monkeypatch):
     assert losses(split)[0] == pytest.approx(losses(rounded)[0], rel=1e-3)
     with torch.autocast("cpu", torch.bfloat16):
         assert losses(go("inside", precision="bf16", **options)) == losses(rounded)
+        assert torch.is_autocast_enabled("cpu") and torch.autocast_increment_nesting() == 2
+        torch.autocast_decrement_nesting()
     stop_at(4)
     assert go("cut", precision="bf16", **options).stopped
     monkeypatch.undo()

@@ -161,6 +161,38 @@ def test_another_model_is_left_alone(make_model):
         assert torch.equal(other(**batch(other)).logits, found)
 
 
+def test_what_others_put_in_the_place_of_dropout_stays_theirs(make_model, monkeypatch):
+    """Also where they do it inside our block and undo it after its end, which puts ours back; and Ctrl-C while ours is put there."""
+    plain = nn.functional.dropout
+    model = make_model("bert", ("a", "b", "c"), dropout=0.3).train()
+    foreign = lambda *args, **kwargs: plain(*args, **kwargs)
+    with training_masks(model, SEED, CPU):
+        theirs, nn.functional.dropout = nn.functional.dropout, foreign
+    assert nn.functional.dropout is foreign
+    nn.functional.dropout = theirs
+    for _ in range(2):
+        with training_masks(model, SEED, CPU):
+            assert nn.functional.dropout(torch.ones(9), 0.0).sum() == 9
+    assert nn.functional.dropout is plain
+
+    class Interrupted(dict):
+        def __setitem__(self, *item):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(intercept_module, "_handler_of", Interrupted())
+    with pytest.raises(KeyboardInterrupt), training_masks(model, SEED, CPU):
+        pytest.fail("the block was entered")
+    assert nn.functional.dropout is plain
+
+
+def test_without_the_extension_dropout_is_pytorchs(make_model, monkeypatch):
+    model = make_model("bert", ("a", "b", "c"), dropout=0.3).train()
+    monkeypatch.setattr("muka_fast.ops.table._C", None)
+    monkeypatch.setattr("muka_fast.ops.table.BACKEND", "auto")
+    with training_masks(model, SEED, CPU):
+        assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_models_of_two_threads_end_in_any_order(make_model):
     dropout = nn.functional.dropout
     models = [make_model("bert", ("a", "b", "c"), seed=seed, dropout=0.3).train() for seed in (0, 1)]
