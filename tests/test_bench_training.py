@@ -177,7 +177,7 @@ def test_fused_layers_that_are_wrong_are_not_timed(bench, monkeypatch, capsys, e
         ("teacher", "--texts 0", "1 or more"),
         ("teacher", "--device tpu", "cpu or cuda"),
         ("step", "--length 0", "1 or more"),
-        ("step", "--size toy --device cpu --precision bf16 --batch_size 1", "--precision"),
+        ("step", "--size toy --device cpu --precision fp16 --batch_size 1", "--precision"),
         ("selection", "--texts 0", "1 or more"),
         ("ceilings", "--json no/such/folder.json", "there is no folder"),
         ("launches", "--scopes nope", "--scopes nope: must be all"),
