@@ -116,12 +116,14 @@ def rate(options: PlanConfig, config: PreTrainedConfig, tokens: int, precision: 
     device = device_of(options.device)
     log.info("measuring %s, cut to two layers, on this machine's %s", what, device)
     precision = "fp32" if train and device == "cpu" and precision == "fp16" else precision  # in which a CPU does not train
-    tell_precision("--precision" if train else "--scoring_precision", precision, device)
     return measured_flops(config, options.micro_batch, tokens, precision, device, train, what)
 
 
 def plan(options: PlanConfig) -> dict[str, Any]:
     """All figures: bytes, hours, FLOP/s. Raises UserError for models that cannot be read or run without weights."""
+    if options.flops is None and options.gpu is None:  # measured here
+        for option, precision in (("--scoring_precision", options.scoring_precision), ("--precision", options.precision)):
+            tell_precision(option, precision, device_of(options.device))
     names = teacher_names(options.teachers)
     num_texts, tokens = count_texts(options)
     length = max(1, round(tokens))
