@@ -20,6 +20,7 @@ from muka_fast.ops import (
     mc_statistics,
     one_query_attention,
     packed_attention,
+    philox,
     reference,
     repeat_dropout,
     residual_norm,
@@ -331,14 +332,23 @@ def as_exact(ours: Callable, definition: Callable, leaves: list[Tensor], dy: Ten
     return errors(with_gradients(ours, leaves, dy), in_float, exact, scales=(scale,) * (1 + len(leaves)))
 
 
+def draws(texts: int, device: str) -> reference.Draws:
+    return reference.Draws(torch.tensor([philox.signed_seed(SEED), 0], device=device), torch.arange(texts, device=device), SITE)
+
+
+def of_first(drawn: reference.Draws, texts: Tensor) -> reference.Draws:
+    """Of as many texts as there are."""
+    return drawn._replace(example_ids=drawn.example_ids[: len(texts)])
+
+
 def residual_norm_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Problem:
     """What follows a dense layer in training, both ways; parameters fp32."""
     rows, width = shape
     x, residual, dy = (torch.randn(rows, width, device=device).to(dtype) for _ in range(3))
     parameters = [torch.randn(width, device=device) for _ in range(3)]
     leaves = [t.requires_grad_() for t in (x, parameters[0], residual, *parameters[1:])]
-    seed = torch.full((1,), SITE, dtype=torch.int64, device=device)
-    ours = lambda *tensors: residual_norm.residual_norm(*tensors, p=P, eps=1e-5, seed=seed)
+    drawn = draws(rows, device)
+    ours = lambda *tensors: residual_norm.residual_norm(*tensors, p=P, eps=1e-5, draws=of_first(drawn, tensors[0]))
 
     def eager(x, dense_bias, residual, weight, bias) -> Tensor:
         z = F.dropout(x + dense_bias.to(x.dtype), P) + residual
@@ -346,7 +356,8 @@ def residual_norm_problem(shape: tuple[int, ...], dtype: torch.dtype, device: st
 
     def check() -> str:
         few = [t.detach()[:24].requires_grad_() if t.dim() > 1 else t for t in leaves]
-        return as_exact(ours, lambda *tensors: reference.residual_norm_ref(*tensors, P, 1e-5, seed), few, dy[:24])
+        definition = lambda *tensors: reference.residual_norm_ref(*tensors, P, 1e-5, of_first(drawn, tensors[0]))
+        return as_exact(ours, definition, few, dy[:24])
 
     return Problem(
         lambda: with_gradients(ours, leaves, dy),
@@ -407,9 +418,9 @@ def self_attention_problem(shape: tuple[int, ...], dtype: torch.dtype, device: s
     width = 64 * heads
     qkv, dy = (torch.randn(texts, length, columns, device=device).to(dtype) for columns in (3 * width, width))
     seen = torch.arange(length, device=device) < torch.linspace(length * 3 // 4, length, texts, device=device)[:, None]
-    mask, seed = seen[:, None, None].expand(-1, 1, length, -1), torch.full((1,), SITE, dtype=torch.int64, device=device)
+    mask, drawn = seen[:, None, None].expand(-1, 1, length, -1), draws(texts, device)
     leaves = [qkv.requires_grad_()]
-    ours = lambda qkv: self_attention.self_attention(qkv, heads, p=P, seed=seed, mask=mask[: len(qkv)])
+    ours = lambda qkv: self_attention.self_attention(qkv, heads, p=P, draws=of_first(drawn, qkv), mask=mask[: len(qkv)])
 
     def split(qkv: Tensor) -> list[Tensor]:
         return [t.unflatten(-1, (heads, 64)).transpose(1, 2) for t in qkv.chunk(3, -1)]
@@ -424,7 +435,8 @@ def self_attention_problem(shape: tuple[int, ...], dtype: torch.dtype, device: s
 
     def check() -> str:
         few = [qkv.detach()[:3].requires_grad_()]
-        return as_exact(ours, lambda qkv: reference.self_attention_ref(qkv, heads, P, seed, mask[: len(qkv)]), few, dy[:3])
+        definition = lambda qkv: reference.self_attention_ref(qkv, heads, P, of_first(drawn, qkv), mask[: len(qkv)])
+        return as_exact(ours, definition, few, dy[:3])
 
     pairs = texts * length * length
     return Problem(

@@ -28,13 +28,23 @@ from muka_fast.config import RunConfig
 from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine, init_distributed
 from muka_fast.footprint import DTYPES, footprint
-from muka_fast.fused_layers import fused_layers
+from muka_fast.training_layers import NextTexts, training_layers
 
 CLASSES, VOCABULARY = 20, 8000
-WAYS = {"launched, plain layers": (False, lambda model: nullcontext()), "launched": (False, fused_layers)}
-WAYS |= {"recorded, plain layers": (True, lambda model: nullcontext()), "recorded": (True, fused_layers)}
-Layers = Callable[[torch.nn.Module], AbstractContextManager]
-Step = Callable[[int], tuple[torch.Tensor, torch.Tensor, Callable[[], float]]]
+Layers = Callable[[torch.nn.Module, torch.device, int], AbstractContextManager[NextTexts]]
+Step = Callable[[int, NextTexts], tuple[torch.Tensor, torch.Tensor, Callable[[], float]]]
+
+
+def plain(model: torch.nn.Module, device: torch.device, texts: int) -> AbstractContextManager[NextTexts]:
+    return nullcontext(lambda example_ids, epoch: None)
+
+
+def fused(model: torch.nn.Module, device: torch.device, texts: int) -> AbstractContextManager[NextTexts]:
+    return training_layers(model, 0, device, texts)
+
+
+WAYS: dict[str, tuple[bool, Layers]] = {"launched, plain layers": (False, plain), "launched": (False, fused)}
+WAYS |= {"recorded, plain layers": (True, plain), "recorded": (True, fused)}
 CHECKED = 8  # steps
 # Of fused from plain layers at most: on a CPU, with plain forms of the ops, 1.2e-2 in bf16 for `base`, whose layers round in between.
 FUSED_ERROR = {"fp32": 1e-3, "bf16": 3e-2}
@@ -59,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
 def stepper(
     args: argparse.Namespace, model_config: BertConfig, batch_size: int, graphs: bool
 ) -> tuple[BertForSequenceClassification, Step]:
-    """A new student, and its step by number, which seeds its masks: loss, logits [B, C], and the gradient's norm once it is called."""
+    """A new student, and its step by number, which its masks follow from: loss, logits [B, C], and the gradient's norm once called."""
     torch.manual_seed(0)
     model = BertForSequenceClassification(copy.deepcopy(model_config))  # the engine changes it
     options = {"batch_size": batch_size, "learning_rate": 5e-5, "precision": args.precision, "cuda_graphs": graphs}
@@ -71,9 +81,11 @@ def stepper(
     ids = torch.randint(5, VOCABULARY, (batch_size, args.length), generator=generator)
     batch = {"input_ids": ids, "attention_mask": (torch.arange(args.length) < lengths[:, None]).long()}
     labels = torch.randint(CLASSES, (batch_size,), generator=generator).to(engine.device)
+    example_ids = torch.arange(batch_size)
 
-    def step(number: int) -> tuple[torch.Tensor, torch.Tensor, Callable[[], float]]:
+    def step(number: int, next_texts: NextTexts) -> tuple[torch.Tensor, torch.Tensor, Callable[[], float]]:
         torch.manual_seed(number)
+        next_texts(example_ids, number)
         logits = engine(**batch).logits.float()
         loss = torch.nn.functional.cross_entropy(logits, labels)
         engine.backward(loss)
@@ -89,18 +101,18 @@ def measure(
     """The first losses, and median seconds of a step, of the device and of the host."""
     model, step = stepper(args, model_config, batch_size, graphs)
     wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
-    with layers(model):
-        losses = torch.stack([step(number)[0] for number in range(CHECKED)]).tolist()
+    with layers(model, torch.device(args.device), batch_size) as next_texts:
+        losses = torch.stack([step(number, next_texts)[0] for number in range(CHECKED)]).tolist()
         times, hosts, begin = [], [], time.perf_counter()
         while len(times) < 3 or time.perf_counter() - begin < args.seconds:
             wait()
             start = time.perf_counter()
-            step(CHECKED)
+            step(CHECKED, next_texts)
             hosts.append(time.perf_counter() - start)
             wait()
             start = time.perf_counter()
             for _ in range(IN_A_ROW):
-                step(CHECKED)
+                step(CHECKED, next_texts)
             wait()
             times.append((time.perf_counter() - start) / IN_A_ROW)
     return losses, {"ms": 1e3 * statistics.median(times), "host_ms": 1e3 * statistics.median(hosts)}
@@ -113,8 +125,9 @@ def fused_errors(args: argparse.Namespace, model_config: BertConfig, batch_size:
     told = []
     for _, layers in (WAYS["launched, plain layers"], WAYS["launched"]):
         model, step = stepper(args, config, batch_size, False)
-        with layers(model):
-            steps = [(loss, logits, torch.tensor(norm())) for loss, logits, norm in map(step, range(CHECKED))]
+        with layers(model, torch.device(args.device), batch_size) as next_texts:
+            told_by = (step(number, next_texts) for number in range(CHECKED))
+            steps = [(loss, logits, torch.tensor(norm())) for loss, logits, norm in told_by]
         told.append([torch.stack([value.cpu() for value in values]) for values in zip(*steps, strict=True)])
     relative = lambda ours, plain: max(float((a - b).norm() / b.norm()) for a, b in zip(ours, plain, strict=True))
     return {name: relative(*both) for name, *both in zip(("loss", "logits", "gradient's norm"), told[1], told[0], strict=True)}
@@ -149,7 +162,7 @@ def main() -> int:
     ways = WAYS if args.device == "cuda" else {"launched, plain layers": WAYS["launched, plain layers"]}
     for batch_size in args.batch_size:
         found, first = {}, 0.0
-        refused = fused_layers if args.device == "cuda" and not fused_as_plain(args, config, batch_size) else None
+        refused = fused if args.device == "cuda" and not fused_as_plain(args, config, batch_size) else None
         wrong += refused is not None
         for way, (graphs, layers) in ways.items():
             if layers is refused:

@@ -14,16 +14,20 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from muka_fast import intercept
-from muka_fast.intercept import patched
+from muka_fast.intercept import SiteHandler, patched
 from muka_fast.postln import PostLayer, layer_calls, layer_parts
 
 
 class Parts:
     """What a layer is computed by; muka_fast/fused_layers.py has another form of it."""
 
+    def __init__(self, masks: SiteHandler | None = None):
+        """masks: of the attention of single rows; without them it is `intercept`'s, or PyTorch's."""
+        self.masks = masks
+
     def attention(self, layer: PostLayer, x: Tensor, rows: Tensor, head_dim: int, bias: Tensor | None) -> Tensor:
         """Of the rows [B, R, D] to x [B, L, D], before the dense layer; bias as of `layer_rows`."""
-        return attention(layer, layer.query(rows), layer.key(x), layer.value(x), head_dim, bias)
+        return attention(layer, layer.query(rows), layer.key(x), layer.value(x), head_dim, bias, self.masks)
 
     def add_norm(self, dense: nn.Module, dropout: nn.Module, norm: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
         return norm(dropout(dense(x)) + rows)
@@ -32,11 +36,13 @@ class Parts:
 PLAIN = Parts()
 
 
-def attention(layer: PostLayer, query: Tensor, key: Tensor, value: Tensor, head_dim: int, bias: Tensor | None) -> Tensor:
-    """PyTorch's own, of heads side by side: query [B, R, D], key and value [B, L, D]. Under `intercept` the model's."""
+def attention(
+    layer: PostLayer, query: Tensor, key: Tensor, value: Tensor, head_dim: int, bias: Tensor | None, masks: SiteHandler | None = None
+) -> Tensor:
+    """PyTorch's own, of heads side by side: query [B, R, D], key and value [B, L, D]. With masks, and under `intercept`, by these."""
     query, key, value = (states.unflatten(-1, (-1, head_dim)).transpose(1, 2) for states in (query, key, value))
-    if intercept.intercepted(layer.attends):
-        return intercept.attention(layer.attends, query, key, value, bias)[0].flatten(-2)
+    if masks is not None or intercept.intercepted(layer.attends):
+        return intercept.attention(layer.attends, query, key, value, bias, handler=masks)[0].flatten(-2)
     p = probability(layer.attention_dropout)
     return scaled_dot_product_attention(query, key, value, bias, dropout_p=p).transpose(1, 2).flatten(-2)
 

@@ -5,17 +5,17 @@ The dense layer's bias, its dropout, the residual and the norm are four passes o
 where a layer is not what this file expects, the modules run as they are.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from muka_fast.first_token import (
-    PLAIN,
     Parts,
     attention,
     covered_calls,
@@ -24,38 +24,47 @@ from muka_fast.first_token import (
     layer_form,
     probability,
 )
-from muka_fast.intercept import SDPA_NAME, patched
+from muka_fast.intercept import SDPA_NAME, SiteHandler, patched
+from muka_fast.ops.philox import Draws
 from muka_fast.ops.residual_norm import residual_norm
 from muka_fast.ops.self_attention import self_attention, takes
 from muka_fast.postln import PostLayer, layer_parts
 
-MOST = 0.99  # all but everything dropped is nothing that the masks' 16 bits are for
+log = logging.getLogger("muka_fast")
+ATTENTION_OF_PYTORCH = "dropout of attention is PyTorch's: its masks depend on batches and on the number of processes"
+
+
+class LayerMasks(SiteHandler, Protocol):
+    """A handler whose masks a kernel can draw by itself."""
+
+    def draws(self, module: nn.Module) -> tuple[float, Draws | None]:
+        """Probability and draws of the next call of a site. Counts as a call."""
 
 
 @contextmanager
-def fused_layers(model: nn.Module) -> Iterator[None]:
+def fused_layers(model: nn.Module, masks: LayerMasks | None = None) -> Iterator[None]:
     """Inside it `model` runs as under `first_token_only`, its layers fused on a GPU wherever they can be.
 
-    The same function with the same gradient; on a GPU dropout falls on the same sites with the same p (to 16 bits), on other elements.
+    The same function with the same gradient, and dropout by `masks`; without them nothing is fused around a dropout that drops.
     Where PyTorch computes in 16 bits, under autocast, hidden states between layers have 16 bits as well.
     """
     calls = covered_calls(model)
-    fitting = [module for module in dict.fromkeys(calls) if fits(model, module)]
+    fitting, fused = [module for module in dict.fromkeys(calls) if fits(model, module)], Fused(masks)
     with ExitStack() as stack:
         for module in fitting:
-            stack.enter_context(patched(module, partial(forward, layer_form(model, module, FUSED))))
-        stack.enter_context(first_token_only(model, FUSED if calls and calls[-1] in fitting else PLAIN))
+            stack.enter_context(patched(module, partial(forward, layer_form(model, module, fused))))
+        stack.enter_context(first_token_only(model, fused if calls and calls[-1] in fitting else Parts(masks)))
         yield
 
 
 def forward(run: Any, original: Any, x: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-    if on_gpu(x) and is_known(attention_mask):
+    if is_gpu(x.device) and is_known(attention_mask):
         return run(x, x, attention_mask, *args)
     return original(x, attention_mask, *args, **kwargs)
 
 
-def on_gpu(x: Tensor) -> bool:
-    return x.is_cuda
+def is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def fits(model: nn.Module, module: nn.Module) -> bool:
@@ -81,31 +90,31 @@ def fits(model: nn.Module, module: nn.Module) -> bool:
 class Fused(Parts):
     """The parts on a GPU."""
 
+    told = False
+
+    def draws(self, module: nn.Module, dropout: nn.Module) -> tuple[float, Draws | None]:
+        """Of the site of `module`, where `dropout` would drop: probability, and draws unless it is 0 or there are no masks."""
+        return (probability(dropout), None) if self.masks is None else self.masks.draws(module)
+
     def attention(self, layer: PostLayer, x: Tensor, rows: Tensor, head_dim: int, bias: Tensor | None) -> Tensor:
         """Queries, keys and values of all rows in one product, whose gradient is one as well and needs no sum over three."""
-        if not on_gpu(x) or rows is not x:
+        if not is_gpu(x.device) or rows is not x:
             return super().attention(layer, x, rows, head_dim, bias)
         each = (layer.query, layer.key, layer.value)
         qkv = linear(x, torch.cat([dense.weight for dense in each]), torch.cat([dense.bias for dense in each]))
-        p = probability(layer.attention_dropout)
+        p, draws = self.draws(layer.attends, layer.attention_dropout)
         hides = bias is None or (bias.dtype == torch.bool and bias.shape[1] == 1)  # not so MPNet's, which learns
-        if hides and p <= MOST and takes(qkv.dtype, qkv.shape[1], head_dim, qkv.device):
-            return self_attention(qkv, layer.query.out_features // head_dim, p=p, seed=draw_seed(p, x.device), mask=bias)
+        if hides and (p == 0 or draws is not None) and takes(qkv.dtype, qkv.shape[1], head_dim, qkv.device):
+            return self_attention(qkv, layer.query.out_features // head_dim, p=p, draws=draws, mask=bias)
+        if draws is not None and not self.told:
+            self.told = True
+            log.info(ATTENTION_OF_PYTORCH)
         return attention(layer, *qkv.chunk(3, -1), head_dim, bias)
 
     def add_norm(self, dense: nn.Module, dropout: nn.Module, norm: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
         """norm(dropout(dense(x)) + rows) in the dtype of the product."""
-        p = probability(dropout)
-        if not on_gpu(x) or p > MOST:
+        if not is_gpu(x.device) or (self.masks is None and probability(dropout) > 0):
             return super().add_norm(dense, dropout, norm, x, rows)
+        p, draws = self.draws(dropout, dropout)
         product = linear(x, dense.weight)
-        rows, seed = rows.to(product.dtype), draw_seed(p, x.device)
-        return residual_norm(product, dense.bias, rows, norm.weight, norm.bias, p=p, eps=norm.eps, seed=seed)
-
-
-FUSED = Fused()
-
-
-def draw_seed(p: float, device: torch.device) -> Tensor | None:
-    """For an op that reads it on the device: a step that is recorded as a graph draws anew in every replay."""
-    return torch.empty(1, dtype=torch.int64, device=device).random_() if p > 0 else None
+        return residual_norm(product, dense.bias, rows.to(product.dtype), norm.weight, norm.bias, p=p, eps=norm.eps, draws=draws)

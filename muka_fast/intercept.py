@@ -54,11 +54,12 @@ def attention(
     query: Tensor,  # [B, H, Lq, d]
     key: Tensor,  # [B, H / groups, Lk, d]
     value: Tensor,
-    attention_mask: Tensor | None,  # additive [B, 1 | H, Lq, Lk]
+    attention_mask: Tensor | None,  # additive, or bool, true where a query sees a key: [B, 1 | H, Lq, Lk]
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
     position_bias: Tensor | None = None,  # [1 | B, H, Lq, Lk]
+    handler: SiteHandler | None = None,  # instead of the model's
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it; probabilities pass through the handler. Returns [B, Lq, H, d].
@@ -73,7 +74,7 @@ def attention(
         attention_mask = attention_mask[..., : key.shape[-2]]
     if position_bias is not None:
         attention_mask = position_bias if attention_mask is None else position_bias + attention_mask
-    handler = _handler_of.get(id(module))
+    handler = handler or _handler_of.get(id(module))
     masked = handler is not None and handler.wants(module)
     if not masked and softcap is None:
         out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
@@ -81,7 +82,9 @@ def attention(
         scores = torch.matmul(query, key.transpose(2, 3)) * scaling
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        if attention_mask is not None:
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        elif attention_mask is not None:
             scores = scores + attention_mask
         probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
         out = torch.matmul(handler.apply(module, probs, dropout) if masked else probs, value)

@@ -25,7 +25,7 @@ from muka_fast.memory import Fetch
 from muka_fast.seeds import seed_of
 from muka_fast.snapshots import restore_newest, save_snapshot
 from muka_fast.targets import Method
-from muka_fast.training_masks import NextTexts
+from muka_fast.training_layers import NextTexts
 
 log = logging.getLogger("muka_fast")
 SAVE_S = 60.0  # between two checkpoints at the least, where nobody says --save_every: of short epochs they would take their share
@@ -87,7 +87,7 @@ def train(
 ) -> bool:
     """All steps that are left; False where SIGTERM ended it (after a checkpoint). Raises KeyboardInterrupt, after one, for Ctrl-C.
 
-    next_texts: of `training_masks`.
+    next_texts: of `training_layers`.
     """
     if config.resume:
         found = restore_newest(engine, output)

@@ -228,6 +228,8 @@ class Masks:
     L <= 16384 · shared: flat index, example id 0xFFFFFFFF, one sample at a time.
     """
 
+    key: Tensor | None = None  # seed and first sample on the device, as of `Draws`, instead of those of the host
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -252,6 +254,10 @@ class Masks:
     def restart(self, example_ids: Tensor, first_sample: int) -> None:
         """For another forward."""
         self.example_ids, self.first_sample = example_ids, first_sample
+        self.rewind()
+
+    def rewind(self) -> None:
+        """For the same forward once more."""
         self._calls: Counter[nn.Module] = Counter()
         self._rows: dict[tuple, tuple[Tensor, Tensor]] = {}
 
@@ -284,7 +290,7 @@ class Masks:
             rows, width = x.shape[1:-1], x.shape[-1]
         ids, offsets = self.rows(site.kind, tuple(rows), width, x.device)
         flat = x.reshape(self.num_samples, -1, width)
-        masked = repeat_dropout(flat, self.num_samples, p, self.seed, site.index, ids, offsets, self.first_sample)
+        masked = repeat_dropout(flat, self.num_samples, p, self.seed, site.index, ids, offsets, self.first_sample, self.key)
         return masked.view(x.shape)
 
     def _shared(self, x: Tensor, site: Site, p: float) -> Tensor:
@@ -292,7 +298,7 @@ class Masks:
             raise RuntimeError(f"{site.path} is shared by all texts: one sample at a time")
         offsets = torch.arange(x.shape[0], device=x.device) * x.shape[1]
         ids = torch.full_like(offsets, SHARED_EXAMPLE)
-        return repeat_dropout(x.contiguous(), 1, p, self.seed, site.index, ids, offsets, self.first_sample)[0]
+        return repeat_dropout(x.contiguous(), 1, p, self.seed, site.index, ids, offsets, self.first_sample, self.key)[0]
 
     def rows(self, kind: str, rows: tuple[int, ...], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Example id and first element of every row of one replica: rows = () | (L,) | (H, L)."""

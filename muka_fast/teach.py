@@ -23,7 +23,6 @@ from muka_fast.engine import quiet_deepspeed
 from muka_fast.errors import UserError
 from muka_fast.evaluate import metrics, predict
 from muka_fast.export import clean_tokenizer, is_write_error, open_weights, set_labels, sync_folder
-from muka_fast.fused_layers import fused_layers
 from muka_fast.labels import warn_of_lookalikes
 from muka_fast.memory import device_of
 from muka_fast.optim import linear_schedule, parameter_groups
@@ -31,7 +30,7 @@ from muka_fast.outputs import MODEL_FILES, check_own, check_replaceable
 from muka_fast.recipe import default_epochs, default_learning_rate
 from muka_fast.student import load_student
 from muka_fast.tokenizer import token_limit
-from muka_fast.training_masks import training_masks
+from muka_fast.training_layers import training_layers
 
 if TYPE_CHECKING:
     import transformers
@@ -146,8 +145,8 @@ def fine_tune(
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
-        masked = training_masks(model, recipe.seed, device)
-        with progress(total, description, "steps") as bar, fused_layers(model), masked as next_texts:
+        layers = training_layers(model, recipe.seed, device, recipe.batch_size)
+        with progress(total, description, "steps") as bar, layers as next_texts:
             for epoch in range(recipe.epochs):
                 losses = []
                 for rows in epoch_batches(tokens.lengths, recipe.batch_size, recipe.seed, epoch):

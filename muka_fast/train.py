@@ -39,7 +39,6 @@ from muka_fast.evidence import SAMPLE, sample_rows
 from muka_fast.features import Features
 from muka_fast.files import held, write_json, write_text
 from muka_fast.fit_doubt import doubt_targets, fit_head
-from muka_fast.fused_layers import fused_layers
 from muka_fast.group import on_first_process, shut_down, told_once
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
 from muka_fast.loop import Plan, train
@@ -62,7 +61,7 @@ from muka_fast.stored import Supervision, open_store
 from muka_fast.student import checkpoint_activations, load_student
 from muka_fast.supervision import fill_store, option_values
 from muka_fast.tokenizer import token_limit
-from muka_fast.training_masks import training_masks
+from muka_fast.training_layers import training_layers
 from muka_fast.words import with_words
 
 log = logging.getLogger("muka_fast")
@@ -186,7 +185,7 @@ def merge(
     trained = method.wrap(model)
     engine = Engine.create(trained, config, ds_config, plan.total_steps)
     pad_id = model.config.get_text_config().pad_token_id
-    with clock("train"), fused_layers(model), training_masks(model, config.seed, engine.device) as next_texts:
+    with clock("train"), training_layers(model, config.seed, engine.device, config.batch_size) as next_texts:
         finished = train(engine, method, tokens, texts, plan, config, output, pad_id, next_texts)
     if not finished:
         return RunResult(output, stopped=True)

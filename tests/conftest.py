@@ -1,14 +1,17 @@
 """Fixtures of the whole suite: tiny random classifiers of every family with real tokenizers, and real-looking texts.
 
 Nothing is imported from here (`--import-mode=importlib`): ask for the fixtures `family`, `encoder_family` and
-`decoder_family` (parametrised names), `make_model`, `make_tokenizer`, `make_teacher`, `texts`.
+`decoder_family` (parametrised names), `make_model`, `make_tokenizer`, `make_teacher`, `texts`, `interpreter`.
 """
 
 import copy
 import json
 import logging
 import os
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 # Before torch: one thread per test process, and no test ever reaches a network.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
@@ -342,6 +345,25 @@ def make_teacher(tmp_path, make_model, make_tokenizer):
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """run(file, keyword): the tests of `file` that match `keyword`, every op in Triton's interpreter, in a process of its own.
+
+    TRITON_INTERPRET replaces triton.jit at import and so cannot be set in this process.
+    """
+
+    def run(file, keyword):
+        pytest.importorskip("triton", reason="Triton is not on this platform")
+        env = os.environ | {"TRITON_INTERPRET": "1", "MUKA_FAST_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", str(file), "-k", keyword, "-q", "-x", "-p", "no:cacheprovider"]
+        command += ["--confcutdir", str(Path(file).parent)]
+        result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+        assert " passed" in result.stdout, result.stdout[-500:]
+
+    return run
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -96,6 +96,17 @@ def test_a_result_of_a_card_names_its_driver_and_its_host(bench):
     assert torch.__version__ in environment.environment_lines(env)
 
 
+@pytest.mark.parametrize(("op", "shape"), [("residual_norm", (30, 40)), ("self_attention", (4, 9, 2)), ("adamw", (2, 8))])
+def test_the_check_of_an_op_for_training_finds_what_is_off(bench, monkeypatch, op, shape):
+    """Here on a CPU, where these are not timed."""
+    registry = bench("registry")
+    build = next(case.build for case in registry.CASES if case.op == op)
+    assert build(shape, torch.float32, "cpu").check() == ""
+    definition = getattr(registry.reference, f"{op}_ref")
+    monkeypatch.setattr(registry.reference, f"{op}_ref", lambda *given: definition(*given) * (1 + 1e-3))
+    assert build(shape, torch.float32, "cpu").check() != ""
+
+
 def test_all_threads_are_not_compared_with_one(bench):
     throughput = bench("throughput")
     case = next(case for case in throughput.CASES if case.op == "repeat_dropout" and case.toy)

@@ -12,6 +12,7 @@ from transformers import BertConfig
 
 import muka_fast
 from muka_fast import fused_layers as fused
+from muka_fast import training_layers
 from muka_fast.errors import UserError
 from muka_fast.train import RunResult
 
@@ -153,7 +154,8 @@ def test_a_row_of_a_teacher_that_fails_loses_no_other(bench, monkeypatch, capsys
 @pytest.mark.parametrize("error", [0.0, 0.5])
 def test_fused_layers_that_are_wrong_are_not_timed(bench, monkeypatch, capsys, error):
     step, original, calls = bench("step"), fused.residual_norm, []
-    monkeypatch.setattr(fused, "on_gpu", lambda x: True)
+    for module in (fused, training_layers):
+        monkeypatch.setattr(module, "is_gpu", lambda device: True)
     monkeypatch.setattr(fused, "takes", lambda *states: True)
     op = lambda product, *more, **options: calls.append(options["p"]) or original((1 + error) * product, *more, **options)
     monkeypatch.setattr(fused, "residual_norm", op)

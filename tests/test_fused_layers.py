@@ -7,6 +7,7 @@ import torch
 from test_first_token import EACH_FAMILY, batch, logits_and_gradients
 
 from muka_fast import fused_layers as fused
+from muka_fast import training_layers
 from muka_fast.config import RunConfig
 from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine
@@ -33,16 +34,17 @@ def calls(monkeypatch):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """One that self_attention takes everything on."""
-    monkeypatch.setattr(fused, "on_gpu", lambda x: True)
+    for module in (fused, training_layers):
+        monkeypatch.setattr(module, "is_gpu", lambda device: True)
     monkeypatch.setattr(fused, "takes", lambda *states: True)
 
 
 @pytest.fixture
 def attentions(monkeypatch):
-    """Dropout probability and seed of every call of self_attention."""
+    """Dropout probability and draws of every call of self_attention."""
     told = []
     original = fused.self_attention
-    op = lambda *states, p, seed, mask: told.append((p, seed)) or original(*states, p=p, seed=seed, mask=mask)
+    op = lambda *states, p, draws, mask: told.append((p, draws)) or original(*states, p=p, draws=draws, mask=mask)
     monkeypatch.setattr(fused, "self_attention", op)
     return told
 
@@ -63,30 +65,45 @@ def test_same_logits_and_gradients(family, options, padded, make_model, as_on_a_
     inputs = batch(model)
     compare(model, inputs if padded else {name: value[:1] for name, value in inputs.items()})
     assert len(calls) == 2 * len(layer_calls(model))
-    assert all(call["p"] == 0 and call["seed"] is None for call in calls)
+    assert all(call["p"] == 0 and call["draws"] is None for call in calls)
     assert attentions == ([] if family == "mpnet" else [(0.0, None)] * (len(layer_calls(model)) - 1))  # all but the last, of one row
 
 
 @EACH_FAMILY
 def test_every_fused_dropout_drops(family, options, make_model, as_on_a_gpu, calls):
     model = make_model(family, ("a", "b", "c"), dropout=0.1, **options).train()
-    with fused_layers(model):
-        model(**batch(model))
+    inputs = batch(model)
+    ids = torch.arange(len(inputs["input_ids"]))
+    with training_layers.training_layers(model, 0, ids.device, len(ids)) as next_texts:
+        next_texts(ids, 0)
+        model(**inputs)
         sites = [call for call in calls if call["p"] == 0.1]
         assert len(sites) >= len(layer_calls(model))  # DistilBERT and ALBERT have one a layer, the others two
-        assert len({call["seed"].item() for call in sites}) == len(sites)
+        assert len({call["draws"].site for call in sites}) == len(sites)
         calls.clear()
-        model.eval()(**batch(model))
-    assert calls and all(call["p"] == 0 and call["seed"] is None for call in calls)
+        model.eval()(**inputs)
+    assert calls and all(call["p"] == 0 and call["draws"] is None for call in calls)
 
 
 @EACH_FAMILY
-def test_what_attention_drops_is_of_a_seed_of_its_own(family, options, make_model, as_on_a_gpu, attentions):
+def test_what_attention_drops_is_of_sites_of_its_own(family, options, make_model, as_on_a_gpu, calls, attentions):
     model = make_model(family, ("a", "b", "c"), dropout=0.1, **options).train()
+    inputs = batch(model)
+    ids = torch.arange(len(inputs["input_ids"]))
+    with training_layers.training_layers(model, 0, ids.device, len(ids)) as next_texts:
+        next_texts(ids, 0)
+        model(**inputs)
+    drawn = {draws.site for p, draws in attentions if p == 0.1} - {call["draws"].site for call in calls if call["p"]}
+    assert len(drawn) == len(attentions) == (0 if family == "mpnet" else len(layer_calls(model)) - 1)
+
+
+def test_without_masks_nothing_is_fused_around_a_dropout(make_model, as_on_a_gpu, calls, attentions):
+    model = make_model("bert", ("a", "b", "c"), dropout=0.1).train()
     with fused_layers(model):
-        model(**batch(model))
-    drawn = [seed.item() for p, seed in attentions if p == 0.1]
-    assert len(set(drawn)) == len(attentions) == (0 if family == "mpnet" else len(layer_calls(model)) - 1)
+        torch.manual_seed(0)
+        one = model(**batch(model)).logits
+        assert not torch.equal(one, model(**batch(model)).logits)
+    assert not calls and not attentions
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])

@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from muka_fast.ops.reference import LANES, dropout_scale, dropout_threshold
+from muka_fast.ops.reference import LANES, Draws, dropout_scale, dropout_threshold
 
 try:
     import triton
@@ -36,15 +36,33 @@ def unsigned_seed(seed: int) -> int:
     return seed & 0xFFFFFFFFFFFFFFFF
 
 
+def on_the_host(seed: int, first_sample: int, key: Tensor | None) -> tuple[int, int]:
+    """Seed, unsigned, and first sample: those of the key where there is one."""
+    seed, first_sample = (seed, first_sample) if key is None else key.tolist()
+    return unsigned_seed(seed), first_sample
+
+
 def mask_parameters(p: float) -> tuple[int, float]:
     """Threshold t and scale (a float that float32 holds exactly) of dropout probability p in [0, 65535.5 / 65536)."""
     return dropout_threshold(p), torch.tensor(dropout_scale(p), dtype=torch.float32).item()
 
 
-def check_seed(seed: Tensor | None, p: float, device: torch.device) -> None:
-    """Of ops that read their seed on the device. ValueError where p draws masks and it is not one int64 element there."""
-    if dropout_threshold(p) and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device):
-        raise ValueError(f"seed must be one int64 element on {device} where p is not 0")
+def check_draws(draws: Draws | None, p: float, texts: int, device: torch.device) -> None:
+    """ValueError where p draws masks and `draws` are not those of `texts` texts on this device."""
+    if not dropout_threshold(p):
+        return
+    if draws is None:
+        raise ValueError("draws are needed where p is not 0")
+    check_counters(draws.site, 0, 1)
+    check_key(draws.key, device)
+    if check_rows("example_ids", draws.example_ids, texts, device).data_ptr() != draws.example_ids.data_ptr():
+        raise ValueError(f"example_ids must be int64 and contiguous, on {device}")
+
+
+def check_key(key: Tensor, device: torch.device) -> None:
+    """ValueError where it is not that of `Draws`."""
+    if key.dtype != torch.int64 or key.shape != (2,) or key.device != device or not key.is_contiguous():
+        raise ValueError(f"key must be int64 [2] on {device}, seed and sample")
 
 
 def check_rows(name: str, value: Tensor, rows: int, device: torch.device) -> Tensor:

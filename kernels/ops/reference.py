@@ -7,6 +7,7 @@ Letters: K samples (k) · B texts (b) · S = sum of the teachers' class counts �
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,17 @@ MASK32 = 0xFFFFFFFF
 LANES = 8  # 16-bit lanes per Philox call
 # Attention probabilities: element = (head * 16384 + query position) * 16384 + key position, head < 128: padding changes nothing.
 ATTENTION_STRIDE = 16384
+
+
+class Draws(NamedTuple):
+    """Masks of one site in training. The tensors lie on the device: a step recorded as a CUDA graph reads there what holds by then.
+
+    key: int64 [2], the 64 bits of the seed, and the sample. example_ids: int64 [B]. site: 0 ... 2^32 - 1.
+    """
+
+    key: Tensor
+    example_ids: Tensor
+    site: int
 
 
 def dropout_threshold(p: float) -> int:
@@ -77,6 +89,13 @@ def repeat_dropout_ref(
     work = x if x.dtype == torch.float64 else x.float()
     scale = torch.tensor(dropout_scale(p), dtype=torch.float32, device=x.device).to(work.dtype)
     return torch.where(keep, work * scale, torch.zeros((), dtype=work.dtype, device=x.device)).to(x.dtype)
+
+
+def masked_ref(x: Tensor, p: float, draws: Draws, first: Tensor) -> Tensor:
+    """Dropout of one sample by `draws`: x [B * R, D] of texts with R rows each, whose first elements are `first` [R]."""
+    texts, (seed, sample) = len(draws.example_ids), draws.key.tolist()
+    ids = draws.example_ids.repeat_interleave(len(first))
+    return repeat_dropout_ref(x, 1, p, seed, draws.site, ids, first.repeat(texts), sample)[0]
 
 
 def entropy_ref(log_probs: Tensor) -> Tensor:
@@ -223,30 +242,31 @@ def dropout_add_layer_norm_ref(
 
 
 def residual_norm_ref(
-    x: Tensor, dense_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, p: float, eps: float, seed: Tensor | None
+    x: Tensor, dense_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, p: float, eps: float, draws: Draws | None
 ) -> Tensor:
-    """layer_norm(dropout(x + dense_bias) + residual): x, residual [..., D]; dense_bias, weight, bias [D]; seed int64, one element.
+    """layer_norm(dropout(x + dense_bias) + residual): x, residual [B, ..., D], L rows a text; dense_bias, weight, bias [D].
 
-    Mask element: column d of text i, the row, under sample 0 at site 0. Computed in float32 (float64 for float64), returned in the
-    dtype of x. Differentiable.
+    Mask element: column d of row l of its text is l D + d. Computed in float32 (float64 for float64), returned in the dtype of x.
+    Differentiable.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    width, rows = x.shape[-1], torch.arange(x.shape[:-1].numel(), device=x.device)
+    width = x.shape[-1]
     z = x.to(dtype) + dense_bias.to(dtype)
     if dropout_threshold(p):
-        z = repeat_dropout_ref(z.reshape(-1, width), 1, p, seed.view(1), 0, rows, torch.zeros_like(rows))[0].view_as(x)
+        first = torch.arange(x.shape[1:-1].numel(), device=x.device) * width
+        z = masked_ref(z.reshape(-1, width), p, draws, first).view_as(x)
     z = z + residual.to(dtype)
     return torch.nn.functional.layer_norm(z, (width,), weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
 
 
-def self_attention_ref(qkv: Tensor, num_heads: int, p: float, seed: Tensor | None, mask: Tensor | None) -> Tensor:
+def self_attention_ref(qkv: Tensor, num_heads: int, p: float, draws: Draws | None, mask: Tensor | None) -> Tensor:
     """Attention with dropout of its probabilities: qkv [B, L, 3 H d] -> [B, L, H d]; mask bool, [B | 1, 1, L | 1, L | 1], or None.
 
-    Mask element = (head * 16384 + query) * 16384 + key of text b, its row in the batch, under sample 0 at site 0; seed int64, one
-    element. A query that sees no key gets zeros. In float32 (float64 for float64), returned in the dtype of qkv. Differentiable.
+    Mask element = (head * 16384 + query) * 16384 + key. A query that sees no key gets zeros. In float32 (float64 for float64),
+    returned in the dtype of qkv. Differentiable.
     """
     dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    texts, length = qkv.shape[:2]
+    length = qkv.shape[1]
     query, key, value = qkv.to(dtype).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, L, d] each
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     seen = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand_as(scores)
@@ -254,9 +274,7 @@ def self_attention_ref(qkv: Tensor, num_heads: int, p: float, seed: Tensor | Non
     probs = torch.softmax(scores.masked_fill(some & ~seen, -torch.inf), -1) * some
     if dropout_threshold(p):
         element = torch.arange(num_heads, device=qkv.device)[:, None] * ATTENTION_STRIDE + torch.arange(length, device=qkv.device)
-        element = (element * ATTENTION_STRIDE).expand(texts, -1, -1).flatten()
-        ids = torch.arange(texts, device=qkv.device).repeat_interleave(num_heads * length)
-        probs = repeat_dropout_ref(probs.reshape(-1, length), 1, p, seed.view(1), 0, ids, element)[0].view_as(probs)
+        probs = masked_ref(probs.reshape(-1, length), p, draws, (element * ATTENTION_STRIDE).flatten()).view_as(probs)
     return (probs @ value).transpose(1, 2).flatten(-2).to(qkv.dtype)
 
 

@@ -21,7 +21,8 @@ from muka_fast.ops.philox import LANES, PHILOX_CALL_OPERATIONS, philox_calls
 from muka_fast.ops.reference import repeat_dropout_ref
 
 SCHEMA = (
-    "(Tensor x, int num_samples, float p, int seed, int site, Tensor example_ids, Tensor offsets, int first_sample) -> Tensor"
+    "(Tensor x, int num_samples, float p, int seed, int site, Tensor example_ids, Tensor offsets, int first_sample, Tensor? key=None)"
+    " -> Tensor"
 )
 
 
@@ -36,28 +37,29 @@ def operations(num_samples: int, rows: int, width: int) -> int:
 
 
 def repeat_dropout_fake(
-    x: Tensor, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor, offsets: Tensor, first_sample: int
+    x: Tensor, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor, offsets: Tensor, first_sample: int, key=None
 ) -> Tensor:
     return x.new_empty((num_samples, *x.shape[-2:]))
 
 
 def repeat_dropout_reference(
-    x: Tensor, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor, offsets: Tensor, first_sample: int
+    x: Tensor, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor, offsets: Tensor, first_sample: int, key=None
 ) -> Tensor:
-    seed = philox.unsigned_seed(seed)
+    seed, first_sample = philox.on_the_host(seed, first_sample, key)
     return repeat_dropout_ref(x, num_samples, p, seed, site, example_ids, offsets, first_sample).contiguous()
 
 
 def repeat_dropout_cpu(
-    x: Tensor, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor, offsets: Tensor, first_sample: int
+    x: Tensor, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor, offsets: Tensor, first_sample: int, key=None
 ) -> Tensor:
     source = x.float().contiguous()
     rows, width = source.shape[-2:]
     threshold, scale = philox.mask_parameters(p)
+    seed, first_sample = philox.on_the_host(seed, first_sample, key)
     out = torch.empty((num_samples, rows, width), dtype=torch.float32)
     table._C.repeat_dropout(
         source.data_ptr(), out.data_ptr(), example_ids.data_ptr(), offsets.data_ptr(), num_samples, rows, width,
-        0 if source.dim() == 2 else rows * width, philox.unsigned_seed(seed), site, first_sample, threshold, scale,
+        0 if source.dim() == 2 else rows * width, seed, site, first_sample, threshold, scale,
         torch.get_num_threads(),
     )  # fmt: skip
     return out.to(x.dtype)
@@ -97,10 +99,13 @@ if philox.triton is not None:
         p_y,  # [K, rows, D]
         p_ids,  # int64 [rows]
         p_offsets,  # int64 [rows]: element of column 0
+        p_key,  # int64 [2]: seed and first sample, where KEYED
         seed, site, first_sample, threshold, scale, K, rows, D,
         y_stride,  # rows * D
-        ROWS: tl.constexpr, CALLS: tl.constexpr, REPEATED: tl.constexpr, STORE: tl.constexpr,
+        ROWS: tl.constexpr, CALLS: tl.constexpr, REPEATED: tl.constexpr, STORE: tl.constexpr, KEYED: tl.constexpr,
     ):  # fmt: skip
+        if KEYED:
+            seed, first_sample = tl.load(p_key), tl.load(p_key + 1).to(tl.int32)
         # Programs side by side write side by side: neighbours in time are neighbours in memory.
         i_r, i_c = tl.program_id(0) // tl.cdiv(D, CALLS * 8), tl.program_id(0) % tl.cdiv(D, CALLS * 8)
         o_r = i_r.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -129,7 +134,7 @@ if philox.triton is not None:
         return {"ROWS": calls // calls_of_row, "CALLS": calls_of_row, "STORE": ".cs" if streamed else ""}
 
     def repeat_dropout_triton(
-        x: Tensor, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor, offsets: Tensor, first_sample: int
+        x: Tensor, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor, offsets: Tensor, first_sample: int, key=None
     ) -> Tensor:
         source = x.contiguous()
         rows, width = source.shape[-2:]
@@ -142,26 +147,27 @@ if philox.triton is not None:
         grid = (triton.cdiv(rows, constexprs["ROWS"]) * triton.cdiv(width, constexprs["CALLS"] * LANES),)
         with table.on_device_of(x):
             repeat_dropout_kernel[grid](
-                source, out, example_ids, offsets, seed, site, first_sample, threshold, scale, num_samples, rows, width,
-                rows * width, REPEATED=source.dim() == 2, num_warps=num_warps, **constexprs, **FUSED,
+                source, out, example_ids, offsets, key, seed, site, first_sample, threshold, scale, num_samples, rows, width,
+                rows * width, REPEATED=source.dim() == 2, KEYED=key is not None, num_warps=num_warps, **constexprs, **FUSED,
             )  # fmt: skip
         return out
 
-    _TYPES = dict.fromkeys(("p_ids", "p_offsets"), "*i64") | {"seed": "i64", "scale": "fp32"}
+    _TYPES = dict.fromkeys(("p_ids", "p_offsets", "p_key"), "*i64") | {"seed": "i64", "scale": "fp32"}
     _TYPES |= dict.fromkeys(("site", "first_sample", "threshold", "K", "rows", "D", "y_stride"), "i32")
     SPECIALISATIONS = [
         Specialisation(
-            f"repeat_dropout {dtype} {'[rows, D]' if repeated else '[K, rows, D]'} D={width} {(*entry, num_warps)}",
+            f"repeat_dropout {dtype} {'[rows, D]' if repeated else '[K, rows, D]'} D={width} {(*entry, num_warps)}{' keyed' * keyed}",
             repeat_dropout_kernel,
             {"p_x": f"*{dtype}", "p_y": f"*{dtype}", **_TYPES},
-            block(width, *entry) | {"REPEATED": repeated},
+            block(width, *entry) | {"REPEATED": repeated, "KEYED": keyed},
             num_warps=num_warps,
-            fast=dtype == "fp32" and width == 1024 and place == 0,
+            fast=dtype == "fp32" and width == 1024 and place == 0 and not keyed,
         )
         for dtype in ("fp32", "fp16", "bf16")
         for repeated in (True, False)
         for width in (63, 1024)
         for place, (*entry, num_warps) in enumerate(tuning.CANDIDATES["repeat_dropout"]["any"])
+        for keyed in ((False, True) if width == 1024 and not repeated else (False,))  # as training asks
     ]
 
 _op = table.register(
@@ -175,15 +181,15 @@ _op = table.register(
 
 
 def _save(ctx, inputs: tuple, output: Tensor) -> None:
-    x, ctx.num_samples, ctx.p, ctx.seed, ctx.site, example_ids, offsets, ctx.first_sample = inputs
+    x, ctx.num_samples, ctx.p, ctx.seed, ctx.site, example_ids, offsets, ctx.first_sample, key = inputs
     ctx.repeated = x.dim() == 2
-    ctx.save_for_backward(example_ids, offsets)
+    ctx.save_for_backward(example_ids, offsets, key)
 
 
 def _backward(ctx, grad: Tensor) -> tuple:
-    example_ids, offsets = ctx.saved_tensors
-    masked = _op(grad, ctx.num_samples, ctx.p, ctx.seed, ctx.site, example_ids, offsets, ctx.first_sample)
-    return masked.sum(0) if ctx.repeated else masked, *(None,) * 7
+    example_ids, offsets, key = ctx.saved_tensors
+    masked = _op(grad, ctx.num_samples, ctx.p, ctx.seed, ctx.site, example_ids, offsets, ctx.first_sample, key)
+    return masked.sum(0) if ctx.repeated else masked, *(None,) * 8
 
 
 torch.library.register_autograd("muka_fast::repeat_dropout", _backward, setup_context=_save, lib=table.LIBRARY)
@@ -198,6 +204,7 @@ def repeat_dropout(
     example_ids: Tensor,
     offsets: Tensor,
     first_sample: int = 0,
+    key: Tensor | None = None,
 ) -> Tensor:
     """K masked copies of x, [K, rows, D], in its dtype; differentiable in x.
 
@@ -205,6 +212,7 @@ def repeat_dropout(
     p: dropout probability, 0 <= p < 1 (rounded to 1/65536; 0 copies). seed: 64 bits, unsigned. site: 0 ... 2^32 - 1.
     example_ids, offsets: int64 [rows]: the text of each row and the element index of its first column (philox.py); both wrap,
     ids at 2^32 and offsets at 2^35. first_sample: sample number of copy 0, so that K copies can be made in several calls.
+    key: that of `Draws` (reference.py), on the device of x, for seed and first_sample.
     Raises ValueError for anything outside these ranges.
     """
     if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] != num_samples):
@@ -215,4 +223,6 @@ def repeat_dropout(
     philox.mask_parameters(p)
     ids = philox.check_rows("example_ids", example_ids, x.shape[-2], x.device)
     offsets = philox.check_rows("offsets", offsets, x.shape[-2], x.device)
-    return _op(x, num_samples, p, philox.signed_seed(seed), site, ids, offsets, first_sample)
+    if key is not None:
+        philox.check_key(key, x.device)
+    return _op(x, num_samples, p, philox.signed_seed(seed), site, ids, offsets, first_sample, key)

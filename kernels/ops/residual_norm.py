@@ -2,7 +2,7 @@
 
     z = mask(x + dense_bias) + residual          x: the dense layer's product, without its bias
     y = (z - mean) rstd * weight + bias          mean, rstd = 1 / sqrt(variance + eps) of a row of z
-    mask: the contract of philox.py, column d of row i being element d of text i, sample 0, site 0, drawn again for the gradient
+    mask: the contract of philox.py, element l D + d at column d of row l of a text, drawn again for the gradient
 
     dz = rstd (g - mean(g) - xhat mean(g xhat))  g = dy * weight, xhat = (z - mean) rstd; also the gradient of residual
     dx = mask(dz)                                dweight = sum dy xhat, dbias = sum dy, ddense_bias = sum dx, over rows
@@ -10,6 +10,7 @@
 Bytes: forward x and residual read, y and z written; backward dy and z read, dz and dx written (p = 0: dz alone, it is dx).
 A program takes rows until there are none, each a warp's own up to 768 columns (1024 forward), so that hardly a warp waits for another
 in 16 bits; the sums of the columns stay in registers, and one sum over programs ends the gradient.
+Letters: B texts of L rows (tokens) · D columns.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from muka_fast.ops import norm_tiles, philox, table
 from muka_fast.ops.aot import Specialisation
-from muka_fast.ops.reference import residual_norm_ref
+from muka_fast.ops.reference import LANES, Draws, dropout_threshold, residual_norm_ref
 
 _triton: Callable | None = None
 SPECIALISATIONS: list[Specialisation] = []
@@ -32,12 +33,18 @@ if philox.triton is not None:
     from muka_fast.ops.norm_tiles import load_columns, mean_and_rstd
 
     @triton.jit
-    def kept(seed, o_i, column, threshold, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-        """True where kept, [ROWS, BLOCK] from `column` on, which eight divides."""
-        o_call, zero = (column // 8 + tl.arange(0, BLOCK // 8))[None, :], tl.full([], 0, tl.int32)
-        return philox.keep_lanes(seed, o_call, zero, zero, o_i, threshold, BLOCK // 8, ROWS)
+    def first_draws(p_ids, o_i, m_i, L, D: tl.constexpr):
+        """Text, and Philox call of column 0, of the rows o_i, [ROWS, 1] each."""
+        tl.static_assert(D % 8 == 0)
+        return tl.load(p_ids + o_i // L, mask=m_i, other=0), o_i % L * (D // 8)
 
-    @triton.jit(do_not_specialize=["threshold", "rows"])
+    @triton.jit
+    def kept(key, site, b_id, b_call, column, threshold, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        """True where kept, [ROWS, BLOCK] from `column` on, which eight divides; key: seed and sample."""
+        b_call += (column // 8 + tl.arange(0, BLOCK // 8))[None, :]
+        return philox.keep_lanes(key[0], b_call, key[1], site, b_id, threshold, BLOCK // 8, ROWS)
+
+    @triton.jit(do_not_specialize=["site", "threshold", "rows", "L"])
     def residual_norm_kernel(
         p_x,  # [rows, D]
         p_residual,  # [rows, D]
@@ -48,8 +55,9 @@ if philox.triton is not None:
         p_dense_bias,  # [D]
         p_weight,  # [D]
         p_bias,  # [D]
-        p_seed,  # int64 [1], read where MASKED
-        threshold, scale, eps, rows,
+        p_key,  # int64 [2], read where MASKED, as are
+        p_ids,  # int64 [B]
+        site, threshold, scale, eps, rows, L,
         D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, SAVED: tl.constexpr,
     ):  # fmt: skip
         TILES: tl.constexpr = (D + BLOCK - 1) // BLOCK
@@ -58,17 +66,19 @@ if philox.triton is not None:
         b_weight = load_columns(p_weight, o_d, D, BLOCK)
         b_bias = load_columns(p_bias, o_d, D, BLOCK)
         if MASKED:
-            seed = tl.load(p_seed)
+            key = tl.load(p_key), tl.load(p_key + 1)
         for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
             o_i = first + tl.arange(0, ROWS)[:, None]
             m_i = o_i < rows
             o = o_i.to(tl.int64) * D + o_d
             b_z, b_sum = (), tl.zeros([ROWS, BLOCK], tl.float32)
+            if MASKED:
+                b_id, b_call = first_draws(p_ids, o_i, m_i, L, D)
             for t in tl.static_range(TILES):
                 m = m_i & (t * BLOCK + o_d < D)
                 b_zt = tl.load(p_x + o + t * BLOCK, mask=m, other=0.0).to(tl.float32) + b_dense_bias[t]
                 if MASKED:
-                    b_zt = tl.where(kept(seed, o_i, t * BLOCK, threshold, ROWS, BLOCK), b_zt, 0.0) * scale
+                    b_zt = tl.where(kept(key, site, b_id, b_call, t * BLOCK, threshold, ROWS, BLOCK), b_zt, 0.0) * scale
                 b_zt += tl.load(p_residual + o + t * BLOCK, mask=m, other=0.0).to(tl.float32)  # 0 behind the last column
                 if SAVED:
                     tl.store(p_z + o + t * BLOCK, b_zt.to(p_z.dtype.element_ty), mask=m)
@@ -82,7 +92,7 @@ if philox.triton is not None:
                 tl.store(p_mean + o_i, b_mean, mask=m_i)
                 tl.store(p_rstd + o_i, b_rstd, mask=m_i)
 
-    @triton.jit(do_not_specialize=["threshold", "rows"])
+    @triton.jit(do_not_specialize=["site", "threshold", "rows", "L"])
     def residual_norm_backward_kernel(
         p_dy,  # [rows, D]
         p_z,  # [rows, D]
@@ -92,15 +102,16 @@ if philox.triton is not None:
         p_dz,  # [rows, D]
         p_dx,  # [rows, D], written where MASKED
         p_sums,  # fp32 [3, programs, D]: of dweight, dbias, ddense_bias
-        p_seed,  # int64 [1], read where MASKED
-        threshold, scale, rows,
+        p_key,  # int64 [2], read where MASKED, as are
+        p_ids,  # int64 [B]
+        site, threshold, scale, rows, L,
         D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
     ):  # fmt: skip
         TILES: tl.constexpr = (D + BLOCK - 1) // BLOCK
         o_d = tl.arange(0, BLOCK)[None, :]
         b_weight = load_columns(p_weight, o_d, D, BLOCK)
         if MASKED:
-            seed = tl.load(p_seed)
+            key = tl.load(p_key), tl.load(p_key + 1)
         b_dweight, b_dbias, b_ddense_bias = (), (), ()
         for _ in tl.static_range(TILES):
             b_dweight += (tl.zeros([ROWS, BLOCK], tl.float32),)
@@ -126,12 +137,14 @@ if philox.triton is not None:
             b_sum = tl.sum(b_sum, 1, keep_dims=True) * (1.0 / D)
             b_along = tl.sum(b_along, 1, keep_dims=True) * (1.0 / D)
             dweight, dbias, ddense_bias = (), (), ()
+            if MASKED:
+                b_id, b_call = first_draws(p_ids, o_i, m_i, L, D)
             for t in tl.static_range(TILES):
                 m = m_i & (t * BLOCK + o_d < D)
                 b_dz = (b_dy[t] * b_weight[t] - b_sum - b_xhat[t] * b_along) * b_rstd
                 tl.store(p_dz + o + t * BLOCK, b_dz.to(p_dz.dtype.element_ty), mask=m)
                 if MASKED:
-                    b_dz = tl.where(kept(seed, o_i, t * BLOCK, threshold, ROWS, BLOCK), b_dz, 0.0) * scale
+                    b_dz = tl.where(kept(key, site, b_id, b_call, t * BLOCK, threshold, ROWS, BLOCK), b_dz, 0.0) * scale
                     tl.store(p_dx + o + t * BLOCK, b_dz.to(p_dx.dtype.element_ty), mask=m)
                 dweight += (b_dweight[t] + b_dy[t] * b_xhat[t],)
                 dbias += (b_dbias[t] + b_dy[t],)
@@ -166,10 +179,10 @@ if philox.triton is not None:
         return min(programs, triton.cdiv(rows, constexprs["ROWS"])), {**constexprs, "num_warps": warps}
 
     class ResidualNorm(torch.autograd.Function):
-        """x and residual contiguous, of one dtype; saved: z in it, mean and rstd in fp32."""
+        """x and residual contiguous, of one dtype; key, ids, site: of the draws; saved: z in the dtype of x, mean and rstd in fp32."""
 
         @staticmethod
-        def forward(ctx: Any, x, dense_bias, residual, weight, bias, p, eps, seed, saved) -> Tensor:
+        def forward(ctx: Any, x, dense_bias, residual, weight, bias, p, eps, key, ids, site, saved) -> Tensor:
             y, (width, rows) = torch.empty_like(x), (x.shape[-1], x.shape[:-1].numel())
             z = torch.empty_like(x) if saved else None
             mean, rstd = (torch.empty(rows if saved else 0, dtype=torch.float32, device=x.device) for _ in range(2))
@@ -179,17 +192,17 @@ if philox.triton is not None:
                 programs, options = launch_options(rows, width, x.device, backward=False)
                 with table.on_device_of(x):
                     residual_norm_kernel[(programs,)](
-                        x, residual, y, z, mean, rstd, dense_bias, weight, bias, seed, threshold, scale, eps,
-                        rows, MASKED=threshold > 0, SAVED=saved, **options, **FUSED,
+                        x, residual, y, z, mean, rstd, dense_bias, weight, bias, key, ids, site, threshold, scale, eps,
+                        rows, x.shape[1:-1].numel(), MASKED=threshold > 0, SAVED=saved, **options, **FUSED,
                     )  # fmt: skip
-            ctx.save_for_backward(z, mean, rstd, weight, seed)
-            ctx.p, ctx.dtypes = p, (weight.dtype, bias.dtype, dense_bias.dtype)
+            ctx.save_for_backward(z, mean, rstd, weight, key, ids)
+            ctx.p, ctx.site, ctx.dtypes = p, site, (weight.dtype, bias.dtype, dense_bias.dtype)
             return y
 
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-            z, mean, rstd, weight, seed = ctx.saved_tensors
+            z, mean, rstd, weight, key, ids = ctx.saved_tensors
             width, rows = z.shape[-1], len(mean)
             threshold, scale = philox.mask_parameters(ctx.p)
             dz = torch.empty_like(z)
@@ -201,15 +214,16 @@ if philox.triton is not None:
             if rows:
                 with table.on_device_of(z):
                     residual_norm_backward_kernel[(programs,)](
-                        table.dense(dy), z, mean, rstd, weight, dz, dx, sums, seed, threshold, scale, rows,
-                        MASKED=threshold > 0, **options, **FUSED,
+                        table.dense(dy), z, mean, rstd, weight, dz, dx, sums, key, ids, ctx.site, threshold, scale, rows,
+                        z.shape[1:-1].numel(), MASKED=threshold > 0, **options, **FUSED,
                     )  # fmt: skip
             dweight, dbias, ddense_bias = (s.to(dtype) for s, dtype in zip(sums.sum(1), ctx.dtypes, strict=True))
-            return dx, ddense_bias, dz, dweight, dbias, None, None, None, None
+            return dx, ddense_bias, dz, dweight, dbias, *(None,) * 6
 
-    def _triton(x, dense_bias, residual, weight, bias, p, eps, seed) -> Tensor:
+    def _triton(x, dense_bias, residual, weight, bias, p, eps, draws) -> Tensor:
         saved = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dense_bias, residual, weight, bias))
-        return ResidualNorm.apply(table.dense(x), dense_bias, table.dense(residual), weight, bias, p, eps, seed, saved)
+        key, ids, site = (None, None, 0) if draws is None else draws
+        return ResidualNorm.apply(table.dense(x), dense_bias, table.dense(residual), weight, bias, p, eps, key, ids, site, saved)
 
     def _specialisation(dtype: str, parameters: str, width: int, masked: bool, direction: str) -> Specialisation:
         backward = direction == "backward"
@@ -218,7 +232,8 @@ if philox.triton is not None:
         types = dict.fromkeys(("p_x", "p_residual", "p_y", "p_z", "p_dy", "p_dz", "p_dx"), f"*{dtype}")
         types |= dict.fromkeys(("p_dense_bias", "p_weight", "p_bias"), f"*{parameters}")
         types |= dict.fromkeys(("p_mean", "p_rstd", "p_sums"), "*fp32")
-        types |= {"p_seed": "*i64", "threshold": "i32", "scale": "fp32", "eps": "fp32", "rows": "i32"}
+        types |= {"p_key": "*i64", "p_ids": "*i64", "scale": "fp32", "eps": "fp32"}
+        types |= dict.fromkeys(("site", "threshold", "rows", "L"), "i32")
         return Specialisation(
             f"residual_norm {dtype} {parameters} D={width} {direction}{' masked' * masked}",
             kernel,
@@ -235,29 +250,32 @@ if philox.triton is not None:
     SPECIALISATIONS = [
         _specialisation(*dtypes, width, *mode)
         for dtypes in (("fp32", "fp32"), ("fp16", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"))
-        for width in (33, 384, 768, 1024, 2048, 4096)
+        for width in (33, 40, 384, 768, 1024, 2048, 4096)
         for mode in _MODES
+        if width % LANES == 0 or not mode[0]
     ]
 
 
 def residual_norm(
-    x: Tensor, dense_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, p: float, eps: float, seed: Tensor | None
+    x: Tensor, dense_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, p: float, eps: float, draws: Draws | None
 ) -> Tensor:
     """layer_norm(dropout(x + dense_bias) + residual), shape and dtype of x; differentiable in all five. For training.
 
-    x, residual: [..., D], one dtype. dense_bias, weight, bias: [D] (fp32 under autocast); their gradients are summed in fp32.
+    x, residual: [B, ..., D], one dtype, as many rows (tokens) of every text.
+    dense_bias, weight, bias: [D] (fp32 under autocast); their gradients are summed in fp32.
     p: dropout probability in [0, 65535.5 / 65536), to 16 bits; no masks are drawn where it is 0. eps > 0.
-    seed: int64, one element on the device of x, read there, so that a CUDA graph draws anew; may be None where p is 0.
-    Computed in fp32 (float64 for float64). On a GPU by Triton, elsewhere by PyTorch: equal masks for one seed.
-    Raises ValueError for shapes, dtypes, p, eps or seed that do not fit.
+    draws: of the B texts; may be None where p is 0.
+    Computed in fp32 (float64 for float64). On a GPU by Triton, elsewhere and for masks of a D that eight does not divide by PyTorch:
+    equal masks. Raises ValueError for shapes, dtypes, p, eps or draws that do not fit.
     """
-    if x.dim() == 0 or x.shape[-1] == 0 or residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(f"x {list(x.shape)} and residual {list(residual.shape)} must have one shape [..., D > 0] and one dtype")
+    if x.dim() < 2 or x.shape[-1] == 0 or residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(f"x {list(x.shape)} and residual {list(residual.shape)} must have one shape [B, ..., D > 0] and one dtype")
     if any(t.shape != x.shape[-1:] for t in (dense_bias, weight, bias)):
         shapes = ", ".join(str(list(t.shape)) for t in (dense_bias, weight, bias))
         raise ValueError(f"dense_bias, weight and bias must have shape [{x.shape[-1]}], not {shapes}")
     if not eps > 0:
         raise ValueError(f"eps {eps} must be positive")
-    philox.check_seed(seed, p, x.device)
-    form = _triton if _triton is not None and table.runs_triton(x) and x.dtype != torch.float64 else residual_norm_ref
-    return form(x, dense_bias, residual, weight, bias, p, eps, seed)
+    philox.check_draws(draws, p, len(x), x.device)
+    fits = x.dtype != torch.float64 and (x.shape[-1] % LANES == 0 or dropout_threshold(p) == 0)
+    form = _triton if _triton is not None and table.runs_triton(x) and fits else residual_norm_ref
+    return form(x, dense_bias, residual, weight, bias, p, eps, draws)

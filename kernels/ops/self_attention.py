@@ -2,7 +2,7 @@
 
     P = softmax_l(q_i . k_l / sqrt(d))           of the keys l that query i sees; a query that sees none has P = 0
     y = mask(P) v
-    mask: the contract of philox.py, element = (head * 16384 + i) * 16384 + l of text b, sample 0, site 0, drawn again for the gradient
+    mask: the contract of philox.py, element = (head * 16384 + i) * 16384 + l, drawn again for the gradient
 
     dv = mask(P)^T dy
     dS = P * (dP - sum_l P dP),  dP = mask(dy v^T)
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from muka_fast.ops import philox, table
 from muka_fast.ops.aot import Specialisation
-from muka_fast.ops.reference import self_attention_ref
+from muka_fast.ops.reference import Draws, self_attention_ref
 
 # Tokens, and d: keys, values, their gradients and a block of scores fit the registers of a program; before Hopper, whose matrix units
 # read shared memory, of SHORT texts only. Float32, three products for one on the matrix units, does not fit.
@@ -64,20 +64,20 @@ if philox.triton is not None:
         return b_e / tl.maximum(tl.sum(b_e, 1), 1.0)[:, None]  # the largest of a row is 1
 
     @triton.jit
-    def struck(b_p, seed, i_b, i_h, o_m, threshold, scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    def struck(b_p, seed, sample, site, example, i_h, o_m, threshold, scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
         """mask(b_p) of the queries o_m."""
         b_call = ((i_h * 16384 + o_m) * 2048)[:, None] + tl.arange(0, BLOCK_N // 8)[None, :]
-        zero = tl.full([], 0, tl.int32)
-        b_keep = philox.keep_lanes(seed, b_call, zero, zero, i_b, threshold, BLOCK_N // 8, BLOCK_M)
+        b_keep = philox.keep_lanes(seed, b_call, sample, site, example, threshold, BLOCK_N // 8, BLOCK_M)
         return tl.where(columns_of_keys(b_keep, BLOCK_M, BLOCK_N), b_p * scale, 0.0)
 
-    @triton.jit(do_not_specialize=["threshold", "L", "mask_text", "mask_query", "mask_key"])
+    @triton.jit(do_not_specialize=["site", "threshold", "L", "mask_text", "mask_query", "mask_key"])
     def self_attention_kernel(
         p_qkv,  # [B, L, 3, H, d]
         p_mask,  # bool [B, L, L] by its strides, read where HAS_MASK: true where a query sees a key
         p_y,  # [B, L, H, d]
-        p_seed,  # int64 [1], read where MASKED
-        scaling, threshold, scale, L, H, mask_text, mask_query, mask_key,
+        p_key,  # int64 [2], read where MASKED, as are
+        p_ids,  # int64 [B]
+        site, scaling, threshold, scale, L, H, mask_text, mask_query, mask_key,
         D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
         MASKED: tl.constexpr,
     ):  # fmt: skip
@@ -87,7 +87,7 @@ if philox.triton is not None:
         p_mask += i_b.to(tl.int64) * mask_text
         b_k, b_v, _, _ = keys_and_values(p_qkv, L, H, D, D_PAD, BLOCK_N)
         if MASKED:
-            seed = tl.load(p_seed)
+            seed, sample, example = tl.load(p_key), tl.load(p_key + 1), tl.load(p_ids + i_b)
         last = BLOCK_N if BLOCK_M == BLOCK_N else L  # one block: no loop, which would keep keys and values in registers
         for first in range(0, last, BLOCK_M):
             o_m = first + tl.arange(0, BLOCK_M)
@@ -95,18 +95,19 @@ if philox.triton is not None:
             b_q = tl.load(p_qkv + o_m[:, None] * (3 * H * D) + o_d, mask=m_q, other=0.0)
             b_p = probabilities(b_q, b_k, p_mask, o_m, L, mask_query, mask_key, scaling, BLOCK_N, HAS_MASK)
             if MASKED:
-                b_p = struck(b_p, seed, i_b, i_h, o_m, threshold, scale, BLOCK_M, BLOCK_N)
+                b_p = struck(b_p, seed, sample, site, example, i_h, o_m, threshold, scale, BLOCK_M, BLOCK_N)
             b_y = tl.dot(b_p.to(b_v.dtype), b_v)
             tl.store(p_y + o_m[:, None] * (H * D) + o_d, b_y.to(p_y.dtype.element_ty), mask=m_q)
 
-    @triton.jit(do_not_specialize=["threshold", "L", "mask_text", "mask_query", "mask_key"])
+    @triton.jit(do_not_specialize=["site", "threshold", "L", "mask_text", "mask_query", "mask_key"])
     def self_attention_backward_kernel(
         p_qkv,  # [B, L, 3, H, d]
         p_mask,  # as above
         p_dy,  # [B, L, H, d]
         p_dqkv,  # [B, L, 3, H, d]
-        p_seed,  # int64 [1], read where MASKED
-        scaling, threshold, scale, L, H, mask_text, mask_query, mask_key,
+        p_key,  # int64 [2], read where MASKED, as are
+        p_ids,  # int64 [B]
+        site, scaling, threshold, scale, L, H, mask_text, mask_query, mask_key,
         D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
         MASKED: tl.constexpr,
     ):  # fmt: skip
@@ -119,7 +120,7 @@ if philox.triton is not None:
         b_dk = tl.zeros([BLOCK_N, D_PAD], tl.float32)
         b_dv = tl.zeros([BLOCK_N, D_PAD], tl.float32)
         if MASKED:
-            seed = tl.load(p_seed)
+            seed, sample, example = tl.load(p_key), tl.load(p_key + 1), tl.load(p_ids + i_b)
         last = BLOCK_N if BLOCK_M == BLOCK_N else L  # one block: no loop, which would keep keys and values in registers
         for first in range(0, last, BLOCK_M):
             o_m = first + tl.arange(0, BLOCK_M)
@@ -129,7 +130,7 @@ if philox.triton is not None:
             b_p = probabilities(b_q, b_k, p_mask, o_m, L, mask_query, mask_key, scaling, BLOCK_N, HAS_MASK)
             b_dp, b_kept = tl.dot(b_dy, tl.trans(b_v)), b_p
             if MASKED:
-                b_kept = struck(b_p, seed, i_b, i_h, o_m, threshold, scale, BLOCK_M, BLOCK_N)
+                b_kept = struck(b_p, seed, sample, site, example, i_h, o_m, threshold, scale, BLOCK_M, BLOCK_N)
                 b_dp = tl.where(b_kept != 0, b_dp * scale, 0.0)
             b_dv += tl.dot(tl.trans(b_kept.to(b_dy.dtype)), b_dy)
             b_ds = (b_p * (b_dp - tl.sum(b_p * b_dp, 1)[:, None]) * scaling).to(b_q.dtype)
@@ -145,7 +146,7 @@ if philox.triton is not None:
         BLOCK_M = BLOCK_N if BLOCK_N <= SHORT or head_dim <= 32 else 32
         return {"D": head_dim, "D_PAD": pad(head_dim), "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}, 4 if BLOCK_N <= SHORT else 8
 
-    def launch(kernel: Any, tensors: tuple, seed: Tensor | None, mask: Tensor | None, p: float) -> None:
+    def launch(kernel: Any, tensors: tuple, draws: tuple[Tensor | None, Tensor | None, int], mask: Tensor | None, p: float) -> None:
         """`kernel` over a program per text and head; tensors: qkv [B, L, 3, H, d] first, what is read and written beside it."""
         qkv, *others = tensors
         texts, length, _, heads, head_dim = qkv.shape
@@ -157,36 +158,37 @@ if philox.triton is not None:
         strides = (0, 0, 0) if mask is None else seen.stride()
         with table.on_device_of(qkv):
             kernel[(texts * heads,)](
-                qkv, seen, *others, seed, head_dim**-0.5, threshold, scale, length, heads, *strides, HAS_MASK=mask is not None,
+                qkv, seen, *others, *draws, head_dim**-0.5, threshold, scale, length, heads, *strides, HAS_MASK=mask is not None,
                 MASKED=threshold > 0, num_warps=warps, num_stages=1, **sizes, **FUSED,
             )  # fmt: skip
 
     class SelfAttention(torch.autograd.Function):
-        """qkv [B, L, 3, H, d] contiguous."""
+        """qkv [B, L, 3, H, d] contiguous; key, ids and site: of the draws."""
 
         @staticmethod
-        def forward(ctx: Any, qkv: Tensor, p: float, seed: Tensor | None, mask: Tensor | None) -> Tensor:
+        def forward(ctx: Any, qkv: Tensor, p: float, key: Tensor | None, ids: Tensor | None, site: int, mask: Tensor | None) -> Tensor:
             y = qkv.new_empty(*qkv.shape[:2], *qkv.shape[3:])
-            launch(self_attention_kernel, (qkv, y), seed, mask, p)
-            ctx.save_for_backward(qkv, seed, mask)
-            ctx.p = p
+            launch(self_attention_kernel, (qkv, y), (key, ids, site), mask, p)
+            ctx.save_for_backward(qkv, key, ids, mask)
+            ctx.p, ctx.site = p, site
             return y
 
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-            qkv, seed, mask = ctx.saved_tensors
+            qkv, key, ids, mask = ctx.saved_tensors
             dqkv = torch.empty_like(qkv)
-            launch(self_attention_backward_kernel, (qkv, dy.contiguous(), dqkv), seed, mask, ctx.p)
-            return dqkv, None, None, None
+            launch(self_attention_backward_kernel, (qkv, dy.contiguous(), dqkv), (key, ids, ctx.site), mask, ctx.p)
+            return dqkv, *(None,) * 5
 
-    def _triton(qkv: Tensor, num_heads: int, p: float, seed: Tensor | None, mask: Tensor | None) -> Tensor:
-        return SelfAttention.apply(qkv.contiguous().unflatten(-1, (3, num_heads, -1)), p, seed, mask).flatten(-2)
+    def _triton(qkv: Tensor, num_heads: int, p: float, draws: Draws | None, mask: Tensor | None) -> Tensor:
+        drawn = (None, None, 0) if draws is None else draws
+        return SelfAttention.apply(qkv.contiguous().unflatten(-1, (3, num_heads, -1)), p, *drawn, mask).flatten(-2)
 
     def _specialisation(dtype: str, length: int, head_dim: int, has_mask: bool, masked: bool, backward: bool) -> Specialisation:
         kernel = self_attention_backward_kernel if backward else self_attention_kernel
-        types = dict.fromkeys(("p_qkv", "p_y", "p_dy", "p_dqkv"), f"*{dtype}") | {"p_mask": "*i1", "p_seed": "*i64"}
-        types |= dict.fromkeys(("threshold", "L", "H", "mask_text", "mask_query", "mask_key"), "i32")
+        types = dict.fromkeys(("p_qkv", "p_y", "p_dy", "p_dqkv"), f"*{dtype}") | {"p_mask": "*i1", "p_key": "*i64", "p_ids": "*i64"}
+        types |= dict.fromkeys(("site", "threshold", "L", "H", "mask_text", "mask_query", "mask_key"), "i32")
         types |= dict.fromkeys(("scaling", "scale"), "fp32")
         sizes, warps = tile(length, head_dim)
         words = f"{' padded' * has_mask}{' masked' * masked}{' backward' * backward}"
@@ -218,15 +220,15 @@ def takes(dtype: torch.dtype, length: int, head_dim: int, device: torch.device) 
     return dtype in (torch.float16, torch.bfloat16) and length <= longest and head_dim in (32, WIDEST)
 
 
-def self_attention(qkv: Tensor, num_heads: int, *, p: float, seed: Tensor | None, mask: Tensor | None) -> Tensor:
+def self_attention(qkv: Tensor, num_heads: int, *, p: float, draws: Draws | None, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v with dropout of the probabilities: [B, L, H d], dtype of qkv; differentiable in it. For training.
 
     qkv: [B, L, 3 H d], L <= 128 and d <= 64: queries, keys and values side by side, H heads each.
     mask: bool [B | 1, 1, L | 1, L | 1], true where a query sees a key; None: all see all. A query that sees none gets zeros.
     p: dropout probability in [0, 65535.5 / 65536), to 16 bits; no masks are drawn where it is 0.
-    seed: int64, one element on the device of qkv, read there, so that a CUDA graph draws anew; may be None where p is 0.
+    draws: of the B texts; may be None where p is 0.
     Scores and probabilities are fp32 (float64 for float64). By Triton on a GPU that `takes` them, else by PyTorch, with equal masks.
-    Raises ValueError for shapes, p or seed that do not fit.
+    Raises ValueError for shapes, p or draws that do not fit.
     """
     if qkv.dim() != 3 or qkv.shape[-1] % (3 * num_heads) or qkv.shape[1] > LONGEST or qkv.shape[-1] > 3 * num_heads * WIDEST:
         raise ValueError(f"qkv {list(qkv.shape)} must be [B, L <= {LONGEST}, 3 * {num_heads} * d], d <= {WIDEST}")
@@ -237,8 +239,8 @@ def self_attention(qkv: Tensor, num_heads: int, *, p: float, seed: Tensor | None
         mask.dtype != torch.bool or mask.dim() != 4 or any(m not in (1, n) for m, n in zip(mask.shape, whole, strict=True))
     ):
         raise ValueError(f"mask {list(mask.shape)} of {mask.dtype} must be bool and of shape {list(whole)}, or 1 where all are alike")
-    philox.check_seed(seed, p, qkv.device)
+    philox.check_draws(draws, p, len(qkv), qkv.device)
     head_dim = qkv.shape[2] // (3 * num_heads)
     fused = takes(qkv.dtype, qkv.shape[1], head_dim, qkv.device) if qkv.is_cuda else qkv.dtype != torch.float64
     form = _triton if _triton is not None and table.runs_triton(qkv) and fused else self_attention_ref
-    return form(qkv, num_heads, p, seed, mask)
+    return form(qkv, num_heads, p, draws, mask)

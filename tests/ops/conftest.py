@@ -1,9 +1,4 @@
-"""What the tests of the ops share: poisoned memory, instruction sets, tolerance against float64, NumPy Philox, interpreter."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""What the tests of the ops share: poisoned memory, instruction sets, tolerance against float64, NumPy Philox."""
 
 import numpy as np
 import pytest
@@ -111,24 +106,3 @@ def numpy_philox():
 @pytest.fixture(scope="session")
 def numpy_keep():
     return keep_numpy
-
-
-@pytest.fixture(scope="session")
-def interpreter():
-    """run(file, keyword): the tests of `file` that match `keyword`, every op in Triton's interpreter, in a process of its own.
-
-    TRITON_INTERPRET replaces triton.jit at import and so cannot be set in this process.
-    """
-
-    def run(file, keyword):
-        pytest.importorskip("triton", reason="Triton is not on this platform")
-        env = os.environ | {"TRITON_INTERPRET": "1", "MUKA_FAST_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
-        folder = Path(file).parent
-        command = [sys.executable, "-m", "pytest", str(file), "-k", keyword, "-q", "-x", "-p", "no:cacheprovider"]
-        result = subprocess.run(
-            [*command, "--confcutdir", str(folder)], env=env, capture_output=True, text=True, cwd=folder.parent.parent
-        )
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
-        assert " passed" in result.stdout, result.stdout[-500:]
-
-    return run

@@ -134,6 +134,16 @@ def test_gradient_of_the_registered_op(repeated):
     torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize(("seed", "first_sample"), [(7, 5), (2**64 - 9, 2**32 - 3)])
+def test_seed_and_first_sample_may_lie_on_the_device(seed, first_sample):
+    x, weights = torch.randn(5, 21, requires_grad=True), torch.randn(3, 5, 21)
+    key = torch.tensor([seed - (2**64 if seed >> 63 else 0), first_sample])
+    (expected,) = torch.autograd.grad(((told := repeat_dropout(x, 3, 0.3, seed, 4, IDS, OFFSETS, first_sample)) * weights).sum(), x)
+    y = repeat_dropout(x, 3, 0.3, 0, 4, IDS, OFFSETS, key=key)
+    assert torch.equal(y, told)
+    assert torch.equal(torch.autograd.grad((y * weights).sum(), x)[0], expected)
+
+
 def test_gradcheck_in_float64():
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     for op in (repeat_dropout_ref, repeat_dropout):
@@ -145,7 +155,8 @@ def test_gradcheck_in_float64():
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(shape, grad):
     x = torch.randn(shape, requires_grad=grad)
-    torch.library.opcheck(torch.ops.muka_fast.repeat_dropout, (x, 3, 0.1, -3, 1, IDS, OFFSETS, 0))
+    for key in (None, torch.tensor([-3, 2])):
+        torch.library.opcheck(torch.ops.muka_fast.repeat_dropout, (x, 3, 0.1, -3, 1, IDS, OFFSETS, 0, key))
 
 
 @pytest.mark.parametrize(
@@ -160,6 +171,8 @@ def test_opcheck(shape, grad):
         ({"first_sample": 2**32 - 1}, "samples"),
         ({"example_ids": IDS[:4]}, "example_ids"),
         ({"offsets": OFFSETS.float()}, "offsets"),
+        ({"key": torch.tensor([1])}, "key"),
+        ({"key": torch.ones(2)}, "key"),
     ],
 )
 def test_bad_arguments_are_refused(change, message):
@@ -176,7 +189,7 @@ def test_counts_of_bytes_and_operations():
 
 
 def test_triton_in_the_interpreter(interpreter):
-    interpreter(__file__, "bits_table and 63 or rows_that_begin or counter_space or nothing or gradient_of")
+    interpreter(__file__, "bits_table and 63 or rows_that_begin or counter_space or nothing or gradient_of or on_the_device")
 
 
 @pytest.mark.slow

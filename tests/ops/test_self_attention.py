@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muka_fast.ops.reference import ATTENTION_STRIDE, dropout_scale, dropout_threshold, self_attention_ref
+from muka_fast.ops.reference import ATTENTION_STRIDE, Draws, dropout_scale, dropout_threshold, self_attention_ref
 from muka_fast.ops.self_attention import self_attention
 
 # 16 bits: probabilities and gradients of scores are rounded before the matrix units. Triton's interpreter multiplies no bfloat16: that
@@ -14,8 +14,15 @@ from muka_fast.ops.self_attention import self_attention
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2**-9}
 
 
-def op(qkv, num_heads, p, seed, mask):
-    return self_attention(qkv, num_heads, p=p, seed=seed, mask=mask)
+def draws(texts, seed=-5, sample=2, site=7):
+    """Of texts with other ids than their rows, of which the last wraps."""
+    ids = torch.arange(texts) * 3 + 11
+    ids[-1:] = 2**32 + 4
+    return Draws(torch.tensor([seed, sample]), ids, site)
+
+
+def op(qkv, num_heads, p, draws, mask):
+    return self_attention(qkv, num_heads, p=p, draws=draws, mask=mask)
 
 
 def results(form, qkv, dy, *options):
@@ -31,9 +38,9 @@ def padding(texts, length, form="rows"):
     return {"rows": mask.expand(-1, -1, length, -1).contiguous(), "expanded": mask.expand(-1, -1, length, -1), "row": mask}[form]
 
 
-def compare(texts, length, heads, head_dim, dtype, p, mask, seed=-5):
+def compare(texts, length, heads, head_dim, dtype, p, mask):
     qkv, dy = torch.randn(texts, length, 3 * heads * head_dim).to(dtype), torch.randn(texts, length, heads * head_dim).to(dtype)
-    options = heads, p, torch.tensor([seed]), mask
+    options = heads, p, draws(texts), mask
     ours, exact = results(op, qkv, dy, *options), results(self_attention_ref, qkv.double(), dy.double(), *options)
     for name, got, truth in zip(("y", "dqkv"), ours, exact, strict=True):
         assert got.shape == truth.shape and got.dtype == dtype, name
@@ -58,7 +65,7 @@ def test_a_mask_may_differ_from_query_to_query_and_one_that_sees_nothing_gets_ze
     mask = torch.ones(2, 1, 40, 40, dtype=torch.bool).tril()
     mask[1, 0, 0] = False
     compare(2, 40, 2, 16, torch.float32, 0.1, mask)
-    y, gradient = results(op, torch.randn(2, 40, 96), torch.randn(2, 40, 32), 2, 0.1, torch.tensor([1]), mask)
+    y, gradient = results(op, torch.randn(2, 40, 96), torch.randn(2, 40, 32), 2, 0.1, draws(2), mask)
     assert not y[1, 0].any() and not gradient[1, 0, :32].any() and not y.isnan().any() and not gradient.isnan().any()
 
 
@@ -68,7 +75,7 @@ def test_large_scores_stay_finite():
     assert y.isfinite().all() and gradient.isfinite().all()
 
 
-def masks(texts, length, heads, p, seed):
+def masks(texts, length, heads, p, drawn):
     """What the forward and what the backward pass kept, bool [texts, heads, length, length].
 
     Queries of zero make all probabilities equal. Values are one-hot, so that column l of a result is what was kept of key l; with one
@@ -78,7 +85,7 @@ def masks(texts, length, heads, p, seed):
     zero = torch.zeros_like(values)
     qkv = torch.stack([zero, zero, values], 2).permute(0, 3, 2, 1, 4).flatten(2)  # [texts, length, 3 heads length]
     ones = torch.eye(length).repeat(1, heads).expand(texts, -1, -1)
-    y, gradient = results(op, qkv, ones, heads, p, torch.tensor([seed]), None)
+    y, gradient = results(op, qkv, ones, heads, p, drawn, None)
     forward = y.unflatten(-1, (heads, length)).transpose(1, 2)
     backward = gradient.unflatten(-1, (3, heads, length))[:, :, 2].permute(0, 2, 3, 1)
     for found in (forward, backward):
@@ -88,31 +95,36 @@ def masks(texts, length, heads, p, seed):
 
 
 @settings(max_examples=15)
-@given(st.integers(-(2**63), 2**63 - 1), st.integers(1, 3), st.sampled_from([1, 9, 33]), st.sampled_from([0.2, 0.5]))
-def test_both_directions_draw_the_masks_of_the_contract(numpy_keep, seed, texts, length, p):
-    heads = 2
-    rows = [(b, (h * ATTENTION_STRIDE + i) * ATTENTION_STRIDE) for b in range(texts) for h in range(heads) for i in range(length)]
-    keep = numpy_keep(1, length, dropout_threshold(p), seed % 2**64, 0, *zip(*rows, strict=True))[0]
-    for found in masks(texts, length, heads, p, seed):
+@given(
+    st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**31 - 1), st.integers(1, 3),
+    st.sampled_from([1, 9, 33]), st.sampled_from([0.2, 0.5]),
+)  # fmt: skip
+def test_both_directions_draw_the_masks_of_the_contract(numpy_keep, seed, sample, site, texts, length, p):
+    heads, drawn = 2, draws(texts, seed, sample, site)
+    ids = drawn.example_ids.tolist()
+    rows = [(b, (h * ATTENTION_STRIDE + i) * ATTENTION_STRIDE) for b in ids for h in range(heads) for i in range(length)]
+    keep = numpy_keep(1, length, dropout_threshold(p), seed % 2**64, site, *zip(*rows, strict=True), sample)[0]
+    for found in masks(texts, length, heads, p, drawn):
         assert np.array_equal(found.numpy().reshape(-1, length), keep)
 
 
-def test_masks_of_other_seeds_texts_and_heads_are_others():
+def test_masks_of_other_seeds_samples_sites_texts_and_heads_are_others():
     """16,384 elements at p = 0.2: six standard deviations, of the share kept and of the share kept by two."""
-    one, other = masks(2, 64, 2, 0.2, 3)[0].float(), masks(2, 64, 2, 0.2, 4)[0].float()
-    for first, second in ((one, other), (one[:1], one[1:]), (one[:, :1], one[:, 1:])):
+    kept = lambda *changed: masks(2, 64, 2, 0.2, draws(2, *changed))[0].float()
+    one, others = kept(3, 1, 5), [kept(4, 1, 5), kept(3, 2, 5), kept(3, 1, 6)]
+    for first, second in (*((one, other) for other in others), (one[:1], one[1:]), (one[:, :1], one[:, 1:])):
         assert abs(first.mean() - 0.8) < 6 * (0.16 / first.numel()) ** 0.5
         assert abs((first * second).mean() - 0.64) < 6 * (0.64 * 0.36 / first.numel()) ** 0.5
-    assert torch.equal(one, masks(2, 64, 2, 0.2, 3)[0].float())
+    assert torch.equal(one, kept(3, 1, 5))
 
 
 def test_no_texts():
-    y, gradient = results(op, torch.randn(0, 5, 96), torch.randn(0, 5, 32), 2, 0.1, torch.tensor([1]), None)
+    y, gradient = results(op, torch.randn(0, 5, 96), torch.randn(0, 5, 32), 2, 0.1, draws(0), None)
     assert y.shape == (0, 5, 32) and gradient.shape == (0, 5, 96)
 
 
 def test_strides_do_not_matter():
-    qkv, dy, options = torch.randn(2, 9, 96), torch.randn(2, 9, 32), (2, 0.1, torch.tensor([1]), padding(2, 9))
+    qkv, dy, options = torch.randn(2, 9, 96), torch.randn(2, 9, 32), (2, 0.1, draws(2), padding(2, 9))
     apart = results(op, torch.stack([qkv] * 2, -1)[..., 0], torch.stack([dy] * 2, -1)[..., 0], *options)
     assert all(torch.equal(a, b) for a, b in zip(results(op, qkv, dy, *options), apart, strict=True))
 
@@ -120,7 +132,7 @@ def test_strides_do_not_matter():
 @pytest.mark.parametrize("form", [self_attention_ref, op])
 def test_gradcheck_in_float64(form):
     qkv = torch.randn(2, 4, 12, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda t: form(t, 2, 0.3, torch.tensor([8]), padding(2, 4)), qkv)
+    assert torch.autograd.gradcheck(lambda t: form(t, 2, 0.3, draws(2), padding(2, 4)), qkv)
 
 
 def test_without_dropout_it_is_pytorchs_attention():
@@ -143,12 +155,13 @@ def test_without_dropout_it_is_pytorchs_attention():
         ({"mask": torch.ones(2, 2, 4, 4, dtype=torch.bool)}, "mask"),
         ({"mask": torch.ones(2, 1, 4, 5, dtype=torch.bool)}, "mask"),
         ({"p": 1.0}, "dropout probability"),
-        ({"seed": None}, "seed"),
-        ({"seed": torch.ones(1)}, "seed"),
+        ({"draws": None}, "draws"),
+        ({"draws": draws(2)._replace(key=torch.ones(2))}, "key"),
+        ({"draws": draws(3)}, "example_ids"),
     ],
 )
 def test_bad_arguments_are_refused(change, message):
-    good = {"qkv": torch.ones(2, 4, 96), "num_heads": 2, "p": 0.1, "seed": torch.tensor([1]), "mask": None}
+    good = {"qkv": torch.ones(2, 4, 96), "num_heads": 2, "p": 0.1, "draws": draws(2), "mask": None}
     with pytest.raises(ValueError, match=message):
         self_attention(**good | change)
 
