@@ -41,8 +41,9 @@ def clip_gradients(groups: list[dict[str, Any]], max_norm: float) -> Tensor:
     norms = [torch.stack([_square(g) for g in group]).sum().float().sqrt() for group in gradients if group]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     scale = 1.0 / torch.clamp((norm + 1e-6) / max_norm, min=1.0)
-    for gradient in (g for group in gradients for g in group):
-        gradient.mul_(scale)
+    if not scale >= 1:  # NaN is not
+        for gradient in (g for group in gradients for g in group):
+            gradient.mul_(scale)
     return norm
 
 

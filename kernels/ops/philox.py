@@ -8,6 +8,7 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3
 """
 
 import os
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ def on_the_host(seed: int, first_sample: int, key: Tensor | None) -> tuple[int, 
     return unsigned_seed(seed), first_sample
 
 
+@cache
 def mask_parameters(p: float) -> tuple[int, float]:
     """Threshold t and scale (a float that float32 holds exactly) of dropout probability p in [0, 65535.5 / 65536)."""
     return dropout_threshold(p), torch.tensor(dropout_scale(p), dtype=torch.float32).item()
