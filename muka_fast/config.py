@@ -64,7 +64,11 @@ class Config(BaseModel):
 
         def plain(item: Any) -> Any:
             item = os.fspath(item) if isinstance(item, os.PathLike) else item
-            return os.path.expanduser(item) if is_file and isinstance(item, str) else item
+            if not is_file or not isinstance(item, str):
+                return item
+            item = os.path.expanduser(item)
+            os.path.abspath(item).encode()  # UnicodeEncodeError, which is a ValueError: manifests hold paths, as UTF-8
+            return item
 
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else plain(value)
 
@@ -516,5 +520,7 @@ def _explain(
     value = first["input"]
     told = str(value) if len(str(value)) <= 200 else f"{str(value)[:200]} ..."
     where = f"{yaml_path}: {key}: {told}" if in_file_only else f"--{key} {told}"
+    if isinstance(first.get("ctx", {}).get("error"), UnicodeEncodeError):
+        return f"{where}: the name of a file or of its folders is not UTF-8: rename it{more}"
     hint = nearest(value, list(get_args(plain_type(field)))) if get_origin(plain_type(field)) is Literal else ""
     return f"{where}: must be {allowed_values(field)}{hint}{more}"

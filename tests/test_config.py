@@ -1,6 +1,7 @@
 """Configuration: precedence, ranges, one-line errors with the nearest name, and a saved file that repeats the run."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -250,3 +251,18 @@ def test_a_tilde_is_the_home_folder_in_paths_and_nowhere_else(monkeypatch, tmp_p
 def test_true_is_no_number(name):
     with pytest.raises(UserError, match=rf"--{name} True: must be"):
         load_config(RunConfig, None, {name: True})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems give such a name another form")
+@pytest.mark.parametrize("place", ["option", "working folder"])
+def test_a_path_that_is_not_utf8_is_told_at_once(place, tmp_path, monkeypatch):
+    """Manifests hold absolute paths, as UTF-8."""
+    name = os.fsdecode(b"caf\xe9")
+    options = {"teachers": ["a"], "texts": "pool.txt", "output": "store"}
+    if place == "option":
+        options["texts"] = f"{name}/pool.txt"
+    else:
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(UserError, match=r"--(texts|teachers) .*not UTF-8: rename it"):
+        load_config(ScoreConfig, None, options)
