@@ -5,7 +5,6 @@ The dense layer's bias, its dropout, the residual and the norm are four passes o
 where a layer is not what this file expects, the modules run as they are.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -25,13 +24,10 @@ from muka_fast.first_token import (
     probability,
 )
 from muka_fast.intercept import SDPA_NAME, SiteHandler, patched
-from muka_fast.ops.philox import Draws
+from muka_fast.ops.reference import LANES, Draws
 from muka_fast.ops.residual_norm import residual_norm
 from muka_fast.ops.self_attention import self_attention, takes
 from muka_fast.postln import PostLayer, layer_parts
-
-log = logging.getLogger("muka_fast")
-ATTENTION_OF_PYTORCH = "dropout of attention is PyTorch's: its masks depend on batches and on the number of processes"
 
 
 class LayerMasks(SiteHandler, Protocol):
@@ -39,6 +35,9 @@ class LayerMasks(SiteHandler, Protocol):
 
     def draws(self, module: nn.Module) -> tuple[float, Draws | None]:
         """Probability and draws of the next call of a site. Counts as a call."""
+
+    def leave_attention(self) -> None:
+        """Told where PyTorch drops attention's probabilities."""
 
 
 @contextmanager
@@ -90,8 +89,6 @@ def fits(model: nn.Module, module: nn.Module) -> bool:
 class Fused(Parts):
     """The parts on a GPU."""
 
-    told = False
-
     def draws(self, module: nn.Module, dropout: nn.Module) -> tuple[float, Draws | None]:
         """Of the site of `module`, where `dropout` would drop: probability, and draws unless it is 0 or there are no masks."""
         return (probability(dropout), None) if self.masks is None else self.masks.draws(module)
@@ -102,18 +99,19 @@ class Fused(Parts):
             return super().attention(layer, x, rows, head_dim, bias)
         each = (layer.query, layer.key, layer.value)
         qkv = linear(x, torch.cat([dense.weight for dense in each]), torch.cat([dense.bias for dense in each]))
+        if bias is not None and (bias.dtype != torch.bool or bias.shape[1] > 1):  # MPNet's, which learns
+            return attention(layer, *qkv.chunk(3, -1), head_dim, bias, self.masks)
         p, draws = self.draws(layer.attends, layer.attention_dropout)
-        hides = bias is None or (bias.dtype == torch.bool and bias.shape[1] == 1)  # not so MPNet's, which learns
-        if hides and (p == 0 or draws is not None) and takes(qkv.dtype, qkv.shape[1], head_dim, qkv.device):
+        if (p == 0 or draws is not None) and takes(qkv.dtype, qkv.shape[1], head_dim, qkv.device):
             return self_attention(qkv, layer.query.out_features // head_dim, p=p, draws=draws, mask=bias)
-        if draws is not None and not self.told:
-            self.told = True
-            log.info(ATTENTION_OF_PYTORCH)
+        if draws is not None:
+            self.masks.leave_attention()
         return attention(layer, *qkv.chunk(3, -1), head_dim, bias)
 
     def add_norm(self, dense: nn.Module, dropout: nn.Module, norm: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
         """norm(dropout(dense(x)) + rows) in the dtype of the product."""
-        if not is_gpu(x.device) or (self.masks is None and probability(dropout) > 0):
+        left = probability(dropout) > 0 and (self.masks is None or dense.out_features % LANES)  # whose kernel draws no such masks
+        if not is_gpu(x.device) or left:
             return super().add_norm(dense, dropout, norm, x, rows)
         p, draws = self.draws(dropout, dropout)
         product = linear(x, dense.weight)

@@ -63,7 +63,7 @@ class RecordedSteps:
     """Steps of a student by the weights, moments and rule of `optimizer`, torch's AdamW or Adam, which itself makes none.
 
     The first batch of a shape runs as it is, which compiles whatever its kernels need; the second is recorded. Dropout masks are those
-    of a step that is not: a replay reads the seed that torch's generator has by then.
+    of a step that is not: a replay reads the texts and the epoch that training_layers.py has told by then.
     """
 
     def __init__(self, model: PreTrainedModel, in_bf16: bool, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
@@ -192,8 +192,9 @@ class RecordedSteps:
         inputs, adamw = {name: values.clone() for name, values in batch.items()}, self._adamw()
         forward, update = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        if self.pool is None:
-            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.stream = self.stream or torch.cuda.Stream()
+        if not any(self.met.values()):  # a pool of failed recordings alone, which is given back, cannot be recorded into
+            self.pool = torch.cuda.graph_pool_handle()
         try:
             with self._recording(forward):
                 logits = self._logits(inputs)
@@ -202,11 +203,10 @@ class RecordedSteps:
                 grads = adamw.readable(torch.autograd.grad(logits, self.leaves, grad, allow_unused=True))
                 norm = adamw.step(grads, self.rates, addresses)
         except RuntimeError as error:
-            cause = error.__context__ or error  # the end of a recording that failed may raise an error of its own
-            if isinstance(cause, torch.OutOfMemoryError):
+            # The end of a recording that failed may raise an error of its own. No name for either: it would keep this frame's memory.
+            if isinstance(error.__context__ or error, torch.OutOfMemoryError):
                 return None
-            raise UserError(
-                f"the student's step cannot be recorded as a CUDA graph ({first_line(cause)}): train with --no-cuda_graphs"
-            ) from error
+            told = first_line(error.__context__ or error)
+            raise UserError(f"the student's step cannot be recorded as a CUDA graph ({told}): train with --no-cuda_graphs") from error
         addresses.copy_(adamw.addresses(grads))  # known only now, and the replays'
         return Recording(forward, update, inputs, logits.detach(), grad, norm, addresses)

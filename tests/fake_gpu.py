@@ -53,13 +53,14 @@ class _Watch(TorchDispatchMode):
 class _Methods(TorchFunctionMode):
     """x[...] and a few methods as the ATen operations they stand for: Python's own ask for a CUDA runtime, which a CPU build lacks."""
 
-    PLAIN = MappingProxyType({getattr(Tensor, n): getattr(torch.ops.aten, n).default for n in ("copy_", "nonzero", "contiguous")})
+    NAMES = ("copy_", "nonzero", "contiguous", "bitwise_not")
+    PLAIN = MappingProxyType({getattr(Tensor, n): getattr(torch.ops.aten, n).default for n in NAMES})
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if args and isinstance(args[0], Tensor) and args[0].device.type == "cuda":
             if func is Tensor.__getitem__:
                 return self._select(*args)
-            func = self.PLAIN.get(func, func)
+            func = self.PLAIN.get(Tensor.bitwise_not if func is Tensor.__invert__ else func, func)
         if func is Tensor.numpy and not isinstance(args[0], FakeTensor):  # under the mode even a host tensor's array would be empty
             with _disable_current_modes():
                 return func(*args)

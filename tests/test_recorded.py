@@ -4,7 +4,9 @@ Recording itself needs a device: tests/test_gpu_training.py.
 """
 
 import contextlib
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -171,6 +173,26 @@ def test_without_memory_for_a_recording_caches_are_emptied_and_then_steps_are_la
         assert torch.isfinite(steps.update(1e-3, 2))
         steps.logits(BATCH)
         assert len(emptied) == 1  # not tried at every step
+
+
+def test_a_failed_recording_leaves_neither_its_memory_nor_its_pool(make_model, monkeypatch, emptied):
+    """What it held is free at once, not at the next garbage collection; a recording that is there keeps its pool."""
+    monkeypatch.setattr(FakeGraph, "failures", 1)
+    pools, original = [], FakeGraph.capture_begin
+    monkeypatch.setattr(FakeGraph, "capture_begin", lambda self, pool, **more: pools.append(pool) or original(self, pool, **more))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, len(pools)))
+    model, steps = new_steps(make_model, in_bf16=False)
+    learn(model, lambda: steps.logits(BATCH), steps.update, count=1)
+    held, forward = [], steps._logits
+    monkeypatch.setattr(steps, "_logits", lambda batch: held.append(weakref.ref(logits := forward(batch))) or logits)
+    gc.disable()
+    try:
+        assert steps._record(BATCH) is None and held[0]() is None
+    finally:
+        gc.enable()
+    steps.met[tuple(IDS.shape)] = steps._record(BATCH)
+    steps._record(BATCH)
+    assert len(set(pools)) == 2 and len(pools) == 5 and pools[1] == pools[-1]
 
 
 def test_what_a_failed_recording_says_is_the_first_error(make_model, monkeypatch, emptied):

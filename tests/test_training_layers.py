@@ -22,6 +22,7 @@ from muka_fast.training_layers import training_layers
 LENGTHS, IDS, EPOCH, SEED = (9, 4, 1, 6), (70, 3, 2**32 - 1, 0), 2, 5
 CPU, ALL = torch.device("cpu"), (0, 1, 2, 3)
 FAMILIES = [(family, {}) for family in LAYERS] + [("albert", {"num_hidden_groups": 3, "layers": 6}), ("bert", {"layers": 1})]
+FAMILIES += [("bert", {"hidden": 20})]  # no multiple of eight
 EACH_FAMILY = pytest.mark.parametrize(("family", "options"), FAMILIES, ids=str)
 
 
@@ -74,9 +75,7 @@ def assert_close(found, expected, **limits) -> None:
 @EACH_FAMILY
 def test_masks_are_those_of_a_scoring_pass(family, options, make_model, place):
     """The whole model as scores take it, eval mode and no token left out: the same logits, the same gradients."""
-    if place == "gpu" and family == "mpnet":
-        options = {**options, "attention_probs_dropout_prob": 0.0}  # which is left to PyTorch there
-    model = make_model(family, ("a", "b", "c"), **{"dropout": 0.3, **options})
+    model = make_model(family, ("a", "b", "c"), dropout=0.3, **options)
     sites = list_sites(model)
     masks = Masks(model, sites, {site.index: site.p for site in sites}, seed_of(SEED, "student"), torch.tensor(IDS), 1, EPOCH)
     with intercept(model, masks):
@@ -88,9 +87,7 @@ def test_masks_are_those_of_a_scoring_pass(family, options, make_model, place):
 
 @EACH_FAMILY
 def test_batches_change_no_mask(family, options, make_model, place):
-    if place == "gpu" and family == "mpnet":
-        options = {**options, "attention_probs_dropout_prob": 0.0}
-    model = make_model(family, ("a", "b", "c"), **{"dropout": 0.3, **options}).train()
+    model = make_model(family, ("a", "b", "c"), dropout=0.3, **options).train()
     together = trained(model)
     parts = [trained(model, rows) for rows in ([2], [3, 1], [0])]
     order = torch.cat([part[0] for part in parts])[[3, 2, 0, 1]]
@@ -236,21 +233,47 @@ def test_on_a_gpu_every_step_reads_its_masks_at_the_same_addresses(make_model, m
     assert len(told) == 8 and len({draws.site for draws in told[:4]}) == 4
 
 
-@pytest.mark.parametrize("why", ["long texts", "hooks"])
+def hook(modules) -> None:
+    """So that these layers are not fused."""
+    for layer in modules:
+        layer.output.dense.register_forward_hook(lambda *call: None)
+
+
+@pytest.mark.parametrize("why", ["long texts", "hooks", "both"])
 def test_attention_that_a_gpu_leaves_to_pytorch_is_told(why, make_model, monkeypatch, caplog):
     """Once; every other site has the contract's masks."""
-    as_on_a_gpu(monkeypatch, takes=why != "long texts")
-    model = make_model("bert", ("a", "b", "c"), dropout=0.3, layers=3).train()
-    if why == "hooks":
-        for layer in layer_modules(model):
-            layer.output.dense.register_forward_hook(lambda *call: None)
-    with caplog.at_level("INFO", logger="muka_fast"):
-        first, again = trained(model), trained(model)
-    assert not torch.equal(first[0], again[0])
-    assert [record.message for record in caplog.records] == [fused.ATTENTION_OF_PYTORCH] * 2
+    caplog.set_level("INFO", logger="muka_fast")
+    as_on_a_gpu(monkeypatch, takes=why == "hooks")
+    model = make_model("bert", ("a", "b", "c"), dropout=0.3, layers=4).train()
+    hook({"long texts": [], "hooks": layer_modules(model), "both": layer_modules(model)[:1]}[why])
+    first = trained(model)
+    assert [record.message for record in caplog.records] == [training.OF_PYTORCH % "dropout of attention"]
+    assert not torch.equal(first[0], trained(model)[0])
     for layer in layer_modules(model)[:-1]:  # the last one, of one row, is the contract's
         layer.attention.self.dropout.p = 0.0
     assert_close(trained(model), trained(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("why", ["nothing drops there", "the last layer", "MPNet"])
+def test_attention_that_is_ours_is_not_told(why, make_model, monkeypatch, caplog):
+    """MPNet, fused or not, has probabilities in memory."""
+    caplog.set_level("INFO", logger="muka_fast")
+    as_on_a_gpu(monkeypatch)
+    options = {"attention_probs_dropout_prob": 0.0} if why == "nothing drops there" else {}
+    model = make_model("mpnet" if why == "MPNet" else "bert", ("a", "b", "c"), layers=3, **{"dropout": 0.3, **options}).train()
+    hook(layer_modules(model)[-1 if why == "the last layer" else 0 :])
+    assert_close(trained(model), trained(model), rtol=0, atol=0)
+    assert not caplog.records
+
+
+def test_layers_of_one_module_that_are_not_fused_drop_as_pytorch_does(make_model, monkeypatch, caplog):
+    """On a GPU, where attention would not be counted in ALBERT's."""
+    caplog.set_level("INFO", logger="muka_fast")
+    as_on_a_gpu(monkeypatch)
+    model = make_model("albert", ("a", "b", "c"), dropout=0.3, layers=3).train()
+    layer_calls(model)[0].albert_layers[0].ffn_output.register_forward_hook(lambda *call: None)
+    assert not torch.equal(trained(model)[0], trained(model)[0])
+    assert {record.message for record in caplog.records} == {training.OF_PYTORCH % "dropout"}
 
 
 @pytest.mark.parametrize("family", ["bert", "albert"])
@@ -291,4 +314,4 @@ def test_models_of_two_threads_end_in_any_order(make_model):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_kernels_of_a_gpu_draw_the_masks_of_a_scoring_pass(interpreter):
-    interpreter(__file__, "scoring_pass and gpu and not roberta and not electra")
+    interpreter(__file__, "scoring_pass and gpu and not roberta and not electra and not kernels")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from fake_gpu import WAITS, WouldWait, fake_gpu, move
 
+from muka_fast import fused_layers, training_layers
 from muka_fast.config import RunConfig
 from muka_fast.data import Tokens
 from muka_fast.engine import Engine
@@ -15,9 +16,11 @@ from muka_fast.loop import train_step
 from muka_fast.memory import send
 from muka_fast.methods import METHODS
 from muka_fast.neutral import mean_states
+from muka_fast.ops import table
 from muka_fast.optim import clip_gradients
 from muka_fast.scoring import gathered
 from muka_fast.shared import score_together, trunk_tree
+from muka_fast.sites import sites_of_config
 from muka_fast.split import ModelSplit
 from muka_fast.teachers import Teacher, settle_forward
 from muka_fast.trunk import StochasticTeacher
@@ -172,6 +175,32 @@ def test_a_training_step_does_not_wait(family, method, make_model):
         chosen._union_on[engine.device] = torch.empty(union.shape, dtype=torch.int64, device="cuda")
         step = train_step(engine, chosen, tokens, np.arange(6), config, [], 0, lambda rows: None)
     assert step.number == 1 and len(step.seen) == 2 and step.outcome.values.shape == (2,)
+
+
+@pytest.mark.parametrize("width", [16, 20])
+@pytest.mark.parametrize("takes", [True, False])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "albert", "electra"])  # MPNet's own attention asks for the padding
+def test_drawing_the_masks_of_a_training_step_does_not_wait(family, takes, width, make_model, monkeypatch):
+    """Told its texts, and with all that a recording would hold. Layers are fused; no multiple of eight is masked by other means."""
+    drawn = []
+    monkeypatch.setattr(fused_layers, "takes", lambda *states: takes)
+    monkeypatch.setattr(fused_layers, "residual_norm", lambda x, *more, draws, **_: drawn.append(draws) or torch.empty_like(x))
+    attention = lambda qkv, heads, *, draws, **_: drawn.append(draws) or qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+    monkeypatch.setattr(fused_layers, "self_attention", attention)
+    monkeypatch.setitem(table.TABLE["repeat_dropout"], "cuda", "triton")
+    model = make_model(family, ("a", "b", "c"), dropout=0.3, layers=3, hidden=width).train()
+    run_without_waiting(model)
+    sites = sites_of_config(model.config)
+    monkeypatch.setattr(training_layers, "sites_of_config", lambda config: sites)
+    with fake_gpu(), torch.no_grad():
+        move(model)
+        with training_layers.training_layers(model, 3, torch.device("cuda:0"), 6) as next_texts:
+            for texts in (4, 3):
+                next_texts(torch.arange(texts), 2)
+                ids = torch.empty(texts, 9, dtype=torch.int64, device="cuda")
+                assert model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.device.type == "cuda"
+    norms = 3 if family in ("distilbert", "albert") else 6
+    assert len([draws for draws in drawn if draws]) == 2 * (2 * takes + norms * (width % 8 == 0))
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "llama"])
