@@ -363,7 +363,9 @@ class Engine:
             load = lambda name: where[name].get_tensor(name).to(self.device)
             self._create_moments(state["completed_steps"])
             for name, parameter in self.ds.module.named_parameters():
-                value = load(name)
+                value, shape = load(name), getattr(parameter, "ds_shape", parameter.shape)
+                if value.shape != shape:  # word vectors of all words, as before vocabulary.py
+                    raise UserError(f"{folder}: is of another version of muka-fast; start anew with --overwrite")
                 with whole_parameters([parameter]), torch.no_grad():
                     parameter.copy_(value)
                 if not parameter.requires_grad:

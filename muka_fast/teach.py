@@ -31,6 +31,7 @@ from muka_fast.recipe import default_epochs, default_learning_rate
 from muka_fast.student import load_student
 from muka_fast.tokenizer import token_limit
 from muka_fast.training_layers import training_layers
+from muka_fast.vocabulary import TextVocabulary
 
 if TYPE_CHECKING:
     import transformers
@@ -135,6 +136,7 @@ def fine_tune(
     steps_per_epoch = math.ceil(len(tokens) / recipe.batch_size)
     total = recipe.epochs * steps_per_epoch
     device = next(model.parameters()).device
+    vocabulary = TextVocabulary(model, tokens)
     fused = device.type == "cpu" or None  # there torch's own choice is a loop over tensors, many times as slow
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate, fused=fused)
     warmup = int(recipe.warmup_ratio * total)
@@ -163,6 +165,7 @@ def fine_tune(
                     optimizer.zero_grad()
                     losses.append(value * len(rows))
                     bar.advance(note=f"loss {value:.3f}")
+    vocabulary.restore(model)
     model.eval()
     return sum(losses) / len(tokens)
 

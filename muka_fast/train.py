@@ -62,6 +62,7 @@ from muka_fast.student import checkpoint_activations, load_student
 from muka_fast.supervision import fill_store, option_values
 from muka_fast.tokenizer import token_limit
 from muka_fast.training_layers import training_layers
+from muka_fast.vocabulary import TextVocabulary
 from muka_fast.words import with_words
 
 log = logging.getLogger("muka_fast")
@@ -182,6 +183,7 @@ def merge(
         log.info(COMPLETE, output)
         return done
     on_first_process(lambda: begin_run(output, config, record))
+    vocabulary = TextVocabulary(model, tokens)
     trained = method.wrap(model)
     engine = Engine.create(trained, config, ds_config, plan.total_steps)
     pad_id = model.config.get_text_config().pad_token_id
@@ -194,6 +196,7 @@ def merge(
     with clock("export"):
         state = engine.state_dict()
         state, head = state if trained is model else student_part(state), None
+        state = None if state is None else vocabulary.complete(state)
         write = lambda: export.save_student(model, tokenizer, output, space.names, card(config, record), state, head) and None
         on_first_process(write)
     if doubt is not None:

@@ -1,0 +1,127 @@
+"""Word vectors in training: only those of words that the texts have.
+
+The others get no gradient, but would get moments, decay and a place in every checkpoint and every exchange between processes: half of
+the weights of a MiniLM, two thirds of a multilingual encoder's. They stay as they are.
+"""
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from muka_fast.data import Tokens, collate
+from muka_fast.engine import whole_parameters
+
+log = logging.getLogger("muka_fast")
+WORTHWHILE = 0.8  # of the vocabulary at most
+
+
+class SomeVectors(nn.Embedding):
+    """An embedding that holds some rows of another, found by their ids there."""
+
+    def __init__(self, whole: nn.Embedding, weight: Tensor, rows: Tensor, vocabulary: int):
+        """weight [R, D]: the rows int64 [R], ascending, of `whole`, whose own may be sharded."""
+        place = torch.full((vocabulary,), len(rows), dtype=torch.int64)  # an id without a vector is an index out of range
+        place[rows] = torch.arange(len(rows))
+        padding = whole.padding_idx if whole.padding_idx is None else int(place[whole.padding_idx])
+        super().__init__(*weight.shape, padding_idx=padding, _weight=weight.clone())
+        self.register_buffer("place", place, persistent=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(self.place[input_ids])
+
+
+class TextVocabulary:
+    """The word vectors that a model trains on some texts; those of all words stay with process 0."""
+
+    def __init__(self, model: PreTrainedModel, tokens: Tokens) -> None:
+        """Cut the model's embedding to the ids in `tokens` and its special ones, where that makes it smaller and changes no logit.
+
+        Collective for a model that ZeRO-3 shards.
+        """
+        self.whole: nn.Embedding | None = None  # the embedding, where it was cut
+        self.names: list[str] = []
+        table = _word_table(model)
+        if table is None:
+            return
+        sharded, size = hasattr(table.weight, "ds_id"), getattr(table.weight, "ds_shape", table.weight.shape)[0]
+        self.rows = _used(model.config, tokens, size)
+        if len(self.rows) > WORTHWHILE * size:
+            return
+        before = None if sharded else _logits(model, tokens)
+        with whole_parameters([table.weight]):
+            vectors = table.weight.detach()
+            self.some = SomeVectors(table, vectors[self.rows.to(vectors.device)], self.rows, size)
+            keeps = sharded and torch.distributed.get_rank() == 0
+            self.vectors = vectors.to("cpu", copy=True) if keeps else None if sharded else vectors
+        places = _replace(model, table, self.some)
+        if before is not None and not torch.equal(before, _logits(model, tokens)):
+            log.info("%s reads its word vectors by another way than its embedding: all of them are trained", type(model).__name__)
+            _replace(model, self.some, table)
+            return
+        self.whole, self.names = table, [f"{place}.weight" for place in places]
+        log.info("word vectors: %d of %d, those of the texts, are trained; the others stay as they are", len(self.rows), size)
+
+    def complete(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dictionary of the model with the vectors of all words. On process 0."""
+        return {name: self._complete(value) if name in self.names else value for name, value in state.items()}
+
+    def _complete(self, trained: Tensor) -> Tensor:
+        vectors = self.vectors.to(trained.device, trained.dtype)
+        return vectors.index_copy(0, self.rows.to(trained.device), trained)
+
+    def restore(self, model: PreTrainedModel) -> None:
+        """Give the model, which is not sharded, its whole embedding back, with what was learnt."""
+        if self.whole is not None:
+            with torch.no_grad():
+                self.whole.weight.copy_(self._complete(self.some.weight.detach()))
+            _replace(model, self.some, self.whole)
+
+
+def _word_table(model: PreTrainedModel) -> nn.Embedding | None:
+    """Its input embedding, if it is trained and a plain one that shares its weight with no other module."""
+    try:
+        table = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # an architecture without one
+        return None
+    if type(table) is not nn.Embedding or not table.weight.requires_grad or table.max_norm is not None:
+        return None
+    holders = [module for module in model.modules() if any(p is table.weight for p in module.parameters(recurse=False))]
+    return table if holders == [table] else None
+
+
+def _used(config: PretrainedConfig, tokens: Tokens, size: int) -> Tensor:
+    """Ids of the texts, of padding and of whatever else a forward may put in, int64, ascending."""
+    parts = (config, config.get_text_config())
+    special = [value for part in parts for name, value in part.to_dict().items() if name.endswith("token_id")]
+    used = torch.zeros(size, dtype=torch.bool)
+    used[torch.from_numpy(tokens.ids).long()] = True
+    for value in special:
+        for token in value if isinstance(value, list) else [value]:
+            if isinstance(token, int) and 0 <= token < size:
+                used[token] = True
+    return used.nonzero()[:, 0]
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, tokens: Tokens) -> Tensor:
+    """Of the shortest text."""
+    training = model.training
+    model.eval()
+    try:
+        batch = collate(tokens, tokens.lengths.argmin()[None], model.config.get_text_config().pad_token_id)
+        return model(**{name: value.to(model.device) for name, value in batch.items()}).logits
+    finally:
+        model.train(training)
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> list[str]:
+    """Put `new` wherever `old` stands; returns these places."""
+    places = []
+    for path, parent in list(model.named_modules()):
+        for name in [name for name, child in parent.named_children() if child is old]:
+            setattr(parent, name, new)
+            places.append(f"{path}.{name}" if path else name)
+    return places

@@ -1,0 +1,153 @@
+"""Word vectors of the texts alone: every family's logits and gradients, the student as with all of them, sharded as well."""
+
+import numpy as np
+import pytest
+import torch
+from runs import SMOOTH_ADAM, largest_difference, losses, weights
+from safetensors.torch import load_file
+from torch import nn
+
+from muka_fast import teach, vocabulary
+from muka_fast.data import Tokens, collate
+from muka_fast.errors import UserError
+from muka_fast.vocabulary import TextVocabulary
+
+TOKENS = Tokens.of(np.array([5, 9, 30, 6, 9, 41, 5, 6], np.int32), np.array([4, 1, 3]))
+
+
+def logits_and_gradients(model, tokens=TOKENS):
+    model.zero_grad()
+    batch = collate(tokens, np.arange(len(tokens)), model.config.pad_token_id)
+    logits = model(**batch).logits
+    logits.square().sum().backward()
+    return logits.detach(), {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+
+
+def test_every_family_computes_the_same_from_fewer_rows(family, make_model):
+    model = make_model(family, ("a", "b", "c"), dropout=0.0).train()
+    table, state = model.get_input_embeddings(), {name: value.clone() for name, value in model.state_dict().items()}
+    logits, gradients = logits_and_gradients(model)
+    cut = TextVocabulary(model, TOKENS)
+    (name,) = cut.names
+    rows = cut.rows.tolist()
+    assert {5, 6, 9, 30, 41, model.config.pad_token_id} <= set(rows) and len(rows) < 15 and model.training
+    assert model.get_input_embeddings().weight.shape == (len(rows), table.weight.shape[1])
+    found, ours = logits_and_gradients(model)
+    assert torch.equal(found, logits) and ours.keys() == gradients.keys()
+    assert torch.equal(ours[name], gradients[name][rows]) and all(torch.equal(ours[n], gradients[n]) for n in ours if n != name)
+    whole = cut.complete(model.state_dict())
+    assert whole.keys() == state.keys() and all(torch.equal(whole[n], state[n]) for n in state)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(1.0)
+    cut.restore(model)
+    assert model.get_input_embeddings() is table
+    moved = (table.weight - state[name]).any(1).nonzero()[:, 0].tolist()
+    assert moved == rows
+
+
+def test_an_id_that_is_no_text_s_is_refused(make_model):
+    model = make_model("bert")
+    TextVocabulary(model, TOKENS)
+    with pytest.raises(IndexError):
+        model(input_ids=torch.tensor([[5, 7]]))
+
+
+def frozen(model):
+    model.get_input_embeddings().weight.requires_grad_(False)
+
+
+def tied(model):
+    model.decoder = nn.Linear(16, 3, bias=False)
+    model.decoder.weight = model.get_input_embeddings().weight
+
+
+def scaled(model):
+    model.get_input_embeddings().__class__ = type("ScaledEmbedding", (nn.Embedding,), {})
+
+
+def read_otherwise(model):
+    """By a lookup that is not the module's call."""
+    original = model.forward
+
+    def forward(input_ids, attention_mask):
+        weight = model.get_input_embeddings().weight
+        return original(inputs_embeds=weight[input_ids.clamp(max=len(weight) - 1)], attention_mask=attention_mask)
+
+    model.forward = forward
+
+
+@pytest.mark.parametrize("change", [frozen, tied, scaled, read_otherwise])
+def test_what_is_not_a_plain_table_of_its_own_stays_whole(change, make_model, caplog):
+    caplog.set_level("INFO", logger="muka_fast")
+    model = make_model("bert")
+    change(model)
+    table = model.get_input_embeddings()
+    cut = TextVocabulary(model, TOKENS)
+    assert cut.names == [] and model.get_input_embeddings() is table
+    assert ("by another way" in caplog.text) == (change is read_otherwise)
+    state = model.state_dict()
+    assert all(value is state[name] for name, value in cut.complete(state).items())
+    cut.restore(model)
+    assert model.get_input_embeddings() is table
+
+
+def test_a_vocabulary_that_is_used_stays_whole(make_model):
+    model = make_model("bert")
+    size = model.config.vocab_size
+    tokens = Tokens.of(np.arange(int(0.85 * size), dtype=np.int32), np.array([int(0.85 * size)]))
+    assert TextVocabulary(model, tokens).names == []
+
+
+@pytest.fixture
+def few(go, tmp_path):
+    """few(name, **options): a run on twelve texts, whose words are a part of the vocabulary, with a store of its own."""
+    return lambda name, **options: go(name, limit=12, max_length=8, store=str(tmp_path / "store"), **options)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_student_is_the_one_of_all_words(stage, few, monkeypatch):
+    """To the last bit, without decay; with it, words that no text has keep their vectors."""
+    ds = {"zero_optimization": {"stage": stage}}
+    cut = few("cut", ds=ds, weight_decay=0.0)
+    monkeypatch.setattr(vocabulary, "WORTHWHILE", 0.0)
+    whole = few("whole", ds=ds, weight_decay=0.0)
+    assert losses(cut) == losses(whole) and largest_difference(weights(cut), weights(whole)) == 0
+
+
+def test_words_of_no_text_keep_their_vectors_whatever_the_layout(few, world, monkeypatch):
+    name, options = "distilbert.embeddings.word_embeddings.weight", {"weight_decay": 0.1}
+    runs = [few(f"stage{stage}", ds={"zero_optimization": {"stage": stage}} | SMOOTH_ADAM, **options) for stage in (0, 3)]
+    monkeypatch.setattr(vocabulary, "WORTHWHILE", 0.0)
+    runs.append(few("whole", ds=SMOOTH_ADAM, **options))
+    one, three, whole = (weights(run)[name] for run in runs)
+    before = load_file(world / "student" / "model.safetensors")
+    start = next(value for key, value in before.items() if key.endswith("word_embeddings.weight"))
+    unused = (one == start).all(1)
+    assert 0.2 * len(unused) < unused.sum() < 0.9 * len(unused) and torch.equal(three[unused], start[unused])
+    assert (whole[unused] != start[unused]).any(1).sum() >= unused.sum() - 1  # padding's are zeros
+    torch.testing.assert_close(one[~unused], whole[~unused], rtol=0, atol=1e-6)
+
+
+def test_a_checkpoint_of_all_words_is_no_basis(few, stop_at, monkeypatch):
+    monkeypatch.setattr(vocabulary, "WORTHWHILE", 0.0)
+    stop_at(1)
+    few("run")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"checkpoints/.*of another version of muka-fast; start anew with --overwrite"):
+        few("run", resume=True)
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_teacher_gets_its_whole_vocabulary_back(freeze, make_model, make_tokenizer, texts, monkeypatch):
+    tokenizer, recipe = make_tokenizer(), teach.Recipe(epochs=2, learning_rate=1e-3, batch_size=4, max_length=16, weight_decay=0.0)
+    found = []
+    for share in (0.9, 0.0):
+        monkeypatch.setattr(vocabulary, "WORTHWHILE", share)
+        model = make_model("bert", tokenizer=tokenizer)
+        if freeze:
+            teach.freeze(model, 1)
+        loss = teach.fine_tune(model, tokenizer, texts[:8], [0, 1] * 4, recipe)
+        assert type(model.get_input_embeddings()) is nn.Embedding and not model.training
+        found.append((loss, model.state_dict()))
+    (loss, cut), (same, whole) = found
+    assert loss == same and cut.keys() == whole.keys() and all(torch.equal(cut[name], whole[name]) for name in cut)
