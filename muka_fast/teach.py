@@ -7,6 +7,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,7 +146,8 @@ def fine_tune(
     )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ExitStack() as ends:
+        ends.callback(vocabulary.restore, model)
         torch.manual_seed(recipe.seed)
         layers = training_layers(model, recipe.seed, device, recipe.batch_size)
         with progress(total, description, "steps") as bar, layers as next_texts:
@@ -165,7 +167,6 @@ def fine_tune(
                     optimizer.zero_grad()
                     losses.append(value * len(rows))
                     bar.advance(note=f"loss {value:.3f}")
-    vocabulary.restore(model)
     model.eval()
     return sum(losses) / len(tokens)
 

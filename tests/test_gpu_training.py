@@ -11,7 +11,7 @@ import torch
 
 import muka_fast.ops
 from muka_fast import fused_layers as fused
-from muka_fast import recorded
+from muka_fast import recorded, teach, vocabulary
 from muka_fast.config import RunConfig
 from muka_fast.data import Tokens
 from muka_fast.ds_config import prepare_ds_config
@@ -204,6 +204,16 @@ def test_neither_batches_nor_order_change_a_mask_of_training(family, make_model)
     whole, other = (seen_by_training(model, "cuda", range(8), epoch, True)[24:] for epoch in (4, 5))
     parts = sum(seen_by_training(model, "cuda", rows, 4, True)[3 * len(rows) :] for rows in ([7, 2], [0], [5, 1, 3, 6, 4]))
     assert (parts - whole).norm() < 0.1 * (other - whole).norm()
+
+
+def test_a_teacher_learns_the_same_from_the_word_vectors_of_its_texts(make_model, make_tokenizer, texts, monkeypatch):
+    tokenizer, recipe, found = make_tokenizer(), teach.Recipe(epochs=2, learning_rate=1e-3, batch_size=4, weight_decay=0.0), []
+    for share in (0.9, 0.0):
+        monkeypatch.setattr(vocabulary, "WORTHWHILE", share)
+        model = make_model("bert", tokenizer=tokenizer).cuda()
+        teach.fine_tune(model, tokenizer, texts[:8], [0, 1] * 4, recipe)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert (found[0] - found[1]).norm() < 1e-3 * found[1].norm()
 
 
 def student_steps(model, ds, precision, **options):

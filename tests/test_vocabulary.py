@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from runs import SMOOTH_ADAM, largest_difference, losses, weights
+from launch import finish, run_processes
+from runs import SMOOTH_ADAM, arguments, largest_difference, losses, weights
 from safetensors.torch import load_file
 from torch import nn
 
 from muka_fast import teach, vocabulary
 from muka_fast.data import Tokens, collate
 from muka_fast.errors import UserError
-from muka_fast.vocabulary import TextVocabulary
+from muka_fast.train import RunResult
+from muka_fast.vocabulary import SomeVectors, TextVocabulary
 
 TOKENS = Tokens.of(np.array([5, 9, 30, 6, 9, 41, 5, 6], np.int32), np.array([4, 1, 3]))
 
@@ -52,6 +54,19 @@ def test_an_id_that_is_no_text_s_is_refused(make_model):
         model(input_ids=torch.tensor([[5, 7]]))
 
 
+def test_padding_of_the_embedding_alone_has_a_vector(make_model):
+    """A tokenizer's padding takes the place of the configuration's, not of the module's."""
+    model = make_model("bert")
+    model.config.pad_token_id, model.get_input_embeddings().padding_idx = 1, 77
+    cut = TextVocabulary(model, TOKENS)
+    assert cut.names and {1, 77} <= set(cut.rows.tolist())
+
+
+def test_places_lie_where_the_vectors_do():
+    some = SomeVectors(torch.zeros(2, 4, device="meta"), torch.tensor([1, 5]), 9, None)
+    assert some.place.device.type == some.weight.device.type == "meta"
+
+
 def frozen(model):
     model.get_input_embeddings().weight.requires_grad_(False)
 
@@ -65,18 +80,22 @@ def scaled(model):
     model.get_input_embeddings().__class__ = type("ScaledEmbedding", (nn.Embedding,), {})
 
 
-def read_otherwise(model):
+def read_otherwise(model, most=None):
     """By a lookup that is not the module's call."""
     original = model.forward
 
     def forward(input_ids, attention_mask):
         weight = model.get_input_embeddings().weight
-        return original(inputs_embeds=weight[input_ids.clamp(max=len(weight) - 1)], attention_mask=attention_mask)
+        return original(inputs_embeds=weight[input_ids.clamp(max=most or len(weight) - 1)], attention_mask=attention_mask)
 
     model.forward = forward
 
 
-@pytest.mark.parametrize("change", [frozen, tied, scaled, read_otherwise])
+def read_beyond(model):
+    read_otherwise(model, most=99)
+
+
+@pytest.mark.parametrize("change", [frozen, tied, scaled, read_otherwise, read_beyond])
 def test_what_is_not_a_plain_table_of_its_own_stays_whole(change, make_model, caplog):
     caplog.set_level("INFO", logger="muka_fast")
     model = make_model("bert")
@@ -84,7 +103,7 @@ def test_what_is_not_a_plain_table_of_its_own_stays_whole(change, make_model, ca
     table = model.get_input_embeddings()
     cut = TextVocabulary(model, TOKENS)
     assert cut.names == [] and model.get_input_embeddings() is table
-    assert ("by another way" in caplog.text) == (change is read_otherwise)
+    assert ("by another way" in caplog.text) == (change in (read_otherwise, read_beyond))
     state = model.state_dict()
     assert all(value is state[name] for name, value in cut.complete(state).items())
     cut.restore(model)
@@ -99,18 +118,35 @@ def test_a_vocabulary_that_is_used_stays_whole(make_model):
 
 
 @pytest.fixture
-def few(go, tmp_path):
-    """few(name, **options): a run on twelve texts, whose words are a part of the vocabulary, with a store of its own."""
-    return lambda name, **options: go(name, limit=12, max_length=8, store=str(tmp_path / "store"), **options)
+def part(tmp_path):
+    """Options of a run on twelve texts, whose words are a part of the vocabulary, with a store of its own."""
+    return {"limit": 12, "max_length": 8, "store": str(tmp_path / "store")}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_student_is_the_one_of_all_words(stage, few, monkeypatch):
-    """To the last bit, without decay; with it, words that no text has keep their vectors."""
-    ds = {"zero_optimization": {"stage": stage}}
-    cut = few("cut", ds=ds, weight_decay=0.0)
+@pytest.fixture
+def few(go, part, caplog):
+    """few(name, **options): such a run, its vocabulary cut as long as WORTHWHILE allows."""
+    caplog.set_level("INFO", logger="muka_fast")
+
+    def run(name, **options):
+        caplog.clear()
+        result = go(name, **part, **options)
+        assert ("those of the texts, are trained" in caplog.text) is (vocabulary.WORTHWHILE > 0)
+        return result
+
+    return run
+
+
+STAGES = [{"ds": {"zero_optimization": {"stage": stage}}} for stage in range(4)]
+OTHERS = [{"method": "dfa"}, {"method": "cfl"}, {"activation_checkpointing": True}, {"method": "dfa"} | STAGES[3]]
+
+
+@pytest.mark.parametrize("options", [*STAGES, *OTHERS], ids=str)
+def test_the_student_is_the_one_of_all_words(options, few, monkeypatch):
+    """To the last bit, without decay."""
+    cut = few("cut", **options, weight_decay=0.0)
     monkeypatch.setattr(vocabulary, "WORTHWHILE", 0.0)
-    whole = few("whole", ds=ds, weight_decay=0.0)
+    whole = few("whole", **options, weight_decay=0.0)
     assert losses(cut) == losses(whole) and largest_difference(weights(cut), weights(whole)) == 0
 
 
@@ -137,17 +173,46 @@ def test_a_checkpoint_of_all_words_is_no_basis(few, stop_at, monkeypatch):
         few("run", resume=True)
 
 
-@pytest.mark.parametrize("freeze", [False, True])
-def test_a_teacher_gets_its_whole_vocabulary_back(freeze, make_model, make_tokenizer, texts, monkeypatch):
+@pytest.mark.parametrize(("before", "after"), [(0, 3), (3, 1)])
+def test_a_run_that_was_stopped_goes_on_under_another_stage(before, after, few, part, go, stop_at):
+    ds = lambda stage: {"zero_optimization": {"stage": stage}} | SMOOTH_ADAM
+    whole = few("whole", ds=ds(after), batch_size=4)
+    stop_at(4)
+    assert go("cut", ds=ds(before), batch_size=4, **part).stopped
+    assert largest_difference(weights(few("cut", ds=ds(after), batch_size=4, resume=True)), weights(whole)) < 1e-6
+
+
+@pytest.mark.slow
+def test_two_processes_cut_it_alike(few, part, world, tmp_path):
+    alone = few("alone", ds=SMOOTH_ADAM)
+    ds = {**SMOOTH_ADAM, "zero_optimization": {"stage": 3}}
+    codes, told = finish(run_processes(arguments(world, tmp_path, "pair", ds, part), 2))
+    assert codes == [0, 0] and "those of the texts, are trained" in told, told
+    assert largest_difference(weights(RunResult(tmp_path / "pair")), weights(alone)) < 1e-6
+
+
+def test_a_teacher_gets_its_whole_vocabulary_back(make_model, make_tokenizer, texts, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="muka_fast")
     tokenizer, recipe = make_tokenizer(), teach.Recipe(epochs=2, learning_rate=1e-3, batch_size=4, max_length=16, weight_decay=0.0)
     found = []
     for share in (0.9, 0.0):
         monkeypatch.setattr(vocabulary, "WORTHWHILE", share)
         model = make_model("bert", tokenizer=tokenizer)
-        if freeze:
-            teach.freeze(model, 1)
         loss = teach.fine_tune(model, tokenizer, texts[:8], [0, 1] * 4, recipe)
         assert type(model.get_input_embeddings()) is nn.Embedding and not model.training
         found.append((loss, model.state_dict()))
     (loss, cut), (same, whole) = found
+    assert caplog.text.count("those of the texts, are trained") == 1
     assert loss == same and cut.keys() == whole.keys() and all(torch.equal(cut[name], whole[name]) for name in cut)
+
+
+def test_a_teacher_whose_training_ends_early_has_it_too(make_model, make_tokenizer, texts, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    tokenizer, model = make_tokenizer(), make_model("bert", tokenizer=make_tokenizer())
+    table = model.get_input_embeddings()
+    monkeypatch.setattr(teach, "_step_loss", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        teach.fine_tune(model, tokenizer, texts[:8], [0, 1] * 4, teach.Recipe(epochs=1, learning_rate=1e-3))
+    assert model.get_input_embeddings() is table
