@@ -103,7 +103,9 @@ def _drop(masks: TrainingMasks, module: nn.Module, original: Any, x: Tensor) -> 
 
 def _masks(model: nn.Module, seed: int, device: torch.device, most_texts: int) -> TrainingMasks | None:
     calls = covered_calls(model)
-    sites = sites_of_config(model.config) if calls else None
+    if not calls:
+        return None
+    sites = sites_of_config(model.config)
     if sites is not None and not any(site.p for site in sites):
         return None
     recomputed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
@@ -112,8 +114,7 @@ def _masks(model: nn.Module, seed: int, device: torch.device, most_texts: int) -
     form = table.TABLE["repeat_dropout"].get(device.type, "reference")
     slow = table.BACKEND == "auto" and form == "reference"  # many times slower than PyTorch's dropout
     if slow or sites is None or (again and (recomputed or unfused)) or any(site.p > MOST for site in sites):
-        if any(isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules()):
-            log.info(OF_PYTORCH, "dropout")
+        log.info(OF_PYTORCH, "dropout")
         return None
     masks, modules = TrainingMasks(model, sites, seed_of(seed, "student"), device, most_texts), dict(model.named_modules())
     attends = [site for site in sites if site.p > 0 and site.kind == "attention" and not isinstance(modules[site.path], nn.Dropout)]
