@@ -79,13 +79,19 @@ def check_vocabulary(
     )
 
 
-def embedded_tokens(model: transformers.PreTrainedModel) -> int | None:
-    """Rows of the table of tokens; None for a model without one: CANINE hashes characters, Perceiver begins with a projection."""
+def token_table(model: transformers.PreTrainedModel) -> torch.nn.Module | None:
+    """The module with a row for every token; None where none has: CANINE hashes characters, Perceiver begins with a projection."""
     try:
         table = model.get_input_embeddings()
-    except NotImplementedError:  # raised by transformers for a model that has none; `check_vocabulary` tells it
+    except NotImplementedError:  # how transformers says that a model has none: no fault, and callers do without
         return None
-    return num_rows(table) if hasattr(table, "weight") else None
+    return table if hasattr(table, "weight") else None
+
+
+def embedded_tokens(model: transformers.PreTrainedModel) -> int | None:
+    """Rows of the table of tokens, if there is one."""
+    table = token_table(model)
+    return None if table is None else num_rows(table)
 
 
 def num_rows(table: torch.nn.Module) -> int:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from muka_fast.data import Tokens, collate
 from muka_fast.engine import whole_parameters
+from muka_fast.tokenizer import num_rows, token_table
 
 log = logging.getLogger("muka_fast")
 WORTHWHILE = 0.8  # of the vocabulary at most
@@ -45,7 +46,7 @@ class TextVocabulary:
         table = _word_table(model)
         if table is None:
             return
-        sharded, size = hasattr(table.weight, "ds_id"), getattr(table.weight, "ds_shape", table.weight.shape)[0]
+        sharded, size = hasattr(table.weight, "ds_id"), num_rows(table)
         self.table, self.rows = table, _used(model, table, tokens, size)
         if len(self.rows) > WORTHWHILE * size:
             return
@@ -81,10 +82,7 @@ class TextVocabulary:
 
 def _word_table(model: PreTrainedModel) -> nn.Embedding | None:
     """Its input embedding, if it is trained and a plain one that shares its weight with no other module."""
-    try:
-        table = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # an architecture without one
-        return None
+    table = token_table(model)
     if type(table) is not nn.Embedding or not table.weight.requires_grad or table.max_norm is not None or table.scale_grad_by_freq:
         return None
     holders = [module for module in model.modules() if any(p is table.weight for p in module.parameters(recurse=False))]

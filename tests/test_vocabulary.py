@@ -216,3 +216,14 @@ def test_a_teacher_whose_training_ends_early_has_it_too(make_model, make_tokeniz
     with pytest.raises(KeyboardInterrupt):
         teach.fine_tune(model, tokenizer, texts[:8], [0, 1] * 4, teach.Recipe(epochs=1, learning_rate=1e-3))
     assert model.get_input_embeddings() is table
+
+
+def test_a_model_without_a_table_of_tokens_has_nothing_to_cut(make_model, monkeypatch):
+    """CANINE says so by this error."""
+
+    def refuse():
+        raise NotImplementedError
+
+    model = make_model("bert")
+    monkeypatch.setattr(model, "get_input_embeddings", refuse)
+    assert TextVocabulary(model, TOKENS).names == []

@@ -1,5 +1,6 @@
 """The definition of every op in plain PyTorch: same signature, no tricks, computed in float64 where the input is float64, else in
 float32. The fast implementations are tested against these, and these against an oracle written from the method's formulas.
+Over 400 lines: all definitions in one place, to be read beside each other.
 
 Letters: K samples (k) · B texts (b) · S = sum of the teachers' class counts · N teachers (i) · D features · C student classes.
 """
