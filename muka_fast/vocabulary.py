@@ -57,7 +57,7 @@ class TextVocabulary:
             if sharded:
                 self.vectors = self.vectors.to("cpu", copy=True) if torch.distributed.get_rank() == 0 else None
         places = _replace(model, table, self.some)
-        if before is not None and not _same(before, model, tokens):
+        if before is not None and not _same(before, model, self.some, tokens):
             log.info("%s reads its word vectors by another way than its embedding: all of them are trained", type(model).__name__)
             _replace(model, self.some, table)
             return
@@ -103,11 +103,18 @@ def _used(model: PreTrainedModel, table: nn.Embedding, tokens: Tokens, size: int
     return used.nonzero()[:, 0]
 
 
-def _same(before: Tensor, model: PreTrainedModel, tokens: Tokens) -> bool:
+def _same(before: Tensor, model: PreTrainedModel, some: SomeVectors, tokens: Tokens) -> bool:
     try:
-        return torch.equal(before, _logits(model, tokens))
+        with some.register_forward_pre_hook(_check_ids):
+            return torch.equal(before, _logits(model, tokens))
     except (IndexError, RuntimeError):  # an id that is none of the texts'
         return False
+
+
+def _check_ids(some: SomeVectors, inputs: tuple[Tensor, ...]) -> None:
+    """An index out of range leaves a GPU of no further use."""
+    if (some.place[inputs[0]] == len(some.weight)).any():
+        raise IndexError
 
 
 @torch.no_grad()

@@ -274,6 +274,12 @@ def seeded():
 
 
 @pytest.fixture(autouse=True)
+def restored_linear(monkeypatch):
+    """ZeRO-3 replaces it for the rest of the process."""
+    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
+
+
+@pytest.fixture(autouse=True)
 def restored_logging():
     """Commands run in-process rewire the logger of muka_fast; the next test gets it as it was (caplog needs it)."""
     log = logging.getLogger("muka_fast")

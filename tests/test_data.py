@@ -341,6 +341,11 @@ def test_budget_batches_hold_each_row_once_within_the_budget(lengths, budget):
     assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
 
 
+def test_a_batch_has_no_more_texts_than_a_grid_of_cuda_has_programs():
+    sizes = [len(rows) for rows in token_budget_batches(np.full(200_000, 3), 2**20)]
+    assert max(sizes) == 65_535 and sum(sizes) == 200_000
+
+
 @given(LENGTHS, st.integers(1, 40), st.integers(0, 2**32 - 1), st.integers(0, 50), st.integers(1, 5))
 def test_epoch_batches_hold_each_row_once_and_are_a_pure_function(lengths, batch_size, seed, epoch, window):
     with mock.patch.object(data, "SORTED_BATCHES", window):

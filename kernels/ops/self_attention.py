@@ -26,8 +26,8 @@ from muka_fast.ops import philox, table
 from muka_fast.ops.aot import Specialisation
 from muka_fast.ops.reference import Draws, self_attention_ref
 
-# Tokens, and d: keys, values, their gradients and a block of scores fit the registers of a program; before Hopper, whose matrix units
-# read shared memory, of SHORT texts only. Float32, three products for one on the matrix units, does not fit.
+# Tokens, and d: keys, values, their gradients and a block of scores fit the registers of a program; of texts of more than SHORT tokens
+# where the matrix units read shared memory alone (9.x and 10.x). Float32, three products for one on the matrix units, does not fit.
 SHORT, LONGEST, WIDEST = 64, 128, 64
 MOST_HEADS = 128  # that the masks of attention reach
 
@@ -216,7 +216,8 @@ if philox.triton is not None:
 
 def takes(dtype: torch.dtype, length: int, head_dim: int, device: torch.device) -> bool:
     """Whether on this GPU the fused form takes texts of L tokens and heads of d."""
-    longest = LONGEST if torch.cuda.get_device_capability(device) >= (9, 0) else SHORT
+    generation, _ = torch.cuda.get_device_capability(device)
+    longest = LONGEST if generation in (9, 10) else SHORT if generation >= 8 else 0
     return dtype in (torch.float16, torch.bfloat16) and length <= longest and head_dim in (32, WIDEST)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muka_fast.ops.reference import ATTENTION_STRIDE, Draws, dropout_scale, dropout_threshold, self_attention_ref
-from muka_fast.ops.self_attention import self_attention
+from muka_fast.ops.self_attention import self_attention, takes
 
 # 16 bits: probabilities and gradients of scores are rounded before the matrix units. Triton's interpreter multiplies no bfloat16: that
 # is for tests/test_gpu_training.py.
@@ -168,3 +168,10 @@ def test_bad_arguments_are_refused(change, message):
 
 def test_triton_in_the_interpreter(interpreter):
     interpreter(__file__, "result_and or every_form or differ or large or masks or no_texts or strides")
+
+
+@pytest.mark.parametrize(("generation", "longest"), [(7, 0), (8, 64), (9, 128), (10, 128), (12, 64)])
+def test_a_gpu_takes_the_lengths_that_were_compiled_for_it(generation, longest, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
+    taken = [length for length in (1, 64, 65, 128, 129) if takes(torch.bfloat16, length, 64, torch.device("cuda"))]
+    assert max(taken, default=0) == longest
