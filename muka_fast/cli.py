@@ -50,6 +50,10 @@ COMMANDS = {
 }
 
 
+# What commands call by other names, as it plays another part in them.
+SAME_THING = ({"--texts", "--data", "--train"}, {"--data", "--eval"}, {"--store", "--output"}, {"--encoder", "--student"})
+
+
 class _Help(argparse.HelpFormatter):
     """Help with one spelling per option and `--margin, --no-margin` for switches."""
 
@@ -164,13 +168,17 @@ def parse(command: Command, argv: Sequence[str], prog: str) -> config.Config:
         )
     known, unknown = parser.parse_known_args(spelled)
     if unknown:
-        names = [f"--{option_name(key, field)}" for key, field in command.config.model_fields.items()]
+        fields = command.config.model_fields.items()
+        names = [f"--{option_name(key, field)}" for key, field in fields if key != command.positional]
         name = unknown[0].partition("=")[0]
         if not name.startswith("-"):
             several = " (several files of texts: one pattern in quotes, 'pool/*.jsonl')" if os.path.isfile(name) else ""
             raise UserError(f"unexpected argument '{name}': see {prog} --help{several}")
-        hint = nearest(name.replace("--no_", "--"), names)
-        raise UserError(f"unknown option '{name}'{hint}")
+        if name == f"--{command.positional}":
+            raise UserError(f"'{name}' is given without its name: {prog} DIR")
+        same = [other for other in names if any({name, other} <= thing for thing in SAME_THING)]
+        hint = f" (here it is {same[0]})" if same else nearest(name.replace("--no_", "--"), names)
+        raise UserError(f"unknown option '{name}'{hint or f': see {prog} --help'}")
     flags = vars(known)
     return load_config(command.config, flags.pop("config", None), flags)
 

@@ -91,13 +91,30 @@ class TextOptions(Config):
     """How texts are read and cut."""
 
     text_column: str = option("text", "column that holds the text", "Data", min_length=1)
-    label_column: str = option("label", "column that holds the label, where labels are needed", "Data", min_length=1)
     limit: int | None = option(None, "use only the first N texts", "Data", ge=1)
     # 16384 is the row stride of the attention masks (ATTENTION_STRIDE in kernels/ops/reference.py).
     max_length: int = option(128, "tokens kept of each text, special tokens included", "Data", ge=4, le=16384)
 
 
+class LabelOptions(Config):
+    """Of a command that reads labels."""
+
+    label_column: str = option("label", "column that holds the label, where labels are needed", "Data", min_length=1)
+
+
 class DeviceOptions(Config):
+    """Where models run."""
+
+    device: str = option(
+        "auto",
+        "auto takes a GPU where there is one",
+        "Run",
+        allowed="auto, cpu, cuda or cuda:N",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+    )
+
+
+class ForwardOptions(DeviceOptions):
     """Where models run and how much they take at once."""
 
     token_budget: int | None = option(
@@ -108,16 +125,9 @@ class DeviceOptions(Config):
         ge=16,
         le=2**24,
     )
-    device: str = option(
-        "auto",
-        "auto takes a GPU where there is one",
-        "Run",
-        allowed="auto, cpu, cuda or cuda:N",
-        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-    )
 
 
-class ScoringOptions(TextOptions, DeviceOptions):
+class ScoringOptions(TextOptions, ForwardOptions):
     """How teachers are scored: what a supervision store holds, and where and how fast it is filled."""
 
     seed: int = option(0, "seed of every random number of the run", "Run", ge=0, lt=2**32)
@@ -191,7 +201,7 @@ class ScoringOptions(TextOptions, DeviceOptions):
         return self
 
 
-class RunConfig(ScoringOptions):
+class RunConfig(ScoringOptions, LabelOptions):
     """Options of `muka-fast train` and muka_fast.amalgamate.
 
     The published methods (arXiv 2112.07327) are `muka-soft` and `muka-hard` with uncertainty predictive_entropy and mc_scope all;
@@ -290,7 +300,7 @@ class ScoreConfig(ScoringOptions):
     output: str = option(..., "supervision store to fill or complete", FILES)
 
 
-class TeachConfig(TextOptions):
+class TeachConfig(TextOptions, LabelOptions, DeviceOptions):
     """Options of `muka-fast teach`."""
 
     encoder: str = option(..., "encoder to fine-tune: folder or hub name", FILES)
@@ -319,7 +329,7 @@ class TeachConfig(TextOptions):
     overwrite: bool = option(False, "replace the teacher in the output folder", "Run")
 
 
-class FinishedModelOptions(TextOptions, DeviceOptions):
+class FinishedModelOptions(TextOptions, ForwardOptions):
     """Of a command that runs a finished model, which knows how its texts were cut."""
 
     max_length: int | None = option(
@@ -327,7 +337,7 @@ class FinishedModelOptions(TextOptions, DeviceOptions):
     )
 
 
-class EvalConfig(FinishedModelOptions):
+class EvalConfig(FinishedModelOptions, LabelOptions):
     """Options of `muka-fast eval`."""
 
     model: str = option(..., "classifier to measure: folder or hub name", FILES)
@@ -488,7 +498,8 @@ def load_config(cls: type[ConfigType], yaml_path: str | Path | None, flags: dict
         for key, value in given.items():
             if key not in known and key not in cls.model_fields:
                 label = f"unknown key '{key}'" if source else f"unknown option '{key}'"
-                raise UserError(f"{source}{label}{nearest(key, list(known))}")
+                of_train = source and key in RunConfig.model_fields and cls is not RunConfig
+                raise UserError(f"{source}{label}{': an option of train' if of_train else nearest(key, list(known))}")
             values[known.get(key, key)] = value
     for name, other in (("teachers", "store_teachers"), ("store_teachers", "teachers")):
         if name in from_flags and other not in from_flags:

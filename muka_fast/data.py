@@ -33,6 +33,7 @@ PLACES = ("name_or_path", "is_local", "local_files_only", "cache_dir")  # settin
 # A batch ends early where its padding would exceed this share, but not below 1/8 of the budget: tiny batches cost more.
 MAX_PADDING = 0.08
 SMALLEST_BATCH = 8
+MOST_TEXTS = 65_535  # of a batch: programs that CUDA launches in the second dimension of a grid
 SORTED_BATCHES = 50  # of an epoch that are cut from one run of shuffled texts, sorted by length
 
 
@@ -67,6 +68,12 @@ def cut_length(max_length: int, limit: int, what: str) -> int:
     return min(max_length, limit)
 
 
+def tell_cut(lengths: np.ndarray, max_length: int) -> None:
+    """Say how many texts fill the tokens that are kept: longer ones lose what is beyond. lengths [n], after the cut."""
+    if full := int((lengths >= max_length).sum()):
+        log.info("%d of %d texts fill %d tokens, to which longer ones are cut (--max_length)", full, len(lengths), max_length)
+
+
 def check_source(option: str, given: Any) -> None:
     """Raises UserError, which names the way out, for texts in memory where `read_texts` takes their source."""
     if not isinstance(given, (str, os.PathLike, type(None))):
@@ -84,7 +91,7 @@ def read_texts(
     source: str | Path,
     *,
     text_column: str = "text",
-    label_column: str = "label",
+    label_column: str | None = "label",
     need_labels: bool = False,
     limit: int | None = None,
     split: str = "train",
@@ -96,6 +103,7 @@ def read_texts(
     become text. Memory is linear in the texts kept, nothing else of a row stays.
 
     Args:
+        label_column: None where nothing asks for labels.
         need_labels: refuse a source that lacks a label somewhere.
         limit: stop after this many non-blank texts.
         split: split of a hub data set that names none.
@@ -109,7 +117,7 @@ def read_texts(
     labels: list[str] | None = []
     example_ids = array("q")
     distinct: dict[str, str] = {}
-    num_blank = 0
+    num_blank = num_labelled = 0
     for index, (part, row) in enumerate(rows):
         if row.text is None or (isinstance(row.text, str) and not row.text.strip()):
             num_blank += 1
@@ -117,7 +125,8 @@ def read_texts(
         if not isinstance(row.text, str):
             place = f"{part}, {row.place}: column '{text_column}'"
             raise UserError(f"{place} holds {type(row.text).__name__} ({str(row.text)[:40]}), not text")
-        label = _label_name(row, f"{part}, {row.place}", label_column, need_labels) if labels is not None else None
+        label = None if label_column is None else _label_name(row, f"{part}, {row.place}", label_column, need_labels)
+        num_labelled += label is not None
         if label is None:
             labels = None
         elif labels is not None:
@@ -130,6 +139,11 @@ def read_texts(
         raise UserError(f"{name}: no text in it ({num_blank} blank rows)")
     if num_blank:
         log.warning("%s: %d blank text%s skipped", name, num_blank, "" if num_blank == 1 else "s")
+    if 0 < num_labelled < len(texts):
+        without = len(texts) - num_labelled
+        log.warning("%s: %d of %d texts have no label in '%s': all are read as unlabelled", name, without, len(texts), label_column)
+    elif not num_labelled and label_column not in (None, "label"):  # asked for by name
+        log.info("%s: no text has a label in '%s'", name, label_column)
     ids = np.array(example_ids, dtype=np.int64)
     return TextSet(texts, labels, ids, name, _fingerprint(ids, texts), num_blank)
 
@@ -312,7 +326,7 @@ def token_budget_batches(lengths: np.ndarray, token_budget: int) -> list[np.ndar
 
     Args:
         lengths: [n] tokens per text.
-        token_budget: bound of B * L; a single text may exceed it.
+        token_budget: bound of B * L; a single text may exceed it. B is at most MOST_TEXTS.
 
     Returns:
         int64 row indices per batch; each row occurs once. The longest texts come first: where memory does not suffice,
@@ -324,7 +338,7 @@ def token_budget_batches(lengths: np.ndarray, token_budget: int) -> list[np.ndar
     batches, start = [], 0
     while start < len(order):
         longest = max(1, int(ordered[start]))
-        size = max(1, token_budget // longest)
+        size = max(1, min(token_budget // longest, MOST_TEXTS))
         tokens = np.cumsum(ordered[start : start + size])
         padding = 1 - tokens / (longest * np.arange(1, len(tokens) + 1))
         tight = int(np.searchsorted(padding, MAX_PADDING, side="right"))

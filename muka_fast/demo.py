@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import transformers
 
 from muka_fast.config import DemoConfig, RunConfig
-from muka_fast.console import log
+from muka_fast.console import log, new_table, stdout_console
 from muka_fast.data import TextSet, read_texts
 from muka_fast.errors import UserError
 from muka_fast.evaluate import load_model
 from muka_fast.labels import LabelSpace, build_label_space
 from muka_fast.material import MAX_LENGTH, STUDENT_OPTIONS, TEACHERS, Prepared, is_ours, one_thread, prepare
-from muka_fast.methods import build_method, selection_accuracy, target_accuracy, vote_accuracy
+from muka_fast.methods import build_method, selection_accuracy, target_accuracy
 from muka_fast.stored import Supervision
 from muka_fast.supervision import fill_store
 from muka_fast.teach import measure
@@ -72,8 +72,6 @@ def teacher_rows(prepared: Prepared, held_out: TextSet) -> list[tuple[str, float
 
 def run_all(config: DemoConfig, prepared: Prepared) -> "Table":
     """Amalgamate by every method over one store, and put all figures into a table."""
-    from rich.table import Table
-
     from muka_fast.train import amalgamate
 
     output = Path(config.output).expanduser()
@@ -84,17 +82,12 @@ def run_all(config: DemoConfig, prepared: Prepared) -> "Table":
     sup = fill_store(asked["store"], prepared.teachers, held_out, RunConfig(**asked))
     space = build_label_space([(teacher["name"], teacher["labels"]) for teacher in sup.teachers])
 
-    table = Table(
-        title=f"accuracy in % on {len(held_out)} held-out texts, {space.num_classes} labels", title_justify="left"
-    )
-    table.add_column("")
+    table = new_table(f"accuracy in % on {len(held_out)} held-out texts, {space.num_classes} labels", "")
     for title in ("own labels", "all labels", "target", "selection"):
         table.add_column(title, justify="right")
     for title, own, everything in rows:
         table.add_row(title, percent(own), percent(everything), "", "")
-    table.add_row(
-        "vote (concatenated logits)", "", percent(vote_accuracy(sup, held_out.labels, space)), "", "", end_section=True
-    )
+    table.add_section()
     for name, (options, labelled) in RUNS.items():
         log.info("student by %s", name)
         folder = output / "students" / name.replace(" + ", "-").replace(" ", "-")
@@ -126,9 +119,7 @@ def percent(value: float | None) -> str:
 
 def show(table: "Table", folder: Path, held_out: TextSet, space: LabelSpace) -> None:
     """Print the table, what it means, and three held-out sentences through plain transformers."""
-    from rich.console import Console
-
-    out = Console(highlight=False)
+    out = stdout_console()
     out.print(table)
     out.print(
         "own labels: held-out texts whose library the teacher knows. target: the composed teacher answer is right. "
@@ -142,8 +133,8 @@ def show(table: "Table", folder: Path, held_out: TextSet, space: LabelSpace) -> 
         row = next(i for i, label in enumerate(held_out.labels) if space.owners(label) == [teacher])
         text, answer = held_out.texts[row], classify(held_out.texts[row], truncation=True)[0]
         cut = text if len(text) <= 90 else text[:87] + "..."
-        out.print(f"  {cut}", markup=False, soft_wrap=True)
-        out.print(f"    -> {answer['label']} ({answer['score']:.2f}), truly {held_out.labels[row]}", markup=False)
+        out.print(f"  {cut}", soft_wrap=True)
+        out.print(f"    -> {answer['label']} ({answer['score']:.2f}), truly {held_out.labels[row]}")
 
 
 # ---- the command ----

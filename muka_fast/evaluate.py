@@ -5,7 +5,6 @@ n texts · C classes of the model.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from muka_fast import adapters, checkpoint, memory
-from muka_fast.console import log, progress, stdout_console
-from muka_fast.data import Tokens, collate, cut_length, read_texts, token_budget_batches, tokenize
+from muka_fast.console import fill, log, new_table, progress, stdout_console
+from muka_fast.data import Tokens, collate, cut_length, read_texts, tell_cut, token_budget_batches, tokenize
 from muka_fast.doubt import UncertaintyHead, auroc, false_positive_rate, with_head
 from muka_fast.errors import UserError
 from muka_fast.first_token import first_token_only
-from muka_fast.labels import read_label_map, rename_labels
+from muka_fast.labels import plain_form, read_label_map, rename_labels
 from muka_fast.memory import device_of
 from muka_fast.teachers import open_classifier
 from muka_fast.tokenizer import token_limit
@@ -50,15 +49,15 @@ def predict(
     tokens: Tokens,
     *,
     token_budget: int | None = None,
-    description: str | None = None,
     forward: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
     example_ids: np.ndarray | None = None,
+    done: Callable[[int], None] = lambda count: None,
 ) -> Tensor:
     """Logits of every text, fp32 [n, C] on the CPU, in the order of the texts; batches are cut by length.
 
     model: a Hugging Face classifier; its mode (train, eval) is the same afterwards. token_budget: padded tokens
-    per forward, None: by the device. description: shows progress under this name. forward: what is kept of a batch instead of its
-    logits, [B, anything]. example_ids: what errors call the texts (default: their numbers, from 0).
+    per forward, None: by the device. forward: what is kept of a batch instead of its logits, [B, anything]. example_ids: what
+    errors call the texts (default: their numbers, from 0). done: is told the number of texts of every batch.
     Raises UserError for the first text whose logits are not numbers.
     """
     pad_id = model.config.get_text_config().pad_token_id or 0
@@ -68,15 +67,13 @@ def predict(
     logits: Tensor | None = None
     model.eval()
     try:
-        shown = progress(len(batches), description, "batches") if description else nullcontext()
-        with torch.inference_mode(), first_token_only(model), shown as bar:
+        with torch.inference_mode(), first_token_only(model):
             for rows in batches:
                 inputs = {name: value.to(device) for name, value in collate(tokens, rows, pad_id).items()}
                 found = (model(**inputs).logits if forward is None else forward(inputs)).float().cpu()
                 logits = torch.empty(len(tokens), found.shape[1], dtype=torch.float32) if logits is None else logits
                 logits[torch.from_numpy(rows)] = found
-                if bar is not None:
-                    bar.advance()
+                done(len(rows))
     finally:
         model.train(was_training)
     if logits is None:
@@ -265,26 +262,30 @@ def evaluate(config: "EvalConfig") -> dict[str, Any]:
     unknown: dict[str, int] = {}
     for label in (label for label, there in zip(texts.labels, known, strict=True) if not there):
         unknown[label] = unknown.get(label, 0) + 1
+    alike = {plain_form(name): name for name in names}
+    told = lambda label: f"{label}, where the model has '{alike[plain_form(label)]}'" if plain_form(label) in alike else label
     if not known.any():
         raise UserError(
-            f"{config.data}: none of its labels ({', '.join(list(unknown)[:3])}, ...) is a class of {config.model} "
+            f"{config.data}: none of its labels ({', '.join(map(told, list(unknown)[:3]))}, ...) is a class of {config.model} "
             f"({', '.join(names[:3])}, ...); rename them with --label_map or choose --label_column"
         )
     if unknown:
         log.warning(
-            "%s: %d of %d texts have labels that the model does not know (%s); they are left out",
+            "%s: %d of %d texts have labels that the model does not know (%s); they are left out (--label_map renames)",
             config.data,
             sum(unknown.values()),
             len(texts),
-            ", ".join(list(unknown)[:5]),
+            ", ".join(map(told, list(unknown)[:5])),
         )
     head = None if adapters.is_adapter(folder) else UncertaintyHead.load(folder, model)
     rows = np.flatnonzero(known) if head is None else np.arange(len(texts))  # doubt is measured on unknown labels as well
     max_length = kept_length(config.max_length, folder, model, tokenizer)
     tokens = tokenize(tokenizer, [texts.texts[row] for row in rows], max_length)
+    tell_cut(tokens.lengths, max_length)
     forward = None if head is None else with_head(model, head)
-    options = {"token_budget": config.token_budget, "description": "predicting", "forward": forward}
-    found = predict(model, tokens, **options, example_ids=texts.example_ids[rows])
+    options = {"token_budget": config.token_budget, "forward": forward, "example_ids": texts.example_ids[rows]}
+    with progress(len(rows), "predicting") as bar:
+        found = predict(model, tokens, **options, done=bar.advance)
     outputs, mine = join_columns(found[:, : len(columns)], columns), known[rows]
     logits, labels = outputs[mine], [index[renamed[row]] for row in rows[mine]]
     figures = metrics(logits, labels, names, teachers)
@@ -316,20 +317,14 @@ def doubt_figures(doubt: np.ndarray, softmax: np.ndarray, wrong: np.ndarray, unk
 
 def print_tables(figures: dict[str, Any]) -> None:
     """The figures as text tables on stdout."""
-    from rich.table import Table
-    from rich.text import Text
-
     console = stdout_console()
 
     def show(title: str, columns: Sequence[str], lines: Sequence[tuple[str, dict[str, Any]]]) -> None:
-        table = Table(title=title, title_justify="left")
+        table = new_table(title)
         table.add_column(title.split()[-1], overflow="fold")
         for column in columns:
             table.add_column(column.replace("_", " "), justify="right")
-        for name, values in lines:
-            # Text, not str: a label may look like markup.
-            table.add_row(Text(name), *(_cell(values[column]) for column in columns))
-        console.print(table)
+        console.print(fill(table, [(name, *(_cell(values[column]) for column in columns)) for name, values in lines]))
 
     overall = ("num_texts", "num_unknown", "accuracy", "macro_f1", "nll", "ece")
     show("All texts, per model", overall, [(figures["model"], figures)])

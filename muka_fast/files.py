@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,18 +27,19 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def write_beside_others(path: Path, text: str, replace: bool) -> None:
+def write_beside_others(path: Path, lines: Iterable[str], replace: bool) -> None:
     """UTF-8, in a folder of the user's, where nothing else is touched. Raises UserError where the file is there, unless `replace`: it
-    has appeared while the text was made, which then lies beside it."""
+    has appeared while the lines were made, which then lie beside it."""
     path = path.resolve()  # a link stays one
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        aside.write_text(text, encoding="utf-8")
+        with aside.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
         if not replace:
             path.open("x").close()
     except FileExistsError as error:
         raise UserError(f"{path}: has appeared meanwhile and stays as it is; what was to be written is in {aside}") from error
-    except OSError:
+    except BaseException:
         aside.unlink(missing_ok=True)
         raise
     try:

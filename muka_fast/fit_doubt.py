@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from muka_fast.config import RunConfig
+from muka_fast.console import progress
 from muka_fast.coverage import doubt_ranks
 from muka_fast.data import TextSet, tokenize
 from muka_fast.doubt import UncertaintyHead, with_features
@@ -31,8 +32,9 @@ def fit_head(config: RunConfig, output: Path, texts: TextSet, doubt: np.ndarray,
     rows = sample_rows(texts.example_ids, config.seed, SAMPLE)
     model, tokenizer, names = load_model(output, device_of(config.device))
     tokens = tokenize(tokenizer, [texts.texts[row] for row in rows], min(config.max_length, token_limit(model, tokenizer)))
-    options = {"token_budget": config.token_budget, "description": "uncertainty head", "forward": with_features(model)}
-    found = predict(model, tokens, **options).numpy()
+    options = {"token_budget": config.token_budget, "forward": with_features(model)}
+    with progress(len(rows), "uncertainty head") as bar:
+        found = predict(model, tokens, **options, done=bar.advance).numpy()
     logits, features = found[:, : len(names)], found[:, len(names) :]
     head = UncertaintyHead.fit(features, logits, doubt[rows], method.included.numpy()[rows])
     if not head.tells:

@@ -136,6 +136,9 @@ def _warn_of_names(teachers: Sequence[tuple[str, Sequence[str]]], space: LabelSp
     if numbers := [name for name in space.overlaps if re.fullmatch(r"[-+]?\d+", name)]:
         same = f"{len(numbers)} classes named by numbers ({numbers[0]}, ...) are taken for the same in several teachers"
         log.warning("%s: where they are not, name them with --label_map", same)
+    elif space.overlaps:
+        names = ", ".join(space.overlaps[:5]) + ", ..." * (len(space.overlaps) > 5)
+        log.info("several teachers know %d of %d classes: %s (--label_map)", len(space.overlaps), len(space.names), names)
 
 
 def _union_name(teacher: str, label: str, shared: Mapping, own: Mapping) -> str | None:
@@ -234,10 +237,15 @@ def _nearest(name: str, names: Sequence[str] | set[str] | Mapping[str, object]) 
     return f" (there are: {', '.join(there[:5])}{', ...' if len(there) > 5 else ''})"
 
 
+def plain_form(name: str) -> str:
+    """What a name is but for case, outer blanks and Unicode form."""
+    return unicodedata.normalize("NFC", name).strip().casefold()
+
+
 def warn_of_lookalikes(names: Iterable[str], way_out: str) -> None:
     """Names that differ only in case, outer blanks or Unicode form are different classes, which is rarely meant."""
     seen: dict[str, str] = {}
     for name in names:
-        other = seen.setdefault(unicodedata.normalize("NFC", name).strip().casefold(), name)
+        other = seen.setdefault(plain_form(name), name)
         if other != name:
             log.warning("labels '%s' and '%s' are two classes: %s if they are one", other, name, way_out)

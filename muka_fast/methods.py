@@ -99,7 +99,8 @@ class RuledSoft(Composed):
             log.info("no text is left out: all %d belong to some teacher, as far as can be told", len(held))
         self.balance = text_weights(weights, self.included > 0, config.teacher_balance)
         mine = [self.balance[(self.selected == i) & (self.included > 0)] for i in range(len(sup.teachers))]
-        told = [f"{name} {b.mean():.2f} ({len(b)} texts)" for name, b in zip(label_space.teacher_names, mine, strict=True) if len(b)]
+        parts = zip(label_space.teacher_names, mine, strict=True)
+        told = [f"{name} {b.mean():.2f} ({len(b)} text{'s' * (len(b) > 1)})" for name, b in parts if len(b)]
         if len(mine) > 1:
             log.info("weight of a text, by its teacher: %s; --teacher_balance 0 weighs all alike", ", ".join(told))
 
@@ -319,7 +320,18 @@ def build_method(
         raise ValueError(f"--method {config.method}: weights are for methods with a rule, and only for them")
     ids = None if labels is None else label_ids(labels, label_space)
     args = (config, sup.restrict(label_space), label_space, ids)
-    return factory(*args) if weights is None else factory(*args, weights)
+    method = factory(*args) if weights is None else factory(*args, weights)
+    for name in idle_teachers(method):
+        log.warning("teacher %s is trusted most on no text: the student hardly learns what it alone knows", name)
+    return method
+
+
+def idle_teachers(method: Method) -> list[str]:
+    """The teachers that no text which counts selects; none where the method selects none."""
+    if method.selected is None:
+        return []
+    chosen = torch.bincount(method.selected[method.included > 0], minlength=len(method.sup.teachers))
+    return [name for name, count in zip(method.label_space.teacher_names, chosen.tolist(), strict=True) if not count]
 
 
 # ---- how good the supervision is, where true labels are known ----
@@ -350,13 +362,3 @@ def selection_accuracy(method: Method, labels: Sequence[str], label_space: Label
         return None
     return owners(label_space)[method.selected[known], truth[known]].double().mean().item()
 
-
-def vote_accuracy(sup: Supervision, labels: Sequence[str], label_space: LabelSpace) -> float | None:
-    """Accuracy of the concatenated-logit vote: argmax of softmax(all kept logits), columns of one class added (the
-    vkd target at T = 1)."""
-    sup, truth = sup.restrict(label_space), label_ids(labels, label_space)
-    known = truth >= 0
-    probs = torch.softmax(sup.logits[known], dim=-1)
-    union = torch.as_tensor(label_space.teacher_to_union, dtype=torch.int64)
-    votes = probs.new_zeros(len(probs), label_space.num_classes).index_add(1, union, probs).argmax(-1)
-    return (votes == truth[known]).double().mean().item() if known.any() else None

@@ -92,7 +92,7 @@ def count_texts(options: PlanConfig) -> tuple[int, float]:
     given = float(min(options.tokens_per_text or options.max_length, options.max_length))
     if options.texts is None:
         return options.num_texts, given
-    texts = read_texts(options.texts, text_column=options.text_column, limit=options.limit).texts
+    texts = read_texts(options.texts, text_column=options.text_column, label_column=None, limit=options.limit).texts
     if options.tokens_per_text is not None:
         return len(texts), given
     step = max(1, len(texts) // SAMPLED_TEXTS)

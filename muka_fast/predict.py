@@ -6,7 +6,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,8 +14,8 @@ import torch
 
 from muka_fast import adapters, checkpoint
 from muka_fast.config import FinishedModelOptions, load_config
-from muka_fast.console import log
-from muka_fast.data import TextSet, encodable, read_texts, tokenize
+from muka_fast.console import log, progress
+from muka_fast.data import TextSet, encodable, read_texts, tokenize_quietly
 from muka_fast.doubt import UncertaintyHead, with_head
 from muka_fast.errors import UserError
 from muka_fast.evaluate import join_columns, kept_length, load_model, predict
@@ -25,6 +25,8 @@ from muka_fast.readers import find_files
 
 if TYPE_CHECKING:
     from muka_fast.config import PredictConfig
+
+CHUNK = 8192  # texts that are cut into batches together, and whose answers are written together
 
 
 class Prediction(NamedTuple):
@@ -61,9 +63,10 @@ class Predictor:
         self.head = None if adapters.is_adapter(folder) else UncertaintyHead.load(folder, self.model)
         self.max_length = kept_length(options.max_length, folder, self.model, self.tokenizer)
         self.token_budget = options.token_budget
+        self._told = False  # that texts are cut
 
-    def predict(self, texts: str | Iterable[str], description: str | None = None) -> list[Prediction]:
-        """One prediction per text, in their order, by one forward each. description: shows progress under this name.
+    def predict(self, texts: str | Iterable[str]) -> list[Prediction]:
+        """One prediction per text, in their order, by one forward each.
 
         A single text is a list of one. Raises UserError for what is no text, and for tables, whose column it cannot know.
         """
@@ -73,12 +76,23 @@ class Predictor:
         for text in texts:
             if not isinstance(text, str):
                 raise UserError(f"predict takes a list of texts, found {text!r}")
-        texts = [encodable(text) for text in texts]
-        if not texts:
-            return []
-        tokens = tokenize(self.tokenizer, texts, self.max_length)
+        return self._predict([encodable(text) for text in texts]) if texts else []
+
+    def stream(self, texts: TextSet) -> Iterator[Prediction]:
+        """One prediction per text, in their order, CHUNK texts at a time; shows progress."""
+        with progress(len(texts), "predicting") as bar:
+            for start in range(0, len(texts), CHUNK):
+                chunk = slice(start, start + CHUNK)
+                yield from self._predict(texts.texts[chunk], example_ids=texts.example_ids[chunk], done=bar.advance)
+
+    def _predict(self, texts: Sequence[str], **options: Any) -> list[Prediction]:
+        """Of one text at least. options: those of `evaluate.predict`."""
+        tokens, _ = tokenize_quietly(self.tokenizer, texts, self.max_length)
+        if not self._told and (tokens.lengths >= self.max_length).any():
+            log.info("texts of more than %d tokens are cut to these (--max_length)", self.max_length)
+            self._told = True
         forward = None if self.head is None else with_head(self.model, self.head)
-        found = predict(self.model, tokens, token_budget=self.token_budget, description=description, forward=forward)
+        found = predict(self.model, tokens, token_budget=self.token_budget, forward=forward, **options)
         best = torch.softmax(join_columns(found[:, : len(self.labels)].double(), self.labels), dim=-1).max(-1)
         doubts = [None] * len(texts) if self.head is None else found[:, len(self.labels)].tolist()
         rows, names = zip(best.indices.tolist(), best.values.tolist(), doubts, strict=True), list(dict.fromkeys(self.labels))
@@ -116,18 +130,18 @@ def main(config: PredictConfig) -> int:
         check_unread(config, output)
     elif output is not None and not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}; make it, or name another file")
-    texts = read_texts(config.texts, text_column=config.text_column, limit=config.limit, split="test")
+    texts = read_texts(config.texts, text_column=config.text_column, label_column=None, limit=config.limit, split="test")
     predictor = Predictor(config.model, config.device, config.max_length, config.token_budget)
     if predictor.head is None:
         log.warning("%s has no uncertainty head: its answers come without doubt (train with --uncertainty_head)", config.model)
-    found = predictor.predict(texts.texts, "predicting")
+    answers = lines(texts, predictor.stream(texts))
     if output is None:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8")  # JSON, whatever the terminal's
-        sys.stdout.writelines(lines(texts, found))
+        sys.stdout.writelines(answers)
         return 0
     try:
-        write_beside_others(output, "".join(lines(texts, found)), config.overwrite)
+        write_beside_others(output, answers, config.overwrite)
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror or error}; name another file") from error
     return 0

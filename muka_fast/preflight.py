@@ -15,9 +15,10 @@ from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label
 from muka_fast.methods import METHODS, neutral_encoder, unused_options
 from muka_fast.stored import chosen_teachers
 from muka_fast.supervision import check_sites, option_values
-from muka_fast.teachers import check_teachers, teacher_names
+from muka_fast.teachers import ONE_TEACHER, check_teachers, teacher_names
 
 log = logging.getLogger("muka_fast")
+FEW_TEXTS = 5  # a class
 
 
 def check_options(config: RunConfig) -> None:
@@ -84,6 +85,15 @@ def label_owners(config: RunConfig, texts: TextSet) -> list[Mapping[str, Any]]:
         return [{"name": name, "labels": file.labels} for name, file in zip(teacher_names(config.teachers), files, strict=True)]
     manifest, keys = chosen_teachers(Path(config.store), texts, option_values(config), config.store_teachers)
     return [manifest["teachers"][key] for key in keys]
+
+
+def tell_of_little(config: RunConfig, space: LabelSpace, texts: TextSet) -> None:
+    """Warn of a single teacher in a store (of others the scoring does), and of too few texts to learn from."""
+    if len(space.teacher_names) == 1 and not config.teachers:
+        log.warning(ONE_TEACHER, space.teacher_names[0])
+    if len(texts) < FEW_TEXTS * space.num_classes:
+        told = texts.source, len(texts), space.num_classes
+        log.warning("%s: %d texts are few for %d classes, of which each should have some tens", *told)
 
 
 def read_eval(config: RunConfig) -> TextSet:

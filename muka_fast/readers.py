@@ -38,10 +38,10 @@ class Row(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """The columns to read."""
+    """The columns to read; label None: no labels."""
 
     text: str
-    label: str
+    label: str | None
     need_labels: bool
 
 

@@ -237,9 +237,8 @@ def score(config: ScoreConfig) -> Supervision:
         device = resolve_device(config.device) if launched else device_of(config.device)
     rank, world_size = init_distributed(device, config.verbose) if launched else (0, 1)
     with log_file(Path(config.output) / "logs", rank, world_size) if world_size > 1 else nullcontext():
-        columns = {"text_column": config.text_column, "label_column": config.label_column}
         with told_once():
-            texts = read_texts(config.texts, **columns, limit=config.limit)
+            texts = read_texts(config.texts, text_column=config.text_column, label_column=None, limit=config.limit)
         return fill_store(config.output, config.teachers, texts, config, ShardQueue(group=world_size > 1), need_features=True)
 
 

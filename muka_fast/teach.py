@@ -19,7 +19,7 @@ from torch import nn
 from muka_fast import __version__
 from muka_fast.config import TeachConfig, nearest
 from muka_fast.console import log, progress
-from muka_fast.data import TextSet, Tokens, collate, cut_length, epoch_batches, read_texts, tokenize
+from muka_fast.data import TextSet, Tokens, collate, cut_length, epoch_batches, read_texts, tell_cut, tokenize
 from muka_fast.engine import quiet_deepspeed
 from muka_fast.errors import UserError
 from muka_fast.evaluate import metrics, predict
@@ -132,7 +132,9 @@ def fine_tune(
     Raises:
         UserError: the loss is not a number.
     """
-    tokens = tokenize(tokenizer, texts, cut_length(recipe.max_length, token_limit(model, tokenizer), "the encoder"))
+    max_length = cut_length(recipe.max_length, token_limit(model, tokenizer), "the encoder")
+    tokens = tokenize(tokenizer, texts, max_length)
+    tell_cut(tokens.lengths, max_length)
     labels = torch.as_tensor(label_ids, dtype=torch.int64)
     steps_per_epoch = math.ceil(len(tokens) / recipe.batch_size)
     total = recipe.epochs * steps_per_epoch
@@ -298,13 +300,14 @@ def teach(config: TeachConfig) -> dict[str, Any]:
     """
     asked = config.output, config.overwrite, [config.train, config.eval, config.encoder]
     output = check_output(*asked)
-    quiet_deepspeed(device_of("auto"), config.verbose)  # transformers imports it
+    device = device_of(config.device)
+    quiet_deepspeed(device, config.verbose)  # transformers imports it
     columns = {"text_column": config.text_column, "label_column": config.label_column, "need_labels": True}
     train, labels = rows_with_labels(read_texts(config.train, limit=config.limit, **columns), config.labels)
     held_out = rows_to_measure(read_texts(config.eval, split="test", **columns), labels) if config.eval else None
     model, tokenizer = load_student(config.encoder, labels, config.seed, {"zero_optimization": {"stage": 0}}, "encoder")
     freeze(model, config.freeze_layers)
-    model.to(device_of("auto"))
+    model.to(device)
     recipe = Recipe(
         config.epochs or default_epochs(len(train), config.batch_size),
         config.learning_rate or default_learning_rate(model.config.get_text_config().hidden_size),

@@ -23,6 +23,7 @@ from muka_fast.sites import trace_inputs
 from muka_fast.tokenizer import check_vocabulary, load_tokenizer, settle_tokenizer, token_limit
 
 log = logging.getLogger("muka_fast")
+ONE_TEACHER = "only one teacher (%s): this is plain distillation, there is nothing to select between"
 
 SHOWN_NAMES = 3  # of a list in a message
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -119,7 +120,7 @@ def check_teachers(paths: Sequence[str | Path], warn: bool = True) -> list[Teach
         if warn and not adapters.is_adapter(files[-1].folder):
             checkpoint.tell_of_own_code(checkpoint.read_config(files[-1].folder, f"teacher {path}"), f"teacher {path}")
     if len(paths) == 1 and warn:
-        log.warning("only one teacher (%s): this is plain distillation, there is nothing to select between", paths[0])
+        log.warning(ONE_TEACHER, paths[0])
     return files
 
 

@@ -31,7 +31,7 @@ from muka_fast.caller import caller_undisturbed
 from muka_fast.config import EvalConfig, RunConfig, load_config
 from muka_fast.console import log_file, setup_logging
 from muka_fast.coverage import nobody_weights
-from muka_fast.data import TextSet, check_source, cut_length, read_texts
+from muka_fast.data import TextSet, check_source, cut_length, read_texts, tell_cut
 from muka_fast.ds_config import ds_config_name, prepare_ds_config, settle_recipe
 from muka_fast.engine import Engine, check_ds_config, init_distributed, resolve_device
 from muka_fast.evaluate import evaluate
@@ -52,6 +52,7 @@ from muka_fast.preflight import (
     check_options,
     label_owners,
     output_options,
+    tell_of_little,
     tell_unused_options,
 )
 from muka_fast.recipe import default_epochs, default_learning_rate
@@ -151,7 +152,7 @@ def merge(
     with told_once():
         label_map = read_label_map(config.label_map) if config.label_map else None
         owners = [(teacher["name"], teacher["labels"]) for teacher in label_owners(config, texts)]
-        build_label_space(owners, label_map)  # which tells of names that need a look, before the scoring
+        tell_of_little(config, build_label_space(owners, label_map), texts)
     with clock("score teachers"):
         sup, neutral = supervise(config, texts, output)
     with told_once():
@@ -171,6 +172,7 @@ def merge(
         max_length = cut_length(config.max_length, token_limit(model, tokenizer), f"student {config.student}")
     with clock("tokenise"):
         tokens = PoolTokens(texts, tokenizer, max_length, store_folder(config, output)).whole(ShardQueue(group=True))
+        tell_cut(tokens.lengths, max_length)
     epochs, rate = default_epochs(len(texts), config.batch_size), default_learning_rate(model.config.get_text_config().hidden_size)
     config = settle_recipe(config, ds_config, epochs, rate)
     plan = Plan(tokens.lengths, config)

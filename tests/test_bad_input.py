@@ -243,6 +243,11 @@ def test_a_broken_model_to_measure(fault, command, refused, world):
     refused(command("eval"), "first", word.replace(" holds NaN", ""))
 
 
+@pytest.mark.parametrize("name", ["train", "score", "teach", "eval"])
+def test_a_gpu_that_is_not_there(name, command, refused):
+    refused(command(name, device="cuda:77"), "--device cuda:77")
+
+
 @pytest.mark.parametrize("name", ["train", "score"])
 def test_no_teacher(name, command, refused):
     refused(command(name, teachers=None), "--teachers")

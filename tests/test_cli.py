@@ -158,7 +158,13 @@ def test_yaml_is_read_and_flags_override_it(called, tmp_path):
         (["train", "--config", "no.yaml"], ["no.yaml", "No such file"]),
         (["eval", "--json"], ["--model", "--data"]),
         (["report"], ["DIR"]),
-        (["doctor", "--config", "x"], ["unknown option '--config'"]),
+        (["doctor", "--config", "x"], ["unknown option '--config'", "see muka-fast doctor --help"]),
+        (["eval", "--texts", "a.jsonl"], ["unknown option '--texts'", "here it is --data"]),
+        (["predict", "--data", "a.jsonl"], ["unknown option '--data'", "here it is --texts"]),
+        (["score", "--store", "s"], ["unknown option '--store'", "here it is --output"]),
+        (["teach", "--student=x"], ["unknown option '--student'", "here it is --encoder"]),
+        (["score", "--label_column", "x"], ["unknown option '--label_column'"]),
+        (["report", "--run", "out"], ["'--run' is given without its name: muka-fast report DIR"]),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(argv, parts, capsys, called):

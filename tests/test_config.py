@@ -152,6 +152,14 @@ def test_one_pass_is_allowed_where_the_measure_is_not_used():
     assert load_config(RunConfig, None, {"mc": False, "uncertainty": "expected_entropy"}).mc is False
 
 
+def test_a_file_of_train_given_to_another_command_is_named(tmp_path):
+    (tmp_path / "run.yaml").write_text("student: encoder\n")
+    with pytest.raises(UserError, match=r"run\.yaml: unknown key 'student': an option of train$"):
+        load_config(ScoreConfig, tmp_path / "run.yaml", {})
+    with pytest.raises(UserError, match="unknown option 'epocs'"):
+        load_config(ScoreConfig, None, {"epocs": 1})
+
+
 def test_a_flag_takes_the_place_of_what_excludes_it_in_the_file(tmp_path):
     (tmp_path / "run.yaml").write_text("store: s\nstore_teachers: [a, b]\n")
     found = load_config(RunConfig, tmp_path / "run.yaml", {"teachers": ["c"]})

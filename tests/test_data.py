@@ -326,6 +326,25 @@ def test_a_text_without_tokens_gets_one(make_tokenizer, product_log):
     assert "1 texts give no token" in product_log.text
 
 
+def test_labels_that_some_texts_lack_are_told_and_none_is_kept(tmp_path, product_log):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b", "label": "x"}\n{"text": "c", "label": ""}\n')
+    assert read_texts(path).labels is None
+    assert "2 of 3 texts have no label in 'label': all are read as unlabelled" in product_log.text
+    product_log.clear()
+    assert read_texts(path, label_column="intent").labels is None and "no text has a label in 'intent'" in product_log.text
+    product_log.clear()
+    for column, suffix in (("label", "\n"), (None, '\n{"text": "d", "label": "x"}\n')):
+        path.write_text('{"text": "a"}' + suffix)
+        assert read_texts(path, label_column=column).labels is None and product_log.text == ""
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_where_nothing_asks_for_labels_none_are_read(suffix, tmp_path):
+    path = write(tmp_path / f"t{suffix}", TEXTS, LABELS)
+    assert read_texts(path).labels == LABELS and read_texts(path, label_column=None).labels is None
+
+
 LENGTHS = st.lists(st.integers(1, 200), max_size=150).map(lambda values: np.array(values, dtype=np.int64))
 
 

@@ -259,6 +259,34 @@ def test_the_command_writes_one_object_per_text_and_overwrites_nothing_unasked(e
     assert "no uncertainty head" in captured.err and all("doubt" not in json.loads(line) for line in captured.out.splitlines())
 
 
+def test_the_command_answers_chunk_by_chunk(exported, texts, tmp_path, capsys, monkeypatch):
+    """What a killed run had answered is there; a file is whole or not there."""
+    (tmp_path / "t.txt").write_text("\n".join(texts[:10]))
+    words = ["predict", "--model", str(exported[0]), "--texts", str(tmp_path / "t.txt"), "--device", "cpu"]
+    assert cli.main(words) == 0
+    whole = capsys.readouterr().out
+    monkeypatch.setattr(predict, "CHUNK", 4)
+    assert cli.main(words) == 0
+    for ours, theirs in zip(capsys.readouterr().out.splitlines(), whole.splitlines(), strict=True):
+        ours, theirs = json.loads(ours), json.loads(theirs)
+        assert ours.keys() == theirs.keys() and all(ours[name] == theirs[name] for name in ("row", "text", "label"))
+        assert ours["probability"] == pytest.approx(theirs["probability"]) and ours["doubt"] == pytest.approx(theirs["doubt"])
+    forward, calls = predict.predict, []
+
+    def interrupted(*given, **options):
+        calls.append(options["example_ids"].tolist())
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(*given, **options)
+
+    monkeypatch.setattr(predict, "predict", interrupted)
+    assert cli.main(words) == 130 and len(capsys.readouterr().out.splitlines()) == 8
+    assert calls == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    calls.clear()
+    assert cli.main([*words, "--output", str(tmp_path / "answers.jsonl")]) == 130
+    assert not [path for path in tmp_path.iterdir() if "answers" in path.name]
+
+
 # ---- figures ----
 
 

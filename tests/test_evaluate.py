@@ -128,6 +128,23 @@ def test_predictions_do_not_depend_on_batches_and_leave_the_mode_alone(make_mode
         assert model.training and not found.is_inference()
 
 
+def test_a_label_of_another_case_is_told_with_the_model_s(tmp_path, student, texts, caplog):
+    data = write_rows(tmp_path / "d.jsonl", [(texts[0], f" {NAMES[0].upper()}"), (texts[1], NAMES[1])])
+    evaluate(config(student, data))
+    assert f"( {NAMES[0].upper()}, where the model has '{NAMES[0]}')" in caplog.text
+
+
+def test_texts_that_are_cut_are_told(tmp_path, student, texts, caplog):
+    caplog.set_level("INFO", "muka_fast")
+    data = write_rows(tmp_path / "d.jsonl", [("short", NAMES[0]), (texts[0] * 5, NAMES[0])])
+    evaluate(config(student, data, max_length=12))
+    assert "1 of 2 texts fill 12 tokens, to which longer ones are cut (--max_length)" in caplog.text
+    predictor = muka_fast.Predictor(student, device="cpu", max_length=12)
+    for text in ("short", texts[0] * 5, texts[0] * 5):
+        predictor.predict(text)
+    assert caplog.text.count("texts of more than 12 tokens are cut to these (--max_length)") == 1
+
+
 def test_nan_predictions_are_refused(make_model, make_tokenizer):
     model = make_model("bert", NAMES)
     with torch.no_grad():
@@ -222,6 +239,7 @@ def test_unknown_labels_are_counted_and_left_out(tmp_path, student, texts, caplo
     with caplog.at_level(logging.WARNING, "muka_fast"):
         found = evaluate(config(student, data))
     assert found["num_texts"] == 9 and found["num_unknown"] == 3 and found["unknown_labels"] == {"other": 3}
+    assert "(other); they are left out (--label_map renames)" in caplog.text
     assert "3 of 12 texts" in caplog.text
     only_known = write_rows(tmp_path / "k.jsonl", [row for row in rows if row[1] != "other"])
     again = evaluate(config(student, only_known))

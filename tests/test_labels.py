@@ -120,7 +120,8 @@ def test_default_names_can_be_named_in_three_ways(product_log):
     # Said explicitly, a default name is a name.
     more = [*teachers, ("c", ["cat"])]
     assert build_label_space(more, {"LABEL_0": "LABEL_0", "LABEL_1": None}).names == ("LABEL_0", "cat")
-    assert product_log.text == ""
+    assert [record.levelname for record in product_log.records] == ["INFO"]
+    assert "several teachers know 1 of 2 classes: LABEL_0 (--label_map)" in product_log.text
 
 
 def test_names_that_look_alike_are_pointed_out(product_log):

@@ -22,7 +22,6 @@ from muka_fast.methods import (
     build_method,
     selection_accuracy,
     target_accuracy,
-    vote_accuracy,
 )
 from muka_fast.ops.mc_statistics import mc_statistics
 from muka_fast.selection import UNCERTAINTY, owners, teacher_scores
@@ -346,7 +345,20 @@ def test_texts_of_a_pool_count_by_the_share_of_their_teachers(power, caplog):
     divergence = kl(method.target_probs(ROWS), torch.log_softmax(student, -1))
     torch.testing.assert_close(method.loss(student, ROWS), expected * divergence)
     assert method.denominator(ROWS) == 6
-    assert ("t0 1.00 (4 texts), t1 1.00 (1 texts), t2 1.00 (1 texts)" in caplog.text) == (power == 0)
+    assert ("t0 1.00 (4 texts), t1 1.00 (1 text), t2 1.00 (1 text)" in caplog.text) == (power == 0)
+    assert "is trusted most on no text" not in caplog.text
+
+
+def test_a_teacher_that_no_text_goes_to_is_told(caplog):
+    """Those of texts that do not count are none; a method that selects none has none to tell of."""
+    weights = torch.eye(3)[[0, 0, 2, 0, 1, 0, 2]]
+    weights[4] *= 0.3  # belongs to nobody
+    sup = make_supervision()
+    build_method(options("muka-auto"), sup, space_of(sup), None, weights.numpy())
+    assert caplog.text.count("is trusted most on no text") == 1 and "teacher t1 is trusted most on no text" in caplog.text
+    caplog.clear()
+    build_method(options("uhc"), sup, space_of(sup))
+    assert "no text" not in caplog.text
 
 
 @given(
@@ -494,13 +506,12 @@ def test_accuracies_count_only_labels_that_some_teacher_owns():
     sup.logits[:] = torch.tensor([[9.0, 0, 0, 0], [0, 9, 0, 0], [0, 5, 5, 9], [0, 0, 0, 9]])
     space = space_of(sup)
     labels = ["a", "b", "b", "nobody's"]
-    assert vote_accuracy(sup, labels, space) == pytest.approx(2 / 3)
     vkd = build_method(options("vkd"), sup, space)
     assert target_accuracy(vkd, labels, space) == pytest.approx(2 / 3)
     assert selection_accuracy(vkd, labels, space) == 1.0  # the second teacher owns b as well
     assert target_accuracy(build_method(options("uhc"), sup, space), labels, space) is None
     assert selection_accuracy(build_method(options("uhc"), sup, space), labels, space) is None
-    assert vote_accuracy(sup, ["?"] * 4, space) is None
+    assert target_accuracy(vkd, ["?"] * 4, space) is None
     assert owners(space).tolist() == [[True, True, False], [False, True, True]]
 
 

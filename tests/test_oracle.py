@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from muka_fast.config import RunConfig
 from muka_fast.doubt import UncertaintyHead
 from muka_fast.labels import build_label_space
-from muka_fast.methods import build_method, vote_accuracy
+from muka_fast.methods import build_method
 from muka_fast.ops.mc_statistics import mc_statistics
 from muka_fast.selection import teacher_scores
 from muka_fast.stored import Supervision
@@ -458,21 +458,6 @@ def test_mean(case, temperature):
         close(q[b], expected[0])
         close(loss[b], expected[1], 1e-5 * max(1, temperature**2))
         close(grad[b], expected[2], 1e-5 * max(1, temperature**2))
-
-
-@slow_inputs
-@given(cases(max_classes=20))
-def test_vote(case):
-    _, sup = supervision_of(case)
-    names, _, texts = texts_of(case, sup)
-    space = build_label_space([(t["name"], t["labels"]) for t in sup.teachers], case.label_map)
-    for b, text in enumerate(texts):
-        q = sorted(enumerate(o_vkd(text, 1.0)[0]), key=lambda pair: -pair[1])
-        if len(q) > 1 and q[0][1] - q[1][1] <= CLEAR:
-            continue
-        labels = ["nobody's"] * len(texts)
-        labels[b] = names[q[0][0]]
-        assert vote_accuracy(sup, labels, space) == 1.0
 
 
 def test_equal_teachers_go_to_the_lowest_index():

@@ -3,7 +3,9 @@
 import pytest
 
 from muka_fast.config import METHODS, RunConfig
-from muka_fast.preflight import tell_unused_options
+from muka_fast.data import read_texts
+from muka_fast.labels import build_label_space
+from muka_fast.preflight import tell_of_little, tell_unused_options
 
 CHOSEN = {"margin": False, "normalize_margin": True, "score_temperature": 0.5, "uncertainty": "variance"}
 CHOSEN |= {"target": "mc_mean", "kd_temperature": 2.0, "neutral_encoder": "reader", "teacher_balance": 1.0}
@@ -31,3 +33,16 @@ def test_options_that_the_method_does_not_look_at_are_named(method, caplog):
 def test_the_measure_may_be_for_something_else(more, caplog):
     tell_unused_options(RunConfig(uncertainty="variance", **more))
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("texts", "teachers", "told"), [(15, 1, "only one teacher (t0)"), (14, 1, "14 texts are few for 3 classes"), (15, 2, "")]
+)
+def test_few_texts_and_a_teacher_alone_are_told(texts, teachers, told, tmp_path, caplog):
+    (tmp_path / "t.txt").write_text("text\n" * texts)
+    space = build_label_space([(f"t{i}", ["a", "b", "c"]) for i in range(teachers)])
+    tell_of_little(RunConfig(store="store"), space, read_texts(tmp_path / "t.txt"))
+    assert told in caplog.text and bool(caplog.records) == bool(told)
+    caplog.clear()
+    tell_of_little(RunConfig(teachers=["t0"]), space, read_texts(tmp_path / "t.txt"))  # whose scoring tells it
+    assert "only one teacher" not in caplog.text

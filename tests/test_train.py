@@ -277,7 +277,7 @@ def test_a_filled_store_needs_no_teacher(go, world):
     assert largest_difference(weights(with_teachers), weights(without)) == 0
 
 
-def test_a_run_from_a_store_is_repeated_whoever_else_is_scored_into_it(go, world, tmp_path):
+def test_a_run_from_a_store_is_repeated_whoever_else_is_scored_into_it(go, world, tmp_path, product_log):
     store = str(tmp_path / "store")
     teachers = [str(world / name) for name in ("news", "home")]
     go("first", epochs=1, store=store, teachers=teachers)
@@ -285,7 +285,9 @@ def test_a_run_from_a_store_is_repeated_whoever_else_is_scored_into_it(go, world
     go("turned", epochs=1, store=store, teachers=teachers[::-1])
     repeated = train.amalgamate(config=str(alone.output / "run.yaml"), output=str(tmp_path / "repeated"))
     assert largest_difference(weights(alone), weights(repeated)) == 0
+    assert "only one teacher" not in product_log.text and "are few for" not in product_log.text
     one = go("one", epochs=1, store=store, teachers=[], store_teachers=["home"])
+    assert "only one teacher (home)" in product_log.text
     assert [teacher["name"] for teacher in json.loads((one.output / "run.json").read_text())["teachers"]] == ["home"]
     with pytest.raises(UserError, match=r"--store_teachers cash: .* holds no teacher of this name \(it has home, news\)"):
         go("none", epochs=1, store=store, teachers=[], store_teachers=["cash"])
