@@ -152,7 +152,7 @@ def doubt_ranks(sup: Supervision, uncertainty: str, seed: int = 0, sample: int =
 
     sup: with features, restricted to the label space. uncertainty: a measure of selection.py. seed, sample: which texts, and how
     many at most, the Gaussians are fitted on. A function of the texts as a set. Raises UserError for a measure that a single pass
-    does not give, and for a store without features.
+    does not give, and for a teacher without features.
     """
     rows, asked = sample_rows(sup.example_ids.numpy(), seed, sample), np.array(sup.class_counts) > 1
     uncertain = uncertainties(sup, uncertainty).numpy().min(1, where=asked, initial=np.inf)

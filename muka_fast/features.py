@@ -49,20 +49,14 @@ def teacher_features(
 ) -> Features:
     """The features of one teacher of a store. read: verified tensors of one shard.
 
-    Reading raises UserError for a missing or damaged shard, one of an older version, and a teacher without such features.
+    Reading raises UserError for a missing or damaged shard, and for a teacher without such features.
     """
 
     def features(shard: ShardRange) -> np.ndarray:
         tensors = read_or_refuse(folder, shard, read)
-        path = shard.path(folder)
-        if FEATURES not in tensors:
-            raise UserError(
-                f"{path}: written by an older version, without the features that this method needs; give --teachers, or run "
-                "`muka-fast score` again with the same options, to complete the store"
-            )
         if not tensors[FEATURES].shape[1]:
             way_out = "choose another --method, and no --uncertainty_head"
-            raise UserError(f"{path}: the head of teacher {name!r} has no features to read; {way_out}")
+            raise UserError(f"{shard.path(folder)}: the head of teacher {name!r} has no features to read; {way_out}")
         return tensors[FEATURES]
 
     return Features(ranges, features)

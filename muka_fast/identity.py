@@ -17,7 +17,6 @@ from muka_fast.methods import neutral_encoder, unused_options
 from muka_fast.neutral import find_encoder
 from muka_fast.readers import find_files
 from muka_fast.runinfo import read_run
-from muka_fast.store import ADDED_KEYS
 from muka_fast.student import encoder_fingerprint
 from muka_fast.teachers import check_teachers
 
@@ -115,14 +114,11 @@ def check_identity(output: Path, mine: dict[str, Any]) -> None:
 def refuse_other(output: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
     """Raises UserError, with the differences, where `mine` is not what the run in `output` was begun with."""
     mine = json.loads(json.dumps(mine))
-    # An option that an older version did not have was off there.
-    off = {key: False if isinstance(value, bool) else None for key, value in mine.items()} | ADDED_KEYS | {"teacher_balance": 0.0}
-    told = {key: theirs.get(key, off[key]) for key in mine}
-    differing = [key for key in mine if told[key] != mine[key]]
+    differing = [key for key in mine if theirs.get(key) != mine[key]]
     if {"learning_rate", "weight_decay"} & set(differing):  # said once: both are in the optimizer, too
         differing = [key for key in differing if key != "optimizer"]
     if differing:
-        shown = "; ".join(difference(key, told[key], mine[key]) for key in differing)
+        shown = "; ".join(difference(key, theirs.get(key), mine[key]) for key in differing)
         raise UserError(
             f"--resume: the run in {output} was begun with other input ({shown}); "
             "give the same as then, or start anew with --overwrite"

@@ -77,7 +77,6 @@ class RuledSoft(Composed):
 
     options = (*Composed.options, "neutral_encoder", "teacher_balance")
     soft = True
-    needs_features = True
 
     def __init__(
         self,
@@ -162,7 +161,6 @@ class VanillaKD(Composed):
 class TiedFeatures(VanillaKD):
     """vkd, and the student's features tied to the teachers' by modules that are trained with it (muka_fast/aligned.py)."""
 
-    needs_features = True
     alignment: type[Alignment]
 
     def __init__(self, config: RunConfig, sup: Supervision, label_space: LabelSpace, label_ids: Tensor | None) -> None:

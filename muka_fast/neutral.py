@@ -29,6 +29,7 @@ from muka_fast.names import readable
 from muka_fast.pool_tokens import PoolTokens
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.store import (
+    FEATURE_TYPE,
     FEATURES,
     FORMAT,
     DamagedShard,
@@ -107,15 +108,13 @@ def neutral_key(
 ) -> str:
     """16 hex digits over all that decides the numbers: encoder, tokenizer, max_length, texts, precision."""
     parts = [FORMAT, encoder_fingerprint(encoder, ROLE), tokenizer_key(tokenizer, max_length), max_length, texts.fingerprint]
-    parts += [precision] if precision != "fp32" else []  # as keys of earlier versions
+    parts += [precision] if precision != "fp32" else []  # keys are older than the option
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def _read(place: Path, shard: ShardRange, key: str) -> dict[str, np.ndarray]:
-    tensors = read_tensors(place, shard, key, {"example_ids": ((shard.stop - shard.start,), np.int64)})
-    if FEATURES not in tensors:
-        raise DamagedShard("it holds no features")
-    return tensors
+    rows = shard.stop - shard.start
+    return read_tensors(place, shard, key, {"example_ids": ((rows,), np.int64), FEATURES: ((rows, None), FEATURE_TYPE)})
 
 
 def _is_whole(place: Path, shard: ShardRange, key: str) -> bool:

@@ -68,32 +68,27 @@ class Scoring:
     max_length: int
     token_budget: int | None
     queue: ShardQueue
-    need_features: bool
 
     def tokens_of(self, teacher: Teacher) -> PoolTokens:
         max_length = cut_length(self.max_length, teacher.max_length, f"teacher {teacher.name}")
         return PoolTokens(self.texts, teacher.tokenizer, max_length, self.store)
 
     def missing_shards(self, key: str, entry: dict[str, Any]) -> list[ShardRange]:
-        """The shards of a teacher that are not there, or damaged (those are named), or lack features that are needed."""
+        """The shards of a teacher that are not there, or damaged (those are named)."""
         folder, ranges = self.store / key, shard_ranges(len(self.texts), self.shard_size)
         remove_leftovers(folder)
 
         def look() -> list[int]:
-            missing, bare = [], 0
+            missing = []
             for shard in ranges:
                 try:
-                    tensors = read_shard(folder, shard, key, len(entry["labels"]), is_adaptive(entry))
-                    if FEATURES in tensors or not self.need_features:
-                        continue
-                    bare += 1
+                    read_shard(folder, shard, key, len(entry["labels"]), is_adaptive(entry))
+                    continue
                 except FileNotFoundError:
                     pass  # missing, as its number says
                 except DamagedShard as error:
                     log.warning("%s is damaged (%s): computing it again", shard.path(folder), error)
                 missing.append(shard.number)
-            if bare:
-                log.info("%s: %d shards of an older version hold no features: computing them again", folder, bare)
             return missing
 
         # Agreed on: others may have written shards by the time that this process looks.

@@ -19,15 +19,12 @@ Invariants, each with a test:
 4.  Tensors of a shard, C = classes of the teacher: logits, mean_probs, var_probs fp32 [rows, C], predictive_entropy,
     expected_entropy fp32 [rows] in nats, example_ids int64 [rows], features fp16 [rows, D], what the output layer reads;
     under --mc_stop also num_samples int64 [rows], the passes behind the statistics. All are finite, save logits of -inf.
-    Shards of older versions lack the features; they are read all the same, and written again with them where a method asks
-    for features and the teachers are at hand.
 5.  A shard's metadata name format, teacher key and row range and hold a SHA-256 of its tensors: a shard is whole or
     it is recognised as damaged. Equal content gives equal files. A damaged shard is named and computed again, never read.
 6.  Files appear by os.replace under a name unique to the writer, so a reader sees no half file and two writers of one
     shard do no harm: both wrote the same numbers.
 7.  The manifest is merged under the lock and names a teacher only after its last shard: a named teacher is complete.
-8.  Teachers and option sets are added beside each other; nothing is deleted or rewritten, damaged shards and shards
-    without features excepted.
+8.  Teachers and option sets are added beside each other; nothing is deleted or rewritten, damaged shards excepted.
 9.  The manifest is plain JSON, the shards are safetensors: reading a store runs no code from it.
 """
 
@@ -72,7 +69,6 @@ FEATURES = "features"
 FEATURE_TYPE = np.float16
 # What tells two option sets of one teacher apart; order as shown in messages.
 OPTION_KEYS = ("max_length", "mc", "mc_samples", "mc_scope", "mc_dropout_p", "mc_stop", "scoring_precision", "run_seed")
-ADDED_KEYS = {"mc_stop": None, "scoring_precision": "fp32"}  # those that entries of earlier versions lack, and what these mean
 
 
 # ---- keys ----
@@ -83,21 +79,16 @@ def teacher_key(entry: dict[str, Any], texts_fingerprint: str) -> str:
     stochastic = ("run_seed", "mc_samples", "mc_scope", "mc_dropout_p") if entry["mc"] else ()
     parts = {name: entry[name] for name in ("fingerprint", "tokenizer_key", "max_length", "mc", *stochastic)}
     parts |= {"format": FORMAT, "texts": texts_fingerprint}
-    if option_of(entry, "scoring_precision") != ADDED_KEYS["scoring_precision"]:
+    if entry["scoring_precision"] != "fp32":  # keys are older than the option
         parts["scoring_precision"] = entry["scoring_precision"]
     if is_adaptive(entry):
         parts |= {"mc_stop": entry["mc_stop"], "company": entry.get("company")}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def option_of(entry: dict[str, Any], name: str) -> Any:
-    """The value of one of OPTION_KEYS that a teacher of the manifest was scored with."""
-    return entry.get(name, ADDED_KEYS.get(name))
-
-
 def is_adaptive(entry: dict[str, Any]) -> bool:
     """Whether --mc_stop decided per text how many passes these scores are of."""
-    return bool(entry["mc"]) and option_of(entry, "mc_stop") is not None
+    return bool(entry["mc"]) and entry["mc_stop"] is not None
 
 
 def company_of(entries: Sequence[dict[str, Any]], texts_fingerprint: str) -> list[str]:
@@ -218,18 +209,19 @@ def read_shard(
     rows = shard.stop - shard.start
     shapes = {name: ((rows, num_classes), np.float32) for name in MATRICES}
     shapes |= {name: ((rows,), np.float32) for name in VECTORS} | {"example_ids": ((rows,), np.int64)}
+    shapes[FEATURES] = ((rows, None), FEATURE_TYPE)
     shapes |= {"num_samples": ((rows,), np.int64)} if adaptive else {}
     return read_tensors(folder, shard, key, shapes)
 
 
 def read_tensors(
-    folder: Path, shard: ShardRange, key: str, shapes: dict[str, tuple[tuple[int, ...], type]]
+    folder: Path, shard: ShardRange, key: str, shapes: dict[str, tuple[tuple[int | None, ...], type]]
 ) -> dict[str, np.ndarray]:
-    """Read and verify the tensors of one shard: those of `shapes`, and features [rows, D] where it holds them.
+    """Read and verify the tensors of one shard, by `shapes`; an extent None may be any.
 
     Raises FileNotFoundError where there is none, DamagedShard where it breaks invariant 2, 4 or 5.
     """
-    path, rows = shard.path(folder), shard.stop - shard.start
+    path = shard.path(folder)
     try:
         with safe_open(path, framework="np") as file:
             note = json.loads((file.metadata() or {}).get(METADATA, "{}"))
@@ -243,10 +235,10 @@ def read_tensors(
         raise DamagedShard("checksum does not match")
     if {name: value for name, value in note.items() if name != "sha256"} != _identity(shard, key):
         raise DamagedShard("it belongs to another teacher, option set or row range")
-    if FEATURES in tensors:
-        shapes = shapes | {FEATURES: ((rows, *tensors[FEATURES].shape[1:2]), FEATURE_TYPE)}
     for name, (shape, dtype) in shapes.items():
-        if name not in tensors or tensors[name].shape != shape or tensors[name].dtype != dtype:
+        found = tensors.get(name)
+        fits = found is not None and found.dtype == dtype and found.ndim == len(shape)
+        if not fits or any(wanted not in (None, there) for wanted, there in zip(shape, found.shape, strict=True)):
             raise DamagedShard(f"tensor {name!r} is missing or has another shape or type")
     return tensors
 
@@ -285,7 +277,7 @@ def _manifest_problem(manifest: dict[str, Any]) -> str | None:
     if not isinstance(teachers, dict):
         return "'teachers' is not a table"
     for key, entry in teachers.items():
-        fields = {*OPTION_KEYS, "name", "fingerprint", "tokenizer_key", "labels"} - ADDED_KEYS.keys()
+        fields = {*OPTION_KEYS, "name", "fingerprint", "tokenizer_key", "labels"}
         if not isinstance(entry, dict) or any(name not in entry for name in fields):
             return f"teacher {key!r} is incomplete"
         labels = entry["labels"]
@@ -397,4 +389,4 @@ def check_texts(store: Path, manifest: dict[str, Any], texts: TextSet) -> None:
 def differing_options(entry: dict[str, Any], options: dict[str, Any]) -> list[str]:
     """Names of the options that differ, where they matter: a deterministic pass has no samples, scope, p or seed."""
     names = OPTION_KEYS if options.get("mc", entry["mc"]) and entry["mc"] else ("max_length", "mc", "scoring_precision")
-    return [name for name in names if name in options and option_of(entry, name) != options[name]]
+    return [name for name in names if name in options and entry[name] != options[name]]

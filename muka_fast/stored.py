@@ -26,7 +26,6 @@ from muka_fast.store import (
     check_texts,
     differing_options,
     is_adaptive,
-    option_of,
     read_manifest,
     read_shard,
     shard_ranges,
@@ -224,7 +223,7 @@ def chosen_teachers(
             candidates.setdefault(entry["fingerprint"], []).append(key)
     if not candidates:
         key, differing = min(differences.items(), key=lambda pair: len(pair[1]))
-        shown = ", ".join(f"{name} {option_of(entries[key], name)!r} (this run: {options[name]!r})" for name in differing)
+        shown = ", ".join(f"{name} {entries[key][name]!r} (this run: {options[name]!r})" for name in differing)
         raise UserError(
             f"--store {store} holds no teacher scored with these options: {entries[key]['name']!r} has {shown}; "
             "give --teachers to score them again, or the options of the store"
@@ -250,7 +249,7 @@ def _only(store: Path, keys: list[str], entries: dict[str, Any], differences: di
     if len(keys) > 1 and len(same_seed) == 1:
         keys = same_seed
     if len(keys) > 1:
-        differing = [name for name in OPTION_KEYS if len({json.dumps(option_of(entries[key], name)) for key in keys}) > 1]
+        differing = [name for name in OPTION_KEYS if len({json.dumps(entries[key][name]) for key in keys}) > 1]
         if len({json.dumps(entries[key].get("company")) for key in keys}) > 1:
             differing.append("teachers scored with it")
         raise UserError(

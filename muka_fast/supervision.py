@@ -53,7 +53,6 @@ def fill_store(
     texts: TextSet,
     options: ScoringOptions,
     queue: ShardQueue | None = None,
-    need_features: bool = False,
 ) -> Supervision:
     """Score the texts with every teacher that the store does not hold completely yet; returns all, in the order given.
 
@@ -61,7 +60,6 @@ def fill_store(
     complete under the same options is read, not run. Each distinct tokenizer tokenises the texts once. Teachers run
     one after another, save those that have their lowest layers in common: these run together, the common part once.
     Under --mc_stop they take turns, since all of them decide together when a text has had enough passes.
-    need_features: compute also those shards again that an older version wrote without features.
     With the queue of a process group every process calls this, and each text is scored by one of them; by default this
     process does all.
     Raises UserError for bad teachers, a store of other texts, a full disk, or a teacher whose logits are not numbers.
@@ -80,7 +78,7 @@ def fill_store(
         device = device_of(options.device)
         tell_precision("--scoring_precision", options.scoring_precision, device)
         sizes = {"shard_size": shard_size, "max_length": options.max_length, "token_budget": options.token_budget}
-        run = Scoring(store, texts, torch.device(device), queue=queue, need_features=need_features, **sizes)
+        run = Scoring(store, texts, torch.device(device), queue=queue, **sizes)
         score_all = _score_adaptively if options.mc and options.mc_stop is not None else _score_in_turn
         keys = score_all(run, teacher_paths, names, files, options)
     with queue:
@@ -239,7 +237,7 @@ def score(config: ScoreConfig) -> Supervision:
     with log_file(Path(config.output) / "logs", rank, world_size) if world_size > 1 else nullcontext():
         with told_once():
             texts = read_texts(config.texts, text_column=config.text_column, label_column=None, limit=config.limit)
-        return fill_store(config.output, config.teachers, texts, config, ShardQueue(group=world_size > 1), need_features=True)
+        return fill_store(config.output, config.teachers, texts, config, ShardQueue(group=world_size > 1))
 
 
 def main(config: ScoreConfig) -> int:

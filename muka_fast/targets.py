@@ -45,7 +45,6 @@ class Method(ABC):
 
     options: tuple[str, ...] = ()  # of RunConfig, those that the method reads and others do not
     needs_labels = False
-    needs_features = False  # True: the store must hold the teachers' features
     needs_whole_batch = False  # True: the loss compares the texts of a batch, which must not be split
     # How the texts' teachers are chosen over the whole pool, where the method does so: (supervision, neutral features, seed, what
     # computes the neutral features of the class names) -> weights [n, N], whose rows sum to 1 or less; what is missing is the

@@ -252,9 +252,7 @@ def read_data(config: RunConfig) -> TextSet:
 def supervise(config: RunConfig, texts: TextSet, output: Path) -> tuple[Supervision, Features | None]:
     """The statistics of all teachers over all texts, and `pool_features`; every process does a share of what the store lacks."""
     if config.teachers:
-        needs_features = METHODS[config.method].needs_features or config.uncertainty_head
-        store = store_folder(config, output)
-        sup = fill_store(store, config.teachers, texts, config, ShardQueue(group=True), needs_features)
+        sup = fill_store(store_folder(config, output), config.teachers, texts, config, ShardQueue(group=True))
     else:
         with told_once():
             sup = open_store(store_folder(config, output), texts, option_values(config), config.store_teachers)

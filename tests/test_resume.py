@@ -396,38 +396,11 @@ def test_resume_refuses_another_tokenizer(go, stop_at, monkeypatch, world, tmp_p
         go("cut", student=str(student), resume=True)
 
 
-def forget(path, *names):
-    """Make run.json that of a version without these options."""
-    record = json.loads(path.read_text())
-    for name in names:
-        del record["identity"][name], record["config"][name]
-    path.write_text(json.dumps(record))
-
-
 def test_an_option_that_the_method_does_not_look_at_may_change(go, world):
     go("run", method="muka-hard", epochs=1, score_temperature=0.2)
     go("run", method="muka-hard", epochs=1, score_temperature=0.4, neutral_encoder=str(world / "plain_student"), resume=True)
     with pytest.raises(UserError, match="margin true -> false"):
         go("run", method="muka-hard", epochs=1, margin=False, resume=True)
-
-
-def test_a_run_of_an_older_version_resumes_without_the_new_options(go, stop_at, monkeypatch):
-    stop_at(3)
-    path = go("cut", epochs=1, method="muka-hard").output / "run.json"
-    ruled = go("ruled", epochs=1, method="muka-auto", teacher_balance=0).output / "run.json"
-    monkeypatch.undo()
-    forget(path, "uncertainty_head", "coverage", "scoring_precision")
-    forget(ruled, "uncertainty_head", "coverage", "scoring_precision", "teacher_balance")
-    with pytest.raises(UserError, match=r"teacher_balance 0\.0 -> 0\.5"):
-        go("ruled", epochs=1, method="muka-auto", resume=True)
-    with pytest.raises(UserError, match="coverage false -> true"):
-        go("ruled", epochs=1, method="muka-auto", teacher_balance=0, coverage=True, resume=True)
-    assert not go("ruled", epochs=1, method="muka-auto", teacher_balance=0, resume=True).stopped
-    with pytest.raises(UserError, match="uncertainty_head false -> true"):
-        go("cut", epochs=1, method="muka-hard", resume=True, uncertainty_head=True)
-    with pytest.raises(UserError, match='scoring_precision "fp32" -> "bf16"'):
-        go("cut", epochs=1, method="muka-hard", resume=True, scoring_precision="bf16")
-    assert not go("cut", epochs=1, method="muka-hard", resume=True).stopped
 
 
 # ---- faults ----

@@ -238,16 +238,17 @@ def test_precisions_stand_side_by_side(tmp_path, stage):
     assert stage.dtypes == [torch.float32] * 2 + [torch.bfloat16] * 2 and len(stage.scored) == 40
     with pytest.raises(UserError, match=r"'red' under several options \(scoring_precision\)"):
         open_store(tmp_path)
-    manifest = read_manifest(tmp_path)
-    for entry in manifest["teachers"].values():
-        if entry["scoring_precision"] == "fp32":
-            del entry["scoring_precision"]  # as older versions wrote it
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    assert "scoring_precision" not in open_store(tmp_path, options=supervision.option_values(options())).teachers[0]
+    assert open_store(tmp_path, options=supervision.option_values(options())).teachers[0]["scoring_precision"] == "fp32"
     fill(tmp_path)
     assert len(stage.scored) == 40
     with pytest.raises(UserError, match=r"scoring_precision 'fp32' \(this run: 'fp16'\)"):
         open_store(tmp_path, options=supervision.option_values(options(scoring_precision="fp16")))
+    manifest = read_manifest(tmp_path)
+    for entry in manifest["teachers"].values():
+        entry.pop("scoring_precision")  # as it was before there was a choice
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest.json: teacher '\w+' is incomplete; restore it or choose another --store"):
+        open_store(tmp_path)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -412,28 +413,19 @@ def test_a_shard_of_another_teacher_is_not_believed(tmp_path, stage):
         read_shard(folders[1], shard_ranges(10, 4)[0], folders[1].name, 2)
 
 
-def strip_features(store):
-    """The store as versions before features wrote it."""
-    for key, entry in read_manifest(store)["teachers"].items():
-        for shard in shard_ranges(10, 4):
-            tensors = read_shard(store / key, shard, key, len(entry["labels"]))
-            del tensors["features"]
-            store_module.write_shard(store / key, shard, key, tensors)
-
-
-def test_a_store_without_features_serves_what_needs_none_and_is_completed_otherwise(tmp_path, stage, caplog):
+def test_a_shard_without_features_is_damaged(tmp_path, stage, caplog):
     fill(tmp_path)
-    whole = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
-    strip_features(tmp_path)
-    stage.scored.clear()
-    sup = fill(tmp_path)
-    assert stage.scored == [] and torch.equal(sup.logits, open_store(tmp_path).logits)
-    with pytest.raises(UserError, match=r"shard-00000.safetensors: written by an older version.*give --teachers"):
-        sup.features[1].rows(np.array([2]))
-    caplog.set_level(logging.INFO, "muka_fast")
-    check(fill_store(tmp_path, ["red", "blue"], text_set(), options(), need_features=True))
-    assert len(stage.scored) == 20 and "3 shards of an older version" in caplog.text
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == whole
+    folder, shard = folder_of(tmp_path, "red"), shard_ranges(10, 4)[0]
+    whole = shard.path(folder).read_bytes()
+    tensors = read_shard(folder, shard, folder.name, 2)
+    features = tensors.pop("features")
+    for found in ({}, {"features": features[:3]}, {"features": features[:, 0].copy()}, {"features": features.astype(np.float32)}):
+        store_module.write_shard(folder, shard, folder.name, tensors | found)
+        with pytest.raises(UserError, match=r"0.safetensors is damaged: tensor 'features' is missing.*run `muka-fast score`"):
+            open_store(tmp_path)
+        caplog.clear()
+        check(fill(tmp_path))
+        assert "shard-00000.safetensors is damaged" in caplog.text and shard.path(folder).read_bytes() == whole
 
 
 def test_features_are_read_when_asked_for_and_verified_then(tmp_path, stage):
