@@ -2,9 +2,11 @@
 
 A run's folder is whole or plainly unfinished at every moment: all files are written and synced in `.export.partial`, which
 is renamed to `.export.ready` and only then moved file by file, config.json last. `finish_export` completes a move that was
-cut off; until the new files are safe on the disk, no old one is touched.
+cut off; until the new files are safe on the disk, no old one is touched. What comes later, the uncertainty head and a card with
+more figures, goes the same way alone: the weights are written once.
 """
 
+import contextlib
 import copy
 import errno
 import json
@@ -13,7 +15,7 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -29,7 +31,7 @@ from muka_fast.config import LABELLED_METHODS
 from muka_fast.console import quiet_transformers
 from muka_fast.errors import UserError, first_line
 from muka_fast.outputs import PARTIAL, READY
-from muka_fast.tokenizer import NO_LIMIT, settle_tokenizer, token_limit, tokenizer_limit
+from muka_fast.tokenizer import NO_LIMIT, settle_tokenizer, token_limit
 
 if TYPE_CHECKING:
     from muka_fast.doubt import UncertaintyHead
@@ -90,14 +92,13 @@ def save_student(
     labels: Sequence[str],
     card: Card,
     state_dict: Mapping[str, torch.Tensor] | None = None,
-    head: "UncertaintyHead | None" = None,
 ) -> Path:
     """Write the student into `output` as a folder that plain transformers loads; returns `output`.
 
     labels: names of the C classes in the order of the logits. state_dict: the weights where the model itself does not hold
-    them whole (ZeRO-3). head: travels beside the student in a file of its own. Sets names, problem type and padding in the
-    model's configuration. Raises UserError where a weight is no number and where the disk is full or cannot be written
-    (nothing that was there is touched), and ValueError where labels and head do not fit.
+    them whole (ZeRO-3). Sets names, problem type and padding in the model's configuration. Raises UserError where a weight is no
+    number and where the disk is full or cannot be written (nothing that was there is touched), and ValueError where labels and
+    output layer do not fit.
     """
     output = Path(output).expanduser()
     weights = state_dict or model.state_dict()
@@ -105,22 +106,58 @@ def save_student(
         if name in weights and not torch.isfinite(weights[name]).all():  # the last step's gradient, which no later loss tells of
             raise UserError(f"--output {output}: training has spoilt the student, {name} is not finite: lower --learning_rate")
     set_labels(model, labels)
-    tokenizer = clean_tokenizer(model, tokenizer)
-    kept = min(card.options["max_length"], tokenizer_limit(tokenizer)) if "max_length" in card.options else None
+    with _moved_into(output) as partial:
+        with quiet_transformers():
+            model.save_pretrained(partial, state_dict=None if state_dict is None else dict(state_dict))
+        if state_dict is not None:
+            _set_dtype(partial / "config.json", state_dict)
+        open_weights(partial)
+        clean_tokenizer(model, tokenizer).save_pretrained(partial)
+        _write_card(partial, model, tokenizer, output, labels, card)
+    return output
+
+
+def add_head(output: str | Path, head: "UncertaintyHead") -> None:
+    """Put the uncertainty head beside an exported student, in a file of its own. Raises as `save_student`."""
+    with _moved_into(Path(output).expanduser()) as partial:
+        head.save(partial)
+        open_weights(partial)
+
+
+def replace_card(
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    output: str | Path,
+    labels: Sequence[str],
+    card: Card,
+) -> None:
+    """Give an exported student another model card; all as for `save_student`, and raises as that."""
+    output = Path(output).expanduser()
+    with _moved_into(output) as partial:
+        _write_card(partial, model, tokenizer, output, labels, card)
+
+
+def _write_card(
+    folder: Path,
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    output: Path,
+    labels: Sequence[str],
+    card: Card,
+) -> None:
+    kept = min(card.options["max_length"], token_limit(model, tokenizer)) if "max_length" in card.options else None
+    (folder / "README.md").write_text(render_card(card, labels, output.resolve().name, kept), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _moved_into(output: Path) -> Iterator[Path]:
+    """A folder to write into; its files replace those of `output` when all of them are safe on the disk."""
     partial = output / PARTIAL
     try:
         output.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        with quiet_transformers():
-            model.save_pretrained(partial, state_dict=None if state_dict is None else dict(state_dict))
-        if state_dict is not None:
-            _set_dtype(partial / "config.json", state_dict)
-        if head is not None:
-            head.save(partial)
-        open_weights(partial)
-        tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(render_card(card, labels, output.resolve().name, kept), encoding="utf-8")
+        yield partial
         names = sorted(entry.name for entry in partial.iterdir())
         (partial / FILE_LIST).write_text(json.dumps(names), encoding="utf-8")
         sync_folder(partial)
@@ -133,7 +170,6 @@ def save_student(
         raise UserError(
             f"--output {output}: the student cannot be written ({first_line(error)}); free some space, then repeat with --resume"
         ) from error
-    return output
 
 
 def _set_dtype(path: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
@@ -215,9 +251,9 @@ def finish_export(output: str | Path) -> bool:
         names = json.loads((ready / FILE_LIST).read_text(encoding="utf-8"))
         if (ready / "config.json").exists():
             (output / "config.json").unlink(missing_ok=True)
-        for stale in output.glob("model*.safetensors*"):
-            if stale.name not in names:
-                stale.unlink()
+            for stale in output.glob("model*.safetensors*"):
+                if stale.name not in names:
+                    stale.unlink()
         for name in sorted(names, key=lambda name: name == "config.json"):
             if (ready / name).exists():
                 if (output / name).is_dir():

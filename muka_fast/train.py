@@ -197,18 +197,17 @@ def merge(
     record |= runinfo.supervision_record(config, method, sup, space, texts, labels)
     with clock("export"):
         state = engine.state_dict()
-        state, head = state if trained is model else student_part(state), None
+        state = state if trained is model else student_part(state)
         state = None if state is None else vocabulary.complete(state)
-        write = lambda: export.save_student(model, tokenizer, output, space.names, card(config, record), state, head) and None
-        on_first_process(write)
+        student = (model, tokenizer, output, space.names)
+        on_first_process(lambda: export.save_student(*student, card(config, record), state) and None)
     if doubt is not None:
         with clock("uncertainty head"):
-            head = on_first_process(lambda: fit_head(config, output, texts, doubt, method))
-            on_first_process(write)
+            on_first_process(lambda: export.add_head(output, fit_head(config, output, texts, doubt, method)))
     if config.eval is not None:
         with clock("evaluate"):
             record["metrics"] |= {"student": on_first_process(lambda: evaluate_student(config, output))}
-            on_first_process(write)
+            on_first_process(lambda: export.replace_card(*student, card(config, record)))
     record |= {"state": "complete", "seconds": clock.seconds}
     on_first_process(lambda: write_json(output / "run.json", record))
     on_first_process(lambda: snapshots.discard_unfinished(output))

@@ -160,7 +160,8 @@ def exported(tmp_path, make_model, make_tokenizer):
     """A student with a head, exported; the head."""
     model, tokenizer = make_model("bert", LABELS), make_tokenizer("bert")
     head = fitted(D=model.classifier.in_features)[0]
-    export.save_student(model, tokenizer, tmp_path / "out", LABELS, export.Card(title="merged"), head=head)
+    export.save_student(model, tokenizer, tmp_path / "out", LABELS, export.Card(title="merged"))
+    export.add_head(tmp_path / "out", head)
     return tmp_path / "out", model, head
 
 

@@ -1,5 +1,6 @@
 """Exports: plain transformers loads them, and no moment or fault leaves a folder that is half old and half new."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -263,6 +264,26 @@ def test_every_kill_point_leaves_old_none_or_new_and_can_be_finished(make_model,
             break
     assert not killed
     assert seen == {"old", "none", "new"}
+
+
+def test_a_card_written_anew_leaves_all_other_files(make_model, make_tokenizer, tmp_path, monkeypatch):
+    output, card = tmp_path / "out", dataclasses.replace(CARD, metrics={"accuracy": 0.5})
+    model, tokenizer = save(make_model, make_tokenizer, output)
+    old = snapshot(output)
+    with monkeypatch.context() as patch:  # killed with the card safe on the disk, but not in its place
+        patch.setattr(export, "finish_export", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            export.replace_card(model, tokenizer, output, LABELS, card)
+    assert {name: content for name, content in snapshot(output).items() if READY not in name} == old
+    assert export.finish_export(output)
+    new = snapshot(output)
+    assert new.keys() == old.keys() and [name for name in old if new[name] != old[name]] == ["README.md"]
+    assert "| accuracy | 0.5 |" in (output / "README.md").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "render_card", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        with pytest.raises(UserError, match=r"cannot be written.*No space left.*--resume"):
+            export.replace_card(model, tokenizer, output, LABELS, card)
+    assert snapshot(output) == new
 
 
 def test_old_shards_do_not_survive(make_model, make_tokenizer, tmp_path):

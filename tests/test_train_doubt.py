@@ -7,7 +7,7 @@ import pytest
 import torch
 from runs import SMOOTH_ADAM, largest_difference, losses, uncertainty_head, weights
 
-from muka_fast import fit_doubt, train
+from muka_fast import export, fit_doubt, train
 from muka_fast.errors import UserError
 from muka_fast.evidence import sample_rows
 
@@ -46,6 +46,36 @@ def test_a_run_with_an_uncertainty_head_resumes_bit_for_bit(go, stop_at, monkeyp
     resumed = go("cut", resume=True, **options)
     assert losses(resumed) == losses(whole) and largest_difference(weights(resumed), weights(whole)) == 0
     assert largest_difference(uncertainty_head(resumed), uncertainty_head(whole)) == 0
+
+
+def test_the_weights_are_written_once_and_what_comes_later_is_repaired(go, world, monkeypatch):
+    options, seen = {"uncertainty_head": True, "eval": str(world / "texts.jsonl"), "epochs": 1}, []
+
+    def look(name, real):
+        def call(config, output, *rest):
+            state = (output / "model.safetensors").stat()
+            seen.append((name, state.st_ino, state.st_mtime_ns, (output / "uncertainty_head.safetensors").exists()))
+            return real(config, output, *rest)
+
+        monkeypatch.setattr(train, name, call)
+
+    look("fit_head", train.fit_head)
+    look("evaluate_student", train.evaluate_student)
+    whole = go("whole", **options)
+    state, card = (whole.output / "model.safetensors").stat(), (whole.output / "README.md").read_text()
+    written = (state.st_ino, state.st_mtime_ns)
+    assert seen == [("fit_head", *written, False), ("evaluate_student", *written, True)]
+    assert "macro" in card
+    with monkeypatch.context() as patch:  # killed between the figures and the card that tells them
+        patch.setattr(export, "replace_card", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            go("cut", **options)
+    cut = whole.output.parent / "cut"
+    assert "macro" not in (cut / "README.md").read_text() and json.loads((cut / "run.json").read_text())["state"] == "training"
+    resumed = go("cut", resume=True, **options)
+    assert (cut / "README.md").read_text().replace("cut", "whole") == card
+    assert resumed.metrics["student"] | {"model": str(whole.output)} == whole.metrics["student"]
+    assert largest_difference(weights(resumed), weights(whole)) == 0
 
 
 def test_what_can_tell_nothing_says_so(go, world, tmp_path, monkeypatch, caplog):
