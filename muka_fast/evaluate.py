@@ -158,17 +158,13 @@ def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> f
     confidence [n] in [0, 1]: probability of the predicted class; correct bool [n]. Bin j holds (j / ECE_BINS,
     (j + 1) / ECE_BINS], the first one also 0.
     """
-    gap = np.bincount(_bins(confidence), weights=confidence - correct, minlength=ECE_BINS)
-    return float(np.abs(gap).sum() / len(confidence))
-
-
-def _bins(confidence: np.ndarray) -> np.ndarray:
-    return np.clip(np.ceil(confidence * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
+    gaps = (part["count"] * abs(part["confidence"] - part["accuracy"]) for part in calibration_bins(confidence, correct))
+    return sum(gaps) / len(confidence)
 
 
 def calibration_bins(confidence: np.ndarray, correct: np.ndarray) -> list[dict[str, float]]:
     """The bins of `expected_calibration_error` that hold texts: count, mean confidence, accuracy; lowest first."""
-    bins = _bins(confidence)
+    bins = np.clip(np.ceil(confidence * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
     parts = [bins == index for index in np.unique(bins)]
     return [
         {"count": int(part.sum()), "confidence": float(confidence[part].mean()), "accuracy": float(correct[part].mean())}
