@@ -6,7 +6,7 @@ Over 400 lines: all options stand here and nowhere else, so that each is found, 
 import csv
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
@@ -459,9 +459,9 @@ def split_labels(texts: Iterable[str]) -> list[str]:
     return [label.strip() for row in csv.reader(texts, skipinitialspace=True) for label in row if label.strip()]
 
 
-def nearest(name: str, names: list[str]) -> str:
-    """ " (nearest: x)" for the most similar of `names`, or nothing where none resembles it."""
-    found = difflib.get_close_matches(str(name), names, n=1)
+def nearest(name: str, names: Sequence[str], cutoff: float = 0.6) -> str:
+    """ " (nearest: x)" for the most similar of `names`, or nothing where none resembles it by `cutoff` (of 1: the same)."""
+    found = difflib.get_close_matches(str(name), names, n=1, cutoff=cutoff)
     return f" (nearest: {found[0]})" if found else ""
 
 

@@ -1,6 +1,5 @@
 """Fills a partial DeepSpeed configuration from our options, and refuses one that contradicts them."""
 
-import difflib
 import logging
 import math
 from collections.abc import Sequence
@@ -43,9 +42,9 @@ def read_ds_config(source: Source | None) -> dict[str, Any]:
         return {}
     content, name = read_mapping("--ds_config", source, "a JSON object", as_json=True), told("--ds_config", source)
     for key in content:
-        near = difflib.get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.85)
+        near = nearest(key, KNOWN_KEYS, cutoff=0.85)
         if key not in KNOWN_KEYS and near:
-            raise UserError(f"{name}: unknown key '{key}' (nearest: {near[0]})")
+            raise UserError(f"{name}: unknown key '{key}'{near}")
         if key in UNSUPPORTED:
             raise UserError(f"{name}: '{key}' is not supported; remove it")
         if key not in KNOWN_KEYS:

@@ -1,6 +1,5 @@
 """The union label space of several teachers: overlaps, meaningless default names, and the map that renames labels."""
 
-import difflib
 import logging
 import re
 import unicodedata
@@ -11,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
+from muka_fast.config import nearest
 from muka_fast.errors import UserError
 from muka_fast.mappings import Source, read_mapping, told
 
@@ -230,11 +230,8 @@ def _check_map(teachers: Sequence[tuple[str, Sequence[str]]], label_map: LabelMa
 
 
 def _nearest(name: str, names: Sequence[str] | set[str] | Mapping[str, object]) -> str:
-    found = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.3)
-    if found:
-        return f" (nearest: '{found[0]}')"
     there = sorted(names)
-    return f" (there are: {', '.join(there[:5])}{', ...' if len(there) > 5 else ''})"
+    return nearest(name, there, cutoff=0.3) or f" (there are: {', '.join(there[:5])}{', ...' if len(there) > 5 else ''})"
 
 
 def plain_form(name: str) -> str:

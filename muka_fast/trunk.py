@@ -352,11 +352,9 @@ class StochasticTeacher:
         if len(active) != 1 or active[0].layer != "head" or not active[0].per_text or self.encoder.depth == 0:
             return None
         features, logits = self.encoder.site_input(ids, mask, active[0])
-        for module in self.model.modules():
-            fits = isinstance(module, nn.Linear) and tuple(module.weight.shape) == (logits.shape[1], features.shape[1])
-            if fits and self._agree(module(features), logits):
-                return active[0], module
-        return None
+        layer = self.output_layer
+        fits = layer is not None and tuple(layer.weight.shape) == (logits.shape[1], features.shape[1])
+        return (active[0], layer) if fits and self._agree(layer(features), logits) else None
 
 
 def scores_of_passes(logits: Tensor, samples: Tensor, features: Tensor) -> TeacherScores:
