@@ -143,7 +143,12 @@ class ScoringOptions(TextOptions, ForwardOptions):
         pattern=r"^(all|head|last:[1-9]\d{0,3})$",
     )
     mc_dropout_p: float | None = option(
-        None, "dropout probability at the sites of the scope", "Uncertainty", means="the teacher's own", gt=0, le=0.9
+        None,
+        "dropout probability at the sites of the scope",
+        "Uncertainty",
+        means="the teacher's own",
+        gt=2**-17,  # up to there it rounds to 0 in the masks' steps of 2^-16, and every pass would be the same
+        le=0.9,
     )
     mc_stop: float | None = option(
         None,

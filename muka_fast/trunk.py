@@ -12,7 +12,6 @@ from muka_fast.layered import LayeredEncoder
 from muka_fast.memory import replica_budget_bytes
 from muka_fast.ops.mc_head import mc_head
 from muka_fast.ops.mc_statistics import mc_statistics
-from muka_fast.ops.reference import dropout_threshold
 from muka_fast.packed import Packed, Replicas, Texts
 from muka_fast.placement import input_device, is_split
 from muka_fast.pooled import head_input, output_layer, pool
@@ -59,7 +58,7 @@ class StochasticTeacher:
     """A teacher with its active dropout sites: `launch` gives statistics of K passes and deterministic logits.
 
     mc_scope: "all", "last:M" (the last M layers and the head) or "head".
-    mc_dropout_p: p in (0, 1) at every site of the scope, None = the model's own.
+    mc_dropout_p: p in (0, 1), as config.py bounds it, at every site of the scope, None = the model's own.
     mc_samples: K >= 1. mc=False: no sampling, the statistics are those of the deterministic pass (K = 1).
     Raises UserError for an unknown scope, a scope without sites, or one whose sites all have p = 0.
     """
@@ -83,7 +82,7 @@ class StochasticTeacher:
             if not plain.isfinite().all():
                 raise UserError(f"teacher {self.name}: its logits are not finite; {NOT_FINITE}")
             self.mc_scope = self._checked_scope(mc_scope, ids, mask, plain)
-            self.p_of_site = self._probabilities(mc_dropout_p) if mc else {}
+            self.p_of_site = active_probabilities(self.all_sites, self.mc_scope, mc_dropout_p, f"teacher {self.name}") if mc else {}
             self.layer = self._first_stochastic_layer()
             self.reads = self._probe_read_row(ids, mask)
             # The fast forms read weights that a split teacher's modules get only when they are called.
@@ -270,14 +269,6 @@ class StochasticTeacher:
             log.debug("teacher %s: cannot be cut (%s)", self.name, error)
             return False
 
-    def _probabilities(self, mc_dropout_p: float | None) -> dict[int, float]:
-        """Site index -> p of the active sites. Raises UserError where nothing would be random."""
-        if self.mc_samples < 1:
-            raise UserError(f"--mc_samples {self.mc_samples}: must be at least 1")
-        if mc_dropout_p is not None and not 1 <= _threshold(mc_dropout_p) < 65536:
-            raise UserError(f"--mc_dropout_p {mc_dropout_p}: must lie between 0 and 1, both excluded")
-        return active_probabilities(self.all_sites, self.mc_scope, mc_dropout_p, f"teacher {self.name}")
-
     def _first_stochastic_layer(self) -> int:
         """Where the trunk ends: 0 = there is none, depth = after the last layer."""
         layers = [site.layer for site in self.all_sites if site.index in self.p_of_site]
@@ -362,13 +353,6 @@ def scores_of_passes(logits: Tensor, samples: Tensor, features: Tensor) -> Teach
     statistics = mc_statistics(samples, [0, logits.shape[1]])
     entropies = statistics.predictive_entropy[:, 0], statistics.expected_entropy[:, 0]
     return TeacherScores(logits, statistics.mean_probs, statistics.var_probs, *entropies, features)
-
-
-def _threshold(p: float) -> int:
-    try:
-        return dropout_threshold(p)
-    except ValueError:
-        return -1
 
 
 def _check_inputs(model: nn.Module) -> tuple[Tensor, Tensor]:

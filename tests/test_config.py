@@ -1,6 +1,7 @@
 """Configuration: precedence, ranges, one-line errors with the nearest name, and a saved file that repeats the run."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -103,7 +104,9 @@ def test_labels_come_as_text_or_as_a_list():
         ({"max_grad_norm": "inf"}, ["--max_grad_norm inf", "<="]),
         ({"score_temperature": 0}, ["--score_temperature 0", "from 1e-06 to"]),
         ({"kd_temperature": 1e-39}, ["--kd_temperature 1e-39", "from 1e-06 to"]),
-        ({"mc_dropout_p": 1}, ["--mc_dropout_p 1", "> 0 and <= 0.9"]),
+        *(({"mc_dropout_p": p}, [f"--mc_dropout_p {p}", "> 7.62939e-06 and <= 0.9"]) for p in (1, 0.0, -0.1, 1.5, 1e-9, 1e-6, 2**-17)),
+        ({"mc_dropout_p": float("nan")}, ["--mc_dropout_p nan", "number"]),
+        ({"mc_samples": 0}, ["--mc_samples 0", "from 1 to 4096"]),
         ({"mc_scope": "last:0"}, ["--mc_scope last:0", "all, last:M", "head"]),
         ({"mc_scope": "last"}, ["--mc_scope last", "last:M"]),
         ({"method": "muka-sof"}, ["--method muka-sof", "vkd", "nearest: muka-soft"]),
@@ -134,6 +137,14 @@ def test_a_bad_value_is_one_line_with_option_value_and_range(flags, parts):
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+def test_the_least_dropout_probability_is_the_least_that_drops_a_value():
+    from muka_fast.ops.reference import dropout_threshold
+
+    least = math.nextafter(2**-17, 1)
+    assert [dropout_threshold(p) for p in (2**-17, least)] == [0, 1]
+    assert load_config(RunConfig, None, {"mc_dropout_p": least}).mc_dropout_p == least
 
 
 @pytest.mark.parametrize("scope", ["all", "head", "last:1", "last:12"])

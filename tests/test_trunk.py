@@ -221,12 +221,6 @@ def test_generic_form(family, stochastic, batch, monkeypatch):
         check(stochastic(family, scope), *batch(family))
 
 
-@pytest.mark.parametrize("p", [0.0, 1.0, -0.1, 1.5, float("nan"), 1e-9, 0.999999])
-def test_mc_dropout_p_out_of_range(p, stochastic):
-    with pytest.raises(UserError, match="--mc_dropout_p"):
-        stochastic("bert", "all", mc_dropout_p=p)
-
-
 @pytest.mark.parametrize("scope", ["last:0", "last:99", "foo"])
 def test_wrong_scopes_are_refused(scope, family, stochastic):
     with pytest.raises(UserError, match="--mc_scope"):
