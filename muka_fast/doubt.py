@@ -27,7 +27,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from muka_fast import checkpoint
 from muka_fast.errors import UserError, first_line
 from muka_fast.pooled import classifier_layer, head_input, last_feature
 
@@ -89,7 +88,6 @@ class UncertaintyHead:
         path = folder / FILE
         if not path.exists():
             return None
-        checkpoint.read_header(path, f"--model {folder}")
         try:
             with safe_open(path, "pt") as file:
                 told, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

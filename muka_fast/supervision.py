@@ -173,7 +173,7 @@ def family_of(files: TeacherFiles) -> str:
     """A cheap hash that teachers with common layers share: of the beginning of the largest tensor, the embeddings."""
     what = f"teacher {files.folder}"
     folder = adapters.base_folder(files.folder, what) if adapters.is_adapter(files.folder) else files.folder
-    largest = max(checkpoint.read_tensors(folder, what).values(), key=checkpoint.tensor_bytes)
+    largest = max(checkpoint.read_tensors(folder, what).values(), key=lambda entry: entry.stop - entry.start)
     digest = hashlib.sha256(f"{largest.dtype} {largest.shape}".encode())
     with open(largest.file, "rb") as file:
         file.seek(largest.start)

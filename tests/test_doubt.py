@@ -202,8 +202,8 @@ def rewrite(path, metadata=None, **changes):
 
 
 DAMAGE = {
-    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-3]), "truncated or corrupt"),
-    "no header": (lambda path: path.write_bytes(b"x"), "no safetensors header"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-3]), "header: incomplete metadata"),
+    "no header": (lambda path: path.write_bytes(b"x"), "header: header too small"),
     "width": (lambda path: rewrite(path, form=torch.zeros(15, 15)), "another student's"),
     "classes": (lambda path: rewrite(path, pull=torch.zeros(16, 4), offset=torch.zeros(4)), "another student's"),
     "no class": (lambda path: rewrite(path, pull=torch.zeros(16, 0), offset=torch.zeros(0)), "another student's"),

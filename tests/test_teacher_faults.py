@@ -124,12 +124,26 @@ def test_one_whole_file_of_weights_is_read_whatever_an_index_beside_it_lists(mak
     teachers.load_teacher(folder, run_seed=0)
 
 
-def test_a_shape_below_zero_is_damage(tmp_path):
-    """The product of its extents is the bytes that are there."""
-    header = json.dumps({"x": {"dtype": "F32", "shape": [-2, -2], "data_offsets": [0, 16]}}).encode()
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
-    with pytest.raises(UserError, match="tensor x has wrong offsets"):
-        checkpoint.read_tensors(tmp_path, "teacher x")
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"x": {"dtype": "F32", "shape": [-2, -2], "data_offsets": [0, 16]}},  # of which the product is the bytes that are there
+        {"x": {"dtype": "F32", "shape": [3], "data_offsets": [4, 16]}},
+        {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "y": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}},
+        {"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}, "y": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}},
+        {"x": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 16]}},
+        {"x": {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]}},
+        {"x": {"dtype": "Q32", "shape": [4], "data_offsets": [0, 16]}},
+        {"x": ["F32", [4], [0, 16]]},
+        [],
+    ],
+)
+def test_a_header_that_does_not_fit_is_damage(header, tmp_path):
+    content = json.dumps(header).encode()
+    for length in (len(content), 1 << 63, (1 << 64) - 1):
+        (tmp_path / "model.safetensors").write_bytes(length.to_bytes(8, "little") + content + bytes(16))
+        with pytest.raises(UserError, match=r"x: .*model\.safetensors is truncated or corrupt \(.*\); copy or download it again$"):
+            checkpoint.read_tensors(tmp_path, "teacher x")
 
 
 def test_weights_that_are_cut_while_they_are_read_are_named(make_teacher):
