@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from muka_fast import __version__, cli, config
-from muka_fast.cli import COMMANDS, guarded, main, parse, parse_train_args
+from muka_fast.cli import COMMANDS, cores_are_free, guarded, main, parse, parse_train_args
 from muka_fast.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -338,6 +338,8 @@ class Spy:
             os._exit(0)
 
 sys.meta_path.insert(0, Spy())
+from muka_fast import cli
+cli.cores_are_free = lambda: {free}
 sys.argv[1:] = ["--texts", "nowhere.jsonl"]
 {start}
 """
@@ -350,7 +352,29 @@ STARTS = ["runpy.run_path('muka_fast/train.py', run_name='__main__')", "from muk
 def test_idle_threads_spin_briefly(start):
     """OpenMP reads the environment when torch is loaded, so that later is too late."""
     env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    for more, seen in (({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")):
-        code = FIRST_SEEN.format(start=start)
+    given = {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}
+    for free, more, seen in ((True, {}, "30000"), (False, {}, "0"), (False, given[0], "7"), (False, given[1], "None")):
+        code = FIRST_SEEN.format(start=start, free=free)
         done = subprocess.run([sys.executable, "-c", code], env=env | more, cwd=ROOT, capture_output=True, text=True)
         assert done.stdout == f"torch at {seen}\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("threads", "running", "free"), [("2", [3], True), ("2", [4], False), ("", [3], False), ("2", [9, 4, 3], True)]
+)
+def test_cores_are_free_where_each_thread_has_one_beside_what_runs(threads, running, free, tmp_path, monkeypatch):
+    """On four cores, this process being one of those that run; what runs for a moment does not count."""
+    status, seen = tmp_path / "loadavg", iter(running)
+    tell = lambda seconds: status.write_text(f"0.5 0.5 0.5 {next(seen, running[-1])}/70 123\n")
+    monkeypatch.setattr(time, "sleep", tell)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert cores_are_free(status) is free
+
+
+@pytest.mark.parametrize("content", [None, "", "0.5 0.5 0.5 many 1"])
+def test_where_nothing_tells_what_runs_cores_are_free(content, tmp_path):
+    if content is not None:
+        (tmp_path / "loadavg").write_text(content)
+    assert cores_are_free(tmp_path / "loadavg")
