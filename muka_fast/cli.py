@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, get_origin
 from pydantic.fields import FieldInfo
 
 from muka_fast import __version__, config
-from muka_fast.config import allowed_values, load_config, nearest, option_name, plain_type
+from muka_fast.config import help_text, load_config, nearest, option_name, plain_type
 from muka_fast.console import first_of_node_tells, setup_logging
 from muka_fast.errors import UserError
 
@@ -101,21 +101,6 @@ class _Extend(argparse.Action):
         setattr(namespace, self.dest, [*getattr(namespace, self.dest, []), *values])
 
 
-def _help_text(field: FieldInfo) -> str:
-    """Description, what is allowed and the default, each where it says something."""
-    kind, extra = plain_type(field), field.json_schema_extra
-    plain = kind in (bool, str) and not extra["allowed"]
-    notes = [] if plain or get_origin(kind) is list else [allowed_values(field)]
-    if field.is_required():
-        notes.append("required")
-    elif extra["means"]:
-        notes.append(f"default: {extra['means']}")
-    elif field.default is not None and field.default is not False and field.default != []:
-        notes.append("default: on" if field.default is True else f"default: {field.default}")
-    text = f"{field.description} ({'; '.join(notes)})" if notes else str(field.description)
-    return text.replace("%", "%%")
-
-
 def _metavar(field: FieldInfo) -> str:
     kind = plain_type(field)
     if get_origin(kind) is Literal:
@@ -126,7 +111,7 @@ def _metavar(field: FieldInfo) -> str:
 
 
 def _add_option(group: Any, name: str, field: FieldInfo) -> None:
-    common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help_text(field)}
+    common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": help_text(field).replace("%", "%%")}
     if plain_type(field) is bool:
         group.add_argument(f"--{name}", action=_Switch, default_on=field.default is True, **common)
     elif get_origin(plain_type(field)) is list:

@@ -459,6 +459,20 @@ def allowed_values(field: FieldInfo) -> str:
     return f"{words} {' and '.join(f'{BOUND_SIGNS[key]} {bound}' for key, bound in told.items())}".strip()
 
 
+def help_text(field: FieldInfo) -> str:
+    """Description, what is allowed and the default, each where it says something."""
+    kind, extra = plain_type(field), field.json_schema_extra
+    plain = kind in (bool, str) and not extra["allowed"]
+    notes = [] if plain or get_origin(kind) is list else [allowed_values(field)]
+    if field.is_required():
+        notes.append("required")
+    elif extra["means"]:
+        notes.append(f"default: {extra['means']}")
+    elif field.default is not None and field.default is not False and field.default != []:
+        notes.append("default: on" if field.default is True else f"default: {field.default}")
+    return f"{field.description} ({'; '.join(notes)})" if notes else str(field.description)
+
+
 def split_labels(texts: Iterable[str]) -> list[str]:
     """Label names of texts such as `a,b` and `"a, b",c`: quotes protect a comma."""
     return [label.strip() for row in csv.reader(texts, skipinitialspace=True) for label in row if label.strip()]

@@ -177,7 +177,7 @@ def _set_dtype(path: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
     dtypes = {tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         content = json.loads(path.read_text(encoding="utf-8")) | {"dtype": str(dtypes.pop()).removeprefix("torch.")}
-        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def open_weights(folder: Path) -> None:

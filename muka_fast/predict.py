@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,7 +40,7 @@ class Prediction(NamedTuple):
 
 
 class Predictor:
-    """A classifier folder, with the uncertainty head beside it where there is one.
+    """A classifier folder, with the uncertainty head beside it where there is one. Threads that share one take turns.
 
     Example:
         muka_fast.Predictor("runs/merged").predict(["Why was my card declined?"])
@@ -64,6 +65,13 @@ class Predictor:
         self.max_length = kept_length(options.max_length, folder, self.model, self.tokenizer)
         self.token_budget = options.token_budget
         self._told = False  # that texts are cut
+        self._turn = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _turn=threading.Lock())
 
     def predict(self, texts: str | Iterable[str]) -> list[Prediction]:
         """One prediction per text, in their order, by one forward each.
@@ -91,8 +99,9 @@ class Predictor:
         if not self._told and (tokens.lengths >= self.max_length).any():
             log.info("texts of more than %d tokens are cut to these (--max_length)", self.max_length)
             self._told = True
-        forward = None if self.head is None else with_head(self.model, self.head)
-        found = predict(self.model, tokens, token_budget=self.token_budget, forward=forward, **options)
+        with self._turn:  # what is changed in the model for a forward is changed for all threads
+            forward = None if self.head is None else with_head(self.model, self.head)
+            found = predict(self.model, tokens, token_budget=self.token_budget, forward=forward, **options)
         best = torch.softmax(join_columns(found[:, : len(self.labels)].double(), self.labels), dim=-1).max(-1)
         doubts = [None] * len(texts) if self.head is None else found[:, len(self.labels)].tolist()
         rows, names = zip(best.indices.tolist(), best.values.tolist(), doubts, strict=True), list(dict.fromkeys(self.labels))

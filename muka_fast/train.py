@@ -28,7 +28,7 @@ import yaml
 from muka_fast import export, identity, outputs, runinfo, snapshots
 from muka_fast.aligned import student_part
 from muka_fast.caller import caller_undisturbed
-from muka_fast.config import EvalConfig, RunConfig, load_config
+from muka_fast.config import GROUPS, EvalConfig, RunConfig, help_text, load_config
 from muka_fast.console import log_file, setup_logging
 from muka_fast.coverage import nobody_weights
 from muka_fast.data import TextSet, check_source, cut_length, read_texts, tell_cut
@@ -96,8 +96,12 @@ def amalgamate(**options: Any) -> RunResult:
         return run(config)
 
 
-_CONFIG = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None)
-amalgamate.__signature__ = inspect.Signature([*inspect.signature(RunConfig).parameters.values(), _CONFIG])  # for help() and editors
+# For help() and editors.
+_FIELDS = sorted(RunConfig.model_fields.items(), key=lambda named: GROUPS.index(named[1].json_schema_extra["group"]))
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+_OPTIONS = [inspect.Parameter(name, _KEYWORD, default=field.default, annotation=field.annotation) for name, field in _FIELDS]
+amalgamate.__signature__ = inspect.Signature([*_OPTIONS, inspect.Parameter("config", _KEYWORD, default=None)])
+amalgamate.__doc__ += "\n    Options:\n" + "".join(f"        {name}: {help_text(field)}\n" for name, field in _FIELDS)
 
 
 def run(config: RunConfig) -> RunResult:
@@ -201,6 +205,7 @@ def merge(
         state = None if state is None else vocabulary.complete(state)
         student = (model, tokenizer, output, space.names)
         on_first_process(lambda: export.save_student(*student, card(config, record), state) and None)
+        del state  # of a sharded student another copy
     if doubt is not None:
         with clock("uncertainty head"):
             on_first_process(lambda: export.add_head(output, fit_head(config, output, texts, doubt, method)))

@@ -63,8 +63,12 @@ def test_what_the_package_offers_is_what_it_lists():
 
     import muka_fast
 
-    assert dir(muka_fast) == ["Predictor", "UserError", "__version__", "amalgamate"]
-    assert {"teachers", "student", "texts", "mc_samples", "config"} <= inspect.signature(muka_fast.amalgamate).parameters.keys()
+    assert dir(muka_fast) == ["Prediction", "Predictor", "RunResult", "UserError", "__version__", "amalgamate"]
+    assert all(hasattr(muka_fast, name) for name in dir(muka_fast)) and not hasattr(muka_fast, "Amalgamate")
+    parameters = inspect.signature(muka_fast.amalgamate).parameters
+    assert parameters.keys() == {*config.RunConfig.model_fields, "config"} and next(iter(parameters)) == "teachers"
+    assert str(parameters["mc_dropout_p"]) == "mc_dropout_p: float | None = None"
+    assert "mc_samples: stochastic passes per text (K) (an integer from 1 to 4096; default: 16)" in muka_fast.amalgamate.__doc__
 
 
 @pytest.mark.parametrize("name", COMMANDS)

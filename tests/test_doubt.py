@@ -1,8 +1,11 @@
 """The uncertainty head: what it learns and how, what the student keeps of it, and how its doubt is told and measured."""
 
+import copy
 import dataclasses
 import json
 import math
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -286,6 +289,20 @@ def test_the_command_answers_chunk_by_chunk(exported, texts, tmp_path, capsys, m
     calls.clear()
     assert cli.main([*words, "--output", str(tmp_path / "answers.jsonl")]) == 130
     assert not [path for path in tmp_path.iterdir() if "answers" in path.name]
+
+
+def test_threads_that_share_a_predictor_get_their_own_answers(exported, texts):
+    """And leave the model as it was."""
+    predictor = muka_fast.Predictor(exported[0], device="cpu")
+    expected = predictor.predict(texts)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: predictor.predict(texts[i % len(texts)]), range(10 * len(texts))))
+    assert len({prediction.doubt for prediction in expected}) > len(texts) // 2
+    for i, (prediction,) in enumerate(found):
+        assert prediction.label == expected[i % len(texts)].label
+        assert prediction.doubt == pytest.approx(expected[i % len(texts)].doubt, abs=1e-5)
+    again = pickle.loads(pickle.dumps(predictor))
+    assert again.predict(texts) == expected and copy.deepcopy(again).predict(texts) == expected
 
 
 # ---- figures ----

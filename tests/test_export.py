@@ -115,6 +115,14 @@ def test_config_and_rights_are_those_of_the_written_weights(make_model, make_tok
     assert loaded.dtype == torch.float32 and torch.equal(loaded.classifier.weight, whole["classifier.weight"])
 
 
+def test_classes_stand_in_the_order_of_the_logits(make_model, make_tokenizer, tmp_path):
+    """Many read list(id2label.values())."""
+    labels = [f"class {c}" for c in range(12)]
+    model = make_model("bert", labels)
+    export.save_student(model, make_tokenizer("bert"), tmp_path / "out", labels, CARD, model.state_dict())
+    assert list(transformers.AutoConfig.from_pretrained(tmp_path / "out").id2label.values()) == labels
+
+
 def test_weights_of_several_precisions_leave_the_models_own_word(make_model, make_tokenizer, tmp_path):
     model = make_model("bert", LABELS).to(torch.bfloat16)
     mixed = {name: tensor.to(torch.float16 if "bias" in name else torch.float32) for name, tensor in model.state_dict().items()}

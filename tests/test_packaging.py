@@ -82,7 +82,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     shipped = {path.name for path in (ROOT / "kernels" / "ops").glob("*.py")}
     assert {f"muka_fast/ops/{name}" for name in shipped} <= set(names)
     templates = (path for path in (ROOT / "muka_fast" / "templates").rglob("*") if path.is_file())
-    assert {f"muka_fast/{path.relative_to(ROOT / 'muka_fast').as_posix()}" for path in templates} <= set(names)
+    wanted = {f"muka_fast/{path.relative_to(ROOT / 'muka_fast').as_posix()}" for path in templates}
+    assert wanted | {"muka_fast/py.typed"} <= set(names)
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"muka_fast"}, top
     assert not [name for name in names if name.endswith((".cpp", ".h"))]
