@@ -259,10 +259,10 @@ def evaluate(config: "EvalConfig") -> dict[str, Any]:
     for label in (label for label, there in zip(texts.labels, known, strict=True) if not there):
         unknown[label] = unknown.get(label, 0) + 1
     alike = {plain_form(name): name for name in names}
-    told = lambda label: f"{label}, where the model has '{alike[plain_form(label)]}'" if plain_form(label) in alike else label
+    shown = lambda label: f"{label}, where the model has '{alike[plain_form(label)]}'" if plain_form(label) in alike else label
     if not known.any():
         raise UserError(
-            f"{config.data}: none of its labels ({', '.join(map(told, list(unknown)[:3]))}, ...) is a class of {config.model} "
+            f"{config.data}: none of its labels ({', '.join(map(shown, list(unknown)[:3]))}, ...) is a class of {config.model} "
             f"({', '.join(names[:3])}, ...); rename them with --label_map or choose --label_column"
         )
     if unknown:
@@ -271,7 +271,7 @@ def evaluate(config: "EvalConfig") -> dict[str, Any]:
             config.data,
             sum(unknown.values()),
             len(texts),
-            ", ".join(map(told, list(unknown)[:5])),
+            ", ".join(map(shown, list(unknown)[:5])),
         )
     head = None if adapters.is_adapter(folder) else UncertaintyHead.load(folder, model)
     rows = np.flatnonzero(known) if head is None else np.arange(len(texts))  # doubt is measured on unknown labels as well

@@ -147,7 +147,7 @@ def main(config: PredictConfig) -> int:
     if output is None:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8")  # JSON, whatever the terminal's
-        sys.stdout.writelines(answers)
+        sys.stdout.writelines(list(answers) if sys.stdout.isatty() else answers)  # a terminal shows progress in between
         return 0
     try:
         write_beside_others(output, answers, config.overwrite)
