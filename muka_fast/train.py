@@ -205,7 +205,7 @@ def merge(
         state = None if state is None else vocabulary.complete(state)
         student = (model, tokenizer, output, space.names)
         on_first_process(lambda: export.save_student(*student, card(config, record), state) and None)
-        del state  # of a sharded student another copy
+        state = None  # of a sharded student another copy
     if doubt is not None:
         with clock("uncertainty head"):
             on_first_process(lambda: export.add_head(output, fit_head(config, output, texts, doubt, method)))
