@@ -34,7 +34,7 @@ def record() -> dict:
         "versions": {"torch": NASTY},
         "seconds": {"train": 12.5},
         "coverage": {"texts": 1, "share": 1 / 1200, "examples": [{"example_id": 7, "text": NASTY}]},
-        "metrics": {"student": figures, "selection_accuracy": 0.9, "target_accuracy": 0.8},
+        "metrics": {"student": figures, "selection_accuracy": 0.9, "target_accuracy": 0.8, "num_labelled_texts": 1100},
         "supervision": {
             "source": "muka-soft",
             "shares": {NASTY: 1.0},
@@ -99,6 +99,15 @@ def test_figures_charts_and_tables_are_there(record):
     assert "label_map" not in page  # options that are not set do not fill the table
 
 
+def test_figures_tell_how_many_texts_they_rest_on(record):
+    page = report.render(record, metrics(3), "my run")
+    assert page.count(", of 1,100 texts with a known label<") == 2 and "12 evaluation texts<" in page
+    record["metrics"]["student"]["num_unknown"] = 1234
+    assert "12 evaluation texts; 1,234 more left out, of labels that the student" in report.render(record, metrics(3), "my run")
+    del record["metrics"]["num_labelled_texts"]  # a run of an earlier version
+    assert "composed target is right<" in report.render(record, metrics(3), "my run")
+
+
 def test_what_an_early_end_of_the_passes_saved(record):
     assert "Passes ended early" not in report.render(record, metrics(3), "my run")
     record["config"]["mc_stop"] = 0.02
@@ -144,3 +153,11 @@ def test_a_coverage_hole_is_told_and_only_where_it_was_asked_for(record):
     assert "0 texts belong to no teacher (0.0 %)" in report.render(record, metrics(5), "run")
     del record["coverage"]
     assert "Coverage hole" not in report.render(record, metrics(5), "run")
+
+
+def test_figures_of_the_targets_rest_on_known_labels_alone(go, world, tmp_path):
+    rows = [json.loads(line) for line in (world / "texts.jsonl").read_text().splitlines()]
+    rows[:20] = [row | {"label": "?"} for row in rows[:20]]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = go("some", texts=str(tmp_path / "some.jsonl"), epochs=1).metrics
+    assert found["num_labelled_texts"] == 75 - 19 and {"selection_accuracy", "target_accuracy"} < found.keys()  # one of 20 is blank

@@ -36,6 +36,7 @@ def test_a_run_leaves_a_student_that_plain_transformers_loads(go, world):
     card = (result.output / "README.md").read_text()
     assert "| coverage |" in card and "| margin |" not in card  # which muka-auto does not look at
     assert 0 <= result.metrics["student"]["accuracy"] <= 1 and 0 <= result.metrics["target_accuracy"] <= 1
+    assert result.metrics["num_labelled_texts"] == 75
     lines = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 16)) and lines[-1]["epoch"] == 3
     assert all(line["loss"] > 0 and line["lr"] > 0 and line["grad_norm"] > 0 and line["texts_per_s"] > 0 for line in lines)
