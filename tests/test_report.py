@@ -108,6 +108,15 @@ def test_figures_tell_how_many_texts_they_rest_on(record):
     assert "composed target is right<" in report.render(record, metrics(3), "my run")
 
 
+def test_doubt_is_told_where_it_was_measured(record):
+    assert "Doubt" not in report.render(record, metrics(3), "my run")
+    head = {"wrong_auroc": 0.81234, "unknown_auroc": None, "unknown_fpr95": None}
+    record["metrics"]["student"]["doubt"] = {"uncertainty head": head, "softmax": head | {"wrong_auroc": 0.75}}
+    page = report.render(record, metrics(3), "my run")
+    row = '<tr><td>{}</td><td class="n">{}</td><td class="n">–</td><td class="n">–</td></tr>'
+    assert "<h2>Doubt</h2>" in page and row.format("uncertainty head", "0.8123") in page and row.format("softmax", "0.75") in page
+
+
 def test_what_an_early_end_of_the_passes_saved(record):
     assert "Passes ended early" not in report.render(record, metrics(3), "my run")
     record["config"]["mc_stop"] = 0.02
