@@ -11,9 +11,10 @@ import jinja2
 from markupsafe import Markup
 
 from muka_fast import __version__
-from muka_fast.config import ReportConfig
+from muka_fast.config import ReportConfig, RunConfig
 from muka_fast.errors import UserError
 from muka_fast.files import write_text
+from muka_fast.methods import unused_options
 from muka_fast.runinfo import read_metrics, read_run
 
 log = logging.getLogger("muka_fast")
@@ -66,11 +67,15 @@ def render(record: dict[str, Any], metrics: Sequence[dict[str, Any]], name: str)
     metrics = [line for line in metrics if isinstance(line.get("loss"), (int, float))]
     supervision = record.get("supervision") or {}
     student = record.get("metrics", {}).get("student") or {}
+    several = len(record["teachers"]) > 1  # one alone is always chosen, by a margin of 1
+    unused = unused_options(RunConfig.model_construct(**record["config"]))
     classes = list((student.get("per_class") or {}).items())
     return environment.get_template("report.html.j2").render(
         name=name,
         version=__version__,
         record=record,
+        configuration={option: value for option, value in record["config"].items() if option not in unused},
+        several=several,
         student=student,
         classes=classes[:MOST_CLASSES],
         num_classes=len(classes),
@@ -80,7 +85,7 @@ def render(record: dict[str, Any], metrics: Sequence[dict[str, Any]], name: str)
         others={key: value for key, value in record.get("metrics", {}).items() if isinstance(value, (int, float))},
         last=metrics[-1] if metrics else None,
         loss_chart=chart(draw_loss, metrics) if metrics else None,
-        margin_chart=chart(draw_margins, supervision["margin_histogram"]) if supervision.get("margin_histogram") else None,
+        margin_chart=chart(draw_margins, supervision["margin_histogram"]) if several and supervision.get("margin_histogram") else None,
         calibration_chart=chart(draw_calibration, student["calibration"]) if student.get("calibration") else None,
     )
 

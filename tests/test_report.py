@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from muka_fast import report
+from muka_fast.config import RunConfig
 from muka_fast.errors import UserError
 
 NASTY = '<script>alert("x")</script> & $\\frac{1}{0}$ "quotes" </svg></td>'
@@ -22,13 +23,13 @@ def record() -> dict:
     per_class = {NASTY: {"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "support": 12}}
     bins = [{"count": 3, "confidence": 0.3, "accuracy": 0.2}, {"count": 9, "confidence": 0.9, "accuracy": 0.8}]
     figures = {"accuracy": 0.7312, "macro_f1": 0.7, "nll": 0.9, "ece": 0.05, "num_texts": 12, "calibration": bins}
-    figures |= {"per_class": per_class, "per_teacher_block": {NASTY: block}}
+    figures |= {"per_class": per_class, "per_teacher_block": {NASTY: block, "other": block}}
     return {
         "state": "complete",
         "config": {"method": "muka-soft", "margin": True, "texts": NASTY, "label_map": None},
         "labels": [NASTY],
         "overlaps": [NASTY],
-        "teachers": [{"name": NASTY, "fingerprint": "f", "labels": [NASTY]}],
+        "teachers": [{"name": name, "fingerprint": "f", "labels": [NASTY]} for name in (NASTY, "other")],
         "data": {"source": NASTY, "texts": 1200, "blank": 0, "fingerprint": "f"},
         "layout": {"processes": 2},
         "versions": {"torch": NASTY},
@@ -37,7 +38,7 @@ def record() -> dict:
         "metrics": {"student": figures, "selection_accuracy": 0.9, "target_accuracy": 0.8, "num_labelled_texts": 1100},
         "supervision": {
             "source": "muka-soft",
-            "shares": {NASTY: 1.0},
+            "shares": {NASTY: 0.75, "other": 0.25},
             "margin_histogram": [0, 3, 9],
             "margin_mean": 0.5,
             "lowest_margin": [example],
@@ -115,6 +116,31 @@ def test_doubt_is_told_where_it_was_measured(record):
     page = report.render(record, metrics(3), "my run")
     row = '<tr><td>{}</td><td class="n">{}</td><td class="n">–</td><td class="n">–</td></tr>'
     assert "<h2>Doubt</h2>" in page and row.format("uncertainty head", "0.8123") in page and row.format("softmax", "0.75") in page
+
+
+def test_one_teacher_alone_is_compared_with_nobody(record):
+    choice = ("Least clear texts", "Clearest texts", "How often each teacher", "Mean margin", "How clear the choice was", "75.0 %")
+    page = report.render(record, metrics(3), "my run")
+    assert all(told in page for told in choice)
+    record["teachers"] = record["teachers"][:1]
+    page = report.render(record, metrics(3), "my run")
+    assert not [told for told in choice if told in page] and "1 teacher merged" in page and page.count("<svg") == 2
+    assert "within block" in page  # what it knows, and how well the student does there
+
+
+def test_who_chose_the_teachers_is_a_sentence(record):
+    record["supervision"]["source"] = "predictive entropy"
+    page = report.render(record, metrics(3), "my run")
+    assert "each teacher was chosen (by predictive entropy; method muka-soft itself selects nobody). Mean margin: 0.5." in page
+
+
+@pytest.mark.parametrize("method", ["uhc", "vkd", "mean", "muka-soft"])
+def test_the_configuration_holds_only_what_the_method_looks_at(record, method):
+    record["config"] = RunConfig(method=method, uncertainty="mutual_information").resolved()
+    shown = lambda: "<td>uncertainty</td>" in report.render(record, metrics(3), "my run")
+    assert shown() is (method == "muka-soft")
+    record["config"]["uncertainty_head"] = True  # its doubt is of that measure
+    assert shown() and "<td>kd_temperature</td>" in report.render(record, metrics(3), "my run")
 
 
 def test_what_an_early_end_of_the_passes_saved(record):
