@@ -9,6 +9,7 @@ more figures, goes the same way alone: the weights are written once.
 import contextlib
 import copy
 import errno
+import glob
 import json
 import logging
 import os
@@ -65,7 +66,9 @@ class Card:
     """What the model card tells besides the labels. Texts from outside may hold anything: the card escapes them.
 
     teachers: dicts with name, and where known labels (union names) and fingerprint. options (of them "method" gets a
-    sentence), data, metrics: shown as tables in their order.
+    sentence), data, metrics (of the student), supervision (how good its targets were, on num_labelled_texts): shown as tables in
+    their order. evaluation: what metrics were measured on, data, num_texts and num_unknown. head_tells: `UncertaintyHead.tells`, None
+    where there is no head. base_model and sources of texts may be local paths, of which the last part is shown.
     """
 
     title: str
@@ -74,6 +77,9 @@ class Card:
     options: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    supervision: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    head_tells: bool | None = None
 
 
 def check_student(output: str | Path) -> None:
@@ -117,11 +123,13 @@ def save_student(
     return output
 
 
-def add_head(output: str | Path, head: "UncertaintyHead") -> None:
-    """Put the uncertainty head beside an exported student, in a file of its own. Raises as `save_student`."""
+def add_head(output: str | Path, head: "UncertaintyHead") -> bool:
+    """Put the uncertainty head beside an exported student, in a file of its own; returns what the card says: whether it tells
+    anything. Raises as `save_student`."""
     with _moved_into(Path(output).expanduser()) as partial:
         head.save(partial)
         open_weights(partial)
+    return head.tells
 
 
 def replace_card(
@@ -279,6 +287,18 @@ def markdown_text(value: Any) -> str:
     return re.sub(r"([\\`*_{}\[\]()#+\-!|~$])", r"\\\1", text)
 
 
+def place(value: Any) -> Any:
+    """Of a local path, or a pattern of files, the last part: the folders above it are nobody's business. All else as it is."""
+    if not isinstance(value, str):
+        return value
+    path = os.path.expanduser(value)
+    try:
+        local = os.path.isabs(path) or os.path.exists(path) or bool(glob.glob(path))
+    except ValueError:  # what is no name of a file
+        return value
+    return os.path.basename(os.path.abspath(path)) or value if local else value
+
+
 def figure(value: Any) -> str:
     """A number for a table: four significant digits, integers whole."""
     if isinstance(value, float):
@@ -294,7 +314,7 @@ def card_template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
     )
-    environment.filters |= {"md": markdown_text, "figure": figure}
+    environment.filters |= {"md": markdown_text, "figure": figure, "place": place}
     return environment.get_template("model_card.md.j2")
 
 
@@ -326,6 +346,6 @@ def front_matter(card: Card) -> str:
         "tags": ["knowledge-amalgamation", "knowledge-distillation", "muka"],
     }
     # The hub wants a hub name here; a local folder means nothing elsewhere.
-    if card.base_model and re.fullmatch(r"\w[\w.-]*/[\w.-]+", card.base_model) and not Path(card.base_model).exists():
+    if card.base_model and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", card.base_model) and not Path(card.base_model).exists():
         head["base_model"] = card.base_model
     return yaml.safe_dump(head, sort_keys=False, allow_unicode=True)

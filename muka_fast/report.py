@@ -80,6 +80,7 @@ def render(record: dict[str, Any], metrics: Sequence[dict[str, Any]], name: str)
         classes=classes[:MOST_CLASSES],
         num_classes=len(classes),
         supervision=supervision,
+        head_tells=(record.get("uncertainty_head") or {}).get("tells", True),
         sampling=record.get("sampling"),
         coverage=record.get("coverage"),
         others={key: value for key, value in record.get("metrics", {}).items() if isinstance(value, (int, float))},

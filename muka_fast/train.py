@@ -208,11 +208,13 @@ def merge(
         state = None  # of a sharded student another copy
     if doubt is not None:
         with clock("uncertainty head"):
-            on_first_process(lambda: export.add_head(output, fit_head(config, output, texts, doubt, method)))
+            tells = on_first_process(lambda: export.add_head(output, fit_head(config, output, texts, doubt, method)))
+            record["uncertainty_head"] = {"tells": tells}
     if config.eval is not None:
         with clock("evaluate"):
             record["metrics"] |= {"student": on_first_process(lambda: evaluate_student(config, output))}
-            on_first_process(lambda: export.replace_card(*student, card(config, record)))
+    if doubt is not None or config.eval is not None:
+        on_first_process(lambda: export.replace_card(*student, card(config, record)))
     record |= {"state": "complete", "seconds": clock.seconds}
     on_first_process(lambda: write_json(output / "run.json", record))
     on_first_process(lambda: snapshots.discard_unfinished(output))
@@ -341,7 +343,6 @@ def begin_run(output: Path, config: RunConfig, record: dict[str, Any]) -> None:
 
 def card(config: RunConfig, record: dict[str, Any]) -> export.Card:
     """The model card's content."""
-    metrics = {name: value for name, value in record["metrics"].items() if name != "student"}
     student = record["metrics"].get("student", {})
     holes = {"texts that belong to no teacher, left out": record["coverage"]["texts"]} if "coverage" in record else {}
     return export.Card(
@@ -350,7 +351,10 @@ def card(config: RunConfig, record: dict[str, Any]) -> export.Card:
         teachers=record["teachers"],
         options={name: getattr(config, name) for name in identity.identity_options(config)},
         data=record["data"] | holes,
-        metrics=metrics | {name: student[name] for name in ("accuracy", "macro_f1", "nll", "ece") if name in student},
+        metrics={name: student[name] for name in ("accuracy", "macro_f1", "nll", "ece") if name in student},
+        supervision={name: value for name, value in record["metrics"].items() if name != "student"},
+        evaluation=student,
+        head_tells=record.get("uncertainty_head", {}).get("tells"),
     )
 
 

@@ -371,7 +371,7 @@ def test_strange_names_cannot_break_out_of_the_card(names, other):
     hub = "base_model" in export.front_matter(card)  # what looks like a hub name gets a line of its own
     plain = export.Card(
         title="x",
-        base_model="x/x" if hub else other and "x",
+        base_model="x/x" if hub else other and "x y",
         teachers=[{"name": "x", "labels": names} for _ in names],
         options={"x": "x"},
         data={"x": "x"},

@@ -116,6 +116,12 @@ def test_doubt_is_told_where_it_was_measured(record):
     page = report.render(record, metrics(3), "my run")
     row = '<tr><td>{}</td><td class="n">{}</td><td class="n">–</td><td class="n">–</td></tr>'
     assert "<h2>Doubt</h2>" in page and row.format("uncertainty head", "0.8123") in page and row.format("softmax", "0.75") in page
+    assert "every text gets the same doubt" not in page
+    record["uncertainty_head"] = {"tells": False}
+    assert "every text gets the same doubt" in report.render(record, metrics(3), "my run")
+    del record["metrics"]  # a run without --eval
+    page = report.render(record, metrics(3), "my run")
+    assert "every text gets the same doubt" in page and "AUROC" not in page
 
 
 def test_one_teacher_alone_is_compared_with_nobody(record):
