@@ -96,9 +96,8 @@ def amalgamate(**options: Any) -> RunResult:
         return run(config)
 
 
-# For help() and editors.
 _FIELDS = sorted(RunConfig.model_fields.items(), key=lambda named: GROUPS.index(named[1].json_schema_extra["group"]))
-_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY  # for help() and editors
 _OPTIONS = [inspect.Parameter(name, _KEYWORD, default=field.default, annotation=field.annotation) for name, field in _FIELDS]
 amalgamate.__signature__ = inspect.Signature([*_OPTIONS, inspect.Parameter("config", _KEYWORD, default=None)])
 amalgamate.__doc__ += "\n    Options:\n" + "".join(f"        {name}: {help_text(field)}\n" for name, field in _FIELDS)
@@ -242,10 +241,9 @@ def open_output(config: RunConfig, texts: TextSet, holds: ExitStack) -> Path:
         identity.check_identity(output, identity.files_identity(config, texts))
     holds.callback(outputs.tell_of_replaced, output)
     export.finish_export(output)
-    if config.overwrite and config.store is None:
-        kept = (take_over(run / "supervision", store_folder(config, output), texts) for run in outputs.replaced(output))
-        if any(kept):
-            log.info("scores of these texts that the replaced run has made serve this one")
+    replaced = outputs.replaced(output) if config.overwrite and config.store is None else []
+    if any(take_over(run / "supervision", store_folder(config, output), texts) for run in replaced):
+        log.info("scores of these texts that the replaced run has made serve this one")
     return output
 
 
@@ -256,14 +254,13 @@ def read_data(config: RunConfig) -> TextSet:
 
 
 def supervise(config: RunConfig, texts: TextSet, output: Path) -> tuple[Supervision, Features | None]:
-    """The statistics of all teachers over all texts, and `pool_features`; every process does a share of what the store lacks."""
+    """The statistics of all teachers over all texts and, of several, `pool_features`; each process does a share of what is missing."""
     if config.teachers:
         sup = fill_store(store_folder(config, output), config.teachers, texts, config, ShardQueue(group=True))
     else:
         with told_once():
             sup = open_store(store_folder(config, output), texts, option_values(config), config.store_teachers)
-    alone = len(sup.teachers) == 1  # it owns every text, whatever they look like
-    return sup, None if alone else pool_features(config, texts, output, ShardQueue(group=True))
+    return sup, None if len(sup.teachers) == 1 else pool_features(config, texts, output, ShardQueue(group=True))
 
 
 def store_folder(config: RunConfig, output: Path) -> Path:
@@ -308,7 +305,7 @@ def begin_record(
         | {"own_labels": teacher["labels"]}
         for teacher, names in zip(sup.teachers, space.teacher_labels, strict=True)
     ]
-    needed = labels if METHODS[config.method].needs_labels else None
+    labels = labels if METHODS[config.method].needs_labels else None
     return {
         "state": "training",
         "config": config.resolved(),
@@ -316,7 +313,7 @@ def begin_record(
         "overlaps": list(space.overlaps),
         "teachers": teachers,
         "data": {"source": texts.source, "texts": len(texts), "blank": texts.num_blank, "fingerprint": texts.fingerprint},
-        "identity": identity.identity(config, texts, sup, space, tokenizer, ds_config, needed),
+        "identity": identity.identity(config, texts, sup, space, tokenizer, ds_config, labels),
         "layout": {
             "processes": init_distributed()[1],
             "micro_batch": ds_config["train_micro_batch_size_per_gpu"],
