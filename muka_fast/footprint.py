@@ -21,6 +21,7 @@ STAGES = ("0", "1", "2", "3", "3 offload")
 REDUCE_BUCKET, LIVE_WEIGHTS, PREFETCHED_WEIGHTS, PERSISTENT_WEIGHT = 500_000_000, 1_000_000_000, 50_000_000, 100_000
 MEASURED_FLOPS = 1e10  # of one timed forward, a fraction of a second on a slow core
 MEASURED_LAYERS = 2
+DECODER_LAYERS = ("decoder_layers", "num_decoder_layers")  # BART's and T5's name for the number of them
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,10 @@ def footprint(config: PreTrainedConfig, texts: int, tokens: int, precision: str,
         with AnyValue(), FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
             model(input_ids=ids, attention_mask=torch.ones_like(ids))
     except Exception as error:  # whatever a model does without values
-        raise UserError(f"{what}: cannot be planned from its configuration: {first_line(error)}") from error
+        told = first_line(error)
+        if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("meta", "pytorch")):  # for its developers
+            told = f"a model of type {config.model_type} does not run without weights and texts"
+        raise UserError(f"{what}: cannot be planned from its configuration: {told}") from error
     sizes = [parameter.numel() for parameter in model.parameters()]
     small = sum(size for size in sizes if size <= PERSISTENT_WEIGHT)
     return Footprint(sum(sizes), small, flops.get_total_flops(), sum(storage.nbytes() for storage in kept.values()), tokens)
@@ -127,6 +131,8 @@ def measured_flops(config: PreTrainedConfig, texts: int, tokens: int, precision:
         autocast = train and device == "cpu" and precision == "bf16"
         model = unloaded(small, "fp32" if autocast else precision).to(device).train(train)
         ids = torch.ones(texts, cost.tokens, dtype=torch.int64, device=device)
+        if small.is_encoder_decoder:
+            ids[:, -1] = small.eos_token_id  # which its head looks for
 
         def work() -> None:
             with torch.set_grad_enabled(train), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -152,12 +158,15 @@ def reduced(config: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration with two layers and a small vocabulary: every layer costs the same, and a look-up costs nothing."""
     small, layers = copy.deepcopy(config), config.num_hidden_layers
     small.num_hidden_layers = min(layers, MEASURED_LAYERS)
+    for name in DECODER_LAYERS:
+        if hasattr(config, name):
+            setattr(small, name, min(getattr(config, name), MEASURED_LAYERS))
     for name, value in vars(config).items():
         if isinstance(value, list) and len(value) == layers:  # a kind for each layer
             setattr(small, name, value[: small.num_hidden_layers])
     if hasattr(config, "vocab_size"):  # CANINE hashes letters
         small.vocab_size = min(config.vocab_size, 1000)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "decoder_start_token_id"):
         if getattr(config, name, None) is not None:
             setattr(small, name, 0)
     return small

@@ -15,7 +15,7 @@ from muka_fast.config import PlanConfig
 from muka_fast.console import fill, new_table, quiet_transformers, stdout_console
 from muka_fast.data import read_texts, tokenize
 from muka_fast.errors import UserError, first_line
-from muka_fast.footprint import STAGES, Footprint, footprint, measured_flops, stage_memory
+from muka_fast.footprint import DECODER_LAYERS, STAGES, Footprint, footprint, measured_flops, stage_memory
 from muka_fast.labels import build_label_space
 from muka_fast.memory import device_of, tell_precision
 from muka_fast.recipe import default_epochs
@@ -76,15 +76,18 @@ def store_bytes(teachers: list[tuple[int, int]], num_texts: int, shard_size: int
 def scoring_forwards(config: PreTrainedConfig, mc_scope: str, mc_samples: float) -> float:
     """Cost of scoring a text in plain forwards: trunk once, tail once without and mc_samples times with dropout (0: none).
 
-    A head behind the last layer costs next to nothing, and so does a last layer of which the head reads one token.
+    A head behind the last layer costs next to nothing, and so does a last layer of which the head reads one token. The head of an
+    encoder with a decoder is all of the decoder as well, a layer of which is taken to cost as much as one of the encoder.
     """
+    layers, decoder = config.num_hidden_layers, 0
+    if config.is_encoder_decoder:
+        decoder = next((getattr(config, name) for name in DECODER_LAYERS if hasattr(config, name)), layers)
     if mc_scope == "head":
-        return 1.0
-    layers = config.num_hidden_layers
+        return 1.0 + mc_samples * decoder / (layers + decoder)
     active = layers if mc_scope == "all" else min(layers, int(mc_scope.partition(":")[2]))
-    if active == 1 and getattr(config, "classifier_pooling", "cls") != "mean":
+    if active == 1 and not decoder and getattr(config, "classifier_pooling", "cls") != "mean":
         return 1.0
-    return 1.0 + mc_samples * active / layers
+    return 1.0 + mc_samples * (active + decoder) / (layers + decoder)
 
 
 def count_texts(options: PlanConfig) -> tuple[int, float]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from muka_fast import footprint as cost
 from muka_fast import plan
@@ -109,6 +110,61 @@ def test_flops_are_those_of_the_formula():
     )
     expected = texts * (tokens * layers * (2 * (4 * h * h + 2 * h * inner) + 4 * tokens * h) + 2 * h * h + 2 * h * 3)
     assert cost.footprint(config, texts, tokens, "fp32", "x").forward_flops == expected
+
+
+def with_decoder(name, decoder_layers=3):
+    """An encoder with a decoder of other sizes."""
+    common = {"vocab_size": 2000, "d_model": 16, "num_labels": 3, "eos_token_id": 1, "decoder_start_token_id": 1500}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 24}
+    heads |= {"encoder_layers": 2, "decoder_layers": decoder_layers, "max_position_embeddings": 64}
+    if name == "T5":
+        heads = {"d_kv": 4, "d_ff": 32, "num_layers": 2, "num_decoder_layers": decoder_layers, "num_heads": 4}
+    return getattr(transformers, f"{name}Config")(**common, **heads)
+
+
+@pytest.mark.parametrize("name", ["Bart", "T5"])
+def test_an_encoder_with_a_decoder_costs_what_the_real_one_does(name):
+    """Of the real one attention is eager, which the counter sees on a CPU as well."""
+    texts, tokens, config = 3, 11, with_decoder(name)
+    planned = cost.footprint(config, texts, tokens, "fp32", "x")
+    config._attn_implementation = "eager"
+    real = cost.unloaded(config, "fp32").train()
+    ids = torch.full((texts, tokens), 5)
+    ids[:, -1] = 1
+    with FlopCounterMode(display=False) as counted:
+        real(input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert planned.num_parameters == sum(weight.numel() for weight in real.parameters())
+    assert planned.forward_flops == counted.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("name", ["Bart", "T5"])
+def test_an_encoder_with_a_decoder_is_measured_with_two_layers_of_each(name):
+    small = cost.reduced(with_decoder(name, 6))
+    assert cost.unloaded(small, "fp32").num_parameters() == cost.unloaded(cost.reduced(with_decoder(name, 2)), "fp32").num_parameters()
+    assert all(cost.measured_flops(with_decoder(name), 1, 7, "fp32", "cpu", train, "x") > 0 for train in (False, True))
+
+
+@pytest.mark.parametrize("name", ["Bart", "T5"])
+def test_a_decoder_is_part_of_what_every_sample_runs(name):
+    """Two layers and three of the decoder, which counts as the head."""
+    config = with_decoder(name)
+    found = [plan.scoring_forwards(config, scope, 10) for scope in ("head", "last:1", "last:2", "all")]
+    assert found == [1 + 10 * 3 / 5, 1 + 10 * 4 / 5, 11, 11] and plan.scoring_forwards(config, "last:1", 0) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("XLNet", {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32}),
+        ("Longformer", {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "attention_window": [4, 4]}),
+    ],
+)
+def test_a_model_that_needs_values_is_told_in_our_words(name, sizes):
+    config = getattr(transformers, f"{name}Config")(vocab_size=99, **sizes)
+    with pytest.raises(UserError) as caught:
+        cost.footprint(config, 2, 8, "fp32", "teacher x")
+    way = f"a model of type {name.lower()} does not run without weights and texts"
+    assert str(caught.value) == f"teacher x: cannot be planned from its configuration: {way}"
 
 
 def test_a_configuration_that_asks_for_more_costs_the_same():

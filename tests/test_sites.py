@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 from muka_fast.errors import UserError
 from muka_fast.ops.reference import dropout_scale, keep_mask_ref
@@ -56,6 +57,16 @@ def test_every_site_is_listed_in_order(family, make_model):
 def test_the_configuration_alone_gives_the_same_sites(family, make_model):
     model = make_model(family, ["a", "b", "c"])
     assert sites_of_config(model.config) == list_sites(model.eval())
+
+
+@pytest.mark.parametrize("name", ["Bart", "T5"])
+def test_the_configuration_of_an_encoder_with_a_decoder_gives_the_same_sites(name):
+    sizes = {"num_layers": 2, "num_decoder_layers": 1, "num_heads": 2, "d_kv": 8, "d_ff": 32}
+    if name == "Bart":
+        sizes = {"encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = getattr(transformers, f"{name}Config")(d_model=16, vocab_size=99, decoder_start_token_id=0, **sizes)
+    model = getattr(transformers, f"{name}ForSequenceClassification")(config).eval()
+    assert sites_of_config(config) == list_sites(model) != []
 
 
 def test_sites_of_p_zero_are_listed_too(family, make_model):
