@@ -18,7 +18,7 @@ import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from muka_fast.errors import UserError, first_line
+from muka_fast.errors import OUT_OF_REACH, UserError, first_line
 
 log = logging.getLogger("muka_fast")
 # What transformers raises for a configuration or weights it cannot use.
@@ -64,25 +64,30 @@ def resolve_folder(source: str | Path, what: str = "teacher") -> Path:
         raise UserError(f"{what} {source}: this is a file; give the folder that holds config.json and the weights")
     if not HUB_NAME.fullmatch(str(source)) or str(source).startswith("."):
         raise UserError(f"{what} {str(source)[:200]}: no such folder; check the path")
+    return folder_of_hub(str(source), f"{what} {source}")
+
+
+def folder_of_hub(name: str, what: str, files: tuple[str, ...] = HUB_FILES) -> Path:
+    """A snapshot from the hub with these of its files; `what` is what errors call it."""
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return _hub_folder(str(source))
+        return _hub_folder(name, files)
     except RepositoryNotFoundError:
         reason = "and the hub has no public model of this name"
     except LocalEntryNotFoundError:
-        reason = "and the hub is out of reach (offline?) with no cached copy here"
+        reason = f"and {OUT_OF_REACH}"
     except (OSError, ValueError) as error:
         reason = f"and the hub refused: {first_line(error)}"
-    raise UserError(f"{what} {source}: no such folder, {reason}; check the path or the name")
+    raise UserError(f"{what}: no such folder, {reason}; check the path or the name")
 
 
 @cache
-def _hub_folder(name: str) -> Path:
+def _hub_folder(name: str, files: tuple[str, ...]) -> Path:
     """A snapshot from the hub, asked for once per process, so that a run sees one revision."""
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, etag_timeout=10, allow_patterns=list(HUB_FILES), ignore_patterns="*/*"))
+    return Path(snapshot_download(name, etag_timeout=10, allow_patterns=list(files), ignore_patterns="*/*"))
 
 
 def read_json(file: Path, what: str) -> dict:

@@ -101,6 +101,7 @@ def setup_logging(verbose: bool = False, rank: int = 0) -> None:
     # Read by the libraries when they are imported; a user's own setting stays.
     for variable, value in {
         "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "true",

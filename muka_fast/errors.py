@@ -15,3 +15,4 @@ def first_line(error: BaseException) -> str:
 
 
 NOT_FINITE = "check the checkpoint, or take --scoring_precision fp32"  # the way out of scores that are NaN or infinite
+OUT_OF_REACH = "the hub is out of reach (offline?) with no cached copy here"

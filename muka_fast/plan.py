@@ -35,28 +35,31 @@ GPUS = {
 }
 UTILISATION = 0.4  # of the peak, which large dense models reach
 SAMPLED_TEXTS = 1000
+CONFIG_FILES = ("config.json", "adapter_config.json", "adapter_model.safetensors")  # an adapter's weights are few and tell its classes
 CHECKPOINTS = 3  # two are kept, a third is written beside them
 
 
 def read_model(source: str, what: str, classifier: bool = True) -> tuple[PreTrainedConfig, list[str]]:
     """Configuration of a folder or hub name (of an adapter, its base's) and, for a classifier, its labels."""
     path = Path(source).expanduser()
-    local, labels = path.is_dir(), None
-    if not local and (not checkpoint.HUB_NAME.fullmatch(source) or source.startswith(".")):
-        raise UserError(f"{what}: no such folder; check the path")
-    if local and adapters.is_adapter(path) and not (path / "config.json").is_file():
+    labels = None
+    if not path.is_dir():
+        if not checkpoint.HUB_NAME.fullmatch(source) or source.startswith("."):
+            raise UserError(f"{what}: no such folder; check the path")
+        path = checkpoint.folder_of_hub(source, what, CONFIG_FILES)
+    if adapters.is_adapter(path) and not (path / "config.json").is_file():
         labels, path = adapters.adapter_labels(path, what), adapters.base_folder(path, what)
-    written = checkpoint.read_config(path, what) if local else None
+    written = checkpoint.read_config(path, what)
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(path if local else source, local_files_only=local, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except checkpoint.LOADING_ERRORS as error:
         raise UserError(f"{what}: its configuration cannot be read: {first_line(error)}") from error
     lacking = [name for name in ("hidden_size", "num_hidden_layers") if not hasattr(config.get_text_config(), name)]
     if lacking:
         raise UserError(f"{what}: cannot be planned, as the configuration of a {config.model_type} has no {' and no '.join(lacking)}")
     if labels is None:
-        labels = checkpoint.check_classifier(written or config.to_dict(), what) if classifier else []
+        labels = checkpoint.check_classifier(written, what) if classifier else []
     return config, labels
 
 
@@ -128,6 +131,7 @@ def plan(options: PlanConfig) -> dict[str, Any]:
         for option, precision in (("--scoring_precision", options.scoring_precision), ("--precision", options.precision)):
             tell_precision(option, precision, device_of(options.device))
     names = teacher_names(options.teachers)
+    config, _ = read_model(options.student, f"student {options.student}", classifier=False)
     num_texts, tokens = count_texts(options)
     length = max(1, round(tokens))
 
@@ -141,13 +145,12 @@ def plan(options: PlanConfig) -> dict[str, Any]:
 
     teachers, owners, widths = [], [], []
     for path, name in zip(options.teachers, names, strict=True):
-        config, labels = read_model(path, f"teacher {path}")
+        teacher, labels = read_model(path, f"teacher {path}")
         owners.append((name, labels))
-        widths.append((len(labels), config.get_text_config().hidden_size))
+        widths.append((len(labels), teacher.get_text_config().hidden_size))
         passes = options.mc_samples if options.mc else 0
-        read = reading(config, scoring_forwards(config, options.mc_scope, passes), f"teacher {path}")
+        read = reading(teacher, scoring_forwards(teacher, options.mc_scope, passes), f"teacher {path}")
         teachers.append({"name": name, "classes": len(labels)} | read)
-    config, _ = read_model(options.student, f"student {options.student}", classifier=False)
     encoder = options.neutral_encoder or options.student
     neutral_config, _ = read_model(encoder, f"neutral encoder {encoder}", classifier=False)
     neutral = {"name": encoder} | reading(neutral_config, 1.0, f"neutral encoder {encoder}")

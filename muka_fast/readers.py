@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from muka_fast.console import log
-from muka_fast.errors import UserError, first_line
+from muka_fast.errors import OUT_OF_REACH, UserError, first_line
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.\[\]:%+-]+))?")
@@ -263,19 +263,40 @@ def _named(label: Any, names: list[str] | None) -> Any:
     return None if label < 0 else names[label]
 
 
+def _hub_answers(name: str) -> bool:
+    """Whether the hub can be reached, asked once: the library `datasets` asks six times, in half a minute, before it says so."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except (HfHubHTTPError, ValueError):  # an answer, or no name to ask for: told by who loads it
+        return True
+    except Exception as error:  # of the library that asks, which is another one in each version
+        log.debug("%s: the hub is out of reach: %s", name, first_line(error))
+        return False
+    return True
+
+
 def _hub_rows(name: str, split: str, columns: Columns) -> Iterator[Row]:
     """Rows of a public data set; labels stored as class numbers come back under their names."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
     log.info("%s: no such file, looking for a hub data set of this name", name)
+    offline = datasets.config.HF_HUB_OFFLINE
     try:
+        datasets.config.HF_HUB_OFFLINE = offline or not _hub_answers(name)  # then its cache is all that it looks into
         data = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, HfHubHTTPError) as error:
         reason = first_line(error)[:200]
+        if isinstance(error, ConnectionError):
+            reason = f"{OUT_OF_REACH}; check the path or the name"
         raise UserError(
             f"{name}: no such file, and not to be had as a hub data set, split '{split}': {reason}"
         ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
     have = data.column_names
     if columns.text not in have:
         raise _missing_column(name, columns.text, have, "text_column")

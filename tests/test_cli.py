@@ -238,7 +238,9 @@ class TestConsole:
         handlers, level, propagate = self.console.log.handlers[:], self.console.log.level, self.console.log.propagate
         libraries = {name: logging.getLogger(name).level for name in self.console.CHATTY}
         monkeypatch.setattr(self.console, "_state", {"rank": 0, "console": None})
-        for variable in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        for variable in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+            monkeypatch.setenv(variable, "kept")
+        for variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             monkeypatch.setenv(variable, "kept")
         yield
         self.console.log.handlers[:], self.console.log.propagate = handlers, propagate
@@ -295,6 +297,13 @@ class TestConsole:
         assert "ended by ZeroDivisionError" in lines[5] and lines[-1] == "ZeroDivisionError: division by zero"
         assert "detail" not in str(lines) and "after" not in str(lines)
         assert capsys.readouterr() == ("", "")
+
+    def test_the_hubs_retries_stay_quiet_when_it_is_imported_later(self):
+        env = {name: value for name, value in os.environ.items() if name != "HF_HUB_VERBOSITY"}
+        theirs = "from huggingface_hub.utils import logging; print(logging.get_verbosity())"
+        code = f"from muka_fast.console import setup_logging; setup_logging(); {theirs}"
+        done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert done.stdout == f"{logging.ERROR}\n"
 
     def test_an_error_leaves_the_bar(self, monkeypatch):
         from rich.console import Console

@@ -5,19 +5,21 @@ import json
 import threading
 import time
 
+import datasets
 import pytest
 import sentencepiece
 import torch
 import transformers
 from conftest import TEXTS
-from huggingface_hub import errors
+from huggingface_hub import HfApi, errors
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from teacher_folders import edit_config, refusal
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from muka_fast import checkpoint, neutral, teachers
+from muka_fast import checkpoint, neutral, plan, teachers
 from muka_fast.caller import caller_undisturbed
+from muka_fast.config import PlanConfig
 from muka_fast.data import read_texts, tokenize
 from muka_fast.errors import UserError
 from muka_fast.evaluate import predict
@@ -262,6 +264,86 @@ def test_weights_that_an_encoder_lacks_are_told_and_the_same_every_time(tmp_path
 def test_a_slice_of_a_hub_data_set_is_its_name():
     with pytest.raises(UserError, match=r"hub data set, split 'train\[:10\]'"):
         read_texts("no-such-org/no-such-set:train[:10]")
+
+
+def test_a_name_that_no_hub_is_there_to_look_up(make_teacher):
+    """In the words of every other command, and before texts are read."""
+    teacher = str(make_teacher())
+    known = {"num_texts": 5, "gpu": "h200"}
+    told = "no such folder, and the hub is out of reach (offline?) with no cached copy here; check the path or the name"
+    for given in ({"teachers": [teacher], "student": "muka/none"}, {"teachers": ["muka/none"], "student": teacher}):
+        with pytest.raises(UserError) as caught:
+            plan.plan(PlanConfig(**given, **known))
+        assert str(caught.value) == f"{'student' if given['student'] == 'muka/none' else 'teacher'} muka/none: {told}"
+    with pytest.raises(UserError, match=r"student muka/none: no such folder"):
+        plan.plan(PlanConfig(teachers=[teacher], student="muka/none", texts="nowhere.txt", gpu="h200"))
+
+
+def test_a_plan_fetches_the_configuration_alone(make_teacher, monkeypatch):
+    asked, teacher = [], str(make_teacher())
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.append(options) or teacher)
+    assert plan.read_model("muka/planned", "teacher muka/planned")[1] == plan.read_model(teacher, "teacher")[1]
+    [options] = asked
+    there = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json", "onnx/config.json"]
+    patterns = {name: options[name] for name in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects(there, **patterns)) == ["config.json"]
+
+
+def no_network(*_, **__):
+    raise LookupError("name or service not known")  # of whatever library asks
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """Settings of a machine that does not know whether it has a network; what is asked of the library `datasets`, offline or not."""
+    asked = []
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    theirs = datasets.load_dataset
+    note = lambda name, **options: asked.append(datasets.config.HF_HUB_OFFLINE) or theirs(name, **options)
+    monkeypatch.setattr(datasets, "load_dataset", note)
+    return asked
+
+
+def test_a_data_set_of_a_hub_out_of_reach_is_asked_for_once(online, monkeypatch):
+    monkeypatch.setattr(HfApi, "dataset_info", no_network)
+    told = r"hub data set, split 'train': the hub is out of reach \(offline\?\) with no cached copy here; check the path or the name$"
+    with pytest.raises(UserError, match=told):
+        read_texts("owner/nothing")
+    assert online == [True] and datasets.config.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize("kind", [errors.RepositoryNotFoundError, errors.HFValidationError, None])
+def test_a_hub_that_answers_is_asked_on(kind, online, monkeypatch):
+    def answer(self, name, timeout):
+        assert name == "owner/nothing" and timeout <= 10
+        if kind:
+            raise kind.__new__(kind)
+
+    monkeypatch.setattr(HfApi, "dataset_info", answer)
+    monkeypatch.setattr(HfApi, "hf_hub_download", lambda *_, **__: 1 / 0)
+    with pytest.raises((UserError, ZeroDivisionError)):
+        read_texts("owner/nothing")
+    assert online == [False]
+
+
+def test_a_cached_data_set_is_read_where_the_hub_is_out_of_reach(online, monkeypatch, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    datasets.load_dataset("json", data_files={"train": str(tmp_path / "train.jsonl")}, cache_dir=str(tmp_path / "made"))
+    [made] = [file.parent for file in (tmp_path / "made").glob("*/*/*/*/dataset_info.json")]
+    cached = tmp_path / "cache" / "owner___kept" / "default" / "0.0.0" / made.name
+    cached.parent.mkdir(parents=True)
+    made.rename(cached)
+    (cached / "json-train.arrow").rename(cached / "kept-train.arrow")
+    info = json.loads((cached / "dataset_info.json").read_text()) | {"config_name": "default"}
+    (cached / "dataset_info.json").write_text(json.dumps(info))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(HfApi, "dataset_info", no_network)
+    assert read_texts("owner/kept").texts == ["one", "two"] and online[-1] is True
+    with pytest.raises(UserError, match=r"split 'valid': .*valid"):
+        read_texts("owner/kept:valid")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *_, **__: pytest.fail("asked although it is switched off"))
+    assert read_texts("owner/kept").texts == ["one", "two"]
 
 
 def test_parquet_in_gzip_is_refused_by_its_name(tmp_path):
