@@ -144,7 +144,10 @@ def first_of_node_tells() -> Iterator[None]:
 
 @contextlib.contextmanager
 def log_file(folder: Path, rank: int, world_size: int) -> Iterator[None]:
-    """Also append what this process logs, with the time, to `folder`/rank<N>.log, and what ends the block if an error does."""
+    """Also append what this process logs, with the time, to `folder`/rank<N>.log, and what ends the block if an error does.
+
+    From INFO on, as the command line has it: what a Python caller's logging would not have let pass goes to the file alone.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / f"rank{rank}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -152,6 +155,15 @@ def log_file(folder: Path, rank: int, world_size: int) -> Iterator[None]:
     tell = lambda level, message, error=None: handler.handle(
         log.makeRecord(log.name, level, "", 0, message, (), error and (type(error), error, error.__traceback__))
     )
+    own, wanted = log.level, log.getEffectiveLevel()
+
+    def for_all(record: logging.LogRecord) -> bool:
+        if record.levelno < wanted:
+            handler.handle(record)
+        return record.levelno >= wanted
+
+    log.addFilter(for_all)
+    log.setLevel(min(wanted, logging.INFO))
     log.addHandler(handler)
     tell(logging.INFO, f"process {rank} of {world_size} on {platform.node()}, pid {os.getpid()}, muka_fast {__version__}")
     try:
@@ -167,6 +179,8 @@ def log_file(folder: Path, rank: int, world_size: int) -> Iterator[None]:
         raise
     finally:
         log.removeHandler(handler)
+        log.removeFilter(for_all)
+        log.setLevel(own)
         with contextlib.suppress(OSError):  # the same full disk, met by what was not flushed
             handler.close()
 

@@ -238,9 +238,8 @@ class TestConsole:
         handlers, level, propagate = self.console.log.handlers[:], self.console.log.level, self.console.log.propagate
         libraries = {name: logging.getLogger(name).level for name in self.console.CHATTY}
         monkeypatch.setattr(self.console, "_state", {"rank": 0, "console": None})
-        for variable in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
-            monkeypatch.setenv(variable, "kept")
-        for variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        bars = "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"
+        for variable in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", *bars):
             monkeypatch.setenv(variable, "kept")
         yield
         self.console.log.handlers[:], self.console.log.propagate = handlers, propagate
@@ -298,12 +297,24 @@ class TestConsole:
         assert "detail" not in str(lines) and "after" not in str(lines)
         assert capsys.readouterr() == ("", "")
 
+    @pytest.mark.parametrize(("level", "seen"), [(logging.NOTSET, ["look"]), (logging.ERROR, []), (logging.DEBUG, ["plain", "look"])])
+    def test_the_log_file_of_a_python_caller_holds_more_than_its_handlers_see(self, level, seen, tmp_path, monkeypatch):
+        log, told, theirs = self.console.log, [], logging.Handler()
+        theirs.emit = lambda record: told.append(record.getMessage())
+        log.handlers[:], log.propagate = [], True
+        log.setLevel(level)  # NOTSET: as the root logger has it
+        monkeypatch.setattr(logging.getLogger(), "handlers", [theirs])
+        with self.console.log_file(tmp_path, 0, 1):
+            log.info("plain")
+            log.warning("look")
+        assert told == seen and log.level == level and not log.filters
+        assert re.findall(r" ([A-Z]+ (?:plain|look))\n", (tmp_path / "rank0.log").read_text()) == ["INFO plain", "WARNING look"]
+
     def test_the_hubs_retries_stay_quiet_when_it_is_imported_later(self):
         env = {name: value for name, value in os.environ.items() if name != "HF_HUB_VERBOSITY"}
-        theirs = "from huggingface_hub.utils import logging; print(logging.get_verbosity())"
-        code = f"from muka_fast.console import setup_logging; setup_logging(); {theirs}"
-        done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
-        assert done.stdout == f"{logging.ERROR}\n"
+        code = "from muka_fast import console; console.setup_logging(); from huggingface_hub.utils import logging as l; "
+        done = subprocess.check_output([sys.executable, "-c", f"{code}print(l.get_verbosity())"], env=env, cwd=ROOT, text=True)
+        assert done == f"{logging.ERROR}\n"
 
     def test_an_error_leaves_the_bar(self, monkeypatch):
         from rich.console import Console
