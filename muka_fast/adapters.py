@@ -41,13 +41,13 @@ def adapter_settings(folder: Path, what: str) -> dict:
     return settings
 
 
-def base_folder(folder: Path, what: str) -> Path:
-    """The base model's folder: as named, beside the adapter, or from the hub."""
+def base_folder(folder: Path, what: str, files: tuple[str, ...] = checkpoint.HUB_FILES) -> Path:
+    """The base model's folder: as named, beside the adapter, or from the hub, with these of its files."""
     base = str(adapter_settings(folder, what)["base_model_name_or_path"])
     beside = folder / base
     if not os.path.isdir(base) and os.path.isdir(beside):
         return beside
-    return checkpoint.resolve_folder(base, what=f"{what}: base model")
+    return checkpoint.resolve_folder(base, f"{what}: base model", files)
 
 
 def adapter_tensors(folder: Path, what: str) -> dict[str, checkpoint.TensorEntry]:
@@ -56,15 +56,15 @@ def adapter_tensors(folder: Path, what: str) -> dict[str, checkpoint.TensorEntry
     return {name.removeprefix(PREFIX): entry for name, entry in tensors.items()}
 
 
-def adapter_classifier(folder: Path, what: str) -> dict:
-    """The configuration of the classifier that adapter and base make together.
+def adapter_classifier(folder: Path, what: str, files: tuple[str, ...] = checkpoint.HUB_FILES) -> dict:
+    """The configuration of the classifier that adapter and base make together. files: as of `base_folder`.
 
     The adapter's own config.json where it has one; else the base's, with LABEL_n for the head that the adapter brings
     where its size differs from the base's.
     """
     if (folder / "config.json").is_file():
         return checkpoint.read_config(folder, what)
-    config = checkpoint.read_config(base_folder(folder, what), f"{what}: base model")
+    config = checkpoint.read_config(base_folder(folder, what, files), f"{what}: base model")
     heads = [entry.shape for name, entry in adapter_tensors(folder, what).items() if name.endswith(HEAD_WEIGHTS)]
     if heads:
         config = config | {"architectures": []}
@@ -74,9 +74,9 @@ def adapter_classifier(folder: Path, what: str) -> dict:
     return config
 
 
-def adapter_labels(folder: Path, what: str) -> list[str]:
-    """The label names in the order of the logits."""
-    return checkpoint.check_classifier(adapter_classifier(folder, what), what)
+def adapter_labels(folder: Path, what: str, files: tuple[str, ...] = checkpoint.HUB_FILES) -> list[str]:
+    """The label names in the order of the logits. files: as of `base_folder`."""
+    return checkpoint.check_classifier(adapter_classifier(folder, what, files), what)
 
 
 def tokenizer_folder(folder: Path, what: str) -> Path:

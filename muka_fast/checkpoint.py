@@ -55,8 +55,8 @@ class TensorEntry:
     stop: int
 
 
-def resolve_folder(source: str | Path, what: str = "teacher") -> Path:
-    """The local folder of a model: the path itself, else a snapshot from the hub (safetensors and texts only)."""
+def resolve_folder(source: str | Path, what: str = "teacher", files: tuple[str, ...] = HUB_FILES) -> Path:
+    """The local folder of a model: the path itself, else a snapshot from the hub with these of its files."""
     path = Path(source).expanduser()
     if os.path.isdir(path):
         return path
@@ -64,10 +64,10 @@ def resolve_folder(source: str | Path, what: str = "teacher") -> Path:
         raise UserError(f"{what} {source}: this is a file; give the folder that holds config.json and the weights")
     if not HUB_NAME.fullmatch(str(source)) or str(source).startswith("."):
         raise UserError(f"{what} {str(source)[:200]}: no such folder; check the path")
-    return folder_of_hub(str(source), f"{what} {source}")
+    return folder_of_hub(str(source), f"{what} {source}", files)
 
 
-def folder_of_hub(name: str, what: str, files: tuple[str, ...] = HUB_FILES) -> Path:
+def folder_of_hub(name: str, what: str, files: tuple[str, ...]) -> Path:
     """A snapshot from the hub with these of its files; `what` is what errors call it."""
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 

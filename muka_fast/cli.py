@@ -160,7 +160,7 @@ def parse(command: Command, argv: Sequence[str], prog: str) -> config.Config:
         if not name.startswith("-"):
             several = " (several files of texts: one pattern in quotes, 'pool/*.jsonl')" if os.path.isfile(name) else ""
             raise UserError(f"unexpected argument '{name}': see {prog} --help{several}")
-        if name == f"--{command.positional}":
+        if command.positional and name == f"--{command.positional}":
             raise UserError(f"'{name}' is given without its name: {prog} DIR")
         same = [other for other in names if any({name, other} <= thing for thing in SAME_THING)]
         hint = f" (here it is {same[0]})" if same else nearest(name.replace("--no_", "--"), names)
@@ -228,7 +228,6 @@ def cores_are_free(status: str = "/proc/loadavg") -> bool:
     """Whether there is, now and then in the next 20 ms, a core for each thread of ours beside all that runs. status: whose fourth word
     counts that, us included; true where there is no such file."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    threads = int(wanted) if wanted.isdigit() else len(os.sched_getaffinity(0))
     for wait in (0, 0.005, 0.005, 0.01):
         time.sleep(wait)
         try:
@@ -236,6 +235,7 @@ def cores_are_free(status: str = "/proc/loadavg") -> bool:
                 running = int(file.read().split()[3].partition("/")[0])
         except (OSError, ValueError, IndexError):
             return True
+        threads = int(wanted) if wanted.isdigit() else len(os.sched_getaffinity(0))
         if running - 1 + threads <= os.cpu_count():
             return True
     return False

@@ -146,7 +146,8 @@ def first_of_node_tells() -> Iterator[None]:
 def log_file(folder: Path, rank: int, world_size: int) -> Iterator[None]:
     """Also append what this process logs, with the time, to `folder`/rank<N>.log, and what ends the block if an error does.
 
-    From INFO on, as the command line has it: what a Python caller's logging would not have let pass goes to the file alone.
+    From INFO on, as the command line has it: what a Python caller's logging would not have let pass goes to the file alone. One block
+    at a time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / f"rank{rank}.log", encoding="utf-8")

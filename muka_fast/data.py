@@ -29,6 +29,7 @@ TOKENIZE_CHUNK = 2048
 # A token stands for less than 64 characters nearly everywhere; `_cut` checks it for each text that is cut.
 CHARS_PER_TOKEN = 64
 HASH_CHUNK = 65536
+NO_TOKEN = "%d texts give no token (control characters only): each is read as one unknown token"
 PLACES = ("name_or_path", "is_local", "local_files_only", "cache_dir")  # settings of a tokenizer that say where it was found
 # A batch ends early where its padding would exceed this share, but not below 1/8 of the budget: tiny batches cost more.
 MAX_PADDING = 0.08
@@ -125,7 +126,7 @@ def read_texts(
         if not isinstance(row.text, str):
             place = f"{part}, {row.place}: column '{text_column}'"
             raise UserError(f"{place} holds {type(row.text).__name__} ({str(row.text)[:40]}), not text")
-        label = None if label_column is None else _label_name(row, f"{part}, {row.place}", label_column, need_labels)
+        label = None if label_column is None else _label_name(row, part, label_column, need_labels)
         num_labelled += label is not None
         if label is None:
             labels = None
@@ -148,15 +149,15 @@ def read_texts(
     return TextSet(texts, labels, ids, name, _fingerprint(ids, texts), num_blank)
 
 
-def _label_name(row: Row, place: str, column: str, needed: bool) -> str | None:
-    """A label as text; None where there is none and none is needed."""
+def _label_name(row: Row, part: str, column: str, needed: bool) -> str | None:
+    """A label as text; None where there is none and none is needed. part: where the row is."""
     label = row.label
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     missing = label is None or label == "" or (isinstance(label, float) and label != label)
     if missing:
         if needed:
-            raise UserError(f"{place}: column '{column}' holds no label, and labels are needed here")
+            raise UserError(f"{part}, {row.place}: column '{column}' holds no label, and labels are needed here")
         return None
     if isinstance(label, str):
         return encodable(label)
@@ -164,7 +165,7 @@ def _label_name(row: Row, place: str, column: str, needed: bool) -> str | None:
         return str(label)
     if needed:
         found = f"{type(label).__name__} ({str(label)[:40]})"
-        raise UserError(f"{place}: column '{column}' holds {found}: a label is text or a whole number")
+        raise UserError(f"{part}, {row.place}: column '{column}' holds {found}: a label is text or a whole number")
     return None
 
 
@@ -251,7 +252,7 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_len
     with progress(len(texts), "tokenising") as bar:
         tokens, num_empty = tokenize_quietly(tokenizer, texts, max_length, bar.advance)
     if num_empty:
-        log.warning("%d texts give no token (control characters only): each is read as one unknown token", num_empty)
+        log.warning(NO_TOKEN, num_empty)
     return tokens
 
 

@@ -114,11 +114,13 @@ def check_identity(output: Path, mine: dict[str, Any]) -> None:
 def refuse_other(output: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
     """Raises UserError, with the differences, where `mine` is not what the run in `output` was begun with."""
     mine = json.loads(json.dumps(mine))
-    differing = [key for key in mine if theirs.get(key) != mine[key]]
+    if not mine.keys() <= theirs.keys():
+        raise UserError(f"--resume: the run in {output} was begun by another version of muka_fast; start anew with --overwrite")
+    differing = [key for key in mine if theirs[key] != mine[key]]
     if {"learning_rate", "weight_decay"} & set(differing):  # said once: both are in the optimizer, too
         differing = [key for key in differing if key != "optimizer"]
     if differing:
-        shown = "; ".join(difference(key, theirs.get(key), mine[key]) for key in differing)
+        shown = "; ".join(difference(key, theirs[key], mine[key]) for key in differing)
         raise UserError(
             f"--resume: the run in {output} was begun with other input ({shown}); "
             "give the same as then, or start anew with --overwrite"

@@ -325,8 +325,8 @@ def build_method(
 
 
 def idle_teachers(method: Method) -> list[str]:
-    """The teachers that no text which counts selects; none where the method selects none."""
-    if method.selected is None:
+    """The teachers that no text which counts selects; none where the method does not go by a selection."""
+    if method.selected is None or method.margin is None:
         return []
     chosen = torch.bincount(method.selected[method.included > 0], minlength=len(method.sup.teachers))
     return [name for name, count in zip(method.label_space.teacher_names, chosen.tolist(), strict=True) if not count]

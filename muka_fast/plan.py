@@ -48,7 +48,7 @@ def read_model(source: str, what: str, classifier: bool = True) -> tuple[PreTrai
             raise UserError(f"{what}: no such folder; check the path")
         path = checkpoint.folder_of_hub(source, what, CONFIG_FILES)
     if adapters.is_adapter(path) and not (path / "config.json").is_file():
-        labels, path = adapters.adapter_labels(path, what), adapters.base_folder(path, what)
+        labels, path = adapters.adapter_labels(path, what, CONFIG_FILES), adapters.base_folder(path, what, CONFIG_FILES)
     written = checkpoint.read_config(path, what)
     try:
         with quiet_transformers():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ import torch
 from muka_fast import adapters, checkpoint
 from muka_fast.config import FinishedModelOptions, load_config
 from muka_fast.console import log, progress
-from muka_fast.data import TextSet, encodable, read_texts, tokenize_quietly
+from muka_fast.data import NO_TOKEN, TextSet, encodable, read_texts, tokenize_quietly
 from muka_fast.doubt import UncertaintyHead, with_head
 from muka_fast.errors import UserError
 from muka_fast.evaluate import join_columns, kept_length, load_model, predict
@@ -86,7 +87,7 @@ class Predictor:
                 raise UserError(f"predict takes a list of texts, found {text!r}")
         return self._predict([encodable(text) for text in texts]) if texts else []
 
-    def stream(self, texts: TextSet) -> Iterator[Prediction]:
+    def _stream(self, texts: TextSet) -> Iterator[Prediction]:
         """One prediction per text, in their order, CHUNK texts at a time; shows progress."""
         with progress(len(texts), "predicting") as bar:
             for start in range(0, len(texts), CHUNK):
@@ -95,11 +96,13 @@ class Predictor:
 
     def _predict(self, texts: Sequence[str], **options: Any) -> list[Prediction]:
         """Of one text at least. options: those of `evaluate.predict`."""
-        tokens, _ = tokenize_quietly(self.tokenizer, texts, self.max_length)
-        if not self._told and (tokens.lengths >= self.max_length).any():
-            log.info("texts of more than %d tokens are cut to these (--max_length)", self.max_length)
-            self._told = True
-        with self._turn:  # what is changed in the model for a forward is changed for all threads
+        with self._turn:  # what is changed in tokenizer and model for a forward is changed for all threads
+            tokens, num_empty = tokenize_quietly(self.tokenizer, texts, self.max_length)
+            if num_empty:
+                log.warning(NO_TOKEN, num_empty)
+            if not self._told and (tokens.lengths >= self.max_length).any():
+                log.info("texts of more than %d tokens are cut to these (--max_length)", self.max_length)
+                self._told = True
             forward = None if self.head is None else with_head(self.model, self.head)
             found = predict(self.model, tokens, token_budget=self.token_budget, forward=forward, **options)
         best = torch.softmax(join_columns(found[:, : len(self.labels)].double(), self.labels), dim=-1).max(-1)
@@ -143,14 +146,17 @@ def main(config: PredictConfig) -> int:
     predictor = Predictor(config.model, config.device, config.max_length, config.token_budget)
     if predictor.head is None:
         log.warning("%s has no uncertainty head: its answers come without doubt (train with --uncertainty_head)", config.model)
-    answers = lines(texts, predictor.stream(texts))
+    answers = lines(texts, predictor._stream(texts))
     if output is None:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8")  # JSON, whatever the terminal's
         sys.stdout.writelines(list(answers) if sys.stdout.isatty() else answers)  # a terminal shows progress in between
         return 0
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the unfinished file goes with the process
     try:
         write_beside_others(output, answers, config.overwrite)
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror or error}; name another file") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0

@@ -273,7 +273,9 @@ def _hub_answers(name: str) -> bool:
     except (HfHubHTTPError, ValueError):  # an answer, or no name to ask for: told by who loads it
         return True
     except Exception as error:  # of the library that asks, which is another one in each version
-        log.debug("%s: the hub is out of reach: %s", name, first_line(error))
+        if type(error).__name__ == "ReadTimeout":  # there, and slow
+            return True
+        log.warning("%s: the hub is out of reach (%s): a cached copy is taken, if there is one", name, first_line(error))
         return False
     return True
 

@@ -100,7 +100,7 @@ _FIELDS = sorted(RunConfig.model_fields.items(), key=lambda named: GROUPS.index(
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY  # for help() and editors
 _OPTIONS = [inspect.Parameter(name, _KEYWORD, default=field.default, annotation=field.annotation) for name, field in _FIELDS]
 amalgamate.__signature__ = inspect.Signature([*_OPTIONS, inspect.Parameter("config", _KEYWORD, default=None)])
-amalgamate.__doc__ += "\n    Options:\n" + "".join(f"        {name}: {help_text(field)}\n" for name, field in _FIELDS)
+amalgamate.__doc__ = f"{amalgamate.__doc__}\n    Options:\n" + "".join(f"        {n}: {help_text(f)}\n" for n, f in _FIELDS)
 
 
 def run(config: RunConfig) -> RunResult:

@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import pickle
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -205,8 +207,8 @@ def rewrite(path, metadata=None, **changes):
 
 
 DAMAGE = {
-    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-3]), "header: incomplete metadata"),
-    "no header": (lambda path: path.write_bytes(b"x"), "header: header too small"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-3]), "cannot be read ("),
+    "no header": (lambda path: path.write_bytes(b"x"), "cannot be read ("),
     "width": (lambda path: rewrite(path, form=torch.zeros(15, 15)), "another student's"),
     "classes": (lambda path: rewrite(path, pull=torch.zeros(16, 4), offset=torch.zeros(4)), "another student's"),
     "no class": (lambda path: rewrite(path, pull=torch.zeros(16, 0), offset=torch.zeros(0)), "another student's"),
@@ -291,9 +293,20 @@ def test_the_command_answers_chunk_by_chunk(exported, texts, tmp_path, capsys, m
     assert not [path for path in tmp_path.iterdir() if "answers" in path.name]
 
 
+def test_a_run_that_is_ended_leaves_no_unfinished_file(exported, texts, tmp_path, monkeypatch):
+    (tmp_path / "t.txt").write_text("\n".join(texts[:3]))
+    words = ["predict", "--model", str(exported[0]), "--texts", str(tmp_path / "t.txt"), "--device", "cpu", "--output"]
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(predict, "predict", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit, match="143"):
+        cli.main([*words, str(tmp_path / "answers.jsonl")])
+    assert not [path for path in tmp_path.iterdir() if "answers" in path.name] and signal.getsignal(signal.SIGTERM) is before
+
+
 def test_threads_that_share_a_predictor_get_their_own_answers(exported, texts):
-    """And leave the model as it was."""
-    predictor = muka_fast.Predictor(exported[0], device="cpu")
+    """And leave the model as it was; where one text is cut from far more, the tokenizer is asked otherwise for a moment."""
+    predictor = muka_fast.Predictor(exported[0], device="cpu", max_length=8)
+    texts = [*texts[:8], " ".join(texts * 4), *texts[8:]]
     expected = predictor.predict(texts)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda i: predictor.predict(texts[i % len(texts)]), range(10 * len(texts))))

@@ -143,6 +143,9 @@ def test_texts_that_are_cut_are_told(tmp_path, student, texts, caplog):
     for text in ("short", texts[0] * 5, texts[0] * 5):
         predictor.predict(text)
     assert caplog.text.count("texts of more than 12 tokens are cut to these (--max_length)") == 1
+    predictor.tokenizer.backend_tokenizer.post_processor = None
+    assert "give no token" not in caplog.text and predictor.predict(["\0", "word"])
+    assert "1 texts give no token (control characters only)" in caplog.text
 
 
 def test_nan_predictions_are_refused(make_model, make_tokenizer):

@@ -289,6 +289,21 @@ def test_a_plan_fetches_the_configuration_alone(make_teacher, monkeypatch):
     assert list(filter_repo_objects(there, **patterns)) == ["config.json"]
 
 
+def test_a_plan_of_an_adapter_fetches_no_weights_of_its_base(make_teacher, monkeypatch, tmp_path):
+    base, adapter, asked = make_teacher(), tmp_path / "adapter", {}
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": "muka/itsbase"}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    save_file({"base_model.model.classifier.weight": torch.zeros(3, 16)}, adapter / "adapter_model.safetensors")
+    place = {"muka/adapter": str(adapter), "muka/itsbase": str(base)}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.update({name: options}) or place[name])
+    config, _ = plan.read_model("muka/adapter", "teacher muka/adapter")
+    assert config.hidden_size == 16 and asked.keys() == place.keys()
+    assert list(filter_repo_objects(["config.json", "model.safetensors"], **{
+        name: asked["muka/itsbase"][name] for name in ("allow_patterns", "ignore_patterns")
+    })) == ["config.json"]  # fmt: skip
+
+
 def no_network(*_, **__):
     raise LookupError("name or service not known")  # of whatever library asks
 
@@ -304,15 +319,20 @@ def online(monkeypatch):
     return asked
 
 
-def test_a_data_set_of_a_hub_out_of_reach_is_asked_for_once(online, monkeypatch):
+def test_a_data_set_of_a_hub_out_of_reach_is_asked_for_once(online, monkeypatch, caplog):
     monkeypatch.setattr(HfApi, "dataset_info", no_network)
     told = r"hub data set, split 'train': the hub is out of reach \(offline\?\) with no cached copy here; check the path or the name$"
     with pytest.raises(UserError, match=told):
         read_texts("owner/nothing")
     assert online == [True] and datasets.config.HF_HUB_OFFLINE is False
+    assert "the hub is out of reach (name or service not known): a cached copy is taken, if there is one" in caplog.text
 
 
-@pytest.mark.parametrize("kind", [errors.RepositoryNotFoundError, errors.HFValidationError, None])
+class ReadTimeout(Exception):
+    """The name that libraries give it."""
+
+
+@pytest.mark.parametrize("kind", [errors.RepositoryNotFoundError, errors.HFValidationError, ReadTimeout, None])
 def test_a_hub_that_answers_is_asked_on(kind, online, monkeypatch):
     def answer(self, name, timeout):
         assert name == "owner/nothing" and timeout <= 10

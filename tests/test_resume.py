@@ -367,6 +367,18 @@ def test_a_damaged_record_stops_a_resume_but_not_an_overwrite(go, tmp_path):
     assert json.loads((go("run", epochs=1, overwrite=True).output / "run.json").read_text())["state"] == "complete"
 
 
+def test_a_run_of_another_version_is_not_gone_on_with(go, stop_at, monkeypatch, tmp_path):
+    """No option names what that one did not know."""
+    stop_at(3)
+    go("run")
+    monkeypatch.undo()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    del record["identity"]["scoring_precision"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="was begun by another version of muka_fast; start anew with --overwrite"):
+        go("run", resume=True)
+
+
 def test_resume_refuses_other_true_labels(go, stop_at, monkeypatch, world, tmp_path):
     """The texts are the same, so their fingerprint is, too."""
     rows = [json.loads(line) for line in (world / "texts.jsonl").read_text().splitlines()]
