@@ -68,7 +68,8 @@ class Card:
     teachers: dicts with name, and where known labels (union names) and fingerprint. options (of them "method" gets a
     sentence), data, metrics (of the student), supervision (how good its targets were, on num_labelled_texts): shown as tables in
     their order. evaluation: what metrics were measured on, data, num_texts and num_unknown. head_tells: `UncertaintyHead.tells`, None
-    where there is no head. base_model and sources of texts may be local paths, of which the last part is shown.
+    where there is no head. max_length: tokens of a text that the student read. base_model and sources of texts may be local paths, of
+    which the last part is shown.
     """
 
     title: str
@@ -80,6 +81,7 @@ class Card:
     supervision: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     head_tells: bool | None = None
+    max_length: int | None = None
 
 
 def check_student(output: str | Path) -> None:
@@ -119,7 +121,7 @@ def save_student(
             _set_dtype(partial / "config.json", state_dict)
         open_weights(partial)
         clean_tokenizer(model, tokenizer).save_pretrained(partial)
-        _write_card(partial, model, tokenizer, output, labels, card)
+        _write_card(partial, output, labels, card)
     return output
 
 
@@ -132,29 +134,15 @@ def add_head(output: str | Path, head: "UncertaintyHead") -> bool:
     return head.tells
 
 
-def replace_card(
-    model: transformers.PreTrainedModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    output: str | Path,
-    labels: Sequence[str],
-    card: Card,
-) -> None:
-    """Give an exported student another model card; all as for `save_student`, and raises as that."""
+def replace_card(output: str | Path, labels: Sequence[str], card: Card) -> None:
+    """Give an exported student another model card; labels as for `save_student`, and raises as that."""
     output = Path(output).expanduser()
     with _moved_into(output) as partial:
-        _write_card(partial, model, tokenizer, output, labels, card)
+        _write_card(partial, output, labels, card)
 
 
-def _write_card(
-    folder: Path,
-    model: transformers.PreTrainedModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    output: Path,
-    labels: Sequence[str],
-    card: Card,
-) -> None:
-    kept = min(card.options["max_length"], token_limit(model, tokenizer)) if "max_length" in card.options else None
-    (folder / "README.md").write_text(render_card(card, labels, output.resolve().name, kept), encoding="utf-8")
+def _write_card(folder: Path, output: Path, labels: Sequence[str], card: Card) -> None:
+    (folder / "README.md").write_text(render_card(card, labels, output.resolve().name), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -318,8 +306,8 @@ def card_template() -> jinja2.Template:
     return environment.get_template("model_card.md.j2")
 
 
-def render_card(card: Card, labels: Sequence[str], folder: str, kept: int | None = None) -> str:
-    """README.md of the exported folder, which is called `folder`. kept: tokens of a text that the student was trained on."""
+def render_card(card: Card, labels: Sequence[str], folder: str) -> str:
+    """README.md of the exported folder, which is called `folder`."""
     owners = [
         (label, [str(teacher["name"]) for teacher in card.teachers if label in (teacher.get("labels") or ())])
         for label in labels
@@ -330,7 +318,6 @@ def render_card(card: Card, labels: Sequence[str], folder: str, kept: int | None
         owners=owners,
         most_labels=MOST_CARD_LABELS,
         folder=folder,
-        kept=kept,
         version=__version__,
         front_matter=front_matter(card),
         method=METHOD_TEXTS.get(str(card.options.get("method")), "Merging of classifiers."),

@@ -199,11 +199,10 @@ def merge(
 
     record |= runinfo.supervision_record(config, method, sup, space, texts, labels)
     with clock("export"):
-        state = engine.state_dict()
-        state = state if trained is model else student_part(state)
+        state = engine.state_dict() if trained is model else student_part(engine.state_dict())
         state = None if state is None else vocabulary.complete(state)
-        student = (model, tokenizer, output, space.names)
-        on_first_process(lambda: export.save_student(*student, card(config, record), state) and None)
+        save = lambda: export.save_student(model, tokenizer, output, space.names, card(config, record, max_length), state)
+        on_first_process(lambda: save() and None)
         state = None  # of a sharded student another copy
     if doubt is not None:
         with clock("uncertainty head"):
@@ -213,7 +212,7 @@ def merge(
         with clock("evaluate"):
             record["metrics"] |= {"student": on_first_process(lambda: evaluate_student(config, output))}
     if doubt is not None or config.eval is not None:
-        on_first_process(lambda: export.replace_card(*student, card(config, record)))
+        on_first_process(lambda: export.replace_card(output, space.names, card(config, record, max_length)))
     record |= {"state": "complete", "seconds": clock.seconds}
     on_first_process(lambda: write_json(output / "run.json", record))
     on_first_process(lambda: snapshots.discard_unfinished(output))
@@ -338,8 +337,8 @@ def begin_run(output: Path, config: RunConfig, record: dict[str, Any]) -> None:
 # ---- after training ----
 
 
-def card(config: RunConfig, record: dict[str, Any]) -> export.Card:
-    """The model card's content."""
+def card(config: RunConfig, record: dict[str, Any], max_length: int) -> export.Card:
+    """The model card's content. max_length: tokens that the student read of a text."""
     student = record["metrics"].get("student", {})
     holes = {"texts that belong to no teacher, left out": record["coverage"]["texts"]} if "coverage" in record else {}
     return export.Card(
@@ -352,6 +351,7 @@ def card(config: RunConfig, record: dict[str, Any]) -> export.Card:
         supervision={name: value for name, value in record["metrics"].items() if name != "student"},
         evaluation=student,
         head_tells=record.get("uncertainty_head", {}).get("tells"),
+        max_length=max_length,
     )
 
 

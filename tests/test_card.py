@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+import transformers
 import yaml
 
 from muka_fast import export
@@ -85,3 +86,11 @@ def test_the_hub_learns_the_starting_model_by_either_kind_of_name(tmp_path, monk
     for name in names:
         (tmp_path / name).mkdir(parents=True)
     assert [header(name) for name in (*names, "../up", ".", "two words", "", None)] == [None] * 7
+
+
+@pytest.mark.parametrize("max_length", [12, 10_000])
+def test_the_card_cuts_texts_as_the_student_was_trained(max_length, go, tmp_path, world):
+    output = go("run", epochs=1, max_length=max_length, store=str(tmp_path / "store")).output
+    tokenizer = transformers.AutoTokenizer.from_pretrained(output)
+    cut = min(max_length, tokenizer.model_max_length)
+    assert f'classify("a text", truncation=True, max_length={cut})' in (output / "README.md").read_text() and cut < 10_000

@@ -276,12 +276,12 @@ def test_every_kill_point_leaves_old_none_or_new_and_can_be_finished(make_model,
 
 def test_a_card_written_anew_leaves_all_other_files(make_model, make_tokenizer, tmp_path, monkeypatch):
     output, card = tmp_path / "out", dataclasses.replace(CARD, metrics={"accuracy": 0.5})
-    model, tokenizer = save(make_model, make_tokenizer, output)
+    save(make_model, make_tokenizer, output)
     old = snapshot(output)
     with monkeypatch.context() as patch:  # killed with the card safe on the disk, but not in its place
         patch.setattr(export, "finish_export", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            export.replace_card(model, tokenizer, output, LABELS, card)
+            export.replace_card(output, LABELS, card)
     assert {name: content for name, content in snapshot(output).items() if READY not in name} == old
     assert export.finish_export(output)
     new = snapshot(output)
@@ -290,7 +290,7 @@ def test_a_card_written_anew_leaves_all_other_files(make_model, make_tokenizer, 
     with monkeypatch.context() as patch:
         patch.setattr(export, "render_card", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
         with pytest.raises(UserError, match=r"cannot be written.*No space left.*--resume"):
-            export.replace_card(model, tokenizer, output, LABELS, card)
+            export.replace_card(output, LABELS, card)
     assert snapshot(output) == new
 
 

@@ -392,15 +392,6 @@ def test_runs_in_threads_take_turns():
     assert most == [1] * 8
 
 
-def test_the_card_cuts_texts_as_the_student_was_trained(tmp_path, make_model, make_tokenizer):
-    model = make_model(labels=["a", "b"])
-    save_student(model, make_tokenizer(), tmp_path / "out", ["a", "b"], Card("x", options={"max_length": 48}))
-    assert 'classify("a text", truncation=True, max_length=48)' in (tmp_path / "out" / "README.md").read_text()
-    save_student(model, make_tokenizer(), tmp_path / "out", ["a", "b"], Card("x", options={"max_length": 10_000}))
-    limit = token_limit(model, make_tokenizer())
-    assert f'classify("a text", truncation=True, max_length={limit})' in (tmp_path / "out" / "README.md").read_text()
-
-
 def test_a_tokenizers_length_limit_counts_where_it_is_one(make_model, make_tokenizer):
     model, tokenizer = make_model(), make_tokenizer()
     for told, limit in ((7, 7), (0, position_limit(model)), (-1, position_limit(model)), (10**30, position_limit(model))):
