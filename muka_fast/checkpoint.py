@@ -64,22 +64,17 @@ def resolve_folder(source: str | Path, what: str = "teacher", files: tuple[str, 
         raise UserError(f"{what} {source}: this is a file; give the folder that holds config.json and the weights")
     if not HUB_NAME.fullmatch(str(source)) or str(source).startswith("."):
         raise UserError(f"{what} {str(source)[:200]}: no such folder; check the path")
-    return folder_of_hub(str(source), f"{what} {source}", files)
-
-
-def folder_of_hub(name: str, what: str, files: tuple[str, ...]) -> Path:
-    """A snapshot from the hub with these of its files; `what` is what errors call it."""
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return _hub_folder(name, files)
+        return _hub_folder(str(source), files)
     except RepositoryNotFoundError:
         reason = "and the hub has no public model of this name"
     except LocalEntryNotFoundError:
         reason = f"and {OUT_OF_REACH}"
     except (OSError, ValueError) as error:
         reason = f"and the hub refused: {first_line(error)}"
-    raise UserError(f"{what}: no such folder, {reason}; check the path or the name")
+    raise UserError(f"{what} {source}: no such folder, {reason}; check the path or the name")
 
 
 @cache

@@ -3,7 +3,6 @@
 import json
 import logging
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,14 +38,9 @@ CONFIG_FILES = ("config.json", "adapter_config.json", "adapter_model.safetensors
 CHECKPOINTS = 3  # two are kept, a third is written beside them
 
 
-def read_model(source: str, what: str, classifier: bool = True) -> tuple[PreTrainedConfig, list[str]]:
+def read_model(source: str, role: str, classifier: bool = True) -> tuple[PreTrainedConfig, list[str]]:
     """Configuration of a folder or hub name (of an adapter, its base's) and, for a classifier, its labels."""
-    path = Path(source).expanduser()
-    labels = None
-    if not path.is_dir():
-        if not checkpoint.HUB_NAME.fullmatch(source) or source.startswith("."):
-            raise UserError(f"{what}: no such folder; check the path")
-        path = checkpoint.folder_of_hub(source, what, CONFIG_FILES)
+    path, what, labels = checkpoint.resolve_folder(source, role, CONFIG_FILES), f"{role} {source}", None
     if adapters.is_adapter(path) and not (path / "config.json").is_file():
         labels, path = adapters.adapter_labels(path, what, CONFIG_FILES), adapters.base_folder(path, what, CONFIG_FILES)
     written = checkpoint.read_config(path, what)
@@ -131,7 +125,7 @@ def plan(options: PlanConfig) -> dict[str, Any]:
         for option, precision in (("--scoring_precision", options.scoring_precision), ("--precision", options.precision)):
             tell_precision(option, precision, device_of(options.device))
     names = teacher_names(options.teachers)
-    config, _ = read_model(options.student, f"student {options.student}", classifier=False)
+    config, _ = read_model(options.student, "student", classifier=False)
     num_texts, tokens = count_texts(options)
     length = max(1, round(tokens))
 
@@ -145,14 +139,14 @@ def plan(options: PlanConfig) -> dict[str, Any]:
 
     teachers, owners, widths = [], [], []
     for path, name in zip(options.teachers, names, strict=True):
-        teacher, labels = read_model(path, f"teacher {path}")
+        teacher, labels = read_model(path, "teacher")
         owners.append((name, labels))
         widths.append((len(labels), teacher.get_text_config().hidden_size))
         passes = options.mc_samples if options.mc else 0
         read = reading(teacher, scoring_forwards(teacher, options.mc_scope, passes), f"teacher {path}")
         teachers.append({"name": name, "classes": len(labels)} | read)
     encoder = options.neutral_encoder or options.student
-    neutral_config, _ = read_model(encoder, f"neutral encoder {encoder}", classifier=False)
+    neutral_config, _ = read_model(encoder, "neutral encoder", classifier=False)
     neutral = {"name": encoder} | reading(neutral_config, 1.0, f"neutral encoder {encoder}")
     config.num_labels = build_label_space(owners).num_classes
     cost = footprint(config, options.micro_batch, options.max_length, options.precision, f"student {options.student}")

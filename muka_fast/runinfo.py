@@ -20,7 +20,7 @@ from muka_fast.errors import UserError
 from muka_fast.files import write_text
 from muka_fast.methods import selection_accuracy, target_accuracy
 from muka_fast.ops.reference import select_teacher_ref
-from muka_fast.selection import label_ids, teacher_scores
+from muka_fast.selection import teacher_scores
 
 if TYPE_CHECKING:
     from muka_fast.config import RunConfig
@@ -100,14 +100,16 @@ def supervision_record(
 
 def supervision_metrics(method: "Method", labels: list[str] | None, space: "LabelSpace") -> dict[str, Any]:
     """How good the supervision was, where the texts happen to have labels, and how many of these are classes: what it rests on."""
-    if labels is None or not set(labels) & set(space.names):
+    names = set(space.names)
+    known = sum(label in names for label in labels or ())
+    if not known:
         return {}
     figures = {
         "selection_accuracy": selection_accuracy(method, labels, space),
         "target_accuracy": target_accuracy(method, labels, space),
     }
     found = {name: value for name, value in figures.items() if value is not None}
-    return found | {"num_labelled_texts": int((label_ids(labels, space) >= 0).sum())} if found else {}
+    return found | {"num_labelled_texts": known} if found else {}
 
 
 def supervision_summary(method: "Method", sup: "Supervision", space: "LabelSpace", texts: "TextSet") -> dict[str, Any]:

@@ -28,6 +28,7 @@ from muka_fast.config import (
 )
 from muka_fast.errors import UserError
 
+OUT_OF_RANGE = (1, 0.999999, 0.0, -0.1, 1.5, 1e-9, 1e-6, 2**-17)  # of --mc_dropout_p
 MODELS = (RunConfig, ScoreConfig, TeachConfig, EvalConfig, DemoConfig, ReportConfig, DoctorConfig)
 
 
@@ -104,7 +105,7 @@ def test_labels_come_as_text_or_as_a_list():
         ({"max_grad_norm": "inf"}, ["--max_grad_norm inf", "<="]),
         ({"score_temperature": 0}, ["--score_temperature 0", "from 1e-06 to"]),
         ({"kd_temperature": 1e-39}, ["--kd_temperature 1e-39", "from 1e-06 to"]),
-        *(({"mc_dropout_p": p}, [f"--mc_dropout_p {p}", "> 7.62939e-06 and <= 0.9"]) for p in (1, 0.0, -0.1, 1.5, 1e-9, 1e-6, 2**-17)),
+        *(({"mc_dropout_p": p}, [f"--mc_dropout_p {p}", "> 7.62939e-06 and <= 0.9"]) for p in OUT_OF_RANGE),
         ({"mc_dropout_p": float("nan")}, ["--mc_dropout_p nan", "number"]),
         ({"mc_samples": 0}, ["--mc_samples 0", "from 1 to 4096"]),
         ({"mc_scope": "last:0"}, ["--mc_scope last:0", "all, last:M", "head"]),

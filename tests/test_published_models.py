@@ -282,7 +282,7 @@ def test_a_name_that_no_hub_is_there_to_look_up(make_teacher):
 def test_a_plan_fetches_the_configuration_alone(make_teacher, monkeypatch):
     asked, teacher = [], str(make_teacher())
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.append(options) or teacher)
-    assert plan.read_model("muka/planned", "teacher muka/planned")[1] == plan.read_model(teacher, "teacher")[1]
+    assert plan.read_model("muka/planned", "teacher")[1] == plan.read_model(teacher, "teacher")[1]
     [options] = asked
     there = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json", "onnx/config.json"]
     patterns = {name: options[name] for name in ("allow_patterns", "ignore_patterns")}
@@ -297,7 +297,7 @@ def test_a_plan_of_an_adapter_fetches_no_weights_of_its_base(make_teacher, monke
     save_file({"base_model.model.classifier.weight": torch.zeros(3, 16)}, adapter / "adapter_model.safetensors")
     place = {"muka/adapter": str(adapter), "muka/itsbase": str(base)}
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.update({name: options}) or place[name])
-    config, _ = plan.read_model("muka/adapter", "teacher muka/adapter")
+    config, _ = plan.read_model("muka/adapter", "teacher")
     assert config.hidden_size == 16 and asked.keys() == place.keys()
     assert list(filter_repo_objects(["config.json", "model.safetensors"], **{
         name: asked["muka/itsbase"][name] for name in ("allow_patterns", "ignore_patterns")
