@@ -29,7 +29,8 @@ LOADING_ERRORS = (
 # Into every from_pretrained of a model: nothing is unpickled, no code of the folder's runs, and what was not found is told.
 SAFE_LOADING = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+HUB_FILES = (*SMALL_FILES, "*.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "spm.model", "tokenizer.model", "sentencepiece.model")
 TOKENIZER_FILES += ("sentencepiece.bpe.model",)
 WITHOUT_VOCABULARY = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")  # of bytes and characters

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from muka_fast import adapters, checkpoint
 from muka_fast.config import PlanConfig
@@ -21,6 +21,7 @@ from muka_fast.recipe import default_epochs
 from muka_fast.scoring import empty_shard
 from muka_fast.store import FEATURE_TYPE, FEATURES, default_shard_size, shard_ranges
 from muka_fast.teachers import DTYPES, teacher_names
+from muka_fast.tokenizer import load_tokenizer
 
 log = logging.getLogger("muka_fast")
 # Data sheets: GiB of memory, dense FLOP/s in half precision and in fp32 without TF32.
@@ -97,12 +98,10 @@ def count_texts(options: PlanConfig) -> tuple[int, float]:
         return len(texts), given
     step = max(1, len(texts) // SAMPLED_TEXTS)
     try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(options.student, trust_remote_code=False)
-    except checkpoint.LOADING_ERRORS as error:
-        raise UserError(
-            f"student {options.student}: its tokenizer cannot be loaded ({first_line(error)}); give --tokens_per_text"
-        ) from error
+        folder = checkpoint.resolve_folder(options.student, "student", checkpoint.SMALL_FILES)
+        tokenizer = load_tokenizer(folder, f"student {options.student}")
+    except UserError as error:
+        raise UserError(f"{error}, or give --tokens_per_text") from error
     return len(texts), float(tokenize(tokenizer, texts[::step], options.max_length).lengths.mean())
 
 

@@ -381,8 +381,21 @@ def test_tokens_are_counted_as_the_student_cuts_them(student, make_tokenizer, tm
     lengths = [min(len(tokenizer(text).input_ids), 8) for text in texts]
     assert lengths[0] < lengths[1] == 8
     assert plan.count_texts(PlanConfig(student=str(tmp_path / "student"), **given)) == (2, sum(lengths) / 2)
-    with pytest.raises(UserError, match=r"its tokenizer cannot be loaded .*; give --tokens_per_text"):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match=r"no tokenizer in .*, or give --tokens_per_text"):
         plan.count_texts(PlanConfig(student=str(tmp_path / "none"), **given))
+
+
+def test_plan_looks_for_a_hub_students_tokenizer_as_train_does(monkeypatch, tmp_path, make_tokenizer):
+    """One question to the hub, in train's way, and no weights."""
+    (tmp_path / "pool.txt").write_text("a text\n")
+    make_tokenizer("bert").save_pretrained(tmp_path / "cached")
+    asked = []
+    monkeypatch.setattr(plan.checkpoint, "_hub_folder", lambda name, files: asked.append((name, files)) or tmp_path / "cached")
+    options = PlanConfig(teachers=["t"], student="owner/name", texts=str(tmp_path / "pool.txt"))
+    assert plan.count_texts(options)[0] == 1
+    [(name, files)] = asked
+    assert name == "owner/name" and "*.json" in files and not any("safetensors" in pattern for pattern in files)
 
 
 def test_a_plan_counts_up_to_the_limit(make_teacher, student, tmp_path, capsys):
