@@ -21,8 +21,11 @@ PREFIX = "base_model.model."
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds an adapter instead of a whole model."""
-    return (folder / "adapter_config.json").is_file() and not (folder / "model.safetensors").is_file()
+    """Whether the folder holds an adapter instead of a whole model. Raises UserError for one that holds both."""
+    adapter = (folder / "adapter_config.json").is_file()
+    if adapter and any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        raise UserError(f"{folder}: holds a whole model and an adapter (adapter_config.json); give each a folder of its own")
+    return adapter
 
 
 def adapter_settings(folder: Path, what: str) -> dict:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 log = logging.getLogger("muka_fast")
+# What it needs to be told: others would take the process for a member of a group, and its children for ones without a GPU.
+OF_DEEPSPEED = ("LOCAL_RANK", "DS_ACCELERATOR")
 _one_run = threading.RLock()  # the generators are the process's
 
 
@@ -60,14 +62,13 @@ def modes_of_a_new_process() -> Iterator[None]:
 @contextmanager
 def caller_undisturbed() -> Iterator[None]:
     """Gives a Python caller's random numbers and torch's modes back, since a run seeds torch's generators for each of its steps and
-    has modes of its own, and takes LOCAL_RANK away where DeepSpeed alone needed it: others would take the process for a member of a
-    group. One thread at a time."""
+    has modes of its own, and takes OF_DEEPSPEED away where a run has set it. One thread at a time."""
     lock = _one_run
     if not lock.acquire(blocking=False):
         log.info("another thread's run goes first")
         lock.acquire()
     try:
-        launched = "LOCAL_RANK" in os.environ
+        ours = [name for name in OF_DEEPSPEED if name not in os.environ]
         states = random.getstate(), np.random.get_state()
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         try:
@@ -76,7 +77,7 @@ def caller_undisturbed() -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
-            if not launched:
-                os.environ.pop("LOCAL_RANK", None)
+            for name in ours:
+                os.environ.pop(name, None)
     finally:
         lock.release()

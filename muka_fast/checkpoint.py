@@ -19,6 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from muka_fast.errors import OUT_OF_REACH, UserError, first_line
+from muka_fast.readers import encodable
 
 log = logging.getLogger("muka_fast")
 # What transformers raises for a configuration or weights it cannot use.
@@ -128,7 +129,7 @@ def config_labels(config: dict, what: str) -> list[str]:
         )
     if config.get("num_labels", len(named)) != len(named):
         raise UserError(f"{what}: config.json says num_labels {config['num_labels']} but names {len(named)} labels")
-    names = ["" if named[index] is None else str(named[index]) for index in range(len(named))]
+    names = ["" if named[index] is None else encodable(str(named[index])) for index in range(len(named))]
     blank = [index for index, name in enumerate(names) if not name.strip()]
     if blank:
         raise UserError(f"{what}: label {blank[0]} has a blank name in id2label of config.json; give it a name")

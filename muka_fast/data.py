@@ -5,6 +5,7 @@ Shapes: n texts; B texts of a batch; L tokens of its longest text.
 
 import hashlib
 import json
+import logging
 import os
 from array import array
 from collections.abc import Callable, Sequence
@@ -17,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from muka_fast.console import log, progress
+from muka_fast.console import progress
 from muka_fast.errors import UserError
-from muka_fast.readers import Columns, Row, read_rows
+from muka_fast.readers import Columns, Row, encodable, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger("muka_fast")
 # Texts per call of the tokenizer: enough to keep its threads busy, few enough for small Python lists.
 TOKENIZE_CHUNK = 2048
 # A token stands for less than 64 characters nearly everywhere; `_cut` checks it for each text that is cut.
@@ -167,13 +169,6 @@ def _label_name(row: Row, part: str, column: str, needed: bool) -> str | None:
         found = f"{type(label).__name__} ({str(label)[:40]})"
         raise UserError(f"{part}, {row.place}: column '{column}' holds {found}: a label is text or a whole number")
     return None
-
-
-def encodable(text: str) -> str:
-    """JSON can hold halves of surrogate pairs, which no tokenizer takes: they become U+FFFD."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _fingerprint(example_ids: np.ndarray, texts: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ n texts · C classes of the model.
 """
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from muka_fast import adapters, checkpoint, memory
-from muka_fast.console import fill, log, new_table, progress, stdout_console
+from muka_fast.console import fill, new_table, progress, stdout_console
 from muka_fast.data import Tokens, collate, cut_length, read_texts, tell_cut, token_budget_batches, tokenize
 from muka_fast.doubt import UncertaintyHead, auroc, false_positive_rate, with_head
 from muka_fast.errors import UserError
 from muka_fast.first_token import first_token_only
-from muka_fast.labels import plain_form, read_label_map, rename_labels
+from muka_fast.labels import plain_form, read_label_map, rename_labels, tell_of_unknown
 from muka_fast.memory import device_of
 from muka_fast.teachers import open_classifier
 from muka_fast.tokenizer import token_limit
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from muka_fast.config import EvalConfig
 
+log = logging.getLogger("muka_fast")
 ECE_BINS = 15
 
 
@@ -58,7 +60,7 @@ def predict(
     model: a Hugging Face classifier; its mode (train, eval) is the same afterwards. token_budget: padded tokens
     per forward, None: by the device. forward: what is kept of a batch instead of its logits, [B, anything]. example_ids: what
     errors call the texts (default: their numbers, from 0). done: is told the number of texts of every batch.
-    Raises UserError for the first text whose logits are not numbers.
+    Raises UserError for the first text whose logits are NaN.
     """
     pad_id = model.config.get_text_config().pad_token_id or 0
     device = next(model.parameters()).device
@@ -252,6 +254,7 @@ def evaluate(config: "EvalConfig") -> dict[str, Any]:
     names = list(dict.fromkeys(columns))
     teachers = teacher_blocks(folder)
     owners = [{"name": teacher["name"], "labels": teacher["own_labels"]} for teacher in teachers]
+    tell_of_unknown(label_map or {}, texts.labels, owners)
     renamed = rename_labels(texts.labels, label_map, owners)
     index = {name: c for c, name in enumerate(names)}
     known = np.array([label in index for label in renamed])

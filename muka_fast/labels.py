@@ -13,6 +13,7 @@ import numpy as np
 from muka_fast.config import nearest
 from muka_fast.errors import UserError
 from muka_fast.mappings import Source, read_mapping, told
+from muka_fast.readers import encodable
 
 log = logging.getLogger("muka_fast")
 
@@ -150,7 +151,8 @@ def _union_name(teacher: str, label: str, shared: Mapping, own: Mapping) -> str 
 
 
 def read_label_map(source: Source) -> dict[str, str | dict[str, str | None] | None]:
-    """A label map, of JSON or YAML or as given; its names are checked against the teachers by `build_label_space`.
+    """A label map, of JSON or YAML or as given. Whether its names exist is another's to check: `build_label_space` refuses those that
+    no teacher has, `tell_of_unknown` warns of them.
 
     Raises:
         UserError: as `read_mapping`; a name that is not text.
@@ -184,7 +186,7 @@ def rename_labels(
 def _name(key: object, what: str) -> str:
     # YAML reads a bare `no` or `1.5` as something else than text; an integer is taken as it was written.
     if isinstance(key, str) and key:
-        return key
+        return encodable(key)
     if isinstance(key, int) and not isinstance(key, bool):
         return str(key)
     raise UserError(f"{what}: {key!r} is not a label name: put names in quotes")
@@ -227,6 +229,14 @@ def _check_map(teachers: Sequence[tuple[str, Sequence[str]]], label_map: LabelMa
             if old not in own_labels[key]:
                 hint = _nearest(old, own_labels[key])
                 raise UserError(f"--label_map: teacher '{key}' has no label '{old}'{hint}")
+
+
+def tell_of_unknown(label_map: LabelMap, labels: Sequence[str], teachers: Sequence[Mapping[str, object]]) -> None:
+    """Warn of entries for all teachers whose old name nothing has. labels: of the data; teachers: as of `rename_labels`."""
+    known = {*labels, *(name for teacher in teachers for label in teacher["labels"] for name in (label, f"{teacher['name']}/{label}"))}
+    for name, new in label_map.items():
+        if name not in known and not isinstance(new, Mapping):
+            log.warning("--label_map: neither these texts nor a teacher have a label '%s'%s", name, _nearest(name, known))
 
 
 def _nearest(name: str, names: Sequence[str] | set[str] | Mapping[str, object]) -> str:

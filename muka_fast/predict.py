@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -16,18 +17,19 @@ import torch
 
 from muka_fast import adapters, checkpoint
 from muka_fast.config import FinishedModelOptions, load_config
-from muka_fast.console import log, progress
-from muka_fast.data import NO_TOKEN, TextSet, encodable, read_texts, tokenize_quietly
+from muka_fast.console import progress
+from muka_fast.data import NO_TOKEN, TextSet, read_texts, tokenize_quietly
 from muka_fast.doubt import UncertaintyHead, with_head
 from muka_fast.errors import UserError
 from muka_fast.evaluate import join_columns, kept_length, load_model, predict
 from muka_fast.files import write_beside_others
 from muka_fast.memory import device_of
-from muka_fast.readers import find_files
+from muka_fast.readers import encodable, find_files
 
 if TYPE_CHECKING:
     from muka_fast.config import PredictConfig
 
+log = logging.getLogger("muka_fast")
 CHUNK = 8192  # texts that are cut into batches together, and whose answers are written together
 
 

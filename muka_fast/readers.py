@@ -4,6 +4,7 @@ import csv
 import glob
 import gzip
 import json
+import logging
 import os
 import re
 import zlib
@@ -11,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from muka_fast.console import log
 from muka_fast.errors import OUT_OF_REACH, UserError, first_line
 
+log = logging.getLogger("muka_fast")
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.\[\]:%+-]+))?")
 UTF8_BOM = b"\xef\xbb\xbf"
@@ -61,6 +62,13 @@ def read_rows(source: str, columns: Columns, split: str) -> Iterator[tuple[str, 
         raise UserError(f"{source[:200]}: no such file {way_out}")
     parts = [(name, _file_rows(name, columns)) for name in files]
     return ((name, row) for name, rows in parts for row in rows)
+
+
+def encodable(text: str) -> str:
+    """JSON can hold halves of surrogate pairs, which no tokenizer and no file takes: they become U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def find_files(source: str) -> list[str]:
@@ -185,7 +193,7 @@ def _json_rows(path: Path, columns: Columns) -> Iterator[Row]:
 def _csv_rows(path: Path, columns: Columns) -> Iterator[Row]:
     """Comma- or tab-separated with a header; quotes as in spreadsheets, also around line breaks."""
     csv.field_size_limit(MAX_FIELD_CHARS)
-    delimiter = "\t" if ".tsv" in path.suffixes[-2:] else ","
+    delimiter = "\t" if path.name.lower().removesuffix(".gz").endswith(".tsv") else ","
     reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
     start, spans = 1, False
     try:
@@ -194,7 +202,7 @@ def _csv_rows(path: Path, columns: Columns) -> Iterator[Row]:
         if others and columns.text not in header:
             way_out = "save it with commas (.csv) or tabs (.tsv), or as .jsonl"
             raise UserError(f"{path}, line 1: looks separated by {others[0]!r}; {way_out}")
-        _check_columns(f"{path}, line 1", header, columns, (columns.text, columns.label)[: 1 + columns.need_labels])
+        _check_columns(f"{path}, line 1", header, columns, (columns.text, columns.label))
         text_at = header.index(columns.text)
         label_at = header.index(columns.label) if columns.label in header else None
         start = reader.line_num + 1
@@ -300,10 +308,7 @@ def _hub_rows(name: str, split: str, columns: Columns) -> Iterator[Row]:
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
     have = data.column_names
-    if columns.text not in have:
-        raise _missing_column(name, columns.text, have, "text_column")
-    if columns.need_labels and columns.label not in have:
-        raise _missing_column(name, columns.label, have, "label_column")
+    _check_columns(name, have, columns, ())
     feature = data.features.get(columns.label)
     names = feature.names if isinstance(feature, datasets.ClassLabel) else None
     wanted = [columns.text] + [columns.label] * (columns.label in have and columns.label != columns.text)

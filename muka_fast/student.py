@@ -109,7 +109,9 @@ def draw_fresh(model: transformers.PreTrainedModel, info: dict, num_labels: int,
     shape = lambda name: tuple(getattr(parameters[name], "ds_shape", parameters[name].shape))
     fresh = {str(key) for key in info["missing_keys"]} | {str(item[0]) for item in info["mismatched_keys"]}
     prefix = model.base_model_prefix + "."
-    fresh |= {name for name in parameters if not name.startswith(prefix) and shape(name)[0] == num_labels}
+    as_wide = [name for name in parameters if not name.startswith(prefix) and shape(name)[0] == num_labels]
+    module = lambda name: name.rpartition(".")[0]
+    fresh |= {name for name in as_wide if module(name) == module(as_wide[-1])}  # the last one; a layer below may be as wide
     fresh &= parameters.keys()
     std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
     with whole_parameters([parameters[name] for name in sorted(fresh)]), torch.no_grad():

@@ -133,7 +133,7 @@ def rehearse(folder: Path, what: str, _state: tuple) -> None:
     if adapters.is_adapter(folder):
         adapters.import_peft(what)
         return
-    log.disabled = True  # the warnings come with the real loading
+    before, log.disabled = log.disabled, True  # the warnings come with the real loading
     try:
         tokenizer = load_tokenizer(folder, what)
         if importlib.util.find_spec("accelerate") is not None:
@@ -141,7 +141,7 @@ def rehearse(folder: Path, what: str, _state: tuple) -> None:
             settle_tokenizer(model, tokenizer, what)
             check_vocabulary(model, tokenizer, what)
     finally:
-        log.disabled = False
+        log.disabled = before
 
 
 def load_teacher(

@@ -241,7 +241,8 @@ def open_output(config: RunConfig, texts: TextSet, holds: ExitStack) -> Path:
     holds.callback(outputs.tell_of_replaced, output)
     export.finish_export(output)
     replaced = outputs.replaced(output) if config.overwrite and config.store is None else []
-    if any(take_over(run / "supervision", store_folder(config, output), texts) for run in replaced):
+    newest_first = reversed(replaced)  # it has taken over what those before it had
+    if any(take_over(run / "supervision", store_folder(config, output), texts) for run in newest_first):
         log.info("scores of these texts that the replaced run has made serve this one")
     return output
 

@@ -146,6 +146,17 @@ def test_base_beside_the_adapter(make_adapter):
     assert teachers.load_teacher(folder, run_seed=0).labels == ["x", "y", "z"]
 
 
+@pytest.mark.parametrize("largest_shard", ["1GB", "10KB"])
+def test_a_whole_model_with_an_adapter_beside_it_is_refused(make_teacher, largest_shard):
+    """transformers would load both, and the fingerprint would be of one."""
+    folder = make_teacher("bert")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size=largest_shard)
+    (folder / "adapter_config.json").write_text("{}")
+    refusal(folder, "holds a whole model and an adapter", "a folder of its own")
+
+
 @pytest.mark.parametrize("lost", ["classifier", "layer.1.attention.self.query.lora_B"])
 def test_an_adapter_with_lost_weights_is_refused(make_adapter, lost):
     folder, *_ = make_adapter()

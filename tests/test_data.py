@@ -69,6 +69,18 @@ def test_every_format_gives_the_same_texts(tmp_path, name):
     assert len(found) == 5
 
 
+@pytest.mark.parametrize(("name", "like"), [("A.TSV", "a.tsv"), ("a.tsv.csv", "a.csv"), ("A.TSV.GZ", "a.tsv.gz")])
+def test_the_last_suffix_tells_what_separates_columns(tmp_path, name, like):
+    assert read_texts(write(tmp_path / like, TEXTS, LABELS).rename(tmp_path / name)).texts == TEXTS
+
+
+def test_two_columns_of_labels_are_refused_wherever_labels_are_read(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label,label\nhello,a,b\n")
+    with pytest.raises(UserError, match="several columns are called 'label'"):
+        read_texts(tmp_path / "a.csv")
+    assert read_texts(tmp_path / "a.csv", label_column=None).texts == ["hello"]
+
+
 def test_fingerprint_depends_on_ids_and_texts_only(tmp_path):
     same = {
         read_texts(write(tmp_path / f"a.{kind}", TEXTS, LABELS)).fingerprint for kind in ("jsonl", "csv", "parquet")

@@ -252,6 +252,14 @@ def test_unknown_labels_are_counted_and_left_out(tmp_path, student, texts, caplo
     assert evaluate(config(student, data, label_map=str(mapped)))["num_texts"] == 12
 
 
+def test_a_name_of_the_map_that_nothing_has_is_told(tmp_path, student, texts, product_log):
+    data = write_rows(tmp_path / "d.jsonl", [(text, "abc"[i % 3]) for i, text in enumerate(texts[:6])])
+    for label_map, told in (({"b": "a"}, False), ({"other": "a"}, True), ({"t": {"x": None}}, False)):
+        product_log.clear()
+        evaluate(config(student, data, label_map=label_map))
+        assert ("neither these texts nor a teacher have a label 'other' (there are: a, b, c)" in product_log.text) is told
+
+
 def test_texts_and_label_map_are_read_before_the_model(tmp_path, texts):
     with pytest.raises(UserError, match=r"no\.jsonl: no such file"):
         evaluate(config(tmp_path, tmp_path / "no.jsonl"))  # a folder without a model

@@ -241,3 +241,7 @@ def test_the_order_of_a_label_map_changes_nothing():
     teachers = [("t", ["owl", "cat"])]
     for entries in ([("t/owl", "wrong"), ("t", {"owl": "bird"})], [("t", {"owl": "bird"}), ("t/owl", "wrong")]):
         assert build_label_space(teachers, dict(entries)).names == ("bird", "cat")
+
+
+def test_half_a_surrogate_pair_in_a_map_becomes_the_replacement_character():
+    assert read_label_map({"caf\ud83d": "b\ud83d"}) == {"caf\ufffd": "b\ufffd"}

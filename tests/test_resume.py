@@ -516,6 +516,16 @@ def test_a_file_too_many_is_damage(tmp_path):
     assert snapshots.damage(tmp_path) == "state-00001.safetensors does not belong to it"
 
 
+def test_a_second_overwrite_takes_over_what_the_run_between_had_scored(go, stop_at, tmp_path, monkeypatch):
+    go("run", epochs=1, store=None)
+    stop_at(1)
+    go("run", epochs=1, store=None, mc_samples=3, overwrite=True)
+    shards = {path.relative_to(tmp_path / "run"): path.stat().st_ino for path in tmp_path.glob("run/supervision/*/shard-*")}
+    monkeypatch.undo()
+    again = go("run", epochs=1, store=None, mc_samples=3, overwrite=True)
+    assert {path: (again.output / path).stat().st_ino for path in shards} == shards
+
+
 def test_overwrite_keeps_the_scores_of_the_same_texts(go, stop_at, tmp_path, caplog):
     caplog.set_level("INFO", logger="muka_fast")
     first = go("run", epochs=1, store=None)

@@ -250,6 +250,19 @@ def test_id2label_with_gaps_or_nonsense(make_teacher, id2label):
     refusal(folder, "id2label")
 
 
+def test_half_a_surrogate_pair_in_a_name_becomes_the_replacement_character():
+    config = json.loads('{"id2label": {"0": "caf\\ud83d", "1": "\\ud83d\\ude42"}}')
+    assert checkpoint.config_labels(config, "teacher x") == ["caf\ufffd", "🙂"]
+
+
+def test_a_look_at_a_teacher_leaves_the_log_as_it_was(make_teacher, monkeypatch):
+    log = logging.getLogger("muka_fast")
+    for disabled in (True, False):
+        monkeypatch.setattr(log, "disabled", disabled)
+        teachers.rehearse(make_teacher("bert"), "teacher x", (disabled,))
+        assert log.disabled is disabled
+
+
 def test_regression_heads(make_teacher):
     refusal(make_teacher("bert", ["LABEL_0"]), "regression")
     refusal(make_teacher("bert", problem_type="regression"), "regression")

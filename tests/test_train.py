@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from runs import SMOOTH_ADAM, largest_difference, losses, weights, word_tokenizer
+from safetensors.torch import load_file
 
 from muka_fast import data, pool_tokens, supervision, train
 from muka_fast.errors import UserError
@@ -45,11 +46,13 @@ def test_a_run_leaves_a_student_that_plain_transformers_loads(go, world):
 
 
 def test_a_run_leaves_its_caller_undisturbed(go, monkeypatch):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name in ("LOCAL_RANK", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
 
     def state():
         """What comes next, from generators that were seeded by the caller."""
-        return torch.rand(3).tolist(), random.random(), np.random.rand(), sys.excepthook, os.environ.get("LOCAL_RANK")
+        told = [os.environ.get(name) for name in ("LOCAL_RANK", "DS_ACCELERATOR")]
+        return torch.rand(3).tolist(), random.random(), np.random.rand(), sys.excepthook, told
 
     def seed():
         torch.manual_seed(5)
@@ -311,6 +314,16 @@ def test_the_head_is_fresh_seeded_and_independent_of_the_folders_own(world, make
     assert not torch.equal(full.classifier.weight, other.classifier.weight)
     assert torch.equal(full.pre_classifier.weight, other.pre_classifier.weight)  # kept: it is the folder's
     assert full.config.id2label == dict(enumerate("vwxyz"))
+
+
+def test_a_layer_as_wide_as_the_labels_keeps_its_weights(make_teacher):
+    from muka_fast.student import load_student
+
+    folder = make_teacher("roberta", list("abcdefghijklmnop"), hidden=16)
+    model, _ = load_student(folder, list("ABCDEFGHIJKLMNOP"), 0, {"zero_optimization": {"stage": 0}})
+    before = load_file(folder / "model.safetensors")
+    assert torch.equal(model.classifier.dense.weight, before["classifier.dense.weight"])
+    assert not torch.equal(model.classifier.out_proj.weight, before["classifier.out_proj.weight"])
 
 
 # ---- methods with features ----
