@@ -10,14 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#define MUKA_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define MUKA_HOST_DEVICE inline __attribute__((always_inline))
-#endif
-
 // Wide instructions are chosen per function at run time, never for a whole file: one wheel runs everywhere.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__CUDACC__)
+#if defined(__x86_64__) && defined(__GNUC__)
 #define MUKA_PHILOX_AVX2 1
 // GCC 12 warns about its own `__Y = __Y` wherever an AVX-512 intrinsic is inlined (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -38,7 +32,7 @@ struct MaskStream {
     uint32_t threshold;  // round-half-even(p * 65536), below 65536
 };
 
-MUKA_HOST_DEVICE void philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed, uint32_t out[4]) {
+inline __attribute__((always_inline)) void philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed, uint32_t out[4]) {
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < kPhiloxRounds; ++round) {
         const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c0, p1 = static_cast<uint64_t>(kPhiloxM1) * c2;
@@ -54,7 +48,7 @@ MUKA_HOST_DEVICE void philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t
 }
 
 // Bit i is set where element 8 * call + i is kept.
-MUKA_HOST_DEVICE uint32_t keep_byte(const MaskStream& s, uint64_t call) {
+inline __attribute__((always_inline)) uint32_t keep_byte(const MaskStream& s, uint64_t call) {
     uint32_t w[4];
     philox4x32(static_cast<uint32_t>(call), s.sample, s.site, s.example, s.seed, w);
     uint32_t keep = 0;

@@ -35,11 +35,10 @@ from scipy.special import softmax
 
 from muka_fast.evidence import (
     CERTAINTY,
-    NEIGHBOURS,
     SAMPLE,
     Sample,
     evidence_weights,
-    neighbours,
+    outside,
     own_scores,
     owner_weights,
     unit,
@@ -113,17 +112,9 @@ def class_weights(sup: Supervision, neutral: Features, drawn: Sample, own: np.nd
         w = answer(p, e, fitted.leave_one_out(), near)
     out = np.empty(own.shape, np.float32)
     out[rows] = w
-    if len(rows) == len(out):
-        return out
-    rest = np.ones(len(out), bool)
-    rest[rows] = False
-    for part, chunk in neutral.chunks():
-        at = np.flatnonzero(rest[part])
-        if not len(at):
-            continue
-        others, here = unit(chunk[at]), part.start + at
+    for here, others, around in outside(drawn, neutral):
         f = fitted(beside(others, views(here)))
-        out[here] = answer(probs(sup, here), own[here], f, neighbours(others, NEIGHBOURS, among=b))
+        out[here] = answer(probs(sup, here), own[here], f, around)
     return out
 
 

@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"muka-fast {__version__}")
     commands = parser.add_argument_group("commands")
     for name, command in COMMANDS.items():
-        commands.add_argument(f"{name}", nargs="?", metavar=name, help=command.help)
+        commands.add_argument(name, nargs="?", metavar=name, help=command.help)
     if not argv or argv[0] in ("-h", "--help"):
         parser.print_help()
         return 0

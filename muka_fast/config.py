@@ -21,6 +21,7 @@ METHODS = ("muka-soft", "muka-hard", "muka-evidence", "muka-auto", "vkd", "uhc",
 RULED_METHODS = ("muka-evidence", "muka-auto")  # whose teachers are chosen over the whole pool
 LABELLED_METHODS = ("supervised", "oracle")  # which read the labels of the texts
 UNCERTAINTIES = ("predictive_entropy", "mutual_information", "expected_entropy", "variance")
+NEEDS_SAMPLES = ("mutual_information", "variance")  # zero for every text unless two passes or more differ
 PRECISIONS = ("fp32", "bf16", "fp16")
 FILES = "Models and files"
 GROUPS = (FILES, "Data", "Uncertainty", "Distillation", "Training", "Run")
@@ -290,7 +291,7 @@ class RunConfig(ScoringOptions, LabelOptions):
             way_out = " or ".join(RULED_METHODS)
             raise ValueError(f"--coverage asks whose text it is, which --method {self.method} does not: take {way_out}")
         looks_at_it = self.method in ("muka-hard", "muka-soft") or self.uncertainty_head
-        if self.one_pass and self.uncertainty in ("mutual_information", "variance") and looks_at_it:
+        if self.one_pass and self.uncertainty in NEEDS_SAMPLES and looks_at_it:
             reason = "--mc_samples 1" if self.mc else "--no-mc"
             way_out = "take more passes or predictive_entropy"
             raise ValueError(f"--uncertainty {self.uncertainty} is 0 for all texts with {reason}: {way_out}")
@@ -544,8 +545,8 @@ def _explain(
     field = cls.model_fields[name]
     key = option_name(name, field)
     if first["type"] == "missing":
-        others = [f"--{finding['loc'][0]}" for finding in findings[1:] if finding["type"] == "missing"]
-        return f"--{key} is required: {field.description}" + (f" (also missing: {', '.join(others)})" if others else "")
+        missing = [f"--{finding['loc'][0]}" for finding in findings[1:] if finding["type"] == "missing"]
+        return f"--{key} is required: {field.description}" + (f" (also missing: {', '.join(missing)})" if missing else "")
     in_file_only = key in from_file and key not in from_flags
     value = first["input"]
     told = str(value) if len(str(value)) <= 200 else f"{str(value)[:200]} ..."

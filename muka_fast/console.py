@@ -95,6 +95,7 @@ def setup_logging(verbose: bool = False, rank: int = 0) -> None:
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else tokenizers turn their threads off after a fork
     if verbose:
         return
     warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated", category=FutureWarning)  # peft's use of it
@@ -104,7 +105,6 @@ def setup_logging(verbose: bool = False, rank: int = 0) -> None:
         "HF_HUB_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "true",
     }.items():
         os.environ.setdefault(variable, value)
     for name in CHATTY:
@@ -250,6 +250,6 @@ def progress(total: int, description: str, unit: str = "texts") -> Progress:
             bar.advance(len(batch))
 
     A bar with rate and time left on a terminal, otherwise a log line about every tenth of the way (at most one in
-    5 seconds) and one at the end of work of more than 2; nothing on processes with rank != 0.
+    5 seconds) and one at the end of work of more than 2; on the screen nothing from processes with rank != 0.
     """
     return Progress(total, description, unit)

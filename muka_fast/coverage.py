@@ -26,16 +26,14 @@ from scipy.special import expit, logit
 
 from muka_fast.evidence import (
     CERTAINTY,
-    NEIGHBOURS,
     SAMPLE,
     Anchors,
     Sample,
     energies,
-    neighbours,
+    outside,
     own_scores,
     sample_rows,
     second_scores,
-    unit,
 )
 from muka_fast.selection import uncertainties
 
@@ -72,14 +70,8 @@ def nobody_weights(
     fitted, r = fit(familiar[rows], owner[rows], drawn.near)
     out = np.empty(n, np.float32)
     out[rows] = r
-    if len(rows) == n:
-        return out
-    rest = np.ones(n, bool)
-    rest[rows] = False
     ratio = fitted.ratio(familiar[rows], owner[rows])
-    for part, chunk in neutral.chunks():
-        here = part.start + np.flatnonzero(rest[part])
-        around = neighbours(unit(chunk[here - part.start]), NEIGHBOURS, among=drawn.b)
+    for here, _, around in outside(drawn, neutral):
         out[here] = posterior(r, together(fitted.ratio(familiar[here], owner[here]), ratio, around), around)
     return out
 

@@ -4,6 +4,7 @@ Offline and from scratch, so the models are tiny and far from what pretrained en
 user's run (`train.amalgamate`) and what each method does with teachers that know different labels.
 """
 
+import logging
 import os
 import shutil
 import time
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import transformers
 
 from muka_fast.config import DemoConfig, RunConfig
-from muka_fast.console import log, new_table, stdout_console
+from muka_fast.console import new_table, stdout_console
 from muka_fast.data import TextSet, read_texts
 from muka_fast.errors import UserError
 from muka_fast.evaluate import load_model
@@ -27,6 +28,7 @@ from muka_fast.teach import measure
 if TYPE_CHECKING:
     from rich.table import Table
 
+log = logging.getLogger("muka_fast")
 PUBLISHED = {"uncertainty": "predictive_entropy"}  # the muka-hard and muka-soft rows are as published, whatever the default
 # Row of the table -> options of `muka-fast train`, and whether it sees the true labels.
 RUNS = {

@@ -24,7 +24,11 @@ from muka_fast.errors import UserError
 log = logging.getLogger("muka_fast")
 
 SHOWN_PACKAGES = ("torch", "transformers", "triton", "deepspeed", "datasets", "safetensors", "tokenizers", "numpy")
-OPTIONAL_PACKAGES = {"peft": "LoRA teachers", "tensorboard": "TensorBoard events of a run"}
+OPTIONAL_PACKAGES = {
+    "peft": "LoRA teachers",
+    "accelerate": "teachers over several GPUs, and a full check of all before the first is scored",
+    "tensorboard": "TensorBoard events of a run",
+}
 MARKS = {"ok": "green", "note": "yellow", "broken": "bold red"}
 STALE_LOCK_SECONDS = 600  # a build that is still running renews nothing, but rarely takes longer
 SCOPES = ("head", "last:1", "all")
@@ -244,17 +248,16 @@ def examine_teachers(paths: Sequence[str]) -> tuple[list[TeacherFacts], list[Fin
 def teacher_facts(path: str, name: str) -> TeacherFacts:
     """Load one teacher and keep what is shown of it. Raises UserError for every fault."""
     from muka_fast.shared import prefixes
-    from muka_fast.sites import active_sites, list_sites, understood
+    from muka_fast.sites import active_sites
     from muka_fast.teachers import load_teacher
     from muka_fast.trunk import StochasticTeacher
 
     teacher = load_teacher(path, run_seed=0, name=name)
-    with understood(teacher.model, f"teacher {name}"):
-        found = list_sites(teacher.model)
+    scorer = StochasticTeacher(teacher, mc=False)
     sites = []
     for scope in SCOPES:
         try:
-            active = active_sites(found, scope, name)
+            active = active_sites(scorer.all_sites, scope, name)
         except UserError:  # a model without a site in its head
             active = []
         sites.append((scope, len(active), sorted({site.p for site in active})))
@@ -267,7 +270,7 @@ def teacher_facts(path: str, name: str) -> TeacherFacts:
         fingerprint=teacher.fingerprint,
         tokenizer_key=teacher.tokenizer_key,
         sites=sites,
-        prefixes=prefixes(StochasticTeacher(teacher, mc=False)),
+        prefixes=prefixes(scorer),
     )
 
 

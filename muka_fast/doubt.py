@@ -5,8 +5,8 @@ From the finished student's features f, which its output layer reads, and the cl
     s = maha(f; mu_c, S) of the nearest class - maha(f; mu, S0)     relative Mahalanobis distance (Ren et al., 2021; evidence.py)
     doubt = sigmoid(a arsinh((s - m) / d) + c)                      m, d: mean and standard deviation of s over the texts
 
-where a >= 0 and c minimise the sum over the texts of -r ln doubt - (1 - r) ln(1 - doubt), r in (0, 1) being the ensemble's doubt:
-the mean of two ranks in the pool (coverage.doubt_ranks). So doubt is on the ensemble's scale, and outside of the pool it follows the
+where a >= 0 and c minimise the sum over the texts of -r ln doubt - (1 - r) ln(1 - doubt), r in (0, 1) being the teachers' doubt:
+the mean of two ranks in the pool (coverage.doubt_ranks). So doubt is on the teachers' scale, and outside of the pool it follows the
 distance; arsinh, as distances there are tens of d, where the sigmoid would give 1 to all. An affine map from f to r, trained beside
 the student, fits the pool well and tells nothing of other texts (docs/measured.md, "Doubt"). For mu and S a text counts (top
 probability of the student)^4, one that belongs to no teacher (--coverage) not at all; a and c are fitted to all of them.
@@ -32,7 +32,6 @@ from muka_fast.pooled import classifier_layer, head_input, last_feature
 
 FILE = "uncertainty_head.safetensors"
 FORMAT = "muka_fast uncertainty head 2"
-CERTAINTY = 4.0  # power of the top probability in the weights of the Gaussians, as for the teachers'
 KEPT = 0.95  # of the texts that are not foreign, in `false_positive_rate`
 STEPS = 50  # of Newton's method, which needs about six
 
@@ -49,10 +48,10 @@ class UncertaintyHead:
 
     @classmethod
     def fit(cls, features: np.ndarray, logits: np.ndarray, ranks: np.ndarray, counts: np.ndarray | None = None) -> UncertaintyHead:
-        """features [n, D], logits [n, C] of the student; ranks [n] in (0, 1), the ensemble's doubt; counts [n] of 0 and 1: texts
+        """features [n, D], logits [n, C] of the student; ranks [n] in (0, 1), the teachers' doubt; counts [n] of 0 and 1: texts
         that the Gaussians are fitted on (default: all)."""
         # Here, as it brings scikit-learn, which is slow to import and which no prediction needs.
-        from muka_fast.evidence import RelativeMahalanobis
+        from muka_fast.evidence import CERTAINTY, RelativeMahalanobis
 
         top = np.exp(logits.max(1) - np.logaddexp.reduce(logits.astype(np.float64), axis=1)) ** CERTAINTY
         used = np.ones(len(logits), bool) if counts is None else counts > 0

@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from scipy.special import log_softmax, softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from muka_fast.selection import sampled
+from muka_fast.selection import sampled, uncertainties
 
 if TYPE_CHECKING:
     from muka_fast.features import Features
@@ -75,6 +76,18 @@ class Sample:
         return cls(rows, b, neighbours(b, NEIGHBOURS))
 
 
+def outside(sample: Sample, neutral: Features) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The texts that are not in the sample, part by part: their rows [r], unit rows of neutral features [r, d], neighbours in the
+    sample [r, k]."""
+    rest = np.ones(neutral.ranges[-1].stop, bool)
+    rest[sample.rows] = False
+    for part, chunk in neutral.chunks() if rest.any() else ():
+        at = np.flatnonzero(rest[part])
+        if len(at):
+            b = unit(chunk[at])
+            yield part.start + at, b, neighbours(b, NEIGHBOURS, among=sample.b)
+
+
 def owner_weights(sup: Supervision, neutral: Features, sample: Sample) -> np.ndarray:
     """The weights of at least two teachers, fp32 [n, N]."""
     second = second_scores(sup)
@@ -118,8 +131,7 @@ def own_scores(sup: Supervision, rows: np.ndarray, power: float = 0.0) -> np.nda
 def second_scores(sup: Supervision) -> np.ndarray:
     """-ln(MI / ln C_i), MI / ln C_i >= 1e-6, where every teacher was sampled, else logsumexp of the logits; fp32 [n, N]."""
     if all(map(sampled, sup.teachers)):
-        upper = np.array([math.log(count) or math.inf for count in sup.class_counts], np.float32)
-        return -np.log(np.maximum(sup.mutual_information.numpy() / upper, MI_FLOOR))
+        return -np.log(np.maximum(uncertainties(sup, "mutual_information").numpy(), MI_FLOOR))
     return energies(sup)
 
 

@@ -1,4 +1,4 @@
-"""Fits the uncertainty head (doubt.py) of a run: the ensemble's doubt of the training texts on the exported student's features."""
+"""Fits the uncertainty head (doubt.py) of a run: the teachers' doubt of the training texts on the exported student's features."""
 
 import logging
 from pathlib import Path
@@ -21,7 +21,7 @@ log = logging.getLogger("muka_fast")
 
 
 def doubt_targets(config: RunConfig, sup: Supervision) -> np.ndarray | None:
-    """The ensemble's doubt of every text, [n] in (0, 1): the mean of its ranks; None without --uncertainty_head. sup: restricted."""
+    """The teachers' doubt of every text, [n] in (0, 1): the mean of its ranks; None without --uncertainty_head. sup: restricted."""
     if not config.uncertainty_head:
         return None
     return doubt_ranks(sup, config.uncertainty, config.seed).mean(1)

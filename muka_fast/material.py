@@ -5,6 +5,7 @@ All models start from random weights, so they are tiny and far from what pretrai
 
 import contextlib
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,12 +18,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from muka_fast import __version__
 from muka_fast.config import DemoConfig, RunConfig
-from muka_fast.console import log
 from muka_fast.docstrings import LIBRARIES, DocTexts, collect
 from muka_fast.errors import UserError
 from muka_fast.files import write_json, write_text
 from muka_fast.teach import Recipe, fine_tune, save_classifier
 
+log = logging.getLogger("muka_fast")
 BEGUN = ".begun-by-muka-fast-demo"  # written first: this folder is the demo's, and may be made anew
 MARKER = "demo.json"  # written last: the material is whole
 TEXTS_PER_LIBRARY = 450

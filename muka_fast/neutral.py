@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from muka_fast.config import ScoringOptions
 
 log = logging.getLogger("muka_fast")
-ROLE = "encoder"  # in error messages: the student, unless --neutral_encoder names one
+ROLE = "neutral encoder"  # in error messages: the student, unless --neutral_encoder names one
 
 
 def neutral_features(

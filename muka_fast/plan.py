@@ -19,7 +19,7 @@ from muka_fast.labels import build_label_space
 from muka_fast.memory import device_of, tell_precision
 from muka_fast.recipe import default_epochs
 from muka_fast.scoring import empty_shard
-from muka_fast.store import FEATURE_TYPE, FEATURES, default_shard_size, shard_ranges
+from muka_fast.store import FEATURE_TYPE, FEATURES, METADATA, default_shard_size, shard_ranges
 from muka_fast.teachers import DTYPES, teacher_names
 from muka_fast.tokenizer import load_tokenizer
 
@@ -66,7 +66,7 @@ def store_bytes(teachers: list[tuple[int, int]], num_texts: int, shard_size: int
         for rows in set(sizes):
             # As the store writes it, with a note about as long as its own (store.write_shard).
             tensors = empty_shard(np.zeros(rows, np.int64), num_classes) | {FEATURES: np.empty((rows, width), FEATURE_TYPE)}
-            shard = save(tensors, {"muka_fast": "-" * 170})
+            shard = save(tensors, {METADATA: "-" * 170})
             total += sizes.count(rows) * len(shard)
     return total
 

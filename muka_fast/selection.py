@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from muka_fast.config import NEEDS_SAMPLES
 from muka_fast.errors import UserError
 
 if TYPE_CHECKING:
     from muka_fast.labels import LabelSpace
     from muka_fast.stored import Supervision
-
-NEEDS_SAMPLES = ("mutual_information", "variance")  # zero for every text unless two passes or more differ
 
 
 def _entropy_share(entropy: Tensor, class_counts: Sequence[int]) -> Tensor:

@@ -45,7 +45,7 @@ def _base_digest(model: nn.Module, layers: set[int]) -> "hashlib._Hash":
 
 
 def prefixes(teacher: StochasticTeacher) -> tuple[str, ...]:
-    """Content hashes of the deterministic part: entry i covers the tokeniser, the embeddings and the layers below i.
+    """Content hashes of the deterministic part: entry i covers the tokenizer, the embeddings and the layers below i.
 
     Two teachers with the same entry i compute the same hidden states at the input of layer i. One entry only (layer 0) for a
     model that cannot be split. Every weight is read once per model.
@@ -130,7 +130,7 @@ def score_together(
     example_ids: Tensor | np.ndarray,
     tree: tuple[TrunkNode, ...] | None = None,
 ) -> list[TeacherScores]:
-    """Scores of several teachers of one tokeniser over one batch; layers with the same weights run once.
+    """Scores of several teachers of one tokenizer over one batch; layers with the same weights run once.
 
     Arguments and scores as of `StochasticTeacher.launch`: on the device, where nothing has looked for NaN, so that nothing waits.
     tree: `trunk_tree(teachers)`, which a loop over batches computes once.

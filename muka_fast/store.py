@@ -13,9 +13,9 @@ Invariants, each with a test:
 2.  Shard j holds the rows [j * shard_size, min((j + 1) * shard_size, count)) of the text set, in that order, and
     nothing else.
 3.  The teacher key is a hash of everything that determines a teacher's numbers: its fingerprint (configuration and
-    every weight), its tokenizer, the texts, max_length and, where passes are stochastic, run seed, mc_samples,
-    mc_scope and mc_dropout_p; under --mc_stop also its level and the company: the teachers that decide together how many
-    passes a text gets. Batch sizes, devices, file paths and the order of the teachers are not in it.
+    every weight), its tokenizer, the texts, max_length, scoring_precision and, where passes are stochastic, run seed,
+    mc_samples, mc_scope and mc_dropout_p; under --mc_stop also its level, its measure and the company: the teachers that
+    decide together how many passes a text gets. Batch sizes, devices, file paths and the order of the teachers are not in it.
 4.  Tensors of a shard, C = classes of the teacher: logits, mean_probs, var_probs fp32 [rows, C], predictive_entropy,
     expected_entropy fp32 [rows] in nats, example_ids int64 [rows], features fp16 [rows, D], what the output layer reads;
     under --mc_stop also num_samples int64 [rows], the passes behind the statistics. All are finite, save logits of -inf.

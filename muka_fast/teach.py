@@ -1,6 +1,7 @@
 """Fine-tunes a teacher: one encoder, the rows that carry some labels, an ordinary Hugging Face classifier folder as the result."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -18,7 +19,7 @@ from torch import nn
 
 from muka_fast import __version__
 from muka_fast.config import TeachConfig, nearest
-from muka_fast.console import log, progress
+from muka_fast.console import progress
 from muka_fast.data import TextSet, Tokens, collate, cut_length, epoch_batches, read_texts, tell_cut, tokenize
 from muka_fast.engine import quiet_deepspeed
 from muka_fast.errors import UserError
@@ -37,6 +38,7 @@ from muka_fast.vocabulary import TextVocabulary
 if TYPE_CHECKING:
     import transformers
 
+log = logging.getLogger("muka_fast")
 RECORD = "teach.json"  # how a teacher was made, beside its weights
 WRITTEN = re.compile(rf"{RECORD}|{MODEL_FILES}")  # what a teacher's folder holds: all that --overwrite removes
 

@@ -2,6 +2,7 @@
 // (kernels/ops/mc_head.py). Neither masks nor masked features nor all logits are ever in memory.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <vector>
