@@ -298,6 +298,19 @@ class RunConfig(ScoringOptions, LabelOptions):
         return self
 
 
+def given_alike(config: Config) -> dict[str, Any]:
+    """What all processes of a job must be given: every option that is no matter of one machine; of files, whether and how many. A
+    ds_config is left to who reads it."""
+    found = {}
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if field.json_schema_extra["group"] == FILES:
+            value = len(value) if isinstance(value, list) else value is not None
+        if name not in ("verbose", "device", "token_budget", "teacher_gib", "ds_config"):
+            found[f"--{option_name(name, field)}"] = value
+    return found
+
+
 class ScoreConfig(ScoringOptions):
     """Options of `muka-fast score`."""
 

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -24,13 +25,20 @@ OPTIMIZERS = ("AdamW", "Adam")
 # DeepSpeed ignores keys it does not know, so a misspelt one would silently do nothing: near misses of these are refused.
 KNOWN_KEYS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler",
-    "fp16", "bf16", "torch_autocast", "gradient_clipping", "zero_optimization",
+    "fp16", "bf16", "gradient_clipping", "zero_optimization",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown",
     "activation_checkpointing", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
-    "sparse_gradients", "comms_logger", "tensorboard", "wandb", "csv_monitor", "flops_profiler", "autotuning",
+    "sparse_gradients", "comms_logger", "tensorboard", "wandb", "csv_monitor", "flops_profiler",
     "data_types", "aio", "checkpoint", "dump_state", "timers",
 )
-UNSUPPORTED = ("amp", "elasticity", "compression_training")  # each wants what a run here does not have
+# Each wants what a run here does not have, or takes the run over; the way out where there is one.
+UNSUPPORTED = {"amp": " and use --precision", "torch_autocast": " and use --precision"} | dict.fromkeys(
+    (
+        "autotuning", "elasticity", "compression_training", "curriculum_learning", "data_efficiency", "progressive_layer_drop",
+        "compile", "graph_harvesting", "hybrid_engine", "nebula", "pipeline", "sequence_parallel_size", "tensor_parallel", "zenflow",
+    ), ""
+)  # fmt: skip
+PEAKS = ("warmup_max_lr", "cycle_max_lr")  # what DeepSpeed's schedulers call the highest learning rate
 AUTOCAST = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}  # whose gradients it would average in bf16
 ADAM_DEFAULTS = {"betas": [0.9, 0.999], "eps": 1e-8}
 OPTIMIZER_KEYS = ("lr", "weight_decay", "adam_w_mode", "torch_adam", *ADAM_DEFAULTS)
@@ -45,10 +53,11 @@ def read_ds_config(source: Source | None) -> dict[str, Any]:
         near = nearest(key, KNOWN_KEYS, cutoff=0.85)
         if key not in KNOWN_KEYS and near:
             raise UserError(f"{name}: unknown key '{key}'{near}")
-        if key in UNSUPPORTED:
-            raise UserError(f"{name}: '{key}' is not supported; remove it")
-        if key not in KNOWN_KEYS:
-            log.warning("%s: '%s' is no known key; DeepSpeed ignores those that it does not know", name, key)
+        off = isinstance(content[key], dict) and content[key].get("enabled") is False
+        if key in UNSUPPORTED and not off:
+            raise UserError(f"{name}: '{key}' is not supported; remove it{UNSUPPORTED[key]}")
+        if key not in KNOWN_KEYS and not off:
+            log.warning("%s: '%s' is no key that is known here, and may do nothing", name, key)
     for key in ("optimizer", "scheduler", "zero_optimization", "fp16", "bf16"):
         if not isinstance(content.get(key, {}), dict) and content[key] != "auto":
             raise UserError(f"{name}: '{key}' must be a JSON object")
@@ -92,6 +101,10 @@ def prepare_ds_config(
             raise UserError(f"{name}: {key} must be an integer >= 1, found {value!r}")
     if "train_batch_size" not in ds and None not in parts:
         ds["train_batch_size"] = parts[0] * parts[1] * world_size
+    every = ds.setdefault("steps_per_print", 2**31)  # we print the metrics
+    if isinstance(every, bool) or not isinstance(every, (int, float)) or every < 1:
+        raise UserError(f"{name}: steps_per_print must be a number >= 1, found {every!r}")
+    take_peak(ds, config, name)
     config = merge_shared(ds, config, name)
     fill_batch(ds, world_size)
     if "scheduler" in ds and "warmup_ratio" in config.model_fields_set:
@@ -103,10 +116,12 @@ def prepare_ds_config(
         )
     fill_precision(ds, name, config.precision, world_size, device)
     zero = ds["zero_optimization"]
+    for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_params", "offload_param")):
+        if zero.pop(old, False) is True:
+            zero.setdefault(new, {"device": "cpu"})
     if "offload_optimizer" in zero or "offload_param" in zero:
         # We hand over torch's fused AdamW; DeepSpeed's own CPU Adam would be compiled at the first run.
         ds.setdefault("zero_force_ds_cpu_optimizer", False)
-    ds.setdefault("steps_per_print", 2**31)  # we print the metrics
     ds.setdefault("timers", {"throughput": {"enabled": False}})  # its own would make every step wait for the device
     return ds, config
 
@@ -115,6 +130,7 @@ def optimizer_params(given: Any, name: str) -> dict[str, Any]:
     """The parameters of an optimizer, those that are not given by default. Raises UserError where one is unknown or no number."""
     if not isinstance(given, dict):
         raise UserError(f"{name}: optimizer.params must be a JSON object, found {given!r}")
+    given = {key: value for key, value in given.items() if value is not None}
     for key in given:
         if key not in OPTIMIZER_KEYS:
             raise UserError(f"{name}: optimizer.params.{key} is not supported{nearest(key, list(OPTIMIZER_KEYS))}; remove it")
@@ -125,6 +141,21 @@ def optimizer_params(given: Any, name: str) -> dict[str, Any]:
     if not in_range(params["eps"], math.inf):
         raise UserError(f"{name}: optimizer.params.eps must be a number >= 0, found {params['eps']!r}")
     return params
+
+
+def take_peak(ds: dict[str, Any], config: RunConfig, name: str) -> None:
+    """Let a scheduler's highest rate, which is the one that DeepSpeed trains with, be the optimizer's too. Raises UserError where
+    --learning_rate is another."""
+    given = ds.get("scheduler", {}).get("params")
+    if not isinstance(given, (dict, type(None))):
+        raise UserError(f"{name}: scheduler.params must be a JSON object, found {given!r}")
+    for key in PEAKS:
+        peak = (given or {}).get(key)
+        if isinstance(peak, (int, float)):
+            if "learning_rate" in config.model_fields_set and config.learning_rate not in (None, peak):
+                told = f"but --learning_rate is {config.learning_rate}: remove one of them"
+                raise UserError(f"{name} sets scheduler.params.{key} to {peak}, {told}")
+            ds["optimizer"]["params"]["lr"] = peak
 
 
 def merge_shared(ds: dict[str, Any], config: RunConfig, name: str) -> RunConfig:
@@ -145,7 +176,7 @@ def merge_shared(ds: dict[str, Any], config: RunConfig, name: str) -> RunConfig:
     try:
         valid = type(config).model_validate(config.model_dump() | settled)  # the options' own ranges and types
     except ValidationError as error:
-        raise refusal(name, error) from error
+        raise refusal(name, error, {option: ".".join(path) for path, option in SHARED}) from error
     settled = {option: getattr(valid, option) for option in settled}
     for path, option in SHARED:
         if option in settled:
@@ -153,10 +184,11 @@ def merge_shared(ds: dict[str, Any], config: RunConfig, name: str) -> RunConfig:
     return config.model_copy(update=settled)
 
 
-def refusal(name: str, error: ValidationError) -> UserError:
-    """The first of pydantic's findings about a configuration."""
+def refusal(name: str, error: ValidationError, theirs: Mapping[str, str] = MappingProxyType({})) -> UserError:
+    """The first of pydantic's findings about a configuration. theirs: what the file calls an option."""
     found = error.errors(include_url=False)[0]
-    return UserError(f"{name}: {'.'.join(map(str, found['loc']))} {found['input']!r}: {found['msg']}")
+    what = ".".join(map(str, found["loc"]))
+    return UserError(f"{name}: {theirs.get(what, what)} {found['input']!r}: {found['msg']}")
 
 
 def section_of(ds: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
@@ -183,7 +215,7 @@ def fill_batch(ds: dict[str, Any], world_size: int) -> None:
     if micro * accumulation * world_size != batch:
         raise UserError(
             f"--batch_size {batch} is not a micro-batch of {micro} x {accumulation} accumulation steps x {world_size} processes: "
-            f"choose a multiple of {step}"
+            f"choose a multiple of {step}, or other processes"
         )
     ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"] = micro, accumulation
 
@@ -191,15 +223,23 @@ def fill_batch(ds: dict[str, Any], world_size: int) -> None:
 def fill_scheduler(scheduler: dict[str, Any], total_steps: int, warmup_steps: int, lr: float) -> dict[str, Any]:
     """DeepSpeed's scheduler with what it needs to know of the run where it does not say so itself."""
     fill = {"total_num_steps": total_steps, "warmup_num_steps": max(2, warmup_steps), "warmup_max_lr": lr}
-    wanted = {"WarmupLR": ("warmup_num_steps", "warmup_max_lr"), "WarmupDecayLR": tuple(fill)}
+    wanted = {
+        "WarmupLR": ("warmup_num_steps", "warmup_max_lr"),
+        "WarmupDecayLR": tuple(fill),
+        "WarmupCosineLR": ("total_num_steps", "warmup_num_steps"),
+    }
     names = wanted.get(scheduler.get("type"), ())
-    return scheduler | {"params": {name: fill[name] for name in names} | scheduler.get("params", {})}
+    return scheduler | {"params": {name: fill[name] for name in names} | (scheduler.get("params") or {})}
 
 
 def fill_precision(ds: dict[str, Any], name: str, asked: str | None, world_size: int, device: str) -> None:
     """fp32 by default. Half precision keeps fp32 master weights, which DeepSpeed shards from ZeRO stage 1 on. In bf16 at stage 0, the
     default of a single process and on a CPU, the weights themselves are fp32 and the forward runs under autocast."""
-    half = [key for key in ("bf16", "fp16") if ds.get(key, {}).get("enabled")]
+    enabled = {key: ds.get(key, {}).get("enabled", False) for key in ("bf16", "fp16")}
+    for key, value in enabled.items():
+        if not isinstance(value, bool):
+            raise UserError(f"{name}: {key}.enabled must be true or false, found {value!r}")
+    half = [key for key in enabled if enabled[key]]
     if len(half) == 2:
         raise UserError(f"{name}: bf16 and fp16 are both enabled, choose one")
     if half and asked not in (None, *half):

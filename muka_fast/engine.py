@@ -24,14 +24,17 @@ from torch import Tensor, nn
 
 from muka_fast.aligned import StudentOutput
 from muka_fast.config import RunConfig
-from muka_fast.ds_config import AUTOCAST, fill_scheduler, refusal
+from muka_fast.ds_config import AUTOCAST, ds_config_name, fill_scheduler, refusal
 from muka_fast.errors import UserError, first_line
-from muka_fast.group import JOINING, joined, shut_down
+from muka_fast.group import JOINING, check_launch, joined, shut_down
 from muka_fast.intercept import run_without_waiting
 from muka_fast.memory import Fetch, device_of, send
 from muka_fast.optim import clip_gradients, dense_gradients, linear_schedule, parameter_groups, sparse_embeddings
 from muka_fast.recorded import RecordedSteps, recordable
 
+log = logging.getLogger("muka_fast")
+# What DeepSpeed raises for a configuration that it cannot use, beside errors of its own.
+REFUSALS = (AssertionError, AttributeError, TypeError, ValueError, LookupError, NotImplementedError, ImportError)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic one: what changes
 SHARD_BYTES = 1 << 30  # tensors are gathered one by one and flushed to a file at this size: rank 0 never holds the whole state
@@ -81,6 +84,8 @@ def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, i
     """
     global _joined_in
     launched = "RANK" in os.environ
+    if launched and not torch.distributed.is_initialized():
+        check_launch()
     hook = sys.excepthook
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, under ZeRO-3 again and again
     if device != "cpu":  # before anything is sent: each process talks through its own GPU
@@ -112,16 +117,30 @@ def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, i
     return comm.get_rank(), comm.get_world_size()
 
 
+@contextlib.contextmanager
+def told_as_refusal(name: str) -> Iterator[None]:
+    """What DeepSpeed raises about a configuration that it cannot use, as a UserError. name: what errors call it."""
+    from deepspeed.runtime.config import DeepSpeedConfigError
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+    try:
+        yield
+    except ValidationError as error:
+        raise refusal(name, error) from error
+    except (DeepSpeedConfigError, ZeRORuntimeException, *REFUSALS) as error:
+        raise UserError(f"{name}: DeepSpeed refuses it: {first_line(error)}") from error
+
+
 def check_ds_config(ds_config: dict[str, Any], name: str) -> None:
     """Have DeepSpeed read its configuration, and build its scheduler, before anything slow begins. name: what errors call it.
 
     Raises UserError for what it refuses, which it would otherwise say after the scoring, and in its own way.
     """
     from deepspeed.runtime import lr_schedules
-    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+    from deepspeed.runtime.config import DeepSpeedConfig
 
     params = {"lr": 1e-5} | {key: ds_config["optimizer"]["params"][key] for key in ("betas", "eps")}
-    try:
+    with told_as_refusal(name):
         DeepSpeedConfig({key: value for key, value in copy.deepcopy(ds_config).items() if key != "optimizer"})
         if "scheduler" in ds_config:
             scheduler = fill_scheduler(copy.deepcopy(ds_config["scheduler"]), 10, 2, params["lr"])
@@ -130,10 +149,6 @@ def check_ds_config(ds_config: dict[str, Any], name: str) -> None:
                 raise UserError(f"{name}: scheduler.type {kind!r} is none of {', '.join(lr_schedules.VALID_LR_SCHEDULES)}")
             optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], **params)
             getattr(lr_schedules, kind)(optimizer, **scheduler["params"])
-    except ValidationError as error:
-        raise refusal(name, error) from error
-    except (DeepSpeedConfigError, AssertionError, AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{name}: DeepSpeed refuses it: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -206,10 +221,15 @@ class Engine:
             ds_config |= {"torch_autocast": AUTOCAST} if in_bf16 and not recorded else {}
         if "scheduler" in ds_config:
             schedule, ds_config["scheduler"] = None, fill_scheduler(ds_config["scheduler"], total_steps, warmup_steps, params["lr"])
+            planned = ds_config["scheduler"]["params"].get("total_num_steps", total_steps)
+            if planned != total_steps:
+                log.warning("scheduler.params.total_num_steps is %s, the run has %d steps (its default)", planned, total_steps)
         model.train()
         if device != "cpu":
             run_without_waiting(model)
-        ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+        theirs = told_as_refusal(ds_config_name(config.ds_config)) if config.ds_config else contextlib.nullcontext()
+        with theirs:
+            ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
         engine = cls(ds_engine, params["lr"], schedule, max_norm, device)
         if engine.plain and engine.world_size == 1:
             ds_engine.enable_backward_allreduce = False  # it would copy all gradients twice to average them over one process

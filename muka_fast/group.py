@@ -22,6 +22,7 @@ JOINING = timedelta(minutes=10)
 # Within it: one may score for hours while the others wait; a process that dies ends the wait, at once or after a grace (`Watch`).
 PATIENCE = timedelta(days=7)
 GRACE_S = 10.0  # for a process to end by itself after another one's death: mostly gloo wakes it, or it leaves at the next shard
+TOLD_S = 2.0  # gloo raises in one thread, and tells the watch in another
 LIFETIME = timedelta(days=3650)  # of a job, at most
 WATCH_TAG = 7  # of a watch's messages
 # Gloo's threads, which nothing ends, let go of the tensors of the last exchange a moment after it. Where the interpreter is gone by
@@ -92,6 +93,15 @@ class Watch:
 _watch: Watch | None = None
 
 
+def check_launch() -> None:
+    """Raises UserError where the variables that a launcher sets are not all there, or are no place in a group."""
+    given = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")}
+    numbers = all(given[name].isdigit() for name in list(given)[:3])
+    if not (numbers and given["MASTER_ADDR"] and int(given["RANK"]) < int(given["WORLD_SIZE"])):
+        told = " ".join(f"{name}={value}" for name, value in given.items())
+        raise UserError(f"{told} is no process of a job: start it by torchrun or deepspeed, or with none of these variables")
+
+
 def joined() -> None:
     """From now on until `shut_down` processes wait for each other, and notice where one is gone. Collective."""
     global _watch
@@ -150,9 +160,42 @@ def told_once() -> Iterator[None]:
         raise failure if failed.index(True) == torch.distributed.get_rank() else SystemExit(2) from failure
 
 
+def check_alike(given: dict[str, Any]) -> None:
+    """Refuse a job whose processes were given different things: they would wait for each other, or train apart. Collective.
+
+    given: what must be the same everywhere, by the names that users know. Raises UserError on process 0, which tells it.
+    """
+    if torch.distributed.get_world_size() == 1:
+        return
+    found: list[dict[str, Any]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, given)
+    for rank, other in enumerate(found):
+        if names := [name for name in {**found[0], **other} if other.get(name) != found[0].get(name)]:
+            told = ", ".join(f"{name} {other.get(name)} instead of {found[0].get(name)}" for name in names[:3])
+            raise told_by_first(f"process {rank} was given other options than process 0 ({told[:200]}): start all with the same")
+
+
 def told_by_first(message: str) -> BaseException:
     """What to raise where every process has met the same bad input: process 0 tells it, the others end quietly."""
     return UserError(message) if torch.distributed.get_rank() == 0 else SystemExit(2)
+
+
+@contextlib.contextmanager
+def one_job() -> Iterator[None]:
+    """Around all that processes do together: they leave the group behind it. Where an exchange in it fails because another process
+    has failed or is gone, this one ends in one line, with exit code 1."""
+    try:
+        yield
+    except RuntimeError as error:
+        end = time.monotonic() + TOLD_S
+        while _watch is not None and not gone() and time.monotonic() < end:
+            time.sleep(0.02)
+        if not gone():
+            raise
+        log.error("%s: stopping; its log has the reason, what is finished is kept", gone())
+        raise SystemExit(1) from error
+    finally:
+        shut_down()
 
 
 def shut_down(at_exit: bool = False) -> None:

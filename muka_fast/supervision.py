@@ -16,11 +16,12 @@ from transformers import AutoConfig
 
 from muka_fast import adapters, checkpoint
 from muka_fast.adaptive import Crew, sampling_summary
+from muka_fast.config import given_alike
 from muka_fast.console import log_file, quiet_transformers
 from muka_fast.data import TextSet, read_texts
 from muka_fast.engine import init_distributed, resolve_device
 from muka_fast.errors import UserError
-from muka_fast.group import shut_down, told_once
+from muka_fast.group import check_alike, one_job, told_once
 from muka_fast.memory import device_of, teacher_budget_bytes, tell_precision
 from muka_fast.placement import memory_limits, weight_bytes
 from muka_fast.scoring import Job, Scoring
@@ -234,6 +235,8 @@ def score(config: ScoreConfig) -> Supervision:
     with told_once():
         device = resolve_device(config.device) if launched else device_of(config.device)
     rank, world_size = init_distributed(device, config.verbose) if launched else (0, 1)
+    if launched:
+        check_alike(given_alike(config))
     with log_file(Path(config.output) / "logs", rank, world_size) if world_size > 1 else nullcontext():
         with told_once():
             texts = read_texts(config.texts, text_column=config.text_column, label_column=None, limit=config.limit)
@@ -242,10 +245,8 @@ def score(config: ScoreConfig) -> Supervision:
 
 def main(config: ScoreConfig) -> int:
     """`muka-fast score`: score, then say how certain each teacher was and how often it was the most certain one."""
-    try:
+    with one_job():
         sup = score(config)
-    finally:
-        shut_down()
     selected = sup.normalized_entropy.argmin(-1)
     for i, teacher in enumerate(sup.teachers):
         log.info(

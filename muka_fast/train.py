@@ -28,7 +28,7 @@ import yaml
 from muka_fast import export, identity, outputs, runinfo, snapshots
 from muka_fast.aligned import student_part
 from muka_fast.caller import caller_undisturbed
-from muka_fast.config import GROUPS, EvalConfig, RunConfig, help_text, load_config
+from muka_fast.config import GROUPS, EvalConfig, RunConfig, given_alike, help_text, load_config
 from muka_fast.console import log_file, setup_logging
 from muka_fast.coverage import nobody_weights
 from muka_fast.data import TextSet, check_source, cut_length, read_texts, tell_cut
@@ -39,7 +39,7 @@ from muka_fast.evidence import SAMPLE, sample_rows
 from muka_fast.features import Features
 from muka_fast.files import held, write_json, write_text
 from muka_fast.fit_doubt import doubt_targets, fit_head
-from muka_fast.group import on_first_process, shut_down, told_once
+from muka_fast.group import check_alike, on_first_process, one_job, told_once
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
 from muka_fast.loop import Plan, train
 from muka_fast.memory import tell_precision
@@ -114,6 +114,7 @@ def run(config: RunConfig) -> RunResult:
         ds_config, config = prepare_ds_config(config.ds_config, config, world_size, device)
         check_ds_config(ds_config, ds_config_name(config.ds_config))
         check_layout(config, ds_config)
+    check_alike(given_alike(config) | ds_config)
     tell_unused_options(config)
     tell_precision("--precision", identity.ds_identity(ds_config)["precision"], device)
     on_first_process(lambda: outputs.check_output(*output_options(config)) and None)
@@ -187,10 +188,10 @@ def merge(
         on_first_process(lambda: snapshots.discard_unfinished(output))
         log.info(COMPLETE, output)
         return done
-    on_first_process(lambda: begin_run(output, config, record))
     vocabulary = TextVocabulary(model, tokens)
     trained = method.wrap(model)
     engine = Engine.create(trained, config, ds_config, plan.total_steps)
+    on_first_process(lambda: begin_run(output, config, record))
     pad_id = model.config.get_text_config().pad_token_id
     with clock("train"), training_layers(model, config.seed, engine.device, config.batch_size) as next_texts:
         finished = train(engine, method, tokens, texts, plan, config, output, pad_id, next_texts)
@@ -364,10 +365,8 @@ def evaluate_student(config: RunConfig, output: Path) -> dict[str, Any]:
 
 def main(config: RunConfig) -> int:
     """`muka-fast train`: run, and tell the figures. Returns the exit code."""
-    try:
+    with one_job():
         result = run(config)
-    finally:
-        shut_down()
     if result.stopped:
         return STOPPED
     student = result.metrics.get("student", {})

@@ -31,11 +31,20 @@ def run_processes(
     options: dict, count: int, extra: tuple[str, ...] = (), program: tuple[str, ...] = TRAIN
 ) -> list[subprocess.Popen]:
     """Start muka_fast/train.py, or another program, in `count` processes. options: name -> value, None where not given."""
-    words = {key: value if isinstance(value, list) else [value] for key, value in options.items() if value is not None}
-    flags = [word for key, values in words.items() for word in (f"--{key}", *map(str, values))]
-    command = [sys.executable, *program, *flags, *extra]
-    pipes = {"stderr": subprocess.PIPE, "text": True}
-    return [subprocess.Popen(command, env=os.environ | variables, **pipes) for variables in launcher_variables(count)]
+    return start([(options, variables) for variables in launcher_variables(count)], extra, program)
+
+
+def start(
+    jobs: list[tuple[dict, dict[str, str]]], extra: tuple[str, ...] = (), program: tuple[str, ...] = TRAIN
+) -> list[subprocess.Popen]:
+    """A process for each pair of options, as of `run_processes`, and variables of the environment."""
+    processes = []
+    for options, variables in jobs:
+        words = {key: value if isinstance(value, list) else [value] for key, value in options.items() if value is not None}
+        flags = [word for key, values in words.items() for word in (f"--{key}", *map(str, values))]
+        command = [sys.executable, *program, *flags, *extra]
+        processes.append(subprocess.Popen(command, env=os.environ | variables, stderr=subprocess.PIPE, text=True))
+    return processes
 
 
 def finish(processes: list[subprocess.Popen]) -> tuple[list[int], str]:

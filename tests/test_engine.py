@@ -1,5 +1,6 @@
 """The DeepSpeed configuration we fill and refuse, the schedule, the clipping, and an engine alone."""
 
+import importlib.util
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from launch import launcher_variables
 
 from muka_fast.config import RunConfig
-from muka_fast.ds_config import prepare_ds_config, read_ds_config
+from muka_fast.ds_config import UNSUPPORTED, prepare_ds_config, read_ds_config
 from muka_fast.engine import Engine, check_ds_config, init_distributed, resolve_device
 from muka_fast.errors import UserError
 from muka_fast.memory import device_of
@@ -73,7 +74,7 @@ def test_batch_is_micro_batch_times_accumulation_times_processes(micro, accumula
         ({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": [2]}, {}, "must be an integer >= 1"),
         ({"optimizer": {"type": "Lamb"}}, {}, "'Lamb' is not supported, use one of AdamW, Adam"),
         ({"optimizer": {"params": {"lr": "big"}}}, {}, "must be a number"),
-        ({"gradient_clipping": -1}, {}, "max_grad_norm"),
+        ({"gradient_clipping": -1}, {}, "gradient_clipping -1: "),
         ({"zero_optimization": {"stage": 4}}, {}, "must be 0, 1, 2 or 3"),
         ({"activation_checkpointing": {}}, {}, "activation_checkpointing, which .* use --activation_checkpointing"),
         ({"fp16": {"enabled": True}}, {}, "fp16 is enabled, but this run is on the CPU"),
@@ -82,6 +83,10 @@ def test_batch_is_micro_batch_times_accumulation_times_processes(micro, accumula
         ({"bf16": {"enabled": True}}, {"precision": "fp32"}, "enables bf16, but --precision is fp32"),
         ({"bf16": {"enabled": False}}, {"precision": "bf16"}, "bf16.enabled to false, but --precision is bf16"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, {}, "both enabled"),
+        ({"fp16": {"enabled": "false"}}, {}, "fp16.enabled must be true or false, found 'false'"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 2e-3}}}, {"learning_rate": 1e-4}, "lr to 0.002, but"),
+        ({"steps_per_print": 0}, {}, "steps_per_print must be a number >= 1"),
+        ({"scheduler": {"type": "WarmupLR", "params": [1]}}, {}, r"scheduler\.params must be a JSON object, found \[1\]"),
     ],
 )
 def test_contradictions_name_both_sides(ds, options, message):
@@ -221,15 +226,68 @@ def test_keys_that_nobody_knows_are_told(tmp_path, caplog):
     (tmp_path / "ds.json").write_text('{"stage": 2}')
     with caplog.at_level("WARNING", logger="muka_fast"):
         read_ds_config(tmp_path / "ds.json")
-    assert "'stage' is no known key" in caplog.text
+    assert "'stage' is no key that is known here" in caplog.text
     (tmp_path / "ds.json").write_text('{"amp": {"enabled": true}}')
-    with pytest.raises(UserError, match="'amp' is not supported; remove it"):
+    with pytest.raises(UserError, match="'amp' is not supported; remove it and use --precision"):
         read_ds_config(tmp_path / "ds.json")
+    for key in UNSUPPORTED:  # DeepSpeed would train in another way, or not at all
+        with pytest.raises(UserError, match=f"'{key}' is not supported; remove it"):
+            read_ds_config({key: {"enabled": True}})
+    assert read_ds_config({"autotuning": {"enabled": False}}) == {"autotuning": {"enabled": False}}
+
+
+def test_a_schedulers_highest_rate_is_the_learning_rate():
+    scheduler = {"type": "WarmupDecayLR", "params": {"warmup_max_lr": 2e-3}}
+    ds, config = prepare_ds_config({"scheduler": scheduler, "optimizer": {"params": {"lr": None}}}, RunConfig(), 1)
+    assert config.learning_rate == ds["optimizer"]["params"]["lr"] == 2e-3
+    assert prepare_ds_config({"optimizer": {"params": {"lr": None}}}, RunConfig(learning_rate=1e-4), 1)[1].learning_rate == 1e-4
+
+
+def test_the_older_spelling_of_offload_is_the_newer_one():
+    ds, _ = prepare_ds_config({"zero_optimization": {"stage": 2, "cpu_offload": True}}, RunConfig(), 1)
+    new, _ = prepare_ds_config({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, RunConfig(), 1)
+    assert ds == new
+    off, _ = prepare_ds_config({"zero_optimization": {"stage": 2, "cpu_offload": False}}, RunConfig(), 1)
+    assert "offload_optimizer" not in off["zero_optimization"]
+
+
+def test_a_scheduler_for_another_number_of_steps_is_told(caplog):
+    for planned, told in ((5, True), (4, False), ("auto", False)):
+        scheduler = {"type": "WarmupDecayLR", "params": {"total_num_steps": planned}}
+        caplog.clear()
+        ds, config = prepare_ds_config({"scheduler": scheduler}, RunConfig(device="cpu", learning_rate=1e-3, epochs=1), 1)
+        Engine.create(torch.nn.Linear(2, 2), config, ds, 4)
+        assert ("total_num_steps is 5, the run has 4 steps" in caplog.text) is told
+
+
+CPU_ADAM = {"zero_optimization": {"stage": 2, "cpu_offload": True}, "zero_force_ds_cpu_optimizer": True}
+
+
+@pytest.mark.parametrize(("content", "told"), [({"wandb": {"enabled": True}}, "wandb"), (CPU_ADAM, "")], ids=["wandb", "cpu adam"])
+def test_what_deepspeed_refuses_when_it_begins_is_one_line(content, told):
+    if told and importlib.util.find_spec(told):
+        pytest.skip(f"{told} is installed, which DeepSpeed would log to")
+    ds, config = prepare_ds_config(content, RunConfig(device="cpu", learning_rate=1e-3, epochs=1, ds_config=content), 1)
+    with pytest.raises(UserError, match=f"ds_config: DeepSpeed refuses it: .*{told}"):
+        Engine.create(torch.nn.Linear(2, 2), config, ds, 4)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"WORLD_SIZE": None}, {"MASTER_PORT": None}, {"RANK": "x"}, {"RANK": "2"}, {"MASTER_ADDR": None}], ids=str
+)
+def test_a_launch_that_is_none_is_told_at_once(changed):
+    """Else DeepSpeed asks for mpi4py, or waits for processes that nobody starts."""
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"} | changed
+    environment = {key: value for key, value in os.environ.items() if key not in variables}
+    environment |= {key: value for key, value in variables.items() if value is not None}
+    code = "from muka_fast.engine import init_distributed\ninit_distributed()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "is no process of a job: start it by torchrun or deepspeed" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("given", "multiple"), [({"train_micro_batch_size_per_gpu": 3}, 6), ({"gradient_accumulation_steps": 5}, 10)])
 def test_a_batch_that_does_not_divide_names_one_that_does(given, multiple):
-    with pytest.raises(UserError, match=f"choose a multiple of {multiple}$"):
+    with pytest.raises(UserError, match=f"choose a multiple of {multiple}, or other processes$"):
         prepare_ds_config(given, RunConfig(batch_size=16), 2)
     prepare_ds_config(given, RunConfig(batch_size=3 * multiple), 2)
 

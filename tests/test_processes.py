@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import TRAIN, finish, run_processes, wait_for
+from launch import TRAIN, finish, launcher_variables, run_processes, start, wait_for
 from runs import LABELS, SMOOTH_ADAM, arguments, largest_difference, losses, uncertainty_head, weights, word_tokenizer
 
 from muka_fast import train
@@ -98,6 +98,28 @@ def test_an_output_that_this_node_does_not_see_is_named(world, tmp_path):
 def store_files(store: Path) -> dict[str, bytes]:
     """Every file of a store by its path in it."""
     return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"batch_size": 8}, r"\(--batch_size 8 instead of 16"),
+        ({"seed": 5}, r"\(--seed 5 instead of 0\)"),
+        ({"ds_config": "other.json"}, r"\(zero_optimization .'stage': 2"),
+        ({"eval": None}, r"\(--eval False instead of True\)"),
+    ],
+    ids=["batch", "seed", "stage", "eval"],
+)
+@pytest.mark.slow
+def test_processes_with_other_options_are_told_so_instead_of_waiting(world, tmp_path, changed, told):
+    options = {"batch_size": 16, "eval": str(world / "texts.jsonl")}
+    both = arguments(world, tmp_path, "pair", SMOOTH_ADAM, options), arguments(world, tmp_path, "pair", SMOOTH_ADAM, options)
+    if "ds_config" in changed:
+        changed = {"ds_config": str(tmp_path / "other.json")}
+        (tmp_path / "other.json").write_text(json.dumps({**SMOOTH_ADAM, "zero_optimization": {"stage": 2}}))
+    codes, log = finish(start(list(zip((both[0], both[1] | changed), launcher_variables(2), strict=True))))
+    assert codes == [2, 2] and re.search(f"error: process 1 was given other options than process 0 {told}", log), log
+    assert log.count("error:") == 1
 
 
 def test_two_processes_fill_the_store_that_one_fills(go, world, tmp_path):
@@ -206,8 +228,9 @@ def test_a_dead_worker_takes_the_job_down_within_seconds(world, tmp_path):
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, processes)
     processes[1].kill()
-    assert processes[0].wait(timeout=30) != 0
-    finish(processes)
+    assert processes[0].wait(timeout=30) == 1
+    _, told = finish(processes)
+    assert "is gone: stopping" in told and "Traceback" not in told
 
 
 LEAVING = """if True:

@@ -221,7 +221,6 @@ def test_what_a_failed_recording_says_is_the_first_error(make_model, monkeypatch
         ({"zero_optimization": {"stage": 2}}, {}, False),
         ({"train_micro_batch_size_per_gpu": 4}, {}, False),
         ({"scheduler": {"type": "WarmupLR"}}, {}, False),
-        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, {}, False),
         ({"tensorboard": {"enabled": True}}, {}, False),
         ({"tensorboard": {"enabled": False}, "wall_clock_breakdown": False}, {}, True),
         ({"wall_clock_breakdown": True}, {}, False),
