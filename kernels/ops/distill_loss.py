@@ -234,8 +234,9 @@ if triton is not None:
 
         Kept for as long as the map lives and is not written to: it is the same in every step of a run.
         """
-        key = (offsets, classes, teacher_to_union._version)
-        plan = _plans.get(teacher_to_union)
+        kept = not teacher_to_union.is_inference()  # of those nothing tells whether they were written to
+        key = (offsets, classes, teacher_to_union._version if kept else None)
+        plan = _plans.get(teacher_to_union) if kept else None
         if plan is None or plan[0] != key:
             mapping, device = teacher_to_union.cpu(), teacher_to_union.device
             check_classes(mapping, classes)
@@ -247,7 +248,9 @@ if triton is not None:
             owner = torch.zeros_like(source)
             source[place, mapping[order]] = order.to(torch.int32)
             owner[place, mapping[order]] = teachers[order]
-            plan = _plans[teacher_to_union] = (key, source.to(device), owner.to(device), torch.equal(mapping, torch.arange(classes)))
+            plan = (key, source.to(device), owner.to(device), torch.equal(mapping, torch.arange(classes)))
+            if kept:
+                _plans[teacher_to_union] = plan
         return plan[1:]
 
     def row_class(classes: int) -> str:
@@ -321,6 +324,7 @@ class WithGradient(torch.autograd.Function):
         return loss.view_as(loss)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
         # In place where no further backward can ask for it: no second [B, C], and autograd keeps this one as the leaf's gradient.

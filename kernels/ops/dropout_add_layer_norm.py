@@ -229,6 +229,8 @@ def dropout_add_layer_norm(
         raise ValueError(f"x {list(x.shape)} must be [R, rows, D] and residual {list(residual.shape)} the same or [rows, D]")
     if weight.shape != x.shape[2:] or bias.shape != x.shape[2:]:
         raise ValueError(f"weight {list(weight.shape)} and bias {list(bias.shape)} must have shape [{x.shape[2]}]")
+    if not (x.is_floating_point() and residual.is_floating_point()):
+        raise ValueError(f"x and residual must be of floating-point types, not {x.dtype} and {residual.dtype}")
     if not eps > 0:
         raise ValueError(f"eps {eps} must be positive")
     philox.check_counters(site, first_sample, max(0, x.shape[0] - int(plain_first)))

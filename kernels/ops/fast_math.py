@@ -14,6 +14,7 @@ if triton is not None:
     from muka_fast.ops.philox import IN_INTERPRETER
 
     LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+    LOWEST = tl.constexpr(-3.0e38)  # finite start of a running maximum: differences are no NaN where all so far is -inf
     TINY = tl.constexpr(2.0**-126)  # the least argument that log2 does not take for 0
 
     @triton.jit

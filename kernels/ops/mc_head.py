@@ -96,10 +96,9 @@ if philox.triton is not None:
     import triton
     import triton.language as tl
 
-    from muka_fast.ops.fast_math import FUSED, LN_2, LOG2_E, log2, minus_p_log_p
+    from muka_fast.ops.fast_math import FUSED, LN_2, LOG2_E, LOWEST, log2, minus_p_log_p
 
     SAMPLES = tl.constexpr(16)  # rows of one matrix product that belong to one text; more samples are merged in turns
-    LOWEST = tl.constexpr(-3.0e38)  # finite start of a running maximum: differences stay finite where every logit is -inf
 
     @triton.jit
     def tile_logits(
@@ -350,6 +349,8 @@ def mc_head(
     """
     if features.dim() != 2 or weight.dim() != 2 or features.shape[1] != weight.shape[1] or weight.shape[0] < 1:
         raise ValueError(f"features [B, D] and weight [C, D] do not match: {list(features.shape)}, {list(weight.shape)}")
+    if not (features.is_floating_point() and weight.is_floating_point()):
+        raise ValueError(f"features and weight must be of floating-point types, not {features.dtype} and {weight.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape [{weight.shape[0]}], not {list(bias.shape)}")
     if num_samples < 1 or not 0 <= site < 1 << 32:

@@ -69,7 +69,7 @@ class McStatistics:
     predictive_entropy = _column(2, "[B, N], in [0, ln C_i].")
     expected_entropy = _column(3, "[B, N], in [0, ln C_i].")
     mutual_information = _column(4, "[B, N], in [0, ln C_i].")
-    normalized_entropy = _column(5, "[B, N], in [0, 1].")
+    normalized_entropy = _column(5, "[B, N], in [0, 1] but for rounding.")
     selected = _column(6, "int64 [B], the most certain teacher.")
     teacher_margin = _column(7, "[B], in [0, 1].")
     FIELDS = (

@@ -76,7 +76,7 @@ if philox.triton is not None:
     import triton
     import triton.language as tl
 
-    from muka_fast.ops.fast_math import FUSED
+    from muka_fast.ops.fast_math import FUSED, LOWEST
     from muka_fast.ops.packed_attention import halves, pad, product, width_class
 
     @triton.jit
@@ -115,7 +115,7 @@ if philox.triton is not None:
         b_threshold = tl.where(o_r < num_plain, 0, threshold)[:, None]  # the plain replica keeps every lane
         b_scale = tl.where(o_r < num_plain, 1.0, scale)[:, None]
         # Masks act after the softmax, so the online softmax carries one maximum and one sum for all replicas.
-        highest, total = -float("inf"), 0.0
+        highest, total = tl.full([], LOWEST, tl.float32), 0.0
         b_y = tl.zeros([R_PAD, D_PAD], tl.float32)
         # Columns of a block: of 32 keys, column 4 i + t holds key 8 t + i. A matrix unit takes columns t, t + 4, ... of a factor from
         # thread t of four: the eight keys of one Philox call, so that no lane has to change threads.

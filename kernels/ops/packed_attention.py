@@ -120,7 +120,7 @@ if philox.triton is not None:
     import triton
     import triton.language as tl
 
-    from muka_fast.ops.fast_math import FUSED, LOG2_E
+    from muka_fast.ops.fast_math import FUSED, LOG2_E, LOWEST
 
     @triton.jit
     def halves(x):
@@ -199,7 +199,7 @@ if philox.triton is not None:
                 sample, text_id = first_sample - num_plain + i_r, tl.load(p_ids + i_b)
                 plain = i_r < num_plain  # the plain replica keeps every lane
                 b_threshold, b_scale = tl.where(plain, 0, threshold), tl.where(plain, 1.0, scale)
-            highest, total = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+            highest, total = tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
             b_y = tl.zeros([BLOCK_M, D_PAD], tl.float32)
             for l in range(0, length, BLOCK_N):  # noqa: E741
                 o_l = l + o_n
@@ -208,7 +208,7 @@ if philox.triton is not None:
                 b_k = tl.load(p_k + kv + o_kv, mask=m_kv, other=0.0)
                 b_s = product(b_q, tl.trans(b_k)) * scaling
                 if HAS_BIAS:
-                    p_row = p_bias + i_h * bias_head + position.to(tl.int64)[:, None] * bias_row
+                    p_row = p_bias + i_h.to(tl.int64) * bias_head + position.to(tl.int64)[:, None] * bias_row
                     m_bias = m_m[:, None] & m_l[None, :]
                     b_s += tl.load(p_row + o_l[None, :], mask=m_bias, other=-float("inf")).to(tl.float32)
                 else:
@@ -337,10 +337,11 @@ def packed_attention(
     one for every text, whose positions count from first_positions int64 [B]. position_bias [H or 1, >= longest, >= longest] or None
     is added to the scaled scores at (query position, key position). Without masks (p = 0) over states that all replicas share the
     result is theirs as well: [Q, H * d].
-    Raises ValueError where shapes do not fit or there are more than 128 heads.
+    d up to 128 is what the kernel is made for: wider heads run, and spill registers.
+    Raises ValueError where shapes, positions, site or samples do not fit or there are more than 128 heads.
     """
     texts, width, replicas = len(starts) - 1, query.shape[-1], num_samples + int(plain_first)
-    if key.shape != value.shape or width % num_heads or key.shape[-1] % (width // num_heads) or width % key.shape[-1]:
+    if num_heads < 1 or key.shape != value.shape or width % num_heads or key.shape[-1] % (width // num_heads) or width % key.shape[-1]:
         raise ValueError(f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)} do not share {num_heads} heads")
     for name, states in (("query", query), ("key", key)):
         if states.dim() not in (2, 3) or (states.dim() == 3 and len(states) != replicas):
@@ -360,6 +361,12 @@ def packed_attention(
                 raise ValueError(f"{name} must rise from 0 to {rows} by at least 1 and at most {longest}")
     ids = philox.check_rows("example_ids", example_ids, texts, query.device)
     positions = philox.check_rows("first_positions", first_positions, texts, query.device)
+    if not positions.is_cuda and texts:
+        last = int((positions + query_starts.diff()).max())
+        beyond = last > (ATTENTION_STRIDE if position_bias is None else min(ATTENTION_STRIDE, position_bias.shape[1]))
+        if positions.min() < 0 or beyond:
+            raise ValueError(f"first_positions give queries positions in [{int(positions.min())}, {last}), out of reach")
+    philox.check_counters(site, first_sample, num_samples)
     philox.mask_parameters(p)
     return _op(
         query, key, value, query_starts, positions, starts, longest, num_heads, scaling, num_samples, p, philox.signed_seed(seed),

@@ -296,7 +296,8 @@ def adamw_ref(
 
     rates [3]: lr, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t). In the dtype of the weights.
     """
-    norm = torch.stack([grad.to(weights[0].dtype).square().sum() for grad in grads if grad is not None]).sum().sqrt()
+    squares = [grad.to(weights[0].dtype).square().sum() for grad in grads if grad is not None]
+    norm = torch.stack([weights[0].new_zeros(()), *squares]).sum().sqrt()
     scale, (lr, rate, root) = (max_norm / (norm + 1e-6)).clamp_max(1.0), rates
     for weight, exp_avg, exp_avg_sq, cast, decay, grad in zip(weights, exp_avgs, exp_avg_sqs, casts, decays, grads, strict=True):
         if grad is None:

@@ -217,6 +217,8 @@ def repeat_dropout(
     """
     if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] != num_samples):
         raise ValueError(f"x must be [rows, D] or [{num_samples}, rows, D], not {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be of a floating-point type, not {x.dtype}")
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, not {num_samples}")
     philox.check_counters(site, first_sample, num_samples)

@@ -231,10 +231,10 @@ def self_attention(qkv: Tensor, num_heads: int, *, p: float, draws: Draws | None
     Scores and probabilities are fp32 (float64 for float64). By Triton on a GPU that `takes` them, else by PyTorch, with equal masks.
     Raises ValueError for shapes, p or draws that do not fit.
     """
+    if not 1 <= num_heads <= MOST_HEADS:
+        raise ValueError(f"the masks of attention reach 1 to {MOST_HEADS} heads, not {num_heads}")
     if qkv.dim() != 3 or qkv.shape[-1] % (3 * num_heads) or qkv.shape[1] > LONGEST or qkv.shape[-1] > 3 * num_heads * WIDEST:
         raise ValueError(f"qkv {list(qkv.shape)} must be [B, L <= {LONGEST}, 3 * {num_heads} * d], d <= {WIDEST}")
-    if num_heads > MOST_HEADS:
-        raise ValueError(f"the masks of attention reach {MOST_HEADS} heads, not {num_heads}")
     whole = (len(qkv), 1, qkv.shape[1], qkv.shape[1])
     if mask is not None and (
         mask.dtype != torch.bool or mask.dim() != 4 or any(m not in (1, n) for m, n in zip(mask.shape, whole, strict=True))

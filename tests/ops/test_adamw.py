@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muka_fast.ops.adamw import AdamW, Rule, Tensors
+from muka_fast.ops.reference import adamw_ref
 from muka_fast.ops.table import BACKEND
 
 SHAPES = [(1,), (7,), (33, 5), (2048,), (2049,), (3, 2048), (50, 90)]
@@ -83,6 +84,13 @@ def test_weights_without_a_gradient_stay():
     for column, before in zip(tensors[:4], kept, strict=True):
         for i, (now, then) in enumerate(zip(column, before, strict=True)):
             assert now is None or torch.equal(now, then) is (i in missing), i
+
+
+def test_a_step_without_any_gradient_changes_nothing():
+    weights = [torch.ones(3)]
+    moments = [torch.zeros(3)], [torch.zeros(3)]
+    norm = adamw_ref(weights, *moments, [None], [0.1], [None], torch.tensor([1e-3, 1e-3, 1.0]), (0.9, 0.999), 1e-8, 1.0, False)
+    assert norm == 0 and torch.equal(weights[0], torch.ones(3))
 
 
 def test_what_is_missing_from_one_step_alone_is_as_torch_has_it():

@@ -195,6 +195,26 @@ def test_gradcheck_of_the_definition_and_of_the_op(soft, margin):
         assert torch.autograd.gradcheck(lambda z, f=function: f(z, *rest, **options), student)
 
 
+def test_a_gradient_of_the_gradient_is_refused_instead_of_wrong():
+    student, *rest = case(3, [4, 3], 7)
+    student.requires_grad_()
+    loss = (distill_loss(student, *rest, **options_of()) * student.sum(-1)).sum()
+    (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+def test_a_map_made_in_inference_mode_is_read_each_time():
+    student, probs, scores, offsets, mapping = case(3, [4, 3], 7)
+    with torch.inference_mode():
+        made = mapping.clone()
+    for turned in (made, made.flip(0).clone()):
+        got = distill_loss(student, probs, scores, offsets, turned, **options_of())
+        torch.testing.assert_close(got, distill_loss(student, probs, scores, offsets, turned.clone(), **options_of()))
+        with torch.inference_mode():
+            made.copy_(mapping.flip(0))
+
+
 def test_what_does_not_fit_is_refused():
     student, probs, scores, offsets, mapping = case(3, [4, 3], 7)
     good = {"student": student, "probs": probs, "scores": scores, "offsets": offsets, "mapping": mapping}
@@ -238,7 +258,7 @@ def test_compiles_without_a_graph_break():
 
 
 def test_triton_in_its_interpreter(interpreter):
-    interpreter(__file__, "odd_shapes or no_texts or extreme or nan or ties or thousands")
+    interpreter(__file__, "odd_shapes or no_texts or extreme or nan or ties or thousands or inference_mode")
 
 
 @pytest.mark.slow

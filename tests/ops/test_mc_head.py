@@ -191,6 +191,7 @@ def test_opcheck():
         ({"weight": torch.ones(3, 5)}, "do not match"),
         ({"weight": torch.ones(0, 4)}, "do not match"),
         ({"bias": torch.ones(2)}, "bias"),
+        ({"features": torch.ones(2, 4, dtype=torch.int64)}, "floating-point"),
         ({"num_samples": 0}, "num_samples"),
         ({"p": 1.0}, "dropout probability"),
         ({"seed": 2**64}, "seed"),

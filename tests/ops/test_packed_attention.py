@@ -57,7 +57,7 @@ def test_equals_its_reference(lengths, heads, head_dim, own, one_row, bias_heads
 
 
 def test_in_the_interpreter(interpreter):
-    interpreter(__file__, "reference or long")
+    interpreter(__file__, "reference or long or first_block or strides")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
@@ -75,6 +75,25 @@ def test_a_long_text_in_several_blocks():
     common = (2, 0.3, 1, 0.4, 12, 3, ids)
     want = packed_attention_ref(*states, *common, None, 0, True)
     torch.testing.assert_close(packed_attention(*states, longest, *common, None, 0, True), want, atol=2e-6, rtol=1e-5)
+
+
+def test_a_bias_that_hides_the_first_block_of_keys():
+    *states, longest, ids = case([100], 2, 2, 8, 2, False, False, False)
+    bias = torch.randn(2, 100, 100)
+    bias[..., :64] = -float("inf")
+    common = (2, 0.3, 2, 0.4, 12, 3, ids)
+    got = packed_attention(*states, longest, *common, bias)
+    torch.testing.assert_close(got, packed_attention_ref(*states, *common, bias), atol=2e-6, rtol=1e-5)
+
+
+def test_strides_of_a_bias_beyond_32_bits():
+    """Three heads, 2^30 elements apart: of 8 GB of addresses, a few pages are memory."""
+    *states, longest, ids = case([4], 3, 3, 8, 2, False, False, False)
+    far = torch.zeros(2 * 2**30 + 16).as_strided((3, 4, 4), (2**30, 4, 1))
+    far.copy_(torch.randn(3, 4, 4))
+    common = (3, 0.3, 2, 0.4, 12, 3, ids)
+    got = packed_attention(*states, longest, *common, far)
+    torch.testing.assert_close(got, packed_attention_ref(*states, *common, far.contiguous()), atol=2e-6, rtol=1e-5)
 
 
 def test_masks_are_those_of_the_whole_layer():
@@ -100,6 +119,13 @@ def test_masks_are_those_of_the_whole_layer():
         ({"position_bias": torch.zeros(1, 2, 2)}, "does not reach"),
         ({"example_ids": torch.zeros(3, dtype=torch.int64)}, "example_ids"),
         ({"longest": 20_000}, "reach 128 heads"),
+        ({"num_heads": 0}, "do not share 0 heads"),
+        ({"site": 2**32}, "site"),
+        ({"first_sample": -1}, "samples"),
+        ({"first_sample": 2**32 - 1}, "samples"),
+        ({"first_positions": torch.tensor([0, -1])}, "out of reach"),
+        ({"first_positions": torch.tensor([0, ATTENTION_STRIDE - 2])}, "out of reach"),
+        ({"first_positions": torch.tensor([0, 2]), "position_bias": torch.zeros(1, 4, 4)}, "out of reach"),
         ({"p": 1.0}, "drops everything"),
     ],
 )

@@ -164,6 +164,7 @@ def test_opcheck(shape, grad):
     [
         ({"x": torch.ones(4)}, "x must be"),
         ({"x": torch.ones(3, 5, 4)}, "x must be"),
+        ({"x": torch.ones(5, 4, dtype=torch.int64)}, "floating-point"),
         ({"num_samples": 0}, "num_samples"),
         ({"p": 1.0}, "dropout probability"),
         ({"seed": -1}, "seed"),

@@ -77,7 +77,7 @@ def test_layer_norm_of_rows_that_begin_with_a_call_and_others(shift, at_once, mo
 
 
 def test_layer_norm_in_the_interpreter(interpreter):
-    interpreter(__file__, "layer_norm_equals or layer_norm_of_rows")
+    interpreter(__file__, "layer_norm_equals or layer_norm_of_rows or first_block")
 
 
 def attention_case(lengths, heads, key_heads, head_dim, seed):
@@ -114,6 +114,13 @@ def test_attention_equals_its_reference(lengths, heads, head_dim, with_bias, pla
     )
     assert got.shape == (samples + plain, *query.shape)
     torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=1e-5)
+
+
+def test_a_bias_that_hides_the_first_block_of_keys():
+    query, key, value, starts, ids, positions, bias = attention_case([100], 2, 2, 8, 5)
+    bias[:, :64] = -float("inf")
+    common = (query, key, value, starts, 2, 0.35, 2, 0.3, 12, 3, ids, positions, bias)
+    torch.testing.assert_close(one_query_attention(*common), one_query_attention_ref(*common), atol=2e-6, rtol=1e-5)
 
 
 def test_more_replicas_than_one_program_takes():
@@ -226,6 +233,7 @@ def test_attention_refuses_what_does_not_fit(change, message):
         ({"first_sample": -1}, "samples"),
         ({"seed": -1}, "seed"),
         ({"p": 1.0}, "drops everything"),
+        ({"x": torch.ones(2, 3, 8, dtype=torch.int64)}, "floating-point"),
     ],
 )
 def test_layer_norm_refuses_what_does_not_fit(change, message):
