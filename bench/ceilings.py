@@ -45,7 +45,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--toy", action="store_true", help="sizes that prove the script, not the machine")
     parser.add_argument("--json", type=result_file, help="write the figures to this file instead of bench/results")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.toy and not args.json:
+        parser.error("--json F: a toy run does not replace the result in bench/results")
+    return args
 
 
 def median_seconds(run: Callable[[], object], device: str, repetitions: int = 11) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from muka_fast.errors import UserError
+from muka_fast.files import write_text
 from muka_fast.ops import tuning
 
 BENCH = Path(__file__).resolve().parent
@@ -151,6 +152,6 @@ def keep(stem: str, results: object, markdown: str, device: str = "cpu", folder:
     env = environment(device)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem}_{machine_name(device)}_{date.today():%Y%m}.md"
-    path.with_suffix(".json").write_text(json.dumps({"environment": env, "results": results}, indent=1) + "\n")
-    path.write_text(markdown.rstrip() + "\n" + environment_lines(env))
+    write_text(path.with_suffix(".json"), json.dumps({"environment": env, "results": results}, indent=1) + "\n")
+    write_text(path, markdown.rstrip() + "\n" + environment_lines(env))
     return path

@@ -4,7 +4,7 @@
 #   bench/gpu.sh [--stage build,correct,...] [--dry-run] [--out DIR] [--archive FILE] [--seconds N] [--wheels DIR]
 #                [--data DIR --encoders DIR] [-- paper.py's options]
 #
-# Every stage has a time limit, keeps its results at once in --out (default bench/results) and stops no other; the last lines printed
+# Every stage has a time limit, keeps its results at once in --out (bench/results, of a --dry-run a new folder) and stops no other; the last lines printed
 # are a table. The default stages are meant to take nine minutes; --seconds ends them by then, whatever they took, later ones being
 # skipped. Others:
 #   sanitize   compute-sanitizer over the ops           launches   the host's time to launch a scoring step (no GPU needed)
@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 texts=32768  # of the stages end_to_end and train
 stages=build,correct,ceilings,tune,ops,predicted,train,end_to_end,amalgamation
 known=$stages,matrix,sanitize,launches,large
-dry=0 out=bench/results archive='' seconds='' wheels='' data='' encoders=''
+dry=0 out='' archive='' seconds='' wheels='' data='' encoders=''
 refuse() { echo "gpu.sh: $1 (see the head of this file)" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -43,6 +43,7 @@ done
 case ",$stages," in *,matrix,*)
   [ $dry = 1 ] || { [ -n "$data" ] && [ -n "$encoders" ]; } || refuse "the stage matrix needs --data and --encoders"
 esac
+[ -n "$out" ] || { [ $dry = 1 ] && out=$(mktemp -d) || out=bench/results; }
 mkdir -p "$out"
 export BENCH_RESULTS="$out" PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
@@ -79,6 +80,7 @@ run() { # name, limit in seconds, command...
   # By Ctrl-C's signal: what a stage has started ends with it, and pytest tells its failures.
   timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$out/gpu_$name.log" | tail -n 40  # some run several commands
   code=${PIPESTATUS[0]}
+  [ "$name$dry" != tune0 ] || cp kernels/ops/tuning.py "$out/tuning.py"
   told "$(printf '%-14s %-8s %5ds' "$name" "$([ "$code" = 0 ] && echo ok || echo "rc $code")" $((SECONDS - start)))"
 }
 told() { # a line of the table; then all is packed
@@ -132,7 +134,6 @@ else
   for folder in amalgamation student; do cp "$work"/{pool,eval}.jsonl "$work/$folder" 2>/dev/null; done
   run ceilings 30 "$python" bench/ceilings.py
   run tune 75 "$python" bench/tune.py --write --seconds 0.3 --json "$out/tuning.json"
-  cp kernels/ops/tuning.py "$out/tuning.py"
   for dtype in float32 bfloat16; do
     case $dtype in float32) stem=throughput compare=() ;; *) stem=throughput_$dtype compare=(--compare eager,ours) ;; esac
     run ops 90 "$python" bench/throughput.py --device cuda --dtype "$dtype" --seconds 0.3 "${compare[@]}"
@@ -154,6 +155,6 @@ else
   run large 240 "$python" bench/teacher.py --size 1b --precisions bf16 fp32
   run matrix 86400 "$python" bench/paper.py --data "$data" --encoders "$encoders" --workdir "$out/matrix" "$@"
 fi
-echo "--- bench/gpu.sh on $([ $dry = 1 ] && echo cpu || echo cuda)"
+echo "--- bench/gpu.sh on $([ $dry = 1 ] && echo cpu || echo cuda), results in $out"
 printf '%s' "$table"
 case "$table" in *" rc "*) exit 1 ;; esac

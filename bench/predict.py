@@ -127,7 +127,10 @@ def main() -> None:
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}") from error
     path = args.out / f"predicted_{args.machine}_{args.dtype}.md"
-    path.write_text("\n".join(lines) + "\n")
+    if measured or not path.exists() or "with measured times" not in path.read_text(encoding="utf-8"):
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    else:
+        print(f"{path} has measured times and stays (--measured)", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -297,7 +297,8 @@ def one_query_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str) -
     def eager() -> Tensor:
         split = lambda t: t.view(texts, -1, heads, 64).transpose(1, 2)
         probs = torch.softmax(split(query) @ split(key).transpose(2, 3) * scaling, -1)
-        return F.dropout(probs.expand(samples, *probs.shape), P) @ split(value)
+        # The samples in the place of the one query: a product over [K, B, H] would copy the values K times.
+        return F.dropout(probs.expand(texts, heads, samples, length), P) @ split(value)
 
     def check() -> str:
         few = min(texts, 3)

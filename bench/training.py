@@ -101,6 +101,7 @@ def training(args: argparse.Namespace, output: Path, **more: object) -> list[str
     """Options of a run of ours on the prepared texts and store."""
     options = {"store": args.workdir / "store", "student": args.encoder, "texts": args.workdir / "train.jsonl", "output": output}
     options |= {"batch_size": args.batch_size, "learning_rate": args.learning_rate, "max_length": args.max_length, "epochs": 1}
+    options["device"] = "cpu"  # as the Trainer's
     return [word for name, value in (options | more).items() for word in (f"--{name}", str(value))]
 
 
@@ -213,7 +214,7 @@ def work_score(args: argparse.Namespace) -> dict:
 
     teachers = [str(args.workdir / f"teacher{i}") for i in range(2)]
     options = {"teachers": teachers, "texts": args.workdir / "pool.jsonl", "output": args.output}
-    config = load_config(ScoreConfig, None, options | {"max_length": args.max_length})
+    config = load_config(ScoreConfig, None, options | {"max_length": args.max_length, "device": "cpu"})
     start = time.perf_counter()
     score(config)
     return {"seconds": time.perf_counter() - start}
@@ -304,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     teachers = prepare(args)
     scoring = ["-m", "muka_fast.cli", "score", "--texts", str(args.workdir / "train.jsonl"), "--output", str(args.workdir / "store")]
-    finish(launch([*scoring, "--max_length", str(args.max_length), "--teachers", *teachers]))
+    finish(launch([*scoring, "--device", "cpu", "--max_length", str(args.max_length), "--teachers", *teachers]))
     parts = {"trainer": trainer_part, "scoring": scoring_part, "memory": memory_part, "resume": resume_part}
     results: dict[str, dict] = {}
     for name in args.parts:

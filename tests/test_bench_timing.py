@@ -146,3 +146,23 @@ def test_the_lanes_that_are_counted_are_those_of_the_masks():
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(BENCH), str(BENCH.parent)])}
     done = subprocess.run([sys.executable, "-c", COUNTED], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("script", "words"), [("throughput", ["--toy"]), ("throughput", ["--op", "repeat_dropout"]), ("ceilings", ["--toy"])], ids=str
+)
+def test_what_is_no_whole_run_does_not_replace_one(script, words, bench, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--device", "cpu", *words])
+    with pytest.raises(SystemExit) as ended:
+        bench(script).main()
+    assert ended.value.code == 2 and "does not replace the result in bench/results" in capsys.readouterr().err
+
+
+def test_a_prediction_does_not_replace_measured_times(bench, tmp_path, monkeypatch, capsys):
+    predict, file = bench("predict"), tmp_path / "predicted_h200_float32.md"
+    monkeypatch.setattr(sys, "argv", ["predict.py", "--machine", "h200", "--dtype", "float32", "--out", str(tmp_path)])
+    predict.main()
+    assert "nothing here was measured" in file.read_text()
+    file.write_text("# Predicted for h200, float32, with measured times")
+    predict.main()
+    assert file.read_text().endswith("with measured times") and "stays" in capsys.readouterr().err

@@ -35,6 +35,21 @@ def test_what_it_does_not_know_is_refused(words, told, tmp_path):
     assert told in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_a_tuned_table_comes_back_and_is_not_lost(tmp_path):
+    """With a `python` that does nothing: in the archive of the stage that tunes, and left alone by others."""
+    python, out, archive = tmp_path / "python", tmp_path / "out", tmp_path / "all.tar.gz"
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(python)}
+    words = ["bash", "bench/gpu.sh", "--out", str(out), "--archive", str(archive), "--stage"]
+    subprocess.run([*words, "build,tune"], cwd=ROOT, env=env, check=True, capture_output=True, timeout=60)
+    with tarfile.open(archive) as packed:
+        assert "./tuning.py" in packed.getnames()
+    (out / "tuning.py").write_text("tuned")
+    subprocess.run([*words, "build,ceilings"], cwd=ROOT, env=env, check=True, capture_output=True, timeout=60)
+    assert (out / "tuning.py").read_text() == "tuned"
+
+
 def is_running(pid: str) -> bool:
     """Not gone, and not a zombie that nobody has waited for."""
     try:
