@@ -241,7 +241,7 @@ def attention_problem(shape: tuple[int, ...], dtype: torch.dtype, device: str, p
         {"eager": eager, "sdpa": lambda: F.scaled_dot_product_attention(*padded, attn_mask=bias, dropout_p=p)},
         check,
         packed_attention.bytes_moved(samples, tokens, tokens, width, query.element_size()),
-        packed_attention.operations(samples, pairs, width)[0],
+        packed_attention.operations(samples, pairs, width),
         ("random lanes", samples * pairs * heads if p else 0),
     )
 

@@ -5,7 +5,7 @@
 
 Random weights and installed docstrings: speed and memory do not depend on the weights. Each stage and batch size runs in a process
 of its own; one that fails is told and stops no other.
-MFU counts three times the forward's FLOPs at the texts' own lengths, against the matrix rate measured in the same run; the loop's rate
+MFU counts three times the forward's FLOPs at the texts' mean length, against the matrix rate measured in the same run; the loop's rate
 is that of a second epoch, in which no shape of a batch is new, without its checkpoint.
 """
 

@@ -1,6 +1,6 @@
 // The arithmetic of distill_loss for one instruction set; compiled through each_isa.h.
 //
-// One text at a time: its target q, its logits and their exponentials live in three rows of scratch in the first-level cache.
+// One text at a time: its target q, and its logits, then their exponentials, live in two rows of scratch in the first-level cache.
 #include "cpu/vector_math.h"
 
 // One text's logits / T into `row`, padded with -inf to whole vectors; returns their maximum (NaN may be passed over).

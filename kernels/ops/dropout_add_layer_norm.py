@@ -16,7 +16,6 @@ from torch import Tensor
 
 from muka_fast.ops import philox, table, tuning
 from muka_fast.ops.aot import Specialisation
-from muka_fast.ops.philox import PHILOX_CALL_OPERATIONS, philox_calls
 from muka_fast.ops.reference import dropout_add_layer_norm_ref
 
 SCHEMA = (
@@ -28,11 +27,6 @@ SCHEMA = (
 def bytes_moved(replicas: int, rows: int, width: int, itemsize: int = 4, shared_residual: bool = True) -> int:
     """Bytes the op must read and write."""
     return itemsize * rows * width * (2 * replicas + (1 if shared_residual else replicas)) + 16 * rows + 2 * itemsize * width
-
-
-def operations(replicas: int, rows: int, width: int) -> int:
-    """32-bit operations of the masks (rows that begin at a multiple of eight) and of the normalisation."""
-    return replicas * rows * (philox_calls(width) * PHILOX_CALL_OPERATIONS + 8 * width)
 
 
 def _fake(x, residual, weight, bias, eps, p, seed, site, example_ids, offsets, first_sample, plain_first) -> Tensor:

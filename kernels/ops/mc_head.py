@@ -18,7 +18,6 @@ from torch import Tensor
 
 from muka_fast.ops import philox, table, tuning
 from muka_fast.ops.aot import Specialisation
-from muka_fast.ops.philox import PHILOX_CALL_OPERATIONS, philox_calls
 from muka_fast.ops.reference import mc_head_ref
 
 SCHEMA = (
@@ -46,10 +45,9 @@ def bytes_moved(num_texts: int, width: int, classes: int, itemsize: int = 4) -> 
 
 
 def operations(num_samples: int, num_texts: int, width: int, classes: int) -> dict[str, int]:
-    """What the op must compute: random lanes, integer operations behind them, dense-product flops, exponentials."""
+    """What the op must compute: random lanes, dense-product flops, exponentials."""
     return {
         "philox_lanes": num_samples * num_texts * width,
-        "philox_operations": num_samples * num_texts * philox_calls(width) * PHILOX_CALL_OPERATIONS,
         "dense_flops": 2 * (num_samples + 1) * num_texts * width * classes,
         "exponentials": num_samples * num_texts * classes,
     }

@@ -37,9 +37,9 @@ def bytes_moved(replicas: int, queries: int, tokens: int, width: int, itemsize: 
     return itemsize * width * replicas * (2 * queries + 2 * tokens)
 
 
-def operations(replicas: int, scores: int, width: int) -> tuple[int, int]:
-    """Floating-point operations, and Philox calls per head, of `scores` pairs of query and key."""
-    return 4 * replicas * scores * width, replicas * scores // 8
+def operations(replicas: int, scores: int, width: int) -> int:
+    """Floating-point operations of `scores` pairs of query and key."""
+    return 4 * replicas * scores * width
 
 
 def _replicas(query: Tensor, key: Tensor, num_samples: int, p: float, plain_first: bool) -> int:

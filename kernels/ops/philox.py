@@ -21,9 +21,6 @@ try:
 except ImportError:  # platforms without Triton run the C++ or the PyTorch implementation
     triton = None
 
-# 32-bit multiplications of one call: two per round, each giving a low and a high half. The op's cost in `operations`.
-PHILOX_CALL_OPERATIONS = 10 * (2 * 2 + 4)
-
 
 def signed_seed(seed: int) -> int:
     """The 64-bit seed as torch and Triton carry it: int64, the same bits. Raises ValueError outside [0, 2^64)."""

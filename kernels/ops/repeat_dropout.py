@@ -17,7 +17,7 @@ from torch import Tensor
 
 from muka_fast.ops import philox, table, tuning
 from muka_fast.ops.aot import Specialisation
-from muka_fast.ops.philox import LANES, PHILOX_CALL_OPERATIONS, philox_calls
+from muka_fast.ops.philox import LANES, philox_calls
 from muka_fast.ops.reference import repeat_dropout_ref
 
 SCHEMA = (
@@ -29,11 +29,6 @@ SCHEMA = (
 def bytes_moved(num_samples: int, rows: int, width: int, itemsize: int = 4, repeated: bool = True) -> int:
     """Bytes the op must read and write; repeated: x is [rows, D] (read once), else [K, rows, D]."""
     return itemsize * rows * width * ((1 if repeated else num_samples) + num_samples) + 16 * rows
-
-
-def operations(num_samples: int, rows: int, width: int) -> int:
-    """32-bit integer operations of the Philox calls (rows that begin at a multiple of eight)."""
-    return num_samples * rows * philox_calls(width) * PHILOX_CALL_OPERATIONS
 
 
 def repeat_dropout_fake(
