@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/select_teacher.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -56,24 +57,6 @@ std::vector<Run> find_runs(const std::vector<int64_t>& offsets, const int64_t* t
     return runs;
 }
 
-// As select_teacher_ref: best score, ties to the lowest index, NaN never; the margin with a NaN teacher is NaN.
-void select(const float* scores, int64_t teachers, int64_t& selected, float& margin) {
-    float best = -HUGE_VALF, second = -HUGE_VALF;
-    bool nan = false;
-    selected = 0;
-    for (int64_t i = 0; i < teachers; ++i) {
-        nan |= scores[i] != scores[i];
-        if (scores[i] > best) {
-            second = best;
-            best = scores[i];
-            selected = i;
-        } else if (scores[i] > second) {
-            second = scores[i];
-        }
-    }
-    margin = nan ? NAN : teachers == 1 ? 1.0f : best - second;
-}
-
 #define KERNEL_FILE "cpu/distill_loss_kernel.h"
 #include "cpu/each_isa.h"
 #undef KERNEL_FILE
@@ -89,8 +72,8 @@ void distill_loss(uintptr_t logits, int dtype, int64_t num_texts, int64_t num_cl
     std::vector<int64_t> selected(num_texts);
     std::vector<float> factors(num_texts);
     for (int64_t text = 0; text < num_texts; ++text) {
-        float teacher_margin;
-        select(score_rows + text * teachers, teachers, selected[text], teacher_margin);
+        const float* row = score_rows + text * teachers;
+        const float teacher_margin = select_teacher(teachers, [&](int64_t i) { return row[i]; }, selected[text]);
         // In double: reassociated to (best + floor) - second in float, the floor of a tie would lose 5 %.
         factors[text] = static_cast<float>(static_cast<double>(teacher_margin) + kMarginFloor);
     }

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cpu/select_teacher.h"
+
 namespace muka_fast {
 namespace mc_statistics {
 
@@ -34,25 +36,12 @@ inline void write_entropies(const Problem& p, int64_t text, int64_t teacher, flo
     p.normalized_entropy[at] = upper > 0 ? h / upper : h * 0.0f;
 }
 
-// Lowest normalised entropy, ties to the lowest index, NaN never; the margin of a text with a NaN teacher is NaN.
-inline void select_teacher(const Problem& p, int64_t text) {
+// Lowest normalised entropy; ties and NaN as in select_teacher.
+inline void select(const Problem& p, int64_t text) {
     const float* entropy = p.normalized_entropy + text * p.entropy_stride;
-    float best = -HUGE_VALF, second = -HUGE_VALF;
-    int64_t selected = 0;
-    bool nan = false;
-    for (int64_t i = 0; i < p.num_teachers; ++i) {
-        const float score = 1.0f - entropy[i];
-        nan |= score != score;
-        if (score > best) {
-            second = best;
-            best = score;
-            selected = i;
-        } else if (score > second) {
-            second = score;
-        }
-    }
+    int64_t selected;
+    p.teacher_margin[text * p.selection_stride] = select_teacher(p.num_teachers, [&](int64_t i) { return 1.0f - entropy[i]; }, selected);
     p.selected[text * p.selection_stride] = static_cast<float>(selected);
-    p.teacher_margin[text * p.selection_stride] = nan ? NAN : p.num_teachers == 1 ? 1.0f : best - second;
 }
 
 // Floats of working memory that one thread needs, where the widest teacher has `widest` classes.

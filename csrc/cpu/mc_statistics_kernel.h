@@ -176,7 +176,7 @@ static void statistics(const Problem& problem, const T* logits, int64_t begin, i
                           problem.mean_probs + at, problem.var_probs + at, predictive, expected);
                 write_entropies(problem, text, i, predictive, expected);
             }
-            select_teacher(problem, text);
+            select(problem, text);
         }
     }
 }
