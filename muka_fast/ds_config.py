@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -102,7 +101,7 @@ def prepare_ds_config(
     if "train_batch_size" not in ds and None not in parts:
         ds["train_batch_size"] = parts[0] * parts[1] * world_size
     every = ds.setdefault("steps_per_print", 2**31)  # we print the metrics
-    if isinstance(every, bool) or not isinstance(every, (int, float)) or every < 1:
+    if every is not None and (isinstance(every, bool) or not isinstance(every, (int, float)) or every < 1):
         raise UserError(f"{name}: steps_per_print must be a number >= 1, found {every!r}")
     take_peak(ds, config, name)
     config = merge_shared(ds, config, name)
@@ -184,11 +183,11 @@ def merge_shared(ds: dict[str, Any], config: RunConfig, name: str) -> RunConfig:
     return config.model_copy(update=settled)
 
 
-def refusal(name: str, error: ValidationError, theirs: Mapping[str, str] = MappingProxyType({})) -> UserError:
+def refusal(name: str, error: ValidationError, theirs: Mapping[str, str] | None = None) -> UserError:
     """The first of pydantic's findings about a configuration. theirs: what the file calls an option."""
     found = error.errors(include_url=False)[0]
     what = ".".join(map(str, found["loc"]))
-    return UserError(f"{name}: {theirs.get(what, what)} {found['input']!r}: {found['msg']}")
+    return UserError(f"{name}: {(theirs or {}).get(what, what)} {found['input']!r}: {found['msg']}")
 
 
 def section_of(ds: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:

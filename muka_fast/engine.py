@@ -33,7 +33,7 @@ from muka_fast.optim import clip_gradients, dense_gradients, linear_schedule, pa
 from muka_fast.recorded import RecordedSteps, recordable
 
 log = logging.getLogger("muka_fast")
-# What DeepSpeed raises for a configuration that it cannot use, beside errors of its own.
+# What DeepSpeed raises for a configuration that it cannot use, beside errors of its own (the sixth: bf16 as grad_accum_dtype of fp32).
 REFUSALS = (AssertionError, AttributeError, TypeError, ValueError, LookupError, NotImplementedError, ImportError)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic one: what changes

@@ -243,6 +243,10 @@ def test_a_schedulers_highest_rate_is_the_learning_rate():
     assert prepare_ds_config({"optimizer": {"params": {"lr": None}}}, RunConfig(learning_rate=1e-4), 1)[1].learning_rate == 1e-4
 
 
+def test_deepspeed_may_be_told_not_to_print():
+    assert prepare_ds_config({"steps_per_print": None}, RunConfig(), 1)[0]["steps_per_print"] is None
+
+
 def test_the_older_spelling_of_offload_is_the_newer_one():
     ds, _ = prepare_ds_config({"zero_optimization": {"stage": 2, "cpu_offload": True}}, RunConfig(), 1)
     new, _ = prepare_ds_config({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, RunConfig(), 1)
