@@ -12,7 +12,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 SOURCES := setup.py pyproject.toml constraints.txt MANIFEST.in $(shell find csrc -name '*.cpp' -o -name '*.h')
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-slow lint bench install clean
+.PHONY: demo test test-slow test-candidates lint bench install clean
 
 demo: $(STAMP)
 	$(BIN)/muka-fast demo
@@ -23,6 +23,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m 'slow and not gpu' $(PYTEST_ARGS)
+
+# Tiles that no architecture takes yet: 20 minutes of compilation that nothing but new tiles or another Triton can change.
+test-candidates: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m candidate $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from muka_fast.ops import tuning
+
 
 class Specialisation(NamedTuple):
     """One Triton kernel with everything its machine code depends on.
@@ -18,6 +20,7 @@ class Specialisation(NamedTuple):
     multiples: integers that 16 divides as well. least_arch: the first compute capability that it is launched on, 80 for 8.0.
     lone_warps: its innermost loops wait for no other warp, whatever layouts a version of Triton gives its tiles.
     at_once: programs that must fit the registers of a multiprocessor together, as they are launched so on sm_90; 0 for any.
+    tuned: the class of shape and the candidate of tuning.py that it is, where an architecture may take another one.
     """
 
     name: str
@@ -32,6 +35,14 @@ class Specialisation(NamedTuple):
     least_arch: int = 80
     lone_warps: bool = False
     at_once: int = 0
+    tuned: tuple[str, tuning.Entry] | None = None
+
+    def launched(self, arch: int) -> bool:
+        """Whether a launch takes it there, and not bench/tune.py alone."""
+        if self.tuned is None:
+            return True
+        shape, entry = self.tuned
+        return entry == tuning.taken(f"sm_{arch}", self.name.split()[0], shape)
 
 
 def specialisations() -> Iterator[Specialisation]:

@@ -294,7 +294,7 @@ if triton is not None:
             {"SOFT": soft, "MARGIN": soft, "IN_ORDER": columns == "in order", "BLOCK_N": triton.next_power_of_2(teachers)}
             | row_tiles(classes, warps) | ({} if columns == "shared" else {"M": 1}),
             fast=dtype == "fp32" and soft and columns == "shared" and classes in (308, 20_000),
-            num_warps=warps, aligned=True, multiples=multiples,
+            num_warps=warps, aligned=True, multiples=multiples, tuned=(row_class(classes), (warps,)),
         )
         for dtype in ("fp32", "fp16", "bf16")
         for soft, columns in ((True, "in order"), (True, "mapped"), (True, "shared"), (False, "shared"))

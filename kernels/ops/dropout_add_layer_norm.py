@@ -174,19 +174,20 @@ if philox.triton is not None:
     )
     SPECIALISATIONS = [
         Specialisation(
-            f"dropout_add_layer_norm {dtype} D={width}{' masked' * masked} {num_warps}",
+            f"dropout_add_layer_norm {dtype} D={width}{' masked' * masked} {most, num_warps}",
             dropout_add_layer_norm_kernel,
             {**dict.fromkeys(("p_x", "p_residual", "p_weight", "p_bias", "p_y"), f"*{dtype}"), **_TYPES},
             tile(width, num_warps, LONE) | {"MASKED": masked},
             num_warps=num_warps,
-            fast=dtype == "bf16" and width == 768 and num_warps == 4 and masked,
+            fast=dtype == "bf16" and width == 768 and masked,
             aligned=True,
             lone_warps=width == 768 and dtype != "fp32",  # whose masks change places: four numbers a lane are 16 bytes, lanes eight
+            tuned=(shape_class(width), (most, num_warps)),
         )
         for dtype in ("fp32", "fp16", "bf16")
         for width in (63, 768, 1024, 2048, 4096)
         for masked in (True, False)
-        for num_warps in dict.fromkeys(warps for _, warps in tuning.CANDIDATES["dropout_add_layer_norm"][shape_class(width)])
+        for most, num_warps in tuning.CANDIDATES["dropout_add_layer_norm"][shape_class(width)]
     ]
 
 _op = table.register(

@@ -10,7 +10,7 @@ Letters: K samples (k) · B texts (b) · D features (d) · C classes (c).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -287,8 +287,8 @@ if philox.triton is not None:
         information = torch.where(predictive < expected, 0.0, predictive - expected)
         return mean, var, predictive, expected, information, predictive * per_log, logits
 
-    def _candidates(dtype: str, classes: int) -> Sequence[tuple[int, ...]]:
-        return tuning.CANDIDATES["mc_head"][shape_class(32 if dtype == "fp32" else 16, classes)]
+    def _shape_class(dtype: str, classes: int) -> str:
+        return shape_class(32 if dtype == "fp32" else 16, classes)
 
     def _specialisation(
         dtype: str, classes: int, stage: int, entry: tuple[int, ...], multiples: tuple[str, ...], has_bias: bool = True
@@ -308,15 +308,16 @@ if philox.triton is not None:
             fast=dtype == "fp32" and (classes, stage) in ((16, 0), (1000, 2)),
             aligned=True,
             multiples=multiples,
+            tuned=(_shape_class(dtype, classes), entry),
         )
 
     SPECIALISATIONS = [
         _specialisation(dtype, classes, stage, entry, multiples)
         for dtype in ("fp32", "fp16", "bf16")
         for classes, stage in ((16, 0), (32, 0), (64, 0), (128, 0), (1000, 1), (1000, 2))
-        for entry in _candidates(dtype, classes)
+        for entry in tuning.CANDIDATES["mc_head"][_shape_class(dtype, classes)]
         for multiples in ((), ("D",))
-    ] + [_specialisation("fp32", 16, 0, _candidates("fp32", 16)[0], ("D",), has_bias=False)]
+    ] + [_specialisation("fp32", 16, 0, tuning.CANDIDATES["mc_head"]["32 bit 16"][0], ("D",), has_bias=False)]
 
 _op = table.register(
     "mc_head",

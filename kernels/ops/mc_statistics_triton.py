@@ -283,32 +283,33 @@ if triton is not None:
     _TYPES = {"p_offsets": "*i32"} | dict.fromkeys(("p_log_classes", "p_samples", "p_parts", "p_out"), "*fp32")
     _TYPES |= dict.fromkeys(("K", "N", "S", "PARTS"), "i32") | {"z_sample": "i64", "z_text": "i64"}
 
-    def _specialisation(name: str, kernel: Callable, dtype: str, constexprs: dict[str, int], warps: int, fast: bool) -> Specialisation:
+    def _specialisation(
+        name: str, kernel: Callable, dtype: str, constexprs: dict[str, int], warps: int, fast: bool,
+        tuned: tuple[str, tuning.Entry] | None = None,
+    ) -> Specialisation:  # fmt: skip
         types = {"p_z": f"*{dtype}", **_TYPES}
         signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
         return Specialisation(
             f"mc_statistics {dtype} {name}", kernel, signature, constexprs, num_warps=warps, fast=fast,
-            lone_warps=kernel is mc_statistics_kernel,
+            lone_warps=kernel is mc_statistics_kernel, tuned=tuned,
         )  # fmt: skip
 
-    _CASES = [([size] * 8, samples, "fp32", entry) for samples in (16, 1) for size, entry in SIZES.items()]
-    _CASES += [
-        ([2] + [size] * 7, 16, dtype, SIZES[size_class(size)]) for dtype in ("fp32", "fp16", "bf16") for size in (16, 150, 1024)
-    ]
-    _CASES += [
-        ([size] * 8, 16, dtype, entry)
-        for size, entries in CANDIDATES.items()
+    _CASES = [
+        (least, most, samples, dtype, entry)
+        for most, entries in CANDIDATES.items()
         for entry in entries
-        for dtype in ("fp32", "bf16")
-        if entry != SIZES[size] or dtype != "fp32"
+        for least, samples, dtypes in ((most, 16, ("fp32", "bf16")), (most, 1, ("fp32",)), (2, 16, ("fp32", "fp16", "bf16")))
+        for dtype in dtypes
     ]
-    for _counts, _samples, _dtype, _entry in _CASES:
-        _constexprs = configuration(_counts, _samples, 1, _entry)
-        _name = f"C={_counts[0]}..{_counts[-1]} K={_samples} {[*_constexprs.values()][:2]}"
-        _fast = _dtype == "fp32" and _samples == 16 and _entry == SIZES.get(_counts[-1]) and _counts[-1] in (16, 256)
+    for _least, _most, _samples, _dtype, _entry in _CASES:
+        _constexprs = configuration([_least] + [_most] * 7, _samples, 1, _entry)
+        _fast = _dtype == "fp32" and _samples == 16 and _least == _most and _most in (16, 256)
         SPECIALISATIONS.append(
-            _specialisation(_name, mc_statistics_kernel, _dtype, _constexprs, _constexprs["TEACHERS"], _fast)
-        )
+            _specialisation(
+                f"C={_least}..{_most} K={_samples} {_entry}", mc_statistics_kernel, _dtype, _constexprs, _constexprs["TEACHERS"],
+                _fast, (str(_most), _entry),
+            )
+        )  # fmt: skip
     for _kernel, (_block, _warps) in zip((sample_kernel, class_kernel, selection_kernel), MANY.values(), strict=True):
         _at_once = {"SAMPLES": AT_ONCE} if "SAMPLES" in _kernel.arg_names else {}
         SPECIALISATIONS += [

@@ -179,12 +179,13 @@ if philox.triton is not None:
             {"D": head_dim, "D_PAD": pad(head_dim), "R_PAD": replicas, "BLOCK": block, "HAS_BIAS": biased},
             num_warps=num_warps,
             num_stages=1,
-            fast=dtype == "bf16" and head_dim == 64 and not biased and place == 0,
+            fast=dtype == "bf16" and head_dim == 64 and not biased,
             aligned=True,
+            tuned=(width_class(head_dim), (block, num_warps)),
         )
         for dtype in ("fp32", "fp16", "bf16")
         for head_dim, replicas, biased in ((32, 32, False), (64, 16, False), (64, 32, True), (128, 32, False))
-        for place, (block, num_warps) in enumerate(tuning.CANDIDATES["one_query_attention"][width_class(head_dim)])
+        for block, num_warps in tuning.CANDIDATES["one_query_attention"][width_class(head_dim)]
     ]
 
 _op = table.register(

@@ -277,7 +277,7 @@ if philox.triton is not None:
     _TYPES |= dict.fromkeys(_INTEGERS.split(), "i32")
 
     def _specialisation(
-        dtype: str, head_dim: int, longest_query: int, biased: bool, masked: bool, tile: tuple[int, ...], first: bool
+        dtype: str, head_dim: int, longest_query: int, biased: bool, masked: bool, shape: str, tile: tuple[int, ...]
     ) -> Specialisation:
         BLOCK_M, BLOCK_N, num_warps, num_stages = tile
         constexprs = {"D": head_dim, "D_PAD": pad(head_dim), "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
@@ -288,17 +288,19 @@ if philox.triton is not None:
             constexprs | {"HAS_BIAS": biased, "MASKED": masked},
             num_warps=num_warps,
             num_stages=num_stages,
-            fast=dtype == "bf16" and head_dim == 64 and longest_query > 16 and masked and not biased and first,
+            fast=dtype == "bf16" and shape == "16 bit d64 masked",
             aligned=True,
+            tuned=(shape, tile),
         )
 
     CANDIDATES = tuning.CANDIDATES["packed_attention"]
     SPECIALISATIONS = [
-        _specialisation(dtype, head_dim, rows, biased, masked, tile, place == 0)
+        _specialisation(dtype, head_dim, rows, biased, masked, shape, tile)
         for dtype in ("fp32", "fp16", "bf16")
         for head_dim in (32, 64, 128)
         for rows, biased, masked in ((128, False, False), (128, False, True), (128, True, True), (1, True, True))
-        for place, tile in enumerate(CANDIDATES[shape_class(4 if dtype == "fp32" else 2, head_dim, rows, masked, biased)])
+        for shape in [shape_class(4 if dtype == "fp32" else 2, head_dim, rows, masked, biased)]
+        for tile in CANDIDATES[shape]
     ]
 
 _op = table.register(

@@ -156,12 +156,13 @@ if philox.triton is not None:
             {"p_x": f"*{dtype}", "p_y": f"*{dtype}", **_TYPES},
             block(width, *entry) | {"REPEATED": repeated, "KEYED": keyed},
             num_warps=num_warps,
-            fast=dtype == "fp32" and width == 1024 and place == 0 and not keyed,
+            fast=dtype == "fp32" and width == 1024 and not keyed,
+            tuned=("any", (*entry, num_warps)),
         )
         for dtype in ("fp32", "fp16", "bf16")
         for repeated in (True, False)
         for width in (63, 1024)
-        for place, (*entry, num_warps) in enumerate(tuning.CANDIDATES["repeat_dropout"]["any"])
+        for *entry, num_warps in tuning.CANDIDATES["repeat_dropout"]["any"]
         for keyed in ((False, True) if width == 1024 and not repeated else (False,))  # as training asks
     ]
 

@@ -1,8 +1,8 @@
 """Block sizes, warps and pipeline stages of the Triton kernels: candidates for each class of shape, and what an architecture takes.
 
 The first candidate is the default, chosen without a card: about the largest tile that compiles without spills. What a card has
-measured stands under MEASURED, which `python bench/tune.py --write` writes. All candidates are compiled ahead of time by
-tests/ops/test_aot.py, so entries of MEASURED, each one of them, are as well.
+measured stands under MEASURED, which `python bench/tune.py --write` writes. tests/ops/test_aot.py compiles what an architecture takes
+(`make test`, `make test-slow`) and every other candidate (`make test-candidates`) ahead of time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -113,9 +113,12 @@ def trying(op: str, shape: str, entry: Entry) -> Iterator[None]:
 
 def choose(op: str, shape: str, device: torch.device) -> Entry:
     """The numbers that a launch of `op` takes for this class of shape."""
-    if (op, shape) in _trial:
-        return _trial[op, shape]
-    return MEASURED.get(architecture(device), {}).get(op, {}).get(shape, CANDIDATES[op][shape][0])
+    return _trial.get((op, shape)) or taken(architecture(device), op, shape)
+
+
+def taken(arch: str, op: str, shape: str) -> Entry:
+    """What was measured on an architecture, or the default."""
+    return MEASURED.get(arch, {}).get(op, {}).get(shape, CANDIDATES[op][shape][0])
 
 
 def source(arch: str) -> str:

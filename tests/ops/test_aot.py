@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from muka_fast.ops import aot
+from muka_fast.ops import aot, tuning
 from muka_fast.ops.aot import machine_code, specialisations
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -21,7 +21,8 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one bl
 def cases():
     for item in specialisations():
         for arch in (arch for arch in SHARED_LIMIT if arch >= item.least_arch):
-            yield pytest.param(item, arch, id=f"{item.name} sm_{arch}", marks=[] if item.fast else pytest.mark.slow)
+            mark = pytest.mark.candidate if not item.launched(arch) else [] if item.fast else pytest.mark.slow
+            yield pytest.param(item, arch, id=f"{item.name} sm_{arch}", marks=mark)
 
 
 def test_every_triton_op_is_listed():
@@ -30,6 +31,17 @@ def test_every_triton_op_is_listed():
         "repeat_dropout", "mc_head", "mc_statistics", "distill_loss", "dropout_add_layer_norm", "one_query_attention",
         "packed_attention", "residual_norm", "self_attention", "adamw",
     }  # fmt: skip
+
+
+def test_what_an_architecture_takes_is_compiled_for_it():
+    compiled = {(item.name.split()[0], *item.tuned, arch) for item in specialisations() if item.tuned
+                for arch in SHARED_LIMIT if item.launched(arch)}  # fmt: skip
+    assert compiled == {
+        (op, shape, tuning.taken(f"sm_{arch}", op, shape), arch)
+        for op, shapes in tuning.CANDIDATES.items()
+        for shape in shapes
+        for arch in SHARED_LIMIT
+    }
 
 
 def test_every_launch_asks_for_fused_multiply_adds_as_the_compilation_here_does():
