@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from muka_fast import scoring, supervision
+from muka_fast import adaptive, scoring, supervision
 from muka_fast.adaptive import Crew, decided, run_waves, sampling_summary, token_batches, uncertainty_per_pass, waves
 from muka_fast.config import RunConfig, ScoreConfig
 from muka_fast.data import TextSet, tokenize
@@ -350,3 +351,14 @@ def test_memory_for_less_than_one_text_is_enough(tmp_path, folders, pool, monkey
     base = fill_store(tmp_path / "base", folders[:2], pool, options())
     monkeypatch.setattr(scoring, "replica_budget_bytes", lambda device: 1)
     assert torch.equal(fill_store(tmp_path / "s", folders[:2], pool, options()).num_samples, base.num_samples)
+
+
+def test_a_look_weighs_all_passes_so_far(monkeypatch):
+    looks = []
+    undecided = lambda uncertainty, *_: looks.append(uncertainty.shape[1]) or torch.zeros(uncertainty.shape[-1], dtype=torch.bool)
+    monkeypatch.setattr(adaptive, "decided", undecided)
+    passes = lambda ids, first, count, plain: (torch.randn(count + plain, len(ids), 3), torch.zeros(len(ids), 2))
+    teacher = SimpleNamespace(texts=lambda ids, mask, example_ids: example_ids, trunk=lambda texts: texts, passes=passes)
+    batches = lambda places: [(places, torch.zeros(len(places), 1), torch.ones(len(places), 1))]
+    run_waves([teacher] * 2, [batches] * 2, torch.arange(5), K, LEVEL, "predictive_entropy")
+    assert looks == [4, 8, 12, 16]

@@ -118,3 +118,17 @@ def test_the_modules_have_a_learning_rate_of_their_own(make_model):
     ]
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     assert [group["weight_decay"] for group in parameter_groups(model.student, 0.01)] == [0.01, 0.0]
+
+
+def test_the_width_of_the_kernels_is_a_constant_to_the_gradient():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(6, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    x.requires_grad_()
+    both = nn.functional.normalize(torch.cat([x, y]), dim=-1)
+    squared = (both[:, None] - both).square().sum(-1)
+    width = squared.mean().item()
+    kernel = sum(torch.exp(-squared / (2 * scale * width)) for scale in (0.25, 0.5, 1, 2, 4))
+    expected = (kernel[:6, :6] + kernel[6:, 6:] - 2 * kernel[:6, 6:]).mean()
+    found = discrepancy(x, y)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, x), torch.autograd.grad(expected, x))

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from muka_fast import data, readers
 from muka_fast.checkpoint import resolve_folder
@@ -608,3 +610,30 @@ def test_a_field_of_csv_may_be_long(tmp_path):
     csv.field_size_limit(131_072)  # Python's own; another library may have raised it
     (tmp_path / "a.csv").write_text("text\n" + "word " * 40_000 + "\n")
     assert len(read_texts(tmp_path / "a.csv").texts[0]) == 200_000
+
+
+def test_a_text_without_white_space_is_not_tokenised_as_a_whole(make_tokenizer):
+    assert len(data._cut(make_tokenizer("bert"), "中" * 100_000, 16)) < 5000
+
+
+def test_blanks_at_the_ends_of_a_line_belong_to_its_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"  x \t\r\n y\n")
+    assert read_texts(tmp_path / "a.txt").texts == ["  x \t", " y"]
+
+
+def test_a_row_of_several_lines_is_named_by_its_first(tmp_path):
+    (tmp_path / "a.csv").write_text('text,label\n"x\ny",\n')
+    with pytest.raises(UserError, match=r"a\.csv, line 2: column 'label' holds no label"):
+        read_texts(tmp_path / "a.csv", need_labels=True)
+
+
+def test_the_end_of_a_text_stands_at_its_end_alone():
+    """A Unigram vocabulary has "</s>" as a piece, that a text spells also where special tokens are split (T5)."""
+    pieces = [("<pad>", 0.0), ("</s>", -1.0), ("<unk>", -9.0), ("▁", -3.0), ("▁a", -2.0), ("▁b", -2.0)]
+    plain = Tokenizer(models.Unigram(pieces, unk_id=2))
+    plain.pre_tokenizer = pre_tokenizers.Metaspace()
+    plain.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
+    tokenizer.split_special_tokens = True
+    tokens = tokenize(tokenizer, ["a </s> b", "a b"], 16)
+    assert tokens.ids.tolist() == [4, 3, 5, 1, 4, 5, 1] and tokens.lengths.tolist() == [4, 3]

@@ -27,9 +27,10 @@ from muka_fast.coverage import doubt_ranks, ranks
 from muka_fast.data import TextSet
 from muka_fast.doubt import FILE, UncertaintyHead, auroc, false_positive_rate, logistic_scale, with_features
 from muka_fast.errors import UserError
-from muka_fast.evaluate import evaluate
+from muka_fast.evaluate import doubt_figures, evaluate
 from muka_fast.evidence import RelativeMahalanobis
 from muka_fast.pooled import classifier_layer
+from muka_fast.selection import UNCERTAINTY
 
 LABELS = ["a", "b", "c"]
 
@@ -391,3 +392,24 @@ def test_the_target_of_the_head_is_the_mean_of_the_ranks():
     config = RunConfig(uncertainty_head=True, uncertainty="variance")
     expected = doubt_ranks(sup.restrict(space), "variance", 0).mean(1)
     np.testing.assert_allclose(fit_doubt.doubt_targets(config, sup.restrict(space)), expected)
+
+
+def test_of_twenty_own_texts_one_may_be_refused():
+    doubt, foreign = np.array([*range(20), 18.5]), np.arange(21) == 20
+    assert false_positive_rate(doubt, foreign) == 0.0 and false_positive_rate(doubt - foreign, foreign) == 1.0
+
+
+def test_figures_of_doubt_tell_wrong_answers_and_unknown_labels_apart():
+    doubt, wrong, unknown = np.array([0.0, 1, 5, 2]), np.array([False, False, True, True]), np.array([False, False, False, True])
+    found = doubt_figures(doubt, -doubt, wrong, unknown)
+    assert found["uncertainty head"] == {"wrong_auroc": 1.0, "unknown_auroc": pytest.approx(2 / 3), "unknown_fpr95": 1.0}
+    assert found["softmax"]["wrong_auroc"] == 0.0
+
+
+def test_the_head_learns_the_measure_that_was_asked_for():
+    sup = make_supervision()
+    sup = sup.restrict(space_of(sup))
+    targets = [fit_doubt.doubt_targets(RunConfig(uncertainty_head=True, uncertainty=name, seed=3), sup) for name in UNCERTAINTY]
+    for name, found in zip(UNCERTAINTY, targets, strict=True):
+        np.testing.assert_array_equal(found, doubt_ranks(sup, name, 3).mean(1))
+    assert not np.array_equal(targets[0], targets[1])

@@ -342,3 +342,31 @@ def test_the_entries_of_a_single_teacher_rename_the_true_labels(tmp_path, studen
     teacher = {"name": "mood", "labels": NAMES, "own_labels": ["old", "b", "c"]}
     (Path(student) / "run.json").write_text(json.dumps({"teachers": [teacher]}))
     assert evaluate(config(student, tmp_path / "data.jsonl", **options))["num_texts"] == 3
+
+
+@pytest.mark.parametrize("family", ["llama", "roberta"])
+def test_padding_is_told_from_text(family, make_model, make_tokenizer, texts):
+    """A decoder's head looks for the last token that is none, RoBERTa counts positions by it."""
+    model, tokenizer = make_model(family, NAMES), make_tokenizer(family)
+    together = predict(model, tokenize(tokenizer, texts[:8], 64), token_budget=10_000)
+    alone = torch.cat([predict(model, tokenize(tokenizer, [text], 64)) for text in texts[:8]])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bin_holds_its_upper_edge_and_not_its_lower_one():
+    confidence, correct = np.array([0.2, 0.21]), np.array([False, True])  # 0.2 = 3/15
+    assert expected_calibration_error(confidence, correct) == pytest.approx((0.2 + 0.79) / 2)
+
+
+def test_no_record_makes_a_model_read_more_than_it_can(student):
+    (student / "run.json").write_text('{"config": {"max_length": 1000000}}')
+    most = muka_fast.Predictor(student, device="cpu", max_length=16384).max_length
+    assert muka_fast.Predictor(student, device="cpu").max_length == most < 1000
+
+
+def test_a_class_behind_columns_of_one_name_keeps_its_name(make_teacher):
+    predictor = muka_fast.Predictor(make_teacher("bert", ("a", "a", "b"), name="twice"), device="cpu")
+    with torch.no_grad():
+        predictor.model.classifier.weight.zero_()
+        predictor.model.classifier.bias.copy_(torch.tensor([0.0, 0.0, 5.0]))
+    assert predictor.predict("a text")[0].label == "b"

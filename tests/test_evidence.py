@@ -1,5 +1,6 @@
 """muka-evidence: against the definition in plain float64, in every odd pool, in any order, and in bounded time."""
 
+import dataclasses
 import itertools
 import math
 import time
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
+from muka_fast import evidence
 from muka_fast.auto import auto_weights
 from muka_fast.evidence import (
     Anchors,
@@ -331,3 +333,28 @@ def test_a_teacher_that_owns_no_text_has_the_share_of_half_a_text():
 def test_rounding_of_a_large_score_is_no_evidence():
     scores = np.float32(1e4) + np.float32(1e-3) * (np.arange(50) % 3).astype(np.float32)
     assert np.ptp(scores) > 0 and (Anchors.of(scores)(scores) == 0).all()
+
+
+def test_clear_texts_count_most_where_texts_of_one_kind_disagree():
+    b = np.repeat(np.eye(2, dtype=np.float32), 20, axis=0)
+    w = np.array([[1.0, 0.0]] * 10 + [[0.49, 0.51]] * 10 + [[0.0, 1.0]] * 20)
+    assert np.exp(regress(b, w).log_probs(b[:1]))[0, 0] > 0.7
+
+
+def test_the_first_regression_is_on_twice_the_evidence(monkeypatch):
+    rng, given = np.random.default_rng(0), []
+    monkeypatch.setattr(evidence, "regress", lambda b, w: given.append(w) or regress(b, w))
+    e = rng.standard_normal((30, 3))
+    evidence.fit_owner(rng.standard_normal((30, 4)).astype(np.float32), np.empty((30, 0), np.int64), e)
+    np.testing.assert_allclose(given[0], softmax(2 * e, axis=1))
+
+
+@pytest.mark.parametrize("rule", [evidence_weights, auto_weights])
+def test_texts_outside_of_the_sample_change_no_other_text(rule):
+    sup, neutral, _ = make_pool(200, mc=False)
+    others = np.setdiff1d(np.arange(200), sample_rows(sup.example_ids.numpy(), 0, 100))
+    logits = sup.logits.clone()
+    logits[others[:50]] *= 9
+    found, changed = (rule(pool, neutral, sample=100) for pool in (sup, dataclasses.replace(sup, logits=logits)))
+    rest = np.setdiff1d(np.arange(200), others[:50])
+    np.testing.assert_allclose(changed[rest], found[rest], atol=1e-6)

@@ -409,3 +409,9 @@ def test_config_is_moved_last(make_model, make_tokenizer, tmp_path, monkeypatch)
     monkeypatch.setattr(os, "replace", lambda source, target: moved.append(os.path.basename(target)) or real(source, target))
     save(make_model, make_tokenizer, tmp_path / "out")
     assert moved[-1] == "config.json" and "model.safetensors" in moved
+
+
+def test_names_are_set_in_both_directions(make_model):
+    model = make_model("bert", ["x", "y"])
+    export.set_labels(model, ["b", "a"])
+    assert model.config.id2label == {0: "b", 1: "a"} and model.config.label2id == {"b": 0, "a": 1}

@@ -573,3 +573,16 @@ def test_no_text_is_shown_twice():
     found = runinfo.supervision_summary(method, sup, space_of(sup), texts)
     shown = [row["example_id"] for part in ("lowest_margin", "highest_margin") for row in found[part]]
     assert sorted(shown) == list(range(8))
+
+
+def test_the_oracle_goes_by_entropy_where_one_teacher_was_scored_by_a_single_pass():
+    sup = make_supervision((["a", "b"], ["b", "c"]))
+    sup.teachers[1]["mc"] = False
+    found = build("oracle", sup, labels=["b"] * 7, uncertainty="mutual_information").selected
+    assert torch.equal(found, teacher_scores(sup).argmax(-1))
+
+
+def test_the_mean_of_large_logits_keeps_its_digits():
+    sup = make_supervision((["a", "b"], ["a", "b"]))
+    sup.logits[0] = torch.tensor([2.0**24, 2.0**24, 2.0**24 + 2, 2.0**24])  # means differ by 1, sums are rounded to 4
+    torch.testing.assert_close(build("mean", sup).target_probs(ROWS)[0], torch.softmax(torch.tensor([1.0, 0.0]), -1))

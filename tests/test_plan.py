@@ -1,5 +1,6 @@
 """The plan against what really happens: bytes counted in a training step, shards of a real store, FLOPs by formula."""
 
+import itertools
 import json
 import os
 import random
@@ -402,3 +403,10 @@ def test_a_plan_counts_up_to_the_limit(make_teacher, student, tmp_path, capsys):
     (tmp_path / "pool.txt").write_text("".join(f"text {i}\n" for i in range(50)))
     options = PlanConfig(teachers=["t"], student="s", texts=str(tmp_path / "pool.txt"), limit=20, tokens_per_text=9)
     assert plan.count_texts(options) == (20, 9.0)
+
+
+def test_a_backward_counts_for_two_forwards(student, monkeypatch):
+    config, ticks = transformers.AutoConfig.from_pretrained(student), itertools.count()
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: float(next(ticks)))  # every round takes as long
+    speed = {train: cost.measured_flops(config, 4, 64, "fp32", "cpu", train, "x") for train in (False, True)}
+    assert speed[True] == pytest.approx(3 * speed[False])

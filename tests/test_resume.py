@@ -418,15 +418,16 @@ def test_an_option_that_the_method_does_not_look_at_may_change(go, world):
 # ---- faults ----
 
 
-def test_a_loss_that_is_no_number_names_the_texts(go, monkeypatch):
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_loss_that_is_no_number_names_the_texts(go, monkeypatch, value):
     from muka_fast.methods import MukaHard
 
     def poisoned(self, output, rows, _original=MukaHard._loss):
-        return torch.where(rows == 5, float("nan"), _original(self, output, rows))
+        return torch.where(rows == 5, float(value), _original(self, output, rows))
 
     monkeypatch.setattr(MukaHard, "_loss", poisoned)
     # Row 5 is example 6: a blank row before it was skipped, and counts.
-    with pytest.raises(UserError, match=r"loss became nan at step \d+ for the texts with example ids 6 of .*texts\.jsonl"):
+    with pytest.raises(UserError, match=rf"loss became {value} at step \d+ for the texts with example ids 6 of .*texts\.jsonl"):
         go("run", method="muka-hard")
 
 

@@ -222,3 +222,10 @@ def test_a_forward_that_somebody_put_on_a_dropout_stays(make_model):
     mine = model.dropout.forward = lambda x: x
     list_sites(model)
     assert vars(model.dropout)["forward"] is mine
+
+
+def test_every_element_of_a_shared_table_has_a_number_of_its_own():
+    owner, site = Owner(), Site(4, "drop", 0, "shared", 0.1, 0, 2)
+    masked = Masks(owner, [site], {4: 0.4}, SEED, torch.tensor([1]), 1, 5).apply(owner.drop, torch.ones(7, 6), 0.1)
+    expected = [element_kept(SEED, 0.4, 4, 5, SHARED_EXAMPLE, element) for element in range(42)]
+    assert (masked > 0).flatten().tolist() == expected

@@ -14,7 +14,17 @@ from test_supervision import text_set
 
 from muka_fast import store as store_module
 from muka_fast.errors import UserError
-from muka_fast.store import MATRICES, VECTORS, merge_manifest, read_manifest, read_shard, shard_ranges, teacher_key
+from muka_fast.store import (
+    MATRICES,
+    OPTION_KEYS,
+    VECTORS,
+    differing_options,
+    merge_manifest,
+    read_manifest,
+    read_shard,
+    shard_ranges,
+    teacher_key,
+)
 from muka_fast.stored import open_store
 
 
@@ -174,3 +184,22 @@ def test_two_writers_of_a_manifest_wait_for_each_other(tmp_path):
         assert not done.wait(0.3)
     thread.join(10)
     assert done.is_set()
+
+
+def test_a_single_pass_differs_by_its_precision_and_not_by_its_samples():
+    entry = dict.fromkeys(OPTION_KEYS) | {"mc": False, "mc_samples": 16, "max_length": 128, "scoring_precision": "fp32"}
+    assert differing_options(entry, entry | {"mc_samples": 8, "run_seed": 1}) == []
+    assert differing_options(entry, entry | {"scoring_precision": "bf16"}) == ["scoring_precision"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append("fsync") or fsync(handle))
+    monkeypatch.setattr(os, "replace", lambda *given: done.append("replace") or replace(*given))
+    store_module.write_atomically(tmp_path / "file", b"content")
+    assert done == ["fsync", "replace"]
+
+
+def test_scores_of_other_texts_are_not_taken_over(tmp_path):
+    merge_manifest(tmp_path / "old", text_set(tag="other "), 4)
+    assert not store_module.take_over(tmp_path / "old", tmp_path / "new", text_set()) and not (tmp_path / "new").exists()

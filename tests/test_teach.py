@@ -2,13 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from muka_fast import cli, teach
 from muka_fast.config import TeachConfig
+from muka_fast.data import TextSet, epoch_batches, tokenize
 from muka_fast.errors import UserError
+from muka_fast.evaluate import predict
 from muka_fast.teachers import load_teacher
 
 WORDS = {"sport": "goal match team coach", "bank": "card account fee transfer", "sky": "planet star moon orbit"}
@@ -271,3 +275,40 @@ def test_the_command_prints_the_figures(options, rows, capsys):
     assert "accuracy " in capsys.readouterr().out
     assert cli.main(["teach", *words]) == 2
     assert "already holds a model" in capsys.readouterr().err
+
+
+def test_a_fit_follows_its_recipe(make_model, make_tokenizer, texts, monkeypatch):
+    orders, norms = [], []
+    monkeypatch.setattr(teach, "epoch_batches", lambda *given: orders.append(given[1:]) or epoch_batches(*given))
+    norm = lambda optimizer: torch.stack([p.grad.norm() for group in optimizer.param_groups for p in group["params"]]).norm()
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: norms.append(norm(optimizer).item()))
+    recipe = teach.Recipe(epochs=3, learning_rate=1e-3, batch_size=4, seed=7, max_grad_norm=1e-3)
+    try:
+        teach.fine_tune(make_model(), make_tokenizer(), texts[:8], [0, 1] * 4, recipe)
+    finally:
+        hook.remove()
+    assert orders == [(4, 7, 0), (4, 7, 1), (4, 7, 2)]
+    assert len(norms) == 6 and max(norms) < 1.01e-3
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_its_texts(make_model, make_tokenizer, texts):
+    model, tokenizer, labels = make_model(dropout=0.0), make_tokenizer(), torch.tensor([0, 1] * 5)
+    expected = torch.nn.functional.cross_entropy(predict(model, tokenize(tokenizer, texts[:10], 128)), labels).item()
+    recipe = teach.Recipe(epochs=1, learning_rate=1e-12, batch_size=4)
+    assert teach.fine_tune(model, tokenizer, texts[:10], labels.tolist(), recipe) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_dropout_of_pytorch_follows_the_seed(make_model, make_tokenizer, texts):
+    """That of models whose layers have no form of ours (training_layers.py)."""
+    losses = []
+    for seed in (1, 2):
+        recipe = teach.Recipe(epochs=1, learning_rate=1e-12, batch_size=8, seed=seed)
+        losses.append(teach.fine_tune(make_model("modernbert"), make_tokenizer("modernbert"), texts[:8], [0, 1] * 4, recipe))
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
+def test_measuring_cuts_to_what_the_model_reads(make_model, make_tokenizer, texts):
+    model, tokenizer = make_model("bert", max_position_embeddings=12), make_tokenizer()
+    tokenizer.model_max_length = 10**6
+    data = TextSet([" ".join(texts[:4])] * 2, ["a", "b"], np.arange(2), "rows", "0", 0)
+    assert teach.measure(model, tokenizer, data, ["a", "b"], 10_000)["num_texts"] == 2

@@ -388,3 +388,12 @@ def test_loading_shows_no_bar_and_leaves_the_users_setting(make_teacher, monkeyp
         assert shown and not any(shown) and transformers.logging.is_progress_bar_enabled() == wished
     finally:
         transformers.logging.disable_progress_bar()
+
+
+def test_fingerprint_sees_names_and_shapes(tmp_path):
+    weight, prints = torch.arange(6.0), set()
+    for number, tensors in enumerate([{"w": weight}, {"v": weight}, {"w": weight.view(2, 3)}, {"w": weight.view(3, 2)}]):
+        (tmp_path / str(number)).mkdir()
+        save_file(tensors, tmp_path / str(number) / "model.safetensors")
+        prints.add(checkpoint.fingerprint({}, ["a"], checkpoint.read_tensors(tmp_path / str(number), "it"), "it"))
+    assert len(prints) == 4

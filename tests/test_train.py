@@ -15,9 +15,13 @@ import yaml
 from runs import SMOOTH_ADAM, largest_difference, losses, weights, word_tokenizer
 from safetensors.torch import load_file
 
-from muka_fast import data, pool_tokens, supervision, train
+from muka_fast import data, loop, pool_tokens, supervision, train
+from muka_fast.config import RunConfig
+from muka_fast.engine import Engine
 from muka_fast.errors import UserError
 from muka_fast.evidence import unit
+from muka_fast.loop import Plan
+from muka_fast.seeds import seed_of
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -466,3 +470,39 @@ def test_a_line_is_the_mean_of_its_steps(go):
     assert [line["step"] for line in few] == [2, 4, 5]
     losses = [line["loss"] for line in every]
     assert [line["loss"] for line in few] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:4]) / 2, losses[4]], rel=1e-6)
+
+
+def test_seed_and_epoch_decide_which_texts_a_step_sees():
+    lengths = np.full(64, 5)
+    plans = [Plan(lengths, RunConfig(batch_size=8, epochs=2, seed=seed)) for seed in (0, 1)]
+    epochs = [[plan.rows(step).tolist() for step in range(first, first + 8)] for plan in plans for first in (0, 8)]
+    assert len({str(sorted(batches)) for batches in epochs}) == 4
+
+
+def test_every_micro_batch_draws_numbers_of_its_own(go, monkeypatch):
+    places = []
+    monkeypatch.setattr(loop, "seed_of", lambda *place: places.append(place) or seed_of(*place))
+    go("run", ds={"train_micro_batch_size_per_gpu": 8}, epochs=2)
+    assert len(places) == 20 and len(set(places)) == 20
+
+
+def test_the_layers_know_the_epoch(go, monkeypatch):
+    """Their masks follow from it: the same ones in every epoch would hide the same units of a text from the student for good."""
+    epochs = []
+    train_loop = loop.train
+
+    def spied(*given):
+        tell = lambda ids, epoch: epochs.append(epoch) or given[-1](ids, epoch)
+        return train_loop(*given[:-1], tell)
+
+    monkeypatch.setattr(train, "train", spied)
+    go("run", epochs=2)
+    assert epochs == sorted(epochs) and set(epochs) == {0, 1}
+
+
+def test_modules_beside_the_student_have_a_learning_rate_of_their_own(go, monkeypatch):
+    rates, step = [], Engine.step
+    lrs = lambda engine: {group["lr"] for group in engine.ds.optimizer.param_groups}
+    monkeypatch.setattr(Engine, "step", lambda engine: rates.append(lrs(engine)) or step(engine))
+    go("run", method="dfa", epochs=1, learning_rate=1e-5, warmup_ratio=0.0)
+    assert rates[0] == {1e-5, 1e-3}

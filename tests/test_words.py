@@ -103,3 +103,9 @@ def test_they_stand_beside_the_encoders_features():
 def test_a_token_twice_in_one_text_is_one_text():
     texts = [[1, 2], [1, 3], [2, 3], [7, 7]]
     assert WordFeatures.fit(tokens_of(texts), np.arange(4), 0).known.tolist() == [1, 2, 3]
+
+
+def test_a_token_that_repeats_counts_by_its_logarithm():
+    features = WordFeatures.fit(tokens_of([[5] * 8 + [6], [5, 6], [7], [7, 7]]), np.arange(4), 0)(np.arange(2))  # all are in two texts
+    often = 1 + np.log(8)
+    assert features[0] @ features[1] == pytest.approx((often + 1) / np.sqrt(2 * (often**2 + 1)), abs=1e-5)
