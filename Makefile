@@ -24,7 +24,7 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m 'slow and not gpu' $(PYTEST_ARGS)
 
-# Tiles that no architecture takes yet: 20 minutes of compilation that nothing but new tiles or another Triton can change.
+# Tiles that no architecture takes yet: minutes of compilation, needed after a change of kernels, tiles or Triton.
 test-candidates: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m candidate $(PYTEST_ARGS)
 

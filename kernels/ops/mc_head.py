@@ -317,7 +317,7 @@ if philox.triton is not None:
         for classes, stage in ((16, 0), (32, 0), (64, 0), (128, 0), (1000, 1), (1000, 2))
         for entry in tuning.CANDIDATES["mc_head"][_shape_class(dtype, classes)]
         for multiples in ((), ("D",))
-    ] + [_specialisation("fp32", 16, 0, tuning.CANDIDATES["mc_head"]["32 bit 16"][0], ("D",), has_bias=False)]
+    ] + [_specialisation("fp32", 16, 0, entry, ("D",), has_bias=False) for entry in tuning.CANDIDATES["mc_head"]["32 bit 16"]]
 
 _op = table.register(
     "mc_head",
