@@ -42,10 +42,10 @@ from muka_fast.evaluate import metrics, predict
 from muka_fast.labels import LabelSpace, build_label_space
 from muka_fast.memory import token_budget
 from muka_fast.plan import scoring_forwards
+from muka_fast.probe import ROUNDING
 from muka_fast.stored import Supervision
 from muka_fast.supervision import fill_store
 from muka_fast.teachers import DTYPES, Teacher, load_teacher
-from muka_fast.trunk import ROUNDING
 
 TOLERANCE = 1e-4  # of the deterministic logits, relative to the largest
 

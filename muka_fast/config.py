@@ -120,7 +120,7 @@ class ForwardOptions(DeviceOptions):
 
     token_budget: int | None = option(
         None,
-        "padded tokens per forward of teachers and finished models; changes no result",
+        "padded tokens per forward of teachers and finished models; changes no result of models that padding does not change",
         "Run",
         means="8192, on a GPU by its free memory",
         ge=16,

@@ -21,6 +21,7 @@ from muka_fast.errors import UserError
 from muka_fast.first_token import first_token_only
 from muka_fast.labels import plain_form, read_label_map, rename_labels, tell_of_unknown
 from muka_fast.memory import device_of
+from muka_fast.probe import check_padding
 from muka_fast.teachers import open_classifier
 from muka_fast.tokenizer import token_limit
 
@@ -43,7 +44,10 @@ def load_model(
 
     Raises UserError for every fault that a teacher would be refused for.
     """
-    return open_classifier(checkpoint.resolve_folder(source, "--model"), f"--model {source}", device)
+    what = f"--model {source}"
+    model, tokenizer, labels = open_classifier(checkpoint.resolve_folder(source, "--model"), what, device)
+    check_padding(model, what)
+    return model, tokenizer, labels
 
 
 def predict(

@@ -15,7 +15,7 @@ from muka_fast.errors import UserError, first_line
 from muka_fast.intercept import intercept, layer_modules, patched
 from muka_fast.ops.reference import ATTENTION_STRIDE
 from muka_fast.ops.repeat_dropout import repeat_dropout
-from muka_fast.placement import input_device
+from muka_fast.probe import trace_inputs
 
 SHARED_EXAMPLE = 0xFFFFFFFF  # example id of sites that every text shares (DeBERTa's table of relative positions)
 TRACE_TEXTS, TRACE_TOKENS = 3, 5
@@ -52,8 +52,8 @@ class Site:
 class _Trace:
     """SiteHandler that changes nothing and writes down every call."""
 
-    def __init__(self, paths: dict[nn.Module, str]):
-        self.paths = paths
+    def __init__(self, paths: dict[nn.Module, str], what: str):
+        self.paths, self.what = paths, what
         self.calls: Counter[nn.Module] = Counter()
         self.layer: int | str | None = None
         self.attention_modules: list[nn.Module] = []
@@ -70,28 +70,15 @@ class _Trace:
         self.calls[module] += 1
         return x
 
-    @staticmethod
-    def _kind(path: str, shape: tuple[int, ...]) -> str:
+    def _kind(self, path: str, shape: tuple[int, ...]) -> str:
         if shape[0] == TRACE_TEXTS and (len(shape) == 2 or (len(shape) == 3 and shape[1] == TRACE_TOKENS)):
             return "activation"
         if len(shape) == 4 and shape[0] == TRACE_TEXTS and shape[2:] == (TRACE_TOKENS, TRACE_TOKENS):
             return "attention"
         if len(shape) == 2:
             return "tokens" if shape[0] == TRACE_TEXTS * TRACE_TOKENS else "shared"
-        raise UserError(f"dropout site {path} masks a value of unknown layout {shape}: architecture not supported")
-
-
-def trace_inputs(model: PreTrainedModel, texts: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask [texts, tokens] of arbitrary tokens, none of which is padding; the last one ends a text where
-    the model is an encoder with a decoder, whose head looks for it."""
-    pad = getattr(model.config, "pad_token_id", None)
-    end = model.config.eos_token_id if model.config.is_encoder_decoder else None
-    vocabulary = [i for i in range(min(model.config.vocab_size, 64)) if i not in (pad, end)]
-    ids = torch.tensor([vocabulary[(7 * i + 3) % len(vocabulary)] for i in range(texts * tokens)])
-    ids = ids.view(texts, tokens).to(input_device(model))
-    if end is not None:
-        ids[:, -1] = end
-    return ids, torch.ones_like(ids)
+        told = f"its dropout site {path} masks a value of unknown layout {list(shape)}"
+        raise UserError(f"{self.what}: {told}, which this version cannot mask by text; leave it out")
 
 
 @contextmanager
@@ -107,18 +94,18 @@ def understood(model: PreTrainedModel, what: str) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def list_sites(model: PreTrainedModel) -> list[Site]:
+def list_sites(model: PreTrainedModel, what: str = "model") -> list[Site]:
     """Every dropout site of `model` (eval mode) in order of execution, attention and sites of p = 0 included.
 
     A forward on a tiny input is traced twice: the second time with the `training` flag of the attention modules alone
-    raised, since only then do they pass on the probability they would use. Raises UserError for a site whose value has
-    no known layout.
+    raised, since only then do they pass on the probability they would use. what: what errors call the model. Raises UserError for a
+    site whose value has no known layout.
     """
     paths = {module: path for path, module in model.named_modules()}
     ids, mask = trace_inputs(model, TRACE_TEXTS, TRACE_TOKENS)
     attention_modules: list[nn.Module] = []
     for _ in range(2):
-        trace = _Trace(paths)
+        trace = _Trace(paths, what)
         with ExitStack() as stack:
             stack.enter_context(intercept(model, trace))
             _watch_layers(model, trace, stack)
@@ -220,13 +207,13 @@ class AnyValue(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def sites_of_config(config: PreTrainedConfig) -> list[Site] | None:
+def sites_of_config(config: PreTrainedConfig, what: str = "model") -> list[Site] | None:
     """`list_sites` of the classifier that a configuration describes, without weights; None where it cannot be run so."""
     try:
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False).eval()
         with AnyValue():
-            return list_sites(model)
+            return list_sites(model, what)
     except UserError:
         raise
     except Exception:  # whatever a model does without values; the real one is looked at when its turn comes

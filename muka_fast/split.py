@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from muka_fast.intercept import SiteHandler, build_positions_without_waiting, intercept, layer_modules, patched
-from muka_fast.sites import Masks, Site, trace_inputs
+from muka_fast.probe import trace_inputs
+from muka_fast.sites import Masks, Site
 
 
 class _Reached(Exception):

@@ -15,9 +15,10 @@ from muka_fast import checkpoint
 from muka_fast.console import quiet_transformers
 from muka_fast.engine import partitioned_loading, whole_parameters
 from muka_fast.errors import UserError, first_line
+from muka_fast.probe import check_padding
 from muka_fast.seeds import seed_of
 from muka_fast.teachers import settle_forward, some
-from muka_fast.tokenizer import check_vocabulary, load_tokenizer, settle_tokenizer
+from muka_fast.tokenizer import check_tokenizer, load_tokenizer, settle_tokenizer
 
 log = logging.getLogger("muka_fast")
 
@@ -71,7 +72,8 @@ def load_student(
         level = logging.INFO if all("pooler" in name for name in random) else logging.WARNING  # a pooler is made anew like the head
         log.log(level, "%s: starts with random weights for %s, which its files do not hold", what, some(random))
     settle_tokenizer(model, tokenizer, what)
-    check_vocabulary(model, tokenizer, what)
+    check_tokenizer(model, tokenizer, what)
+    check_padding(model, what)
     return model, tokenizer
 
 

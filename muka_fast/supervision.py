@@ -151,21 +151,20 @@ def _score_adaptively(
 def check_sites(names: Sequence[str], files: Sequence[TeacherFiles], options: ScoringOptions) -> None:
     """Refuse a teacher in which --mc_scope leaves nothing random, before the scores of those before it take hours."""
     for name, found in zip(names, files, strict=True):
-        sites = _sites(found.folder, checkpoint.file_state(found.folder))
+        sites = _sites(found.folder, f"teacher {name}", checkpoint.file_state(found.folder))
         # Without layers of its own every site is used, whatever the scope (StochasticTeacher).
         if sites and (options.mc_scope == "all" or num_site_layers(sites)):
             active_probabilities(sites, options.mc_scope, options.mc_dropout_p, f"teacher {name}")
 
 
 @cache
-def _sites(folder: Path, _state: tuple) -> list[Site] | None:
+def _sites(folder: Path, what: str, _state: tuple) -> list[Site] | None:
     """The dropout sites of a teacher by its configuration, once per state of its files."""
-    what = f"teacher {folder}"
     if adapters.is_adapter(folder) and not (folder / "config.json").is_file():
         folder = adapters.base_folder(folder, what)
     try:
         with quiet_transformers():
-            return sites_of_config(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+            return sites_of_config(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False), what)
     except checkpoint.LOADING_ERRORS:
         return None  # an adapter's broken base: told with all details when its turn comes
 

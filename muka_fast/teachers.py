@@ -18,9 +18,9 @@ from muka_fast import adapters, checkpoint, placement
 from muka_fast.console import quiet_transformers
 from muka_fast.data import tokenizer_key
 from muka_fast.errors import UserError, first_line
+from muka_fast.probe import check_padding, trace_inputs
 from muka_fast.seeds import seed_of
-from muka_fast.sites import trace_inputs
-from muka_fast.tokenizer import check_vocabulary, load_tokenizer, settle_tokenizer, token_limit
+from muka_fast.tokenizer import check_tokenizer, load_tokenizer, settle_tokenizer, token_limit
 
 log = logging.getLogger("muka_fast")
 ONE_TEACHER = "only one teacher (%s): this is plain distillation, there is nothing to select between"
@@ -139,7 +139,7 @@ def rehearse(folder: Path, what: str, _state: tuple) -> None:
         if importlib.util.find_spec("accelerate") is not None:
             model = load_classifier(folder, torch.float32, what, device_map="meta")
             settle_tokenizer(model, tokenizer, what)
-            check_vocabulary(model, tokenizer, what)
+            check_tokenizer(model, tokenizer, what)
     finally:
         log.disabled = before
 
@@ -168,6 +168,7 @@ def load_teacher(
     model.requires_grad_(False)
     if placement.is_split(model):
         check_split(model, needed, what)
+    check_padding(model, what)
     max_length = token_limit(model, tokenizer)
     return Teacher(
         name=name or teacher_names([path])[0],
@@ -206,7 +207,7 @@ def open_classifier(
     check_finite(model, what)
     tokenizer = load_tokenizer(tokenizer_folder, what)
     settle_tokenizer(model, tokenizer, what)
-    check_vocabulary(model, tokenizer, what)
+    check_tokenizer(model, tokenizer, what)
     return model, tokenizer, labels
 
 

@@ -1,5 +1,6 @@
 """A model's tokenizer: loaded, made to fit the model, and how many tokens a text may have."""
 
+import inspect
 import logging
 from pathlib import Path
 
@@ -58,10 +59,11 @@ def settle_tokenizer(
         tokenizer.init_kwargs["split_special_tokens"] = True  # what save_pretrained writes
 
 
-def check_vocabulary(
+def check_tokenizer(
     model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, what: str
 ) -> None:
-    """Refuse a tokenizer whose ids the model cannot embed: it belongs to another model."""
+    """Refuse a tokenizer that tells its model more than token ids, or whose ids the model cannot embed: it belongs to another one."""
+    _check_inputs(model, tokenizer, what)
     rows = embedded_tokens(model)
     if rows is None:
         log.info("%s: has no table of tokens that its tokenizer could be compared with", what)
@@ -77,6 +79,24 @@ def check_vocabulary(
         f"{what}: its tokenizer has token {beyond[0][1]!r} with id {beyond[0][0]}, but the model embeds only {rows} tokens; "
         "copy the tokenizer that the model was trained with"
     )
+
+
+def _check_inputs(
+    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, what: str
+) -> None:
+    """Token ids are all that is kept of a text here: RoCBert's also has shapes and pronunciations, Funnel's segments."""
+    try:
+        told = tokenizer("a text")
+    except Exception as error:  # of the tokenizer's own kind: LayoutLMv2's asks for boxes
+        raise UserError(f"{what}: its tokenizer does not take plain text ({first_line(error)}); leave it out") from error
+    taken = inspect.signature(model.forward).parameters
+    more = [name for name in told if name in taken and name not in ("input_ids", "attention_mask")]
+    more = [name for name in more if name != "token_type_ids" or any(told[name])]
+    if more:
+        raise UserError(
+            f"{what}: its tokenizer gives {type(model).__name__} {' and '.join(more)} beside token ids, which this version does not "
+            "pass on; use another architecture"
+        )
 
 
 def token_table(model: transformers.PreTrainedModel) -> torch.nn.Module | None:
@@ -117,7 +137,12 @@ def position_tables(model: transformers.PreTrainedModel) -> list[torch.nn.Module
 
 def position_limit(model: transformers.PreTrainedModel) -> int:
     """Most tokens that a model's position table, or else its configuration, allows; its weights may be on the meta device."""
-    told = max(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0, 0) or NO_LIMIT  # XLNet's -1: none
+    config = model.config.get_text_config()
+    told = max(getattr(config, "max_position_embeddings", None) or 0, 0) or NO_LIMIT  # XLNet's -1: none
+    # Beyond it longrope (Phi-3) turns all texts of a batch by other angles, the short ones as well.
+    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = [part for part in (rope, *rope.values()) if isinstance(part, dict) and part.get("rope_type") == "longrope"]
+    told = min(told, *(part["original_max_position_embeddings"] for part in ropes), NO_LIMIT)
     # RoBERTa's kin count positions from padding_idx + 1; others' tables may begin with rows for other things (Nystromformer).
     tables = position_tables(model)
     limits = [min(told, num_rows(table)) if table.padding_idx is None else num_rows(table) - table.padding_idx - 1 for table in tables]

@@ -20,7 +20,7 @@ from muka_fast.data import tokenize, tokenizer_key
 from muka_fast.errors import UserError
 from muka_fast.evaluate import predict
 from muka_fast.student import load_student
-from muka_fast.tokenizer import check_vocabulary, settle_tokenizer
+from muka_fast.tokenizer import check_tokenizer, settle_tokenizer
 
 HTML = "was <s>dear</s>, now cheap"  # struck out in HTML, the marks of a text's ends in many tokenizers
 
@@ -269,10 +269,10 @@ class QuantisedTable(torch.nn.Module):
 def test_the_vocabulary_is_compared_with_whatever_table_there_is(make_model, make_tokenizer, caplog):
     model, tokenizer = make_model(), make_tokenizer()
     model.set_input_embeddings(QuantisedTable(len(tokenizer)))
-    check_vocabulary(model, tokenizer, "teacher x")
+    check_tokenizer(model, tokenizer, "teacher x")
     model.set_input_embeddings(QuantisedTable(9))
     with pytest.raises(UserError, match="the model embeds only 9 tokens"):
-        check_vocabulary(model, tokenizer, "teacher x")
+        check_tokenizer(model, tokenizer, "teacher x")
     small = {"vocab_size": 9, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 16}
     for without in (
         transformers.CanineForSequenceClassification(transformers.CanineConfig(num_hash_buckets=16, **small)),
@@ -285,22 +285,22 @@ def test_the_vocabulary_is_compared_with_whatever_table_there_is(make_model, mak
     ):  # fmt: skip
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="muka_fast"):
-            check_vocabulary(without, tokenizer, "teacher x")
+            check_tokenizer(without, tokenizer, "teacher x")
         assert caplog.messages == ["teacher x: has no table of tokens that its tokenizer could be compared with"]
 
 
 def test_special_tokens_alone_may_have_no_row_and_padding_may_not(make_model, make_tokenizer, product_log):
     model, tokenizer = make_model(), make_tokenizer()
     tokenizer.add_special_tokens({"mask_token": "<extra>"})
-    check_vocabulary(model, tokenizer, "teacher x")
+    check_tokenizer(model, tokenizer, "teacher x")
     assert "no row for the special token '<extra>'; texts must not hold it" in product_log.text
     tokenizer.add_tokens("muka")
     with pytest.raises(UserError, match="token '<extra>' with id 240, but the model embeds only 240 tokens"):
-        check_vocabulary(model, tokenizer, "teacher x")
+        check_tokenizer(model, tokenizer, "teacher x")
     padding = make_tokenizer()
     padding.add_special_tokens({"pad_token": "<extra>"})
     with pytest.raises(UserError, match="token '<extra>' with id 240"):
-        check_vocabulary(model, padding, "teacher x")
+        check_tokenizer(model, padding, "teacher x")
 
 
 def test_no_way_to_pad_is_refused(make_teacher):

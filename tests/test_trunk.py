@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from muka_fast import trunk
+from muka_fast import probe, trunk
 from muka_fast.errors import UserError
 from muka_fast.ops.reference import mc_statistics_ref
 from muka_fast.pooled import head_input, pool
@@ -77,7 +77,7 @@ def unsplit_scores(teacher, ids, mask, example_ids):
         plain = teacher.model(input_ids=ids, attention_mask=mask).logits
         features = pool(seen[0], mask, teacher.reads)
         # What the output layer reads, and nothing else.
-        tolerance = trunk.ROUNDING.get(plain.dtype, 1e-5)
+        tolerance = probe.ROUNDING.get(plain.dtype, 1e-5)
         torch.testing.assert_close(teacher.output_layer(features), plain, atol=tolerance, rtol=tolerance)
     return trunk.TeacherScores(plain, mean, var, predictive[:, 0], expected[:, 0], features)
 
