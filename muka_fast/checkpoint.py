@@ -102,7 +102,10 @@ def read_config(folder: Path, what: str) -> dict:
     """config.json of a model folder, as it is written there."""
     file = folder / "config.json"
     if not file.is_file():
-        raise UserError(f"{what}: no config.json in {folder}; point to a folder written by save_pretrained")
+        way_out = "point to a folder written by save_pretrained"
+        if steps := list(folder.glob("checkpoint-*/config.json")):  # what `transformers.Trainer` leaves
+            way_out = f"name one of its checkpoints, the newest is {max(steps, key=lambda step: step.stat().st_mtime).parent}"
+        raise UserError(f"{what}: no config.json in {folder}; {way_out}")
     return read_json(file, what)
 
 

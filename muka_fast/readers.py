@@ -88,13 +88,21 @@ def _file_rows(source: str, columns: Columns) -> Iterator[Row]:
     gz = path.suffix.lower() == ".gz"
     kind = Path(path.stem).suffix.lower() if gz else path.suffix.lower()
     if path.is_dir():
-        raise UserError(f"{source}: is a folder; name a file, or several by a pattern: '{path}/*{SUFFIXES[0]}' ({' '.join(SUFFIXES)})")
+        raise UserError(f"{source}: is a folder; {_way_out_of_folder(path)}")
     if kind not in SUFFIXES:
         raise UserError(f"{source}: unknown kind of file '{path.suffix}': use one of {' '.join(SUFFIXES)}")
     if gz and kind == ".parquet":
         raise UserError(f"{source}: parquet is compressed in itself and not read as .gz: gunzip {path}")
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows, ".txt": _txt_rows}
     return _guarded(source, path, readers.get(kind, _csv_rows)(path, columns))
+
+
+def _way_out_of_folder(path: Path) -> str:
+    for name, part in (("dataset_dict.json", "['train']"), ("state.json", "")):  # what `save_to_disk` of `datasets` writes
+        if (path / name).is_file():
+            return f"write a file of it: datasets.load_from_disk({str(path)!r}){part}.to_parquet({f'{path.name}.parquet'!r})"
+    kinds = {suffix: None for suffix in SUFFIXES if any(path.glob(f"*{suffix}"))} or SUFFIXES
+    return f"name a file, or several by a pattern: '{path}/*{next(iter(kinds))}' ({' '.join(SUFFIXES)})"
 
 
 def _guarded(source: str, path: Path, rows: Iterator[Row]) -> Iterator[Row]:
@@ -214,7 +222,7 @@ def _csv_rows(path: Path, columns: Columns) -> Iterator[Row]:
                 spans = True
                 told = "a field in quotes spans several lines; where quotes are plain characters, double them or use .jsonl"
                 log.warning("%s, line %d: %s", path, start, told)
-            label = fields[label_at] if fields and label_at is not None else None
+            label = fields[label_at].strip() if fields and label_at is not None else None  # as the names of the columns
             yield Row(start, fields[text_at] if fields else None, label or None)
             start = reader.line_num + 1
     except csv.Error as error:
@@ -228,7 +236,11 @@ def _txt_rows(path: Path, columns: Columns) -> Iterator[Row]:
     if columns.need_labels:
         raise UserError(f"{path}: a .txt file has no labels, which are needed here: use .jsonl, .csv, .tsv or .parquet")
     for number, line in _lines(path):
-        yield Row(number, line.rstrip("\r\n"), None)
+        text = line.rstrip("\r\n")
+        if number == 1 and "\r" in text and not line.endswith("\n"):
+            way_out = f"save it with line feeds: tr '\\r' '\\n' < {path} > lines.txt"
+            raise UserError(f"{path}: its lines end in a carriage return alone: {way_out}")
+        yield Row(number, text, None)
 
 
 def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:

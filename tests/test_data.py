@@ -521,6 +521,34 @@ def test_lines_that_end_in_a_carriage_return_alone_are_told(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"text,label\rone,x\rtwo,y\r")
     with pytest.raises(UserError, match=r"a\.csv, line 1: .*carriage return alone: save it with line feeds"):
         read_texts(tmp_path / "a.csv")
+    (tmp_path / "a.txt").write_bytes(b"one\rtwo\rthree")
+    with pytest.raises(UserError, match=r"a\.txt: its lines end in a carriage return alone: save it with line feeds: tr"):
+        read_texts(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_bytes(b"one\rtwo\nthree\r")
+    assert read_texts(tmp_path / "a.txt").texts == ["one\rtwo", "three"]
+
+
+def test_a_folder_of_a_saved_data_set_tells_how_to_write_a_file_of_it(tmp_path):
+    import datasets
+
+    pool = datasets.Dataset.from_dict({"text": TEXTS})
+    pool.save_to_disk(tmp_path / "pool")
+    datasets.DatasetDict({"train": pool}).save_to_disk(tmp_path / "splits")
+    for name, split in (("pool", ""), ("splits", r"\['train'\]")):
+        with pytest.raises(UserError, match=rf"load_from_disk\('.*{name}'\){split}\.to_parquet\('{name}\.parquet'\)"):
+            read_texts(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+def test_a_folder_of_files_is_read_by_the_pattern_that_is_told(tmp_path, kind):
+    write(tmp_path / f"a.{kind}", TEXTS, LABELS)
+    with pytest.raises(UserError, match=rf"is a folder; name a file, or several by a pattern: '.*/\*\.{kind}'"):
+        read_texts(tmp_path)
+
+
+def test_blanks_around_the_labels_of_a_table_are_none_of_theirs(tmp_path):
+    (tmp_path / "a.csv").write_text("text, label\none, sport\ntwo,sport \nthree, money\n")
+    assert read_texts(tmp_path / "a.csv").labels == ["sport", "sport", "money"]
 
 
 @pytest.mark.parametrize("name", ["a sentence " * 40, "nul\0byte"])

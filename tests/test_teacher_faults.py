@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 
 import pytest
@@ -26,6 +27,15 @@ def test_no_config(make_teacher):
     folder = make_teacher("bert")
     (folder / "config.json").unlink()
     refusal(folder, "no config.json", "save_pretrained")
+
+
+def test_a_folder_of_checkpoints_names_the_newest(make_teacher, tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for age, step in enumerate(("checkpoint-500", "checkpoint-1000", "checkpoint-best")):
+        make_teacher("bert", name=f"runs/{step}")
+        os.utime(runs / step / "config.json", (1e9 - age, 1e9 - age))
+    refusal(runs, "no config.json", f"the newest is {runs / 'checkpoint-500'}")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\udcff"])
