@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from scipy.special import log_softmax, softmax
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
 from muka_fast.selection import sampled, uncertainties
 
 if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
+
     from muka_fast.features import Features
     from muka_fast.stored import Supervision
 
@@ -268,6 +268,10 @@ def fit_owner(b: np.ndarray, near: np.ndarray, evidence: np.ndarray) -> Owner:
 
 def regress(b: np.ndarray, w: np.ndarray) -> Owner:
     """One round: the most trusted teacher of each text on its neutral features, clear texts counting most."""
+    # Slow to import, and most methods have no such rule.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     target, best = w.argmax(1), np.sort(w, axis=1)
     gap = best[:, -1] - best[:, -2]
     weight = gap / gap.mean() if gap.mean() > 0 else np.ones(len(gap))

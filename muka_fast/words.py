@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.sparse import csr_array
-from sklearn.feature_extraction.text import TfidfTransformer
-from sklearn.utils.extmath import randomized_svd
 
 from muka_fast.evidence import unit
 from muka_fast.features import Features
 
 if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import TfidfTransformer
+
     from muka_fast.data import Tokens
     from muka_fast.store import ShardRange
 
@@ -39,6 +39,10 @@ class WordFeatures:
     @classmethod
     def fit(cls, tokens: Tokens, rows: np.ndarray, seed: int) -> WordFeatures:
         """On the texts `rows`. Their order changes the directions by rounding alone: the SVD draws its random start per token."""
+        # Slow to import, and most methods look at no words.
+        from sklearn.feature_extraction.text import TfidfTransformer
+        from sklearn.utils.extmath import randomized_svd
+
         width = int(tokens.ids.max(initial=-1)) + 1
         every = count(tokens, rows, width)
         frequency = np.bincount(every.indices, minlength=every.shape[1])

@@ -114,3 +114,8 @@ def test_import_stays_light(module):
     heavy = ["torch", "transformers", "deepspeed", "datasets", "sklearn", "matplotlib"]
     loaded = run_python(f"import sys, {module}\nprint(*[m for m in {heavy} if m in sys.modules])", cwd=ROOT)
     assert loaded == []
+
+
+def test_training_waits_for_no_library_that_some_methods_alone_need():
+    late = ["deepspeed", "datasets", "sklearn", "matplotlib"]
+    assert run_python(f"import sys, muka_fast.train\nprint(*[m for m in {late} if m in sys.modules])", cwd=ROOT) == []
