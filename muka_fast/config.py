@@ -276,7 +276,7 @@ class RunConfig(ScoringOptions, LabelOptions):
     )
     log_every: int = option(10, "steps between two lines of metrics", "Run", ge=1)
     save_every: int | None = option(
-        None, "steps between two checkpoints", "Run", means="where an epoch ends, a minute apart or more", ge=1
+        None, "steps between two checkpoints", "Run", means="where an epoch ends, a minute apart or more, and after half an hour", ge=1
     )
     resume: bool = option(False, "continue the run in the output folder; where there is none, begin it", "Run")
     overwrite: bool = option(False, "replace the run in the output folder; without --store its scores of the same texts stay", "Run")

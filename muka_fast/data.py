@@ -156,7 +156,7 @@ def _label_name(row: Row, part: str, column: str, needed: bool) -> str | None:
     label = row.label
     if isinstance(label, float) and label.is_integer():
         label = int(label)
-    missing = label is None or label == "" or (isinstance(label, float) and label != label)
+    missing = label is None or (isinstance(label, str) and not label.strip()) or (isinstance(label, float) and label != label)
     if missing:
         if needed:
             raise UserError(f"{part}, {row.place}: column '{column}' holds no label, and labels are needed here")
@@ -201,6 +201,11 @@ class Tokens:
     def lengths(self) -> np.ndarray:
         """int64 [n], tokens of each text, special tokens included."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest text; 0 without texts."""
+        return int(self.lengths.max(initial=0))
 
 
 def tokenizer_key(tokenizer: "PreTrainedTokenizerBase", max_length: int) -> str:
@@ -387,7 +392,7 @@ def collate(tokens: Tokens, rows: np.ndarray, pad_id: int, few_shapes: bool = Fa
     lengths = tokens.lengths[rows]
     longest = int(lengths.max(initial=0))
     if few_shapes and longest:
-        longest = min(few_lengths(longest), int(tokens.lengths.max()))
+        longest = min(few_lengths(longest), tokens.longest)
     mask = np.arange(longest) < lengths[:, None]
     input_ids = np.full(mask.shape, pad_id, dtype=np.int64)
     input_ids[mask] = np.concatenate([tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]] for row in rows])

@@ -23,7 +23,7 @@ from muka_fast.material import MAX_LENGTH, STUDENT_OPTIONS, TEACHERS, Prepared, 
 from muka_fast.methods import build_method, selection_accuracy, target_accuracy
 from muka_fast.stored import Supervision
 from muka_fast.supervision import fill_store
-from muka_fast.teach import measure
+from muka_fast.teach import measure, rows_to_measure
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,7 +65,7 @@ def teacher_rows(prepared: Prepared, held_out: TextSet) -> list[tuple[str, float
     rows = []
     for path in prepared.teachers:
         model, tokenizer, labels = load_model(path)
-        figures = measure(model, tokenizer, held_out, labels, MAX_LENGTH)
+        figures = measure(model, tokenizer, rows_to_measure(held_out, labels), labels, MAX_LENGTH)
         name = Path(path).name
         title = f"teacher {name} ({TEACHERS[name][0]})"
         rows.append((title, figures["accuracy"], figures["accuracy"] * figures["num_texts"] / len(held_out)))

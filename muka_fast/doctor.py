@@ -46,8 +46,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """What is shown of a teacher. sites: (scope, number of sites, their probabilities), for each of SCOPES. prefixes: content
-    hashes of its leading layers (muka_fast/shared.py)."""
+    """What is shown of a teacher. sites: (scope, number of sites, their probabilities), for each of SCOPES; of one that cannot be
+    split those of "all", which is used. prefixes: content hashes of its leading layers (muka_fast/shared.py)."""
 
     name: str
     architecture: str
@@ -56,6 +56,7 @@ class TeacherFacts:
     max_length: int
     fingerprint: str
     tokenizer_key: str
+    splits: bool
     sites: list[tuple[str, int, list[float]]]
     prefixes: tuple[str, ...]
 
@@ -184,7 +185,7 @@ def folder_findings() -> Iterator[Finding]:
         yield Finding("free disk here", f"{usage.free / 2**30:.1f} GiB", "note" if low else "ok", way)
     except OSError as error:
         yield Finding("free disk here", one_line(error), "note", "run it in a folder that can be read")
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions"))
     for lock in stale_locks(root):
         yield Finding(
             "build lock", str(lock), "note", "left by a killed build: delete the file, or the next build waits for ever"
@@ -224,6 +225,9 @@ def examine_teachers(paths: Sequence[str]) -> tuple[list[TeacherFacts], list[Fin
         except UserError as error:
             findings.append(Finding(name, str(error), "broken"))
             continue
+        if not facts[-1].splits:
+            way = "any --mc_scope is scored as all: mc_samples passes of the whole model"
+            findings.append(Finding(name, "cannot be split into layers", "note", way))
         silent = [scope for scope, count, ps in facts[-1].sites if not count or not any(ps)]
         if "all" in silent:
             findings.append(
@@ -254,10 +258,10 @@ def teacher_facts(path: str, name: str) -> TeacherFacts:
 
     teacher = load_teacher(path, run_seed=0, name=name)
     scorer = StochasticTeacher(teacher, mc=False)
-    sites = []
+    splits, sites = scorer.encoder.depth > 0, []
     for scope in SCOPES:
         try:
-            active = active_sites(scorer.all_sites, scope, name)
+            active = active_sites(scorer.all_sites, scope if splits else "all", name)
         except UserError:  # a model without a site in its head
             active = []
         sites.append((scope, len(active), sorted({site.p for site in active})))
@@ -269,6 +273,7 @@ def teacher_facts(path: str, name: str) -> TeacherFacts:
         max_length=teacher.max_length,
         fingerprint=teacher.fingerprint,
         tokenizer_key=teacher.tokenizer_key,
+        splits=splits,
         sites=sites,
         prefixes=prefixes(scorer),
     )

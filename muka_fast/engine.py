@@ -45,6 +45,8 @@ def resolve_device(device: str) -> str:
     found = device_of(device)
     if found.startswith("cuda:") and found != "cuda:0":
         raise UserError(f"--device {device}: training takes the first GPU it sees, so set CUDA_VISIBLE_DEVICES={device[5:]}")
+    if found == "cuda:0" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"--device {device}: of several processes each takes a GPU of its own: use --device cuda")
     return found.partition(":")[0]
 
 
@@ -306,10 +308,10 @@ class Engine:
         norm = self.plain_norm if self.plain else self.ds.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def sum_and_any(self, total: Tensor, flag: bool) -> Fetch:
-        """Sum of a scalar over all processes, and a number above 0 where any of them raised the flag, in one exchange."""
+    def sum_both(self, total: Tensor, number: float) -> Fetch:
+        """Sums over all processes of a scalar on the device and a number of the host, in one exchange."""
         total = total.detach().double()
-        both = torch.stack([total, torch.full_like(total, float(flag))])
+        both = torch.stack([total, torch.full_like(total, number)])
         if self.world_size > 1:
             torch.distributed.all_reduce(both)
         return Fetch(both)

@@ -77,7 +77,9 @@ def predict(
             for rows in batches:
                 inputs = {name: value.to(device) for name, value in collate(tokens, rows, pad_id).items()}
                 found = (model(**inputs).logits if forward is None else forward(inputs)).float().cpu()
-                logits = torch.empty(len(tokens), found.shape[1], dtype=torch.float32) if logits is None else logits
+                if logits is None:
+                    with torch.inference_mode(False):  # an ordinary tensor
+                        logits = torch.empty(len(tokens), found.shape[1], dtype=torch.float32)
                 logits[torch.from_numpy(rows)] = found
                 done(len(rows))
     finally:
@@ -92,7 +94,7 @@ def predict(
             f"{first if example_ids is None else example_ids[first]}; "
             "check the checkpoint"
         )
-    return logits.clone()  # out of inference mode
+    return logits
 
 
 def join_columns(logits: Tensor, names: Sequence[str]) -> Tensor:
@@ -182,7 +184,8 @@ def _block(
     logits: np.ndarray, labels: np.ndarray, predicted: np.ndarray, names: Sequence[str], owned: Sequence[str]
 ) -> dict[str, Any]:
     """Figures over the texts whose label a teacher owns."""
-    classes = np.array([c for c, name in enumerate(names) if name in set(owned)], dtype=np.int64)
+    mine = set(owned)
+    classes = np.array([c for c, name in enumerate(names) if name in mine], dtype=np.int64)
     rows = np.isin(labels, classes)
     figures = {"num_classes": len(classes), "support": int(rows.sum()), "accuracy": None, "in_block": None}
     if not rows.any():

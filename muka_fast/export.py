@@ -281,7 +281,7 @@ def place(value: Any) -> Any:
         return value
     path = os.path.expanduser(value)
     try:
-        local = os.path.isabs(path) or os.path.exists(path) or bool(glob.glob(path))
+        local = os.path.isabs(path) or os.path.exists(path) or bool(glob.glob(path, recursive=True))
     except ValueError:  # what is no name of a file
         return value
     return os.path.basename(os.path.abspath(path)) or value if local else value
@@ -308,14 +308,14 @@ def card_template() -> jinja2.Template:
 
 def render_card(card: Card, labels: Sequence[str], folder: str) -> str:
     """README.md of the exported folder, which is called `folder`."""
-    owners = [
-        (label, [str(teacher["name"]) for teacher in card.teachers if label in (teacher.get("labels") or ())])
-        for label in labels
-    ]
+    owners: dict[str, list[str]] = {label: [] for label in labels}
+    for teacher in card.teachers:
+        for label in owners.keys() & set(teacher.get("labels") or ()):
+            owners[label].append(str(teacher["name"]))
     return card_template().render(
         card=card,
         labels=labels,
-        owners=owners,
+        owners=list(owners.items()),
         most_labels=MOST_CARD_LABELS,
         folder=folder,
         version=__version__,

@@ -32,7 +32,7 @@ def fit_head(config: RunConfig, output: Path, texts: TextSet, doubt: np.ndarray,
     rows = sample_rows(texts.example_ids, config.seed, SAMPLE)
     model, tokenizer, names = load_model(output, device_of(config.device))
     tokens = tokenize(tokenizer, [texts.texts[row] for row in rows], min(config.max_length, token_limit(model, tokenizer)))
-    options = {"token_budget": config.token_budget, "forward": with_features(model)}
+    options = {"token_budget": config.token_budget, "forward": with_features(model), "example_ids": texts.example_ids[rows]}
     with progress(len(rows), "uncertainty head") as bar:
         found = predict(model, tokens, **options, done=bar.advance).numpy()
     logits, features = found[:, : len(names)], found[:, len(names) :]

@@ -185,7 +185,7 @@ def rename_labels(
 
 def _name(key: object, what: str) -> str:
     # YAML reads a bare `no` or `1.5` as something else than text; an integer is taken as it was written.
-    if isinstance(key, str) and key:
+    if isinstance(key, str) and key.strip():
         return encodable(key)
     if isinstance(key, int) and not isinstance(key, bool):
         return str(key)

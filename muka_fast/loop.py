@@ -28,7 +28,10 @@ from muka_fast.targets import Method
 from muka_fast.training_layers import NextTexts
 
 log = logging.getLogger("muka_fast")
-SAVE_S = 60.0  # between two checkpoints at the least, where nobody says --save_every: of short epochs they would take their share
+# Seconds between two checkpoints where nobody says --save_every: at the least, since of short epochs they would take their share; and
+# at the most, since of a long epoch a kill would take all.
+SAVE_S, MOST_S = 60.0, 1800.0
+SAVE, STOP = 0.5, 1.0  # what processes ask for at a step: the first one a checkpoint, any of them to stop; their sum is told to all
 
 
 class Plan:
@@ -101,6 +104,10 @@ def train(
         # At the end too, where the export follows: it is for what may go wrong there.
         return step % plan.steps_per_epoch == 0 and on_first_process(lambda: time.monotonic() - saved >= SAVE_S)
 
+    def asks() -> float:
+        overdue = engine.rank == 0 and not config.save_every and time.monotonic() - saved >= MOST_S
+        return STOP * bool(arrived) + SAVE * overdue
+
     with stop_signals() as arrived, Metrics(output, engine, plan, config) as metrics:
         bar = progress(plan.total_steps - engine.completed_steps, "training", "steps")
         with bar if engine.rank == 0 else nullcontext():
@@ -109,18 +116,18 @@ def train(
                 rows = plan.rows(engine.completed_steps)
                 epoch = engine.completed_steps // plan.steps_per_epoch
                 masked = lambda rows, epoch=epoch: next_texts(torch.from_numpy(texts.example_ids[rows]), epoch)
-                running.append(train_step(engine, method, tokens, rows, config, arrived, pad_id, masked))
+                running.append(train_step(engine, method, tokens, rows, config, asks, pad_id, masked))
                 save, stop = save_due(engine.completed_steps), False
                 # A step's loss is looked at while the next one runs, so that the device never waits for the host; before anything is
                 # written, all that are left.
-                while len(running) > (0 if save or stop or metrics.due else 1):
+                while len(running) > (0 if save or metrics.due else 1):
                     oldest = running.pop(0)
                     loss, asked = oldest.settle(texts, config)
-                    stop = stop or asked
+                    save, stop = save or asked > 0, stop or asked >= STOP
                     metrics.step(oldest.number, loss, len(oldest.rows))
                     if engine.rank == 0:
                         bar.advance(note=f"loss {loss:.4f}")
-                if save or stop:
+                if save:
                     save_snapshot(engine, output)
                     saved = time.monotonic()
                 if stop and engine.completed_steps < plan.total_steps:
@@ -138,15 +145,15 @@ class Step(NamedTuple):
 
     number: int
     rows: np.ndarray
-    outcome: Fetch  # loss, and above 0 where any process was asked to stop
+    outcome: Fetch  # loss, and what processes asked for
     seen: list[tuple[np.ndarray, torch.Tensor]]  # rows and losses of this process's micro-batches
 
-    def settle(self, texts: TextSet, config: RunConfig) -> tuple[float, bool]:
-        """Loss, and whether to stop. Raises UserError where the loss is no number: the weights are spoilt by then, but not saved."""
-        value, stop = self.outcome.read()
+    def settle(self, texts: TextSet, config: RunConfig) -> tuple[float, float]:
+        """Loss, and what processes asked for. Raises UserError where the loss is no number: the weights are spoilt, but not saved."""
+        value, asked = self.outcome.read()
         if not np.isfinite(value):
             raise told_by_first(describe_bad_loss(value, self.number, self.seen, texts, config))
-        return value, stop > 0
+        return value, asked
 
 
 def train_step(
@@ -155,11 +162,13 @@ def train_step(
     tokens: Tokens,
     rows: np.ndarray,
     config: RunConfig,
-    arrived: list[signal.Signals],
+    asks: Callable[[], float],
     pad_id: int,
     masked: Callable[[np.ndarray], None],
 ) -> Step:
-    """One optimizer step over the global batch `rows`. Nothing in it waits for the device. masked: told the rows of every forward.
+    """One optimizer step over the global batch `rows`. Nothing in it waits for the device.
+
+    asks: gives what this process asks for, SAVE or STOP. masked: told the rows of every forward.
 
     The loss is sum_b loss_b / method.denominator(rows): known from the whole batch on every process, so that neither the cut into
     micro-batches nor the number of processes enters the gradient.
@@ -180,7 +189,7 @@ def train_step(
         total += loss.detach()
         seen.append((used, losses.detach()))
         if micro + 1 == len(parts):
-            outcome = engine.sum_and_any(total, bool(arrived))
+            outcome = engine.sum_both(total, asks())
         engine.backward(loss)
         engine.step()
     return Step(step + 1, rows, outcome, seen)

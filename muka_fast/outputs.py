@@ -120,7 +120,9 @@ def check_own(folder: Path, own: re.Pattern, given: str | Path, stranger: str, i
 
 
 def check_replaceable(folder: Path, given: str | Path, inputs: Sequence[str | Path | None]) -> None:
-    """Refuse to move away the current folder or anything that the new run reads."""
+    """Refuse to move away the current folder, a mount point, which cannot be renamed, or anything that the new run reads."""
+    if folder.is_mount():
+        raise UserError(f"--output {given}: --overwrite cannot replace a mount point; name a folder in it")
     if Path.cwd().is_relative_to(folder):
         raise UserError(f"--output {given}: --overwrite cannot replace the folder that you are in; name another one")
     for path in inputs:

@@ -60,14 +60,13 @@ def read_model(source: str, role: str, classifier: bool = True) -> tuple[PreTrai
 
 def store_bytes(teachers: list[tuple[int, int]], num_texts: int, shard_size: int) -> int:
     """Bytes of the teachers' shards. teachers: classes and feature width of each."""
-    total = 0
+    total, num_shards = 0, len(shard_ranges(num_texts, shard_size))
     for num_classes, width in teachers:
-        sizes = [shard.stop - shard.start for shard in shard_ranges(num_texts, shard_size)]
-        for rows in set(sizes):
-            # As the store writes it, with a note about as long as its own (store.write_shard).
-            tensors = empty_shard(np.zeros(rows, np.int64), num_classes) | {FEATURES: np.empty((rows, width), FEATURE_TYPE)}
-            shard = save(tensors, {METADATA: "-" * 170})
-            total += sizes.count(rows) * len(shard)
+        # One row as the store writes it, with a note about as long as its own (store.write_shard); more lengthen the tensors alone.
+        tensors = empty_shard(np.zeros(1, np.int64), num_classes) | {FEATURES: np.empty((1, width), FEATURE_TYPE)}
+        row = sum(tensor.nbytes for tensor in tensors.values())
+        header = len(save(tensors, {METADATA: "-" * 170})) - row
+        total += num_shards * header + num_texts * row
     return total
 
 

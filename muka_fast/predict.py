@@ -9,10 +9,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from muka_fast import adapters, checkpoint
@@ -87,14 +88,15 @@ class Predictor:
         for text in texts:
             if not isinstance(text, str):
                 raise UserError(f"predict takes a list of texts, found {text!r}")
-        return self._predict([encodable(text) for text in texts]) if texts else []
+        return list(self._stream([encodable(text) for text in texts], np.arange(len(texts))))
 
-    def _stream(self, texts: TextSet) -> Iterator[Prediction]:
-        """One prediction per text, in their order, CHUNK texts at a time; shows progress."""
-        with progress(len(texts), "predicting") as bar:
-            for start in range(0, len(texts), CHUNK):
-                chunk = slice(start, start + CHUNK)
-                yield from self._predict(texts.texts[chunk], example_ids=texts.example_ids[chunk], done=bar.advance)
+    def _stream(
+        self, texts: Sequence[str], example_ids: np.ndarray, done: Callable[[int], None] = lambda count: None
+    ) -> Iterator[Prediction]:
+        """One prediction per text, in their order, CHUNK texts at a time. example_ids, done: as of `evaluate.predict`."""
+        for start in range(0, len(texts), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            yield from self._predict(texts[chunk], example_ids=example_ids[chunk], done=done)
 
     def _predict(self, texts: Sequence[str], **options: Any) -> list[Prediction]:
         """Of one text at least. options: those of `evaluate.predict`."""
@@ -128,6 +130,12 @@ def lines(texts: TextSet, predictions: Iterable[Prediction]) -> Iterator[str]:
         yield json.dumps(row, ensure_ascii=False).translate(LINE_ENDS) + "\n"
 
 
+def shown(predictor: Predictor, texts: TextSet) -> Iterator[Prediction]:
+    """Their predictions, with progress."""
+    with progress(len(texts), "predicting") as bar:
+        yield from predictor._stream(texts.texts, texts.example_ids, bar.advance)
+
+
 def check_unread(config: PredictConfig, output: Path) -> None:
     """Refuse to replace what is read: one of the files of texts, or a part of the model."""
     model = Path(config.model).resolve()
@@ -138,6 +146,9 @@ def check_unread(config: PredictConfig, output: Path) -> None:
 def main(config: PredictConfig) -> int:
     """`muka-fast predict`: JSON lines on stdout, or in a new file."""
     output = None if config.output is None else Path(config.output)
+    if output is not None and output.suffix.lower() == ".gz":
+        way_out = "leave out .gz, or leave out --output and end the command with"
+        raise UserError(f"--output {output}: answers are written as plain text; {way_out}: | gzip > {output}")
     if output is not None and output.exists():
         if not (config.overwrite and output.is_file()):
             raise UserError(f"--output {output}: is already there; name another file{', or --overwrite it' * output.is_file()}")
@@ -148,7 +159,7 @@ def main(config: PredictConfig) -> int:
     predictor = Predictor(config.model, config.device, config.max_length, config.token_budget)
     if predictor.head is None:
         log.warning("%s has no uncertainty head: its answers come without doubt (train with --uncertainty_head)", config.model)
-    answers = lines(texts, predictor._stream(texts))
+    answers = lines(texts, shown(predictor, texts))
     if output is None:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8")  # JSON, whatever the terminal's

@@ -79,7 +79,7 @@ def find_files(source: str) -> list[str]:
     except PermissionError as error:
         raise UserError(f"{source}: {error.strerror}") from error
     except (OSError, ValueError):  # the latter for what is no name of a file
-        return sorted(glob.glob(source))
+        return sorted(glob.glob(source, recursive=True))
     return [source]
 
 

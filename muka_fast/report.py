@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
 
 from muka_fast import __version__
@@ -138,9 +139,9 @@ def draw_loss(axes: Any, metrics: Sequence[dict[str, Any]]) -> None:
     noisy = len(losses) >= NOISY
     axes.plot(steps, losses, color=PALE if noisy else ACCENT, linewidth=1.0 if noisy else 1.6, marker="o" if len(losses) < 2 else None)
     if noisy:
-        half = len(losses) // 40
-        windows = [losses[max(0, i - half) : i + half + 1] for i in range(len(losses))]
-        axes.plot(steps, [sum(window) / len(window) for window in windows], color=ACCENT, linewidth=1.6)
+        half, lines, sums = len(losses) // 40, np.arange(len(losses)), np.cumsum([0.0, *losses])
+        start, stop = np.maximum(0, lines - half), np.minimum(len(losses), lines + half + 1)
+        axes.plot(steps, (sums[stop] - sums[start]) / (stop - start), color=ACCENT, linewidth=1.6)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")

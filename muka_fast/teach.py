@@ -199,7 +199,8 @@ def check_output(output: str | Path, overwrite: bool, inputs: Sequence[str | Pat
     path = Path(output).expanduser()
     if path.exists() and not path.is_dir():
         raise UserError(f"--output {output}: this is a file; name a folder")
-    if path.is_dir() and any(path.iterdir()):
+    empty = is_empty(path)
+    if path.is_dir() and not empty:
         if not (path / RECORD).is_file():
             what = "a model that this command did not write" if (path / "config.json").is_file() else "files that are no model"
             raise UserError(f"--output {output}: holds {what}; name a new or empty folder")
@@ -207,10 +208,16 @@ def check_output(output: str | Path, overwrite: bool, inputs: Sequence[str | Pat
             raise UserError(f"--output {output}: already holds a model; name a new folder, or replace it with --overwrite")
         check_own(path, WRITTEN, output, "muka-fast teach did not write")
         check_replaceable(path.resolve(), output, inputs)
-    there = next(folder for folder in path.absolute().parents if folder.exists())  # the new folder is made beside the old one
+    above = [path, *path.absolute().parents] if empty else path.absolute().parents  # a new folder is made beside the old one
+    there = next(folder for folder in above if folder.exists())
     if not os.access(there, os.W_OK):
         raise UserError(f"--output {output}: {there} cannot be written; name another folder")
     return path
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether it is a folder that holds nothing but what a killed `save_classifier`, or one at work, has made."""
+    return folder.is_dir() and all(entry.match(".*.partial") for entry in folder.iterdir())
 
 
 def save_classifier(
@@ -223,15 +230,17 @@ def save_classifier(
 ) -> None:
     """Write safetensors weights, configuration with label names, tokenizer and teach.json aside, then rename to `output`.
 
-    An older folder of that name is removed only after the new one is in its place. check: asked right before whether it may be; where
-    it raises UserError, the new folder is kept under another name.
+    An older teacher there is removed only after the new one is in its place; an empty folder, which may be a mount point or the
+    current one, stays and is filled. check: asked right before whether it may be; where it raises UserError, or the renaming fails,
+    the new folder is kept under another name.
 
     Raises:
         UserError: the disk is full or read-only, or see `check`.
     """
     output = output.resolve()  # a link stays one
     mark = uuid.uuid4().hex[:8]
-    aside = output.with_name(f".{output.name}.{mark}.partial")
+    fill = is_empty(output)
+    aside = (output if fill else output.parent) / f".{output.name}.{mark}.partial"
     set_labels(model, labels)
     tokenizer = clean_tokenizer(model, tokenizer)
     try:
@@ -241,24 +250,29 @@ def save_classifier(
         tokenizer.save_pretrained(aside)
         (aside / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         sync_folder(aside)
-        try:
-            check()
-        except (UserError, OSError) as error:
-            kept = output.with_name(f"{output.name}-{mark}")
-            os.replace(aside, kept)
-            raise UserError(f"{error}. The teacher that was trained meanwhile is {kept}") from error
-        old = output.with_name(f".{output.name}.replaced-teacher")  # not the name under which a run is set aside
-        if output.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(output, old)
-        os.replace(aside, output)
-        shutil.rmtree(old, ignore_errors=True)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, UserError) or not is_write_error(error):
             raise
         what = f"--output {output}: the teacher cannot be written ({error})"
         raise UserError(f"{what}; free some space or name another folder") from error
+    try:
+        check()
+        if fill:
+            for entry in sorted(aside.iterdir(), key=lambda entry: entry.name == RECORD):  # what says that all is there is last
+                os.replace(entry, output / entry.name)
+            aside.rmdir()
+            return
+        old = output.with_name(f".{output.name}.replaced-teacher")  # not the name under which a run is set aside
+        if output.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(output, old)
+        os.replace(aside, output)
+        shutil.rmtree(old, ignore_errors=True)
+    except (UserError, OSError) as error:
+        kept = aside.with_name(f"{output.name}-{mark}")
+        os.replace(aside, kept)
+        raise UserError(f"{error}. The teacher that was trained meanwhile is {kept}") from error
 
 
 # ---- the command ----
@@ -283,12 +297,7 @@ def measure(
     labels: Sequence[str],
     max_length: int,
 ) -> dict[str, Any]:
-    """Figures (evaluate.metrics) over the rows of `texts` that carry one of `labels`.
-
-    Raises:
-        UserError: there is no such row.
-    """
-    texts = rows_to_measure(texts, labels)
+    """Figures (evaluate.metrics) over `texts`, all of which carry one of `labels`."""
     tokens = tokenize(tokenizer, texts.texts, min(max_length, token_limit(model, tokenizer)))
     index = {label: i for i, label in enumerate(labels)}
     return metrics(predict(model, tokens), [index[label] for label in texts.labels], labels)

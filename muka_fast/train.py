@@ -129,9 +129,9 @@ def run(config: RunConfig) -> RunResult:
             log.info(COMPLETE, config.output)
             return done
 
-    with clock("read texts"):
-        with told_once():
-            texts = read_data(config)
+    with clock("read texts"), told_once():
+        texts = read_data(config)
+    with clock("check inputs"):
         on_first_process(lambda: check_inputs(config, texts))
     with ExitStack() as holds:
         output = on_first_process(lambda: open_output(config, texts, holds))

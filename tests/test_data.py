@@ -238,6 +238,28 @@ def test_a_pattern_reads_its_files_as_one(tmp_path):
     assert read_texts(tmp_path / "part-*", limit=2).texts == one.texts[:2]
 
 
+def test_two_stars_are_folders_of_any_depth(tmp_path):
+    for name in ("pool/t0", "pool/a/t1", "pool/a/b/t2"):
+        path = tmp_path / f"{name}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(name)
+    assert read_texts(f"{tmp_path}/pool/**/*.txt").texts == ["pool/a/b/t2", "pool/a/t1", "pool/t0"]
+
+
+def test_a_blank_label_is_none(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "label": " "}\n{"text": "two", "label": "b"}\n')
+    assert read_texts(tmp_path / "a.jsonl").labels is None
+    with pytest.raises(UserError, match="line 1: column 'label' holds no label"):
+        read_texts(tmp_path / "a.jsonl", need_labels=True)
+
+
+def test_the_longest_text_is_looked_for_once(monkeypatch):
+    tokens = Tokens.of(np.arange(6, dtype=np.int32), np.array([1, 3, 2]))
+    assert tokens.longest == 3 and Tokens.of(np.empty(0, np.int32), np.empty(0, np.int64)).longest == 0
+    tokens.lengths[1] = 9  # what a second look would find
+    assert tokens.longest == 3
+
+
 def test_faults_behind_a_pattern_name_their_file(tmp_path):
     write(tmp_path / "part-0.jsonl", TEXTS, LABELS)
     (tmp_path / "part-1.jsonl").write_text('{"text": 3}\n')

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import transformers
 
 from muka_fast import doctor
 from muka_fast.config import DoctorConfig
@@ -151,6 +152,24 @@ def relatives(make_teacher, make_model, make_tokenizer):
         return folders
 
     return make
+
+
+def test_a_teacher_that_cannot_be_split_is_told(make_tokenizer, tmp_path):
+    sizes = {"d_model": 16, "d_ff": 32, "d_kv": 4, "num_heads": 4, "num_layers": 2, "vocab_size": 500, "dropout_rate": 0.1}
+    config = transformers.T5Config(**sizes, eos_token_id=2, decoder_start_token_id=0, pad_token_id=0)
+    transformers.T5ForSequenceClassification(config).save_pretrained(tmp_path / "t5")
+    tokenizer = make_tokenizer("roberta")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    facts, findings = doctor.examine_teachers([str(tmp_path / "t5")])
+    assert not facts[0].splits and len({count for _, count, _ in facts[0].sites}) == 1
+    assert "any --mc_scope is scored as all" in state(findings, "t5").way_out
+
+
+def test_a_home_that_is_none_is_no_fault(monkeypatch):
+    for name in ("HOME", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)  # of nobody in the list of users
+    assert list(doctor.folder_findings())
 
 
 def test_the_tree_of_common_layers_and_what_it_saves(relatives, capsys):

@@ -164,6 +164,10 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
         resolve_device("cuda:1")
     with pytest.raises(UserError, match="must be auto, cpu, cuda or cuda:N"):
         device_of("tpu7")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--device cuda:0: of several processes each takes a GPU of its own: use --device cuda"):
+        resolve_device("cuda:0")
+    assert [resolve_device(name) for name in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
 
 
 def test_an_optimizer_is_what_deepspeed_takes_it_for():

@@ -233,7 +233,7 @@ def student_steps(model, ds, precision, **options):
 
     def step(rows, next_texts):
         masked = lambda rows: next_texts(torch.from_numpy(rows), engine.completed_steps)
-        return train_step(engine, method, tokens, np.array(rows), config, [], 0, masked)
+        return train_step(engine, method, tokens, np.array(rows), config, lambda: 0.0, 0, masked)
 
     return engine, layers, step
 

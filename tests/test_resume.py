@@ -157,6 +157,16 @@ def test_epochs_leave_checkpoints_unless_they_are_short(go, monkeypatch, seconds
     assert left == [f"step-{step:08d}" for step in kept]
 
 
+@pytest.mark.parametrize(("save_every", "kept"), [(None, [14, 15]), (4, [12])])
+def test_a_long_epoch_leaves_checkpoints_by_the_clock(go, monkeypatch, save_every, kept):
+    whole = go("whole")
+    monkeypatch.setattr(loop, "MOST_S", 0)
+    left = keep_checkpoints(monkeypatch)
+    run = go("run", save_every=save_every)
+    assert left[-len(kept) :] == [f"step-{step:08d}" for step in kept]
+    assert losses(run) == losses(whole) and largest_difference(weights(run), weights(whole)) == 0
+
+
 def test_resume_refuses_another_run(go, stop_at, monkeypatch, world, tmp_path):
     stop_at(3)
     go("cut")

@@ -1,6 +1,9 @@
 """Teaching: rows by label, frozen trunks, reproducible fitting, and a folder that is whole or as it was."""
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,6 +146,49 @@ def test_a_link_to_the_output_stays_one(options, tmp_path):
         teach.teach(TeachConfig(**options | {"epochs": 1, "seed": seed, "overwrite": True}))
     assert (tmp_path / "teacher").is_symlink() and (tmp_path / "real" / "teach.json").exists()
     assert sorted(path.name for path in tmp_path.glob(".*")) == []
+
+
+@pytest.mark.parametrize("output", [".", "empty"])
+def test_an_empty_folder_stays_the_same_and_is_filled(options, tmp_path, monkeypatch, output):
+    """It may be where somebody stands, or a mount point: neither can be renamed."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    (folder / ".empty.0abc.partial").mkdir()  # of a run that was killed
+    before = folder.stat().st_ino
+    monkeypatch.chdir(folder if output == "." else tmp_path)
+    teach.teach(TeachConfig(**options | {"epochs": 1, "output": output}))
+    assert folder.stat().st_ino == before and load_teacher(folder, run_seed=0).labels == ["sport", "bank"]
+    assert sorted(path.name for path in tmp_path.iterdir() if "empty" in path.name) == ["empty"]
+    assert [path.name for path in folder.glob(".*")] == [".empty.0abc.partial"]
+
+
+def test_an_empty_folder_needs_no_rights_on_the_one_above(options, tmp_path, monkeypatch):
+    (tmp_path / "teacher").mkdir()
+    monkeypatch.setattr(teach.os, "access", lambda path, mode: Path(path) == tmp_path / "teacher")
+    assert teach.check_output(options["output"], False) == tmp_path / "teacher"
+
+
+def test_a_teacher_that_cannot_be_moved_to_its_place_is_kept(options, tmp_path, monkeypatch):
+    teach.teach(TeachConfig(**options | {"epochs": 1}))
+    move = os.replace
+
+    def busy(source, target):
+        if Path(source) == tmp_path / "teacher":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        move(source, target)
+
+    monkeypatch.setattr(teach.os, "replace", busy)
+    with pytest.raises(UserError, match=r"busy\. The teacher that was trained meanwhile is ") as caught:
+        teach.teach(TeachConfig(**options | {"epochs": 1, "seed": 5, "overwrite": True}))
+    seed_of = lambda folder: json.loads((folder / "teach.json").read_text())["options"]["seed"]
+    assert [seed_of(tmp_path / "teacher"), seed_of(Path(str(caught.value).rpartition(" is ")[2]))] == [0, 5]
+
+
+def test_a_mount_point_is_not_to_be_replaced(options, tmp_path, monkeypatch):
+    teach.teach(TeachConfig(**options | {"epochs": 1}))
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "teacher")
+    with pytest.raises(UserError, match="cannot replace a mount point; name a folder in it"):
+        teach.check_output(options["output"], True)
 
 
 def test_a_folder_of_other_files_is_never_replaced(options, tmp_path):

@@ -37,7 +37,7 @@ def test_a_run_leaves_a_student_that_plain_transformers_loads(go, world):
     assert record["state"] == "complete" and record["labels"] == ["business", "sport", "science", "bank", "smart home"]
     assert record["overlaps"] == ["science"] and [teacher["name"] for teacher in record["teachers"]] == ["news", "home"]
     assert record["data"]["texts"] == 75 and record["data"]["blank"] == 1
-    assert {"read texts", "score teachers", "load student", "train", "export", "evaluate"} <= record["seconds"].keys()
+    assert {"read texts", "check inputs", "score teachers", "load student", "train", "export", "evaluate"} <= record["seconds"].keys()
     card = (result.output / "README.md").read_text()
     assert "| coverage |" in card and "| margin |" not in card  # which muka-auto does not look at
     assert 0 <= result.metrics["student"]["accuracy"] <= 1 and 0 <= result.metrics["target_accuracy"] <= 1

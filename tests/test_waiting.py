@@ -140,7 +140,7 @@ class FakeEngine:
 
     micro_batches, world_size, rank, completed_steps = 2, 1, 0, 0
     device = torch.device("cuda:0")
-    sum_and_any = Engine.sum_and_any
+    sum_both = Engine.sum_both
 
     def __init__(self, model):
         self.model = model
@@ -173,7 +173,7 @@ def test_a_training_step_does_not_wait(family, method, make_model):
     with fake_gpu(), torch.no_grad():
         move(engine.model)
         chosen._union_on[engine.device] = torch.empty(union.shape, dtype=torch.int64, device="cuda")
-        step = train_step(engine, chosen, tokens, np.arange(6), config, [], 0, lambda rows: None)
+        step = train_step(engine, chosen, tokens, np.arange(6), config, lambda: 0.0, 0, lambda rows: None)
     assert step.number == 1 and len(step.seen) == 2 and step.outcome.values.shape == (2,)
 
 
