@@ -70,6 +70,12 @@ def test_what_is_no_local_path_stays_whole(value):
     assert export.place(value) == value
 
 
+def test_owners_of_classes_are_the_teachers_in_their_order():
+    teachers = [{"name": "one", "labels": ["a", "b"]}, {"name": "two", "labels": ["b"]}, {"name": "three", "labels": None}]
+    page = export.render_card(export.Card("x", teachers=teachers), ["b", "a", "c"], "out")
+    assert "| b | one, two |\n| a | one |\n| c |  |" in page
+
+
 def test_of_a_path_the_last_part_is_shown(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "models" / "encoder").mkdir(parents=True)

@@ -156,6 +156,11 @@ def test_nan_predictions_are_refused(make_model, make_tokenizer):
         predict(model, tokenize(make_tokenizer("bert"), ["a", "b"], 8))
 
 
+def test_predictions_are_ordinary_tensors(make_model, make_tokenizer):
+    found = predict(make_model("bert", NAMES), tokenize(make_tokenizer("bert"), ["a", "b"], 8))
+    assert not found.is_inference()
+
+
 def test_columns_of_one_name_are_one_class(make_teacher, texts, tmp_path):
     """Whichever of them is larger, the answer is that name, with the probability of both."""
     folder = make_teacher("bert", ("a", "b", "a"), name="twice")
@@ -169,6 +174,17 @@ def test_columns_of_one_name_are_one_class(make_teacher, texts, tmp_path):
     torch.testing.assert_close(torch.tensor([answer.probability for answer in found]), both.amax(-1), rtol=1e-5, atol=1e-6)
     data = write_rows(tmp_path / "d.jsonl", [(text, "a") for text in texts[:8]])
     assert evaluate(config(folder, data))["accuracy"] == pytest.approx((both.argmax(-1) == 0).double().mean().item())
+
+
+def test_a_long_list_is_answered_in_parts(student, texts, monkeypatch):
+    predictor = muka_fast.Predictor(student, device="cpu")
+    whole, sizes = predictor.predict(texts[:7]), []
+    monkeypatch.setattr(muka_fast.predict, "CHUNK", 3)
+    monkeypatch.setattr(muka_fast.predict, "predict", lambda *given, **o: sizes.append(len(given[1])) or predict(*given, **o))
+    parts = predictor.predict(texts[:7])
+    assert sizes == [3, 3, 1] and [answer.label for answer in parts] == [answer.label for answer in whole]
+    assert [answer.probability for answer in parts] == pytest.approx([answer.probability for answer in whole], rel=1e-5)
+    assert predictor.predict([]) == []
 
 
 def test_a_probability_keeps_its_digits(student):

@@ -109,6 +109,12 @@ def test_merging_inside_one_teacher_keeps_both_columns():
     assert space.overlaps == ()
 
 
+def test_a_blank_name_is_none(tmp_path):
+    (tmp_path / "map.yaml").write_text('a: " "\n')
+    with pytest.raises(UserError, match="' ' is not a label name"):
+        read_label_map(tmp_path / "map.yaml")
+
+
 def test_default_names_can_be_named_in_three_ways(product_log):
     teachers = [("a", ["LABEL_0", "LABEL_1"]), ("b", ["LABEL_0"])]
     assert build_label_space(teachers).names == ("a/LABEL_0", "a/LABEL_1", "b/LABEL_0")

@@ -7,6 +7,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.figure import Figure
 
 from muka_fast import report
 from muka_fast.config import RunConfig
@@ -98,6 +99,16 @@ def test_figures_charts_and_tables_are_there(record):
     other = report.render(record | {"config": record["config"] | {"method": "muka-auto"}}, metrics(50), "my run")
     assert "muka-auto" in other and "muka-auto + margin" not in other
     assert "label_map" not in page  # options that are not set do not fill the table
+
+
+@pytest.mark.parametrize("count", [200, 333])
+def test_the_line_through_a_noisy_loss_is_its_mean_over_a_twentieth(count):
+    drawn = Figure().add_subplot()
+    losses = [(7 * i) % 11 for i in range(count)]
+    report.draw_loss(drawn, [{"step": i, "loss": loss} for i, loss in enumerate(losses)])
+    half = count // 40
+    around = [losses[max(0, i - half) : i + half + 1] for i in range(count)]
+    assert drawn.lines[1].get_ydata() == pytest.approx([sum(window) / len(window) for window in around])
 
 
 def test_figures_tell_how_many_texts_they_rest_on(record):
