@@ -447,6 +447,15 @@ def test_a_checkpoint_continues_bit_for_bit(tmp_path, ds):
     assert whole.last_lr == resumed.last_lr > 0
 
 
+def test_a_checkpoint_holds_buffers_and_sets_deepspeeds_own_count(tmp_path):
+    """Which its logs and its profiler go by."""
+    whole, resumed = make({}), make({})
+    steps(whole, 3)
+    whole.ds.module.kept.add_(5)
+    resumed.load_checkpoint(tmp_path, whole.save_checkpoint(tmp_path))
+    assert torch.equal(resumed.ds.module.kept, torch.tensor([5.0, 6.0])) and resumed.ds.global_steps == whole.ds.global_steps == 3
+
+
 def test_a_full_disk_ends_all_processes_and_is_told_once(tmp_path, capfd):
     """After the failed write the others still gather what is left: they must not wait for process 0."""
     codes = exit_codes(save_on_full_disk, [(own, tmp_path) for own in launcher_variables(2)])

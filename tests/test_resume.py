@@ -402,6 +402,15 @@ def test_resume_refuses_other_true_labels(go, stop_at, monkeypatch, world, tmp_p
         go("cut", texts=str(texts), method="supervised", resume=True)
 
 
+def test_other_true_labels_are_no_hindrance_where_none_are_learnt_from(go, world, tmp_path):
+    rows = [json.loads(line) for line in (world / "texts.jsonl").read_text().splitlines()]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first = go("run", texts=str(texts), method="muka-soft", epochs=1)
+    texts.write_text("".join(json.dumps(row | {"label": "bank"}) + "\n" for row in rows))
+    assert go("run", texts=str(texts), method="muka-soft", epochs=1, resume=True).metrics == first.metrics
+
+
 def test_resume_refuses_another_tokenizer(go, stop_at, monkeypatch, world, tmp_path):
     """The weights are the same, but no token is."""
     student = tmp_path / "student"

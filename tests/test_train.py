@@ -242,6 +242,11 @@ def test_label_map_and_ds_config_may_be_given_as_they_are(go, tmp_path, product_
         go("other", ds_config={"zero_optimisation": {"stage": 1}})
 
 
+def test_the_evaluation_of_a_run_renames_labels_as_the_run_does(go, world):
+    measured = go("run", label_map={"bank": "cash"}, eval=str(world / "texts.jsonl"), epochs=1).metrics["student"]
+    assert measured["num_texts"] == 75 and measured["num_unknown"] == 0
+
+
 def test_texts_in_memory_are_told_how_to_come_in():
     import datasets
     import pandas
@@ -330,6 +335,15 @@ def test_a_layer_as_wide_as_the_labels_keeps_its_weights(make_teacher):
     assert not torch.equal(model.classifier.out_proj.weight, before["classifier.out_proj.weight"])
 
 
+def test_the_norm_of_a_fresh_head_scales_by_one(make_model, make_tokenizer, tmp_path):
+    from muka_fast.student import load_student
+
+    make_model("modernbert").base_model.save_pretrained(tmp_path)
+    make_tokenizer("modernbert").save_pretrained(tmp_path)
+    head = load_student(tmp_path, ["a", "b"], 0, {"zero_optimization": {"stage": 0}})[0].head
+    assert (head.norm.weight == 1).all() and head.dense.weight.std() > 0
+
+
 # ---- methods with features ----
 
 
@@ -414,6 +428,14 @@ def test_the_rule_sees_encoder_and_words_and_the_coverage_the_encoder_alone(go, 
     np.testing.assert_allclose(view[:, :width], unit(neutral), atol=1e-6)
     lengths = np.linalg.norm(view[:, width:], axis=1)
     assert (lengths > 0.99).mean() > 0.9  # a text of rare words alone has none
+
+
+def test_a_large_pools_words_are_counted_in_a_sample(go, monkeypatch):
+    seen, with_words = [], train.with_words
+    monkeypatch.setattr(train, "SAMPLE", 20)
+    monkeypatch.setattr(train, "with_words", lambda *given: seen.append(given[2]) or with_words(*given))
+    go("run", method="muka-auto", epochs=1)
+    assert [len(rows) for rows in seen] == [20]
 
 
 def test_no_text_is_tokenised_twice_alike(go, monkeypatch):
