@@ -40,7 +40,7 @@ from muka_fast.config import RunConfig, ScoreConfig, TeachConfig, load_config
 from muka_fast.data import TextSet, collate, read_texts, token_budget_batches, tokenize
 from muka_fast.evaluate import metrics, predict
 from muka_fast.labels import LabelSpace, build_label_space
-from muka_fast.memory import token_budget
+from muka_fast.memory import send, token_budget
 from muka_fast.plan import scoring_forwards
 from muka_fast.probe import ROUNDING
 from muka_fast.stored import Supervision
@@ -153,17 +153,20 @@ def prepare(args: argparse.Namespace) -> list[str]:
 
 
 def plain_pass(teachers: list[Teacher], texts: TextSet, max_length: int) -> list[Tensor]:
-    """The yardstick: one ordinary length-bucketed forward of every teacher in batches of our size, tokenisation included."""
-    out = []
+    """The yardstick: one ordinary length-bucketed forward of every teacher in batches of our size, and tokenisation, once for each
+    tokenizer, as ours is."""
+    tokens_of, out = {}, []
     with torch.inference_mode():
         for teacher in teachers:
-            tokens = tokenize(teacher.tokenizer, texts.texts, max_length)
-            logits = torch.empty(len(tokens), len(teacher.labels))
-            for rows in token_budget_batches(tokens.lengths, token_budget(None, teacher.model, teacher.model.device)):
-                batch = {name: value.to(teacher.model.device) for name, value in collate(tokens, rows, teacher.pad_id).items()}
-                logits[torch.as_tensor(rows)] = teacher.model(**batch).logits.float().cpu()
+            if teacher.tokenizer_key not in tokens_of:
+                tokens_of[teacher.tokenizer_key] = tokenize(teacher.tokenizer, texts.texts, max_length)
+            tokens, device = tokens_of[teacher.tokenizer_key], teacher.model.device
+            logits = torch.empty(len(tokens), len(teacher.labels), device=device)
+            for rows in token_budget_batches(tokens.lengths, token_budget(None, teacher.model, device)):
+                batch = {name: send(value, device) for name, value in collate(tokens, rows, teacher.pad_id).items()}
+                logits[send(torch.as_tensor(rows), device)] = teacher.model(**batch).logits.float()
             out.append(logits)
-    return out
+        return [logits.cpu() for logits in out]
 
 
 def accuracy(student, tokenizer, evaluation: TextSet, space: LabelSpace, max_length: int) -> float:

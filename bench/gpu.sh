@@ -142,17 +142,17 @@ else
       [ -f "$measured" ] && run predicted 30 "$python" bench/predict.py --machine "${machine%%_*}" --dtype "$dtype" --measured "$measured"
     done
   done
-  run train 150 "$python" bench/step.py
-  run train 200 "$python" bench/student.py --size base --batch_size 1024 --steps $((texts / 1024)) --workdir "$work/student"
   # Enough texts that loading teachers does not hide what a text costs.
   run end_to_end 240 "$python" bench/amalgamation.py --synthetic base --texts $texts --scopes last:1 --precisions bf16 --seeds 1 \
     --repetitions 1 --workdir "$work/amalgamation" --stem amalgamation_end_to_end
+  run train 150 "$python" bench/step.py
+  run train 200 "$python" bench/student.py --size base --batch_size 1024 --steps $((texts / 1024)) --workdir "$work/student"
+  run large 180 "$python" bench/student.py --size 1b --stages 3 "3 offload" --steps 6 --batch_size 16
+  run large 240 "$python" bench/teacher.py --size 1b --precisions bf16 fp32
   run amalgamation 120 "$python" bench/amalgamation.py --synthetic base --texts 4096 --precisions bf16 --repetitions 1 \
     --workdir "$work/few_texts"
   run sanitize 300 "$python" -m pytest -q -m gpu tests/test_sanitizer.py
   run launches 60 "$python" bench/launches.py
-  run large 180 "$python" bench/student.py --size 1b --stages 3 "3 offload" --steps 6 --batch_size 16
-  run large 240 "$python" bench/teacher.py --size 1b --precisions bf16 fp32
   run matrix 86400 "$python" bench/paper.py --data "$data" --encoders "$encoders" --workdir "$out/matrix" "$@"
 fi
 echo "--- bench/gpu.sh on $([ $dry = 1 ] && echo cpu || echo cuda), results in $out"

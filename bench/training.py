@@ -69,7 +69,8 @@ def launch(command: list[str], processes: int = 1) -> list[subprocess.Popen]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = os.environ | {"OMP_NUM_THREADS": str(max(1, CORES // processes))}
+    # Idle threads spin as long in the Trainer's process as `muka-fast train` has them spin (cli.py).
+    common = {"GOMP_SPINCOUNT": "30000"} | os.environ | {"OMP_NUM_THREADS": str(max(1, CORES // processes))}
     common["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
     if processes > 1:
         common |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

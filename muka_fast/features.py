@@ -34,14 +34,15 @@ class Features:
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
         """The features of these rows, fp32 [len(rows), D]; each shard that holds one of them is read once."""
-        rows, parts, places = np.asarray(rows), [], []
-        for shard in self.ranges:
-            place = np.flatnonzero((rows >= shard.start) & (rows < shard.stop))
-            if len(place):
-                parts.append(np.asarray(self.read(shard)[rows[place] - shard.start], np.float32))
-                places.append(place)
+        rows, parts = np.asarray(rows), []
+        which = np.searchsorted([shard.start for shard in self.ranges], rows, side="right") - 1
+        order = np.argsort(which, kind="stable")
+        used, first = np.unique(which[order], return_index=True)
+        for number, place in zip(used, np.split(order, first[1:]), strict=True):
+            shard = self.ranges[number]
+            parts.append(np.asarray(self.read(shard)[rows[place] - shard.start], np.float32))
         out = np.concatenate(parts)
-        return out[np.argsort(np.concatenate(places), kind="stable")]
+        return out[np.argsort(order, kind="stable")]
 
 
 def teacher_features(
@@ -62,15 +63,15 @@ def teacher_features(
     return Features(ranges, features)
 
 
+SCORE_AGAIN = "run `muka-fast score` with the same teachers, texts and options to compute it again"
+
+
 def read_or_refuse(
-    folder: Path, shard: ShardRange, read: Callable[[ShardRange], dict[str, np.ndarray]]
+    folder: Path, shard: ShardRange, read: Callable[[ShardRange], dict[str, np.ndarray]], way_out: str = SCORE_AGAIN
 ) -> dict[str, np.ndarray]:
     """`read(shard)`; raises UserError that names a missing or damaged shard of `folder` and how to get it back."""
     try:
         return read(shard)
     except (FileNotFoundError, DamagedShard) as error:
         what = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged: {error}"
-        raise UserError(
-            f"{shard.path(folder)} {what}; run `muka-fast score` with the same teachers, texts and "
-            "options to compute it again"
-        ) from error
+        raise UserError(f"{shard.path(folder)} {what}; {way_out}") from error

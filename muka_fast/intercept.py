@@ -147,7 +147,7 @@ def dropout_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def layer_modules(model: PreTrainedModel) -> list[nn.Module] | None:
     """The encoder's layers in order (ALBERT: its shared groups), or None where the model has no such list."""
-    depth = getattr(model.config, "num_hidden_layers", None)
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for _, module in model.base_model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth and depth:
             return list(module)

@@ -130,7 +130,7 @@ def train(
                 if save:
                     save_snapshot(engine, output)
                     saved = time.monotonic()
-                if stop and engine.completed_steps < plan.total_steps:
+                if stop:
                     done = engine.completed_steps
                     by = arrived[0].name if arrived else "a signal to another process"
                     log.warning("stopped by %s after step %d of %d; continue with --resume", by, done, plan.total_steps)

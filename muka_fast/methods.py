@@ -22,7 +22,7 @@ from muka_fast.errors import UserError
 from muka_fast.evidence import evidence_weights
 from muka_fast.memory import send
 from muka_fast.ops.reference import select_teacher_ref
-from muka_fast.selection import label_ids, owners, sampled, teacher_scores
+from muka_fast.selection import label_ids, owners, sampled, uncertainties
 from muka_fast.store import half
 from muka_fast.targets import Composed, Method, tempered_softmax, text_weights
 
@@ -50,8 +50,9 @@ class MukaHard(Composed):
         self.weighted = config.margin
         if len(sup.teachers) > 1 and 1 in sup.class_counts:
             alone = label_space.teacher_names[sup.class_counts.index(1)]
-            log.warning("teacher %s has one class, so that it is never in doubt: --method %s goes by it alone", alone, config.method)
-        self._trust(teacher_scores(sup, config.uncertainty))
+            told = "teacher %s has one class, so that it is never in doubt: --method %s trusts it most on every text"
+            log.warning(told, alone, config.method)
+        self._trust(-uncertainties(sup, config.uncertainty))
 
     def weights(self, rows: Tensor) -> Tensor:
         return self.margin[rows] + MARGIN_FLOOR if self.weighted else super().weights(rows)
@@ -134,7 +135,7 @@ class Oracle(Composed):
         super().__init__(config, sup, label_space, label_ids)
         measure = config.uncertainty if all(map(sampled, sup.teachers)) else "predictive_entropy"
         owned = owners(label_space)[:, label_ids.clamp_min(0)].T  # [n, N]
-        best = select_teacher_ref(torch.where(owned, teacher_scores(sup, measure), -1.0))[0]
+        best = select_teacher_ref(torch.where(owned, -uncertainties(sup, measure), -torch.inf))[0]
         self._trust(torch.nn.functional.one_hot(best, len(sup.teachers)).float())
         self.margin = None  # one-hot scores have no gap worth reporting
 
@@ -292,6 +293,8 @@ def unused_options(config: RunConfig) -> list[str]:
     used = set(METHODS[config.method].options)
     if config.mc_stop is not None or config.uncertainty_head:
         used.add("uncertainty")
+    if not config.margin:
+        used.discard("normalize_margin")
     return [name for name in dict.fromkeys(name for method in METHODS.values() for name in method.options) if name not in used]
 
 

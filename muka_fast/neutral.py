@@ -73,7 +73,8 @@ def neutral_features(
         if missing:
             todo = [ranges[number] for number in missing]
             _compute(place, key, folder, tokenizer, texts, max_length, todo, options, queue)
-    return Features(ranges, lambda shard: read_or_refuse(place, shard, lambda part: _read(place, part, key))[FEATURES])
+    read = lambda shard: _read(place, shard, key, (FEATURES,))
+    return Features(ranges, lambda shard: read_or_refuse(place, shard, read, "run the same command to compute it again")[FEATURES])
 
 
 def find_encoder(encoder: str | Path) -> tuple[Path, transformers.PreTrainedTokenizerBase]:
@@ -112,9 +113,9 @@ def neutral_key(
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _read(place: Path, shard: ShardRange, key: str) -> dict[str, np.ndarray]:
+def _read(place: Path, shard: ShardRange, key: str, only: Sequence[str] = ()) -> dict[str, np.ndarray]:
     rows = shard.stop - shard.start
-    return read_tensors(place, shard, key, {"example_ids": ((rows,), np.int64), FEATURES: ((rows, None), FEATURE_TYPE)})
+    return read_tensors(place, shard, key, {"example_ids": ((rows,), np.int64), FEATURES: ((rows, None), FEATURE_TYPE)}, only)
 
 
 def _is_whole(place: Path, shard: ShardRange, key: str) -> bool:

@@ -69,7 +69,7 @@ def check_output(
     if found and not any((output / marker).exists() for marker in RUN_MARKERS):
         raise UserError(f"--output {given}: holds files that no run wrote ({found[0]}); name a new or empty folder")
     if found == ["supervision"] and (output / "supervision").is_dir() and not overwrite:
-        return False  # scores that a refused run left: they are kept under a hash of all that they depend on
+        return False  # scores that a refused run left: they serve this one where its texts are the same
     if found and not any((output / marker).exists() for marker in RUN_MARKERS if marker not in ANY_MODEL):
         raise UserError(f"--output {given}: holds a model that no run wrote; name a new or empty folder")
     if found and not (resume or overwrite):

@@ -33,12 +33,15 @@ def check_options(config: RunConfig) -> None:
 
 
 def tell_unused_options(config: RunConfig) -> None:
-    """Say which options were chosen that the method does not look at."""
+    """Say which options were chosen that the method, or a run without passes, does not look at."""
     usual = RunConfig(mc=config.mc, mc_samples=config.mc_samples)
     chosen = [name for name in unused_options(config) if getattr(config, name) != getattr(usual, name)]
     chosen = [f"--no-{name}" if getattr(config, name) is False else f"--{name}" for name in chosen]
     if chosen:
         log.warning("%s: --method %s does not look at it", ", ".join(chosen), config.method)
+    idle = [f"--{name}" for name in ("mc_scope", "mc_dropout_p", "mc_stop") if getattr(config, name) != getattr(usual, name)]
+    if idle and not config.mc:
+        log.warning("%s: --no-mc makes no stochastic passes", ", ".join(idle))
 
 
 def check_layout(config: RunConfig, ds_config: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from muka_fast.errors import UserError
 from muka_fast.files import write_text
 from muka_fast.methods import selection_accuracy, target_accuracy
 from muka_fast.ops.reference import select_teacher_ref
-from muka_fast.selection import teacher_scores
+from muka_fast.selection import uncertainties
 
 if TYPE_CHECKING:
     from muka_fast.config import RunConfig
@@ -119,7 +119,7 @@ def supervision_summary(method: "Method", sup: "Supervision", space: "LabelSpace
     """
     selected, margin, source, sup = method.selected, method.margin, method.config.method, sup.restrict(space)
     if selected is None or margin is None:
-        selected, margin = select_teacher_ref(teacher_scores(sup, "predictive_entropy"))
+        selected, margin = select_teacher_ref(-uncertainties(sup, "predictive_entropy"))
         source = "predictive entropy"
     counts = torch.bincount(selected, minlength=len(space.teacher_names)).tolist()
     histogram = torch.histc(margin.float(), MARGIN_BINS, 0.0, 1.0).int().tolist()

@@ -169,6 +169,8 @@ class Scoring:
             bar.advance(self.queue.advance(work, count) - bar.done)
             self.queue.check()
 
+        open_of = [set(job.todo) for job in jobs]
+
         def begin(number: int, tokens: T) -> Fill:
             shard = todo[number]
             ids = self.texts.example_ids[shard.start : shard.stop].astype(np.int64)
@@ -177,8 +179,8 @@ class Scoring:
 
             def write() -> None:
                 fill()
-                for job, tensors in zip(jobs, shards, strict=True):
-                    if shard in job.todo:
+                for job, still_open, tensors in zip(jobs, open_of, shards, strict=True):
+                    if shard in still_open:
                         write_shard(self.store / job.key, shard, job.key, tensors)
 
             return write

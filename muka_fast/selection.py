@@ -37,13 +37,9 @@ UNCERTAINTY: dict[str, Callable[[Supervision], Tensor]] = {
 }
 
 
-def teacher_scores(sup: Supervision, uncertainty: str = "predictive_entropy") -> Tensor:
-    """Teacher scores s = 1 - u [n, N] in [0, 1], high = trust (MUKA, section 3.2); u as in `uncertainties`."""
-    return 1 - uncertainties(sup, uncertainty)
-
-
 def uncertainties(sup: Supervision, uncertainty: str) -> Tensor:
-    """Uncertainty u [n, N] of each teacher in [0, 1]: a measure over its upper bound.
+    """Uncertainty u [n, N] of each teacher in [0, 1]: a measure over its upper bound. The teacher score is 1 - u (MUKA, section 3.2);
+    rules compare -u, of which fp32 holds small differences that 1 - u would round to ties.
 
     Entropies over ln C_i, variance (summed over classes) over 1 - 1/C_i; u = 0 where
     C_i = 1. C_i and the measure are those of the teacher's full label set, also where a label map drops some of

@@ -123,7 +123,7 @@ def list_sites(model: PreTrainedModel, what: str = "model") -> list[Site]:
 def _watch_layers(model: PreTrainedModel, trace: _Trace, stack: ExitStack) -> None:
     """Keep `trace.layer` right: what runs between two layers belongs to the lower one, then comes the head."""
     layers = layer_modules(model) or []
-    depth = model.config.num_hidden_layers
+    depth = model.config.get_text_config().num_hidden_layers
     calls = iter(range(depth))
 
     def forward(original, *args, **kwargs):

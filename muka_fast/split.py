@@ -62,7 +62,7 @@ class ModelSplit:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.layers = layer_modules(model)
-        self.depth = model.config.num_hidden_layers if self.layers else 0
+        self.depth = model.config.get_text_config().num_hidden_layers if self.layers else 0
         self._templates: list[Any] = []  # what each layer call returns
         self._embeddings = self._find_embeddings()
         self._embedding_width = 0

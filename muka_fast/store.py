@@ -202,28 +202,40 @@ def half(values: np.ndarray) -> np.ndarray:
 
 
 def read_shard(
-    folder: Path, shard: ShardRange, key: str, num_classes: int, adaptive: bool = False
+    folder: Path, shard: ShardRange, key: str, num_classes: int, adaptive: bool = False, only: Sequence[str] = ()
 ) -> dict[str, np.ndarray]:
-    """Read and verify one shard; adaptive: of a run under --mc_stop. Raises FileNotFoundError where there is none,
-    DamagedShard where it breaks invariant 2, 4 or 5."""
+    """Read and verify one shard; adaptive: of a run under --mc_stop; only: the tensors to give (all, where none is named). Raises
+    FileNotFoundError where there is none, DamagedShard where it breaks invariant 2, 4 or 5."""
     rows = shard.stop - shard.start
     shapes = {name: ((rows, num_classes), np.float32) for name in MATRICES}
     shapes |= {name: ((rows,), np.float32) for name in VECTORS} | {"example_ids": ((rows,), np.int64)}
     shapes[FEATURES] = ((rows, None), FEATURE_TYPE)
     shapes |= {"num_samples": ((rows,), np.int64)} if adaptive else {}
-    return read_tensors(folder, shard, key, shapes)
+    return read_tensors(folder, shard, key, shapes, only)
+
+
+_VERIFIED: set[tuple] = set()  # what `read_tensors` has found whole: path, inode, size and time of a file, and what it was taken for
 
 
 def read_tensors(
-    folder: Path, shard: ShardRange, key: str, shapes: dict[str, tuple[tuple[int | None, ...], type]]
+    folder: Path,
+    shard: ShardRange,
+    key: str,
+    shapes: dict[str, tuple[tuple[int | None, ...], type]],
+    only: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
-    """Read and verify the tensors of one shard, by `shapes`; an extent None may be any.
+    """Read the tensors of one shard, or `only` some of them, and verify all by `shapes`; an extent None may be any. A file that was
+    verified in this process and has not changed since is not verified anew.
 
     Raises FileNotFoundError where there is none, DamagedShard where it breaks invariant 2, 4 or 5.
     """
     path = shard.path(folder)
     try:
+        state = path.stat()
+        seen = (path, state.st_ino, state.st_size, state.st_mtime_ns, key, repr(shapes))
         with safe_open(path, framework="np") as file:
+            if seen in _VERIFIED:
+                return {name: file.get_tensor(name) for name in only or file.keys()}
             note = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except FileNotFoundError:
@@ -240,7 +252,8 @@ def read_tensors(
         fits = found is not None and found.dtype == dtype and found.ndim == len(shape)
         if not fits or any(wanted not in (None, there) for wanted, there in zip(shape, found.shape, strict=True)):
             raise DamagedShard(f"tensor {name!r} is missing or has another shape or type")
-    return tensors
+    _VERIFIED.add(seen)
+    return {name: tensors[name] for name in only} if only else tensors
 
 
 # ---- manifest ----
@@ -380,9 +393,10 @@ def check_texts(store: Path, manifest: dict[str, Any], texts: TextSet) -> None:
     have = manifest["texts"]
     if have["fingerprint"] != texts.fingerprint:
         raise UserError(
-            f"--store {store} holds the scores of other texts: {have['count']} of {have.get('source')!r} "
+            f"{store} holds the scores of other texts: {have['count']} of {have.get('source')!r} "
             f"(fingerprint {have['fingerprint'][:12]}), this run has {len(texts.texts)} of {texts.source!r} "
-            f"({texts.fingerprint[:12]}); give the same --texts, --text_column and --limit, or another --store"
+            f"({texts.fingerprint[:12]}); give the same --texts, --text_column and --limit, or another folder (a run's own is "
+            "replaced by --overwrite)"
         )
 
 

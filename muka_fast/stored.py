@@ -20,6 +20,7 @@ from muka_fast.errors import UserError
 from muka_fast.features import Features, read_or_refuse, teacher_features
 from muka_fast.selection import UNCERTAINTY
 from muka_fast.store import (
+    FEATURES,
     OPTION_KEYS,
     VECTORS,
     ShardRange,
@@ -96,6 +97,8 @@ class Supervision:
         if self.label_space is not None or len(label_space.offsets) != len(self.offsets):
             raise ValueError("this label space was built for other teachers than the supervision's")
         columns = torch.as_tensor(label_space.columns, dtype=torch.int64)
+        if torch.equal(columns, torch.arange(self.offsets[-1])):  # none is dropped: no copy, which may be gigabytes
+            return replace(self, label_space=label_space)
         logits, mean = self.logits[:, columns], self.mean_probs[:, columns]
         for a, b in zip(label_space.offsets[:-1], label_space.offsets[1:], strict=True):
             block = logits[:, a:b]
@@ -137,7 +140,8 @@ def load_supervision(
     num_samples = torch.empty(n, dtype=torch.int64) if adaptive else None
     for i, key in enumerate(keys):
         read = shard_reader(store / key, key, counts[i], adaptive)
-        features.append(teacher_features(store / key, ranges, entries[i]["name"], read))
+        of_features = shard_reader(store / key, key, counts[i], adaptive, (FEATURES,))
+        features.append(teacher_features(store / key, ranges, entries[i]["name"], of_features))
         for shard in ranges:
             tensors = read_or_refuse(store / key, shard, read)
             rows = slice(shard.start, shard.stop)
@@ -160,10 +164,10 @@ def load_supervision(
 
 
 def shard_reader(
-    folder: Path, key: str, num_classes: int, adaptive: bool
+    folder: Path, key: str, num_classes: int, adaptive: bool, only: Sequence[str] = ()
 ) -> Callable[[ShardRange], dict[str, np.ndarray]]:
     """`read_shard` of one teacher."""
-    return lambda shard: read_shard(folder, shard, key, num_classes, adaptive)
+    return lambda shard: read_shard(folder, shard, key, num_classes, adaptive, only)
 
 
 def check_company(store: Path, entries: Sequence[dict[str, Any]]) -> bool:

@@ -196,8 +196,9 @@ def _prepare(run: Scoring, teacher: Teacher, options: ScoringOptions) -> Job:
     entry = _entry(teacher, options)
     key = teacher_key(entry, run.texts.fingerprint)
     todo = run.missing_shards(key, entry)
-    if not todo and key in read_manifest(run.store)["teachers"]:
-        log.info("teacher %s: already scored", teacher.name)
+    if not todo and (known := read_manifest(run.store)["teachers"].get(key)):
+        told = "" if known["name"] == teacher.name else f", as {known['name']}"
+        log.info("teacher %s: already scored%s", teacher.name, told)
         return Job(key, entry, None, todo)
     scorer = _scorer(teacher, options)
     return Job(key, entry | {"sites": scorer.sites}, scorer, todo)

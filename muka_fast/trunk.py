@@ -228,7 +228,8 @@ class StochasticTeacher:
 
     def _replica_bytes(self, num_tokens: int) -> int:
         """Activations of one replica of one text, roughly."""
-        config, width = self.model.config, self.model.config.hidden_size
+        config = self.model.config.get_text_config()
+        width = config.hidden_size
         inner = getattr(config, "intermediate_size", None) or 4 * width
         heads = getattr(config, "num_attention_heads", 1)
         one_row = self.fast is not None and self.layer >= self.encoder.depth - 1

@@ -24,7 +24,7 @@ from muka_fast.methods import (
     target_accuracy,
 )
 from muka_fast.ops.mc_statistics import mc_statistics
-from muka_fast.selection import UNCERTAINTY, owners, teacher_scores
+from muka_fast.selection import UNCERTAINTY, owners, uncertainties
 from muka_fast.stored import Supervision
 from muka_fast.targets import block_softmax, text_weights
 
@@ -97,7 +97,7 @@ def test_tables_name_what_the_options_offer():
 
 @pytest.mark.parametrize("measure", UNCERTAINTY)
 def test_scores_lie_in_the_unit_interval_and_a_one_class_teacher_is_certain(measure):
-    scores = teacher_scores(make_supervision(scale=0.01, n=50), measure)
+    scores = 1 - uncertainties(make_supervision(scale=0.01, n=50), measure)
     assert scores.shape == (50, 3)
     assert (scores >= 0).all() and (scores <= 1).all()
     assert (scores[:, 2] == 1).all()
@@ -106,7 +106,7 @@ def test_scores_lie_in_the_unit_interval_and_a_one_class_teacher_is_certain(meas
 
 def test_a_teacher_of_one_class_is_told(caplog):
     build("muka-hard", make_supervision((["a", "b"], ["c"]), n=9))
-    assert "teacher t1 has one class, so that it is never in doubt: --method muka-hard goes by it alone" in caplog.text
+    assert "teacher t1 has one class, so that it is never in doubt: --method muka-hard trusts it most on every text" in caplog.text
     caplog.clear()
     build("muka-hard", make_supervision((["a", "b"], ["c", "d"]), n=9))
     build("muka-hard", make_supervision((["c"],), n=9))
@@ -125,7 +125,7 @@ def test_predictive_entropy_scores_are_those_of_the_op():
     sup = make_supervision(labels, n=9)
     for name in ("predictive_entropy", "expected_entropy", "mean_probs"):
         object.__setattr__(sup, name, getattr(statistics, name))
-    torch.testing.assert_close(teacher_scores(sup, "predictive_entropy"), 1 - statistics.normalized_entropy)
+    torch.testing.assert_close(uncertainties(sup, "predictive_entropy"), statistics.normalized_entropy)
     torch.testing.assert_close(sup.mutual_information, statistics.mutual_information)
     method = build("muka-hard", sup)
     assert torch.equal(method.selected, statistics.selected)
@@ -138,14 +138,14 @@ def test_variance_reaches_its_bound_for_certain_but_contradicting_passes():
     statistics = mc_statistics(passes, [0, 4])
     sup = make_supervision((["a", "b", "c", "d"],), n=1)
     object.__setattr__(sup, "total_variance", statistics.var_probs.sum(-1, keepdim=True))
-    assert teacher_scores(sup, "variance").item() == pytest.approx(0.0, abs=1e-6)
+    assert uncertainties(sup, "variance").item() == pytest.approx(1.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("measure", ["mutual_information", "variance"])
 def test_measures_of_spread_are_refused_after_a_single_pass(measure):
     for sup in (make_supervision(mc=False), make_supervision(K=1)):
         with pytest.raises(UserError, match=f"--uncertainty {measure}.*'t0'"):
-            teacher_scores(sup, measure)
+            uncertainties(sup, measure)
     build("muka-soft", make_supervision(mc=False))
 
 
@@ -155,7 +155,7 @@ def test_measures_of_spread_are_refused_after_a_single_pass(measure):
 def test_muka_hard_takes_the_most_certain_teacher():
     sup = make_supervision((["a", "b"], ["c", "d"]))
     method = build("muka-hard", sup, margin=False)
-    scores = teacher_scores(sup)
+    scores = 1 - uncertainties(sup, "predictive_entropy")
     expected = torch.zeros(7, 4)
     for b in range(7):
         i = 0 if scores[b, 0] >= scores[b, 1] else 1
@@ -168,7 +168,7 @@ def test_muka_hard_takes_the_most_certain_teacher():
 def test_muka_soft_mixes_by_scores_over_tau_and_adds_overlapping_classes():
     sup = make_supervision()
     method = build("muka-soft", sup, margin=False, score_temperature=0.5, kd_temperature=2.0)
-    weights = torch.softmax(teacher_scores(sup) / 0.5, -1)
+    weights = torch.softmax((1 - uncertainties(sup, "predictive_entropy")) / 0.5, -1)
     probs = block_softmax(sup.logits / 2.0, sup.offsets)
     expected = torch.zeros(7, 5)
     for column, (i, c) in enumerate([(0, 0), (0, 1), (1, 1), (1, 2), (1, 3), (2, 4)]):
@@ -233,7 +233,7 @@ def test_oracle_takes_an_owner_of_the_true_label_and_the_more_certain_one_of_two
     sup = make_supervision()
     labels = ["sport", "art", "nobody's", "law", "tax", "food", "art"]
     method = build("oracle", sup, labels=labels)
-    scores = teacher_scores(sup)
+    scores = 1 - uncertainties(sup, "predictive_entropy")
     of_art = [0 if scores[b, 0] >= scores[b, 1] else 1 for b in (1, 6)]
     expected = [0, of_art[0], None, 1, 2, 1, of_art[1]]
     assert [int(i) for b, i in enumerate(method.selected) if b != 2] == [i for i in expected if i is not None]
@@ -307,7 +307,7 @@ def test_margin_multiplies_the_loss_of_each_text():
     torch.testing.assert_close(
         weighted.loss(student, ROWS), plain.loss(student, ROWS) * (weighted.margin + 1e-6), atol=1e-7, rtol=1e-5
     )
-    best = teacher_scores(sup).sort(-1, descending=True).values
+    best = (1 - uncertainties(sup, "predictive_entropy")).sort(-1, descending=True).values
     torch.testing.assert_close(weighted.margin, best[:, 0] - best[:, 1])
     assert weighted.denominator(ROWS) == 7 and plain.denominator(ROWS) == 7
     torch.testing.assert_close(weighted.weights(ROWS), weighted.margin + 1e-6)
@@ -447,7 +447,7 @@ def test_uncertainty_stays_that_of_the_full_label_set():
     space = space_of(sup, {"food": None})
     restricted = sup.restrict(space)
     for measure in UNCERTAINTY:
-        assert torch.equal(teacher_scores(sup, measure), teacher_scores(restricted, measure))
+        assert torch.equal(uncertainties(sup, measure), uncertainties(restricted, measure))
     assert restricted.restrict(space) is restricted
     with pytest.raises(ValueError, match="other teachers"):
         restricted.restrict(space_of(sup))
@@ -538,7 +538,7 @@ def test_the_owner_counts_even_where_it_knows_nothing():
     sup = make_supervision((["a", "b"], ["c", "d"]), n=1)
     sup.predictive_entropy[:] = float(np.log(2))
     sup.expected_entropy[:] = 0
-    assert teacher_scores(sup).abs().max() < 1e-6
+    assert (1 - uncertainties(sup, "predictive_entropy")).abs().max() < 1e-6
     object.__setattr__(sup, "predictive_entropy", torch.full((1, 2), 0.7))  # clamped: score 0
     assert build("oracle", sup, labels=["c"]).selected.tolist() == [1]
 
@@ -579,7 +579,7 @@ def test_the_oracle_goes_by_entropy_where_one_teacher_was_scored_by_a_single_pas
     sup = make_supervision((["a", "b"], ["b", "c"]))
     sup.teachers[1]["mc"] = False
     found = build("oracle", sup, labels=["b"] * 7, uncertainty="mutual_information").selected
-    assert torch.equal(found, teacher_scores(sup).argmax(-1))
+    assert torch.equal(found, uncertainties(sup, "predictive_entropy").argmin(-1))
 
 
 def test_the_mean_of_large_logits_keeps_its_digits():

@@ -26,7 +26,7 @@ from muka_fast.doubt import UncertaintyHead
 from muka_fast.labels import build_label_space
 from muka_fast.methods import build_method
 from muka_fast.ops.mc_statistics import mc_statistics
-from muka_fast.selection import teacher_scores
+from muka_fast.selection import uncertainties
 from muka_fast.stored import Supervision
 
 CLEAR = 1e-5  # a margin above this decides the same way in float32 and float64
@@ -324,7 +324,7 @@ def test_scores(case, measure):
     _, sup = supervision_of(case)
     if measure in MEASURES[1::2] and len(case.passes) == 1:
         return  # refused, see test_methods
-    found = teacher_scores(sup, measure)
+    found = 1 - uncertainties(sup, measure)
     for b in range(len(case.logits)):
         close(found[b], o_scores(case, sup, measure, b))
 

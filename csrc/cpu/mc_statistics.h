@@ -40,7 +40,7 @@ inline void write_entropies(const Problem& p, int64_t text, int64_t teacher, flo
 inline void select(const Problem& p, int64_t text) {
     const float* entropy = p.normalized_entropy + text * p.entropy_stride;
     int64_t selected;
-    p.teacher_margin[text * p.selection_stride] = select_teacher(p.num_teachers, [&](int64_t i) { return 1.0f - entropy[i]; }, selected);
+    p.teacher_margin[text * p.selection_stride] = select_teacher(p.num_teachers, [&](int64_t i) { return -entropy[i]; }, selected);
     p.selected[text * p.selection_stride] = static_cast<float>(selected);
 }
 

@@ -54,7 +54,7 @@ if triton is not None:
         tl.debug_barrier()
         b_best, b_second, b_nan, b_selected = float("-inf"), float("-inf"), 0.0, 0.0
         for i_n in range(0, N):
-            b_score = 1.0 - tl.load(p_entropy + 3 * N + i_n)
+            b_score = -tl.load(p_entropy + 3 * N + i_n)
             b_nan += b_score * 0.0
             better = b_score > b_best
             b_second = tl.where(better, b_best, tl.where(b_score > b_second, b_score, b_second))

@@ -127,7 +127,7 @@ def mc_statistics_ref(logits: Tensor, offsets: Sequence[int]) -> tuple[Tensor, .
     upper = torch.tensor([math.log(stop - start) for start, stop in pairwise(offsets)])
     upper = upper.to(H)
     normalized = torch.where(upper == 0, H * 0, H / torch.where(upper == 0, 1, upper))
-    selected, margin = select_teacher_ref(1 - normalized)
+    selected, margin = select_teacher_ref(-normalized)
     return (torch.cat(mean_probs, -1), torch.cat(var_probs, -1), H, E, (H - E).clamp_min(0), normalized, selected, margin)
 
 
