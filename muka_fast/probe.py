@@ -18,9 +18,9 @@ ROUNDING = {torch.bfloat16: 0.1, torch.float16: 0.01}
 def trace_inputs(model: PreTrainedModel, texts: int, tokens: int) -> tuple[Tensor, Tensor]:
     """input_ids and attention_mask [texts, tokens] of arbitrary tokens, none of which is padding; the last one ends a text where
     the model is an encoder with a decoder, whose head looks for it."""
-    pad = getattr(model.config, "pad_token_id", None)
+    config = model.config.get_text_config()
+    pad, size = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None) or 64  # CANINE has none
     end = model.config.eos_token_id if model.config.is_encoder_decoder else None
-    size = getattr(model.config, "vocab_size", None) or 64  # CANINE has none
     vocabulary = [i for i in range(min(size, 64)) if i not in (pad, end)]
     ids = torch.tensor([vocabulary[(7 * i + 3) % len(vocabulary)] for i in range(texts * tokens)])
     ids = ids.view(texts, tokens).to(input_device(model))
@@ -33,7 +33,7 @@ def padded_inputs(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Two texts of 9 and SHORT tokens, padded on the right; both end as those of `trace_inputs` do."""
     ids, mask = trace_inputs(model, 2, 9)
     mask[1, SHORT:] = 0
-    pad = getattr(model.config, "pad_token_id", None)
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     if model.config.is_encoder_decoder:
         ids[1, SHORT - 1] = ids[1, -1]
     ids[1, SHORT:] = 0 if pad is None else pad

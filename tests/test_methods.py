@@ -1,5 +1,6 @@
 """Methods: scores, targets and losses from a store, label maps, weights of a global batch, and what is refused."""
 
+import dataclasses
 import itertools
 import math
 
@@ -93,6 +94,24 @@ def test_tables_name_what_the_options_offer():
 
 
 # ---- scores ----
+
+
+@pytest.mark.parametrize("method", ["muka-hard", "oracle"])
+def test_the_surer_of_two_that_are_very_sure_is_chosen(method):
+    """1 - u would be 1 for both in fp32."""
+    sup = make_supervision(labels=(("a", "b"), ("a", "b")), n=2)
+    tiny = torch.tensor([[2.9e-8, 1e-12], [1e-12, 2.9e-8]])
+    sup = dataclasses.replace(sup, predictive_entropy=tiny, expected_entropy=torch.zeros_like(tiny))
+    found = build_method(options(method, uncertainty="predictive_entropy"), sup, space_of(sup), ["a", "b"])
+    assert found.selected.tolist() == [1, 0]
+
+
+def test_a_space_that_drops_nothing_takes_no_copy():
+    sup = make_supervision()
+    space = space_of(sup)
+    assert sup.restrict(space).logits is sup.logits and sup.restrict(space).label_space is space
+    dropping = space_of(sup, {sup.teachers[0]["labels"][0]: None})
+    assert sup.restrict(dropping).logits.shape[1] == sup.logits.shape[1] - 1
 
 
 @pytest.mark.parametrize("measure", UNCERTAINTY)

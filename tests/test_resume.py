@@ -167,6 +167,17 @@ def test_a_long_epoch_leaves_checkpoints_by_the_clock(go, monkeypatch, save_ever
     assert losses(run) == losses(whole) and largest_difference(weights(run), weights(whole)) == 0
 
 
+@pytest.mark.parametrize("last", [13, 14])
+def test_a_signal_in_the_last_steps_ends_the_run(go, stop_at, monkeypatch, last):
+    whole = go("whole")
+    stop_at(last)
+    cut = go("cut")
+    monkeypatch.undo()
+    assert cut.stopped and not (cut.output / "model.safetensors").exists()
+    resumed = go("cut", resume=True)
+    assert losses(resumed) == losses(whole) and largest_difference(weights(resumed), weights(whole)) == 0
+
+
 def test_resume_refuses_another_run(go, stop_at, monkeypatch, world, tmp_path):
     stop_at(3)
     go("cut")

@@ -14,6 +14,7 @@ from test_supervision import text_set
 
 from muka_fast import store as store_module
 from muka_fast.errors import UserError
+from muka_fast.features import Features
 from muka_fast.store import (
     MATRICES,
     OPTION_KEYS,
@@ -85,6 +86,7 @@ def one_shard(tmp_path_factory):
 @given(data=st.data())
 def test_no_damage_of_bytes_gives_a_wrong_answer(one_shard, data):
     folder, shard, tensors, whole = one_shard
+    store_module._VERIFIED.clear()  # these files may be written faster than a file system's clock ticks
     content = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
@@ -96,6 +98,32 @@ def test_no_damage_of_bytes_gives_a_wrong_answer(one_shard, data):
     except store_module.DamagedShard:
         return
     assert all(np.array_equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_a_whole_shard_is_verified_once_and_a_changed_one_anew(tmp_path, one_shard, monkeypatch):
+    _, shard, tensors, whole = one_shard
+    digests, digest = [], store_module._digest
+    monkeypatch.setattr(store_module, "_digest", lambda found: digests.append(1) or digest(found))
+    shard.path(tmp_path).write_bytes(whole)
+    for _ in range(3):
+        found = read_shard(tmp_path, shard, "key", 2, only=("features",))
+        assert found.keys() == {"features"} and np.array_equal(found["features"], tensors["features"])
+    assert len(digests) == 1
+    with pytest.raises(store_module.DamagedShard, match="shape or type"):
+        read_shard(tmp_path, shard, "key", 3)
+    shard.path(tmp_path).write_bytes(whole[:-4] + b"wxyz")
+    os.utime(shard.path(tmp_path), ns=(1, 1))
+    with pytest.raises(store_module.DamagedShard, match="checksum"):
+        read_shard(tmp_path, shard, "key", 2)
+
+
+@given(st.lists(st.integers(0, 59), min_size=1, max_size=80), st.integers(1, 70))
+def test_rows_of_features_are_found_in_their_shards(rows, size):
+    values = np.random.default_rng(0).standard_normal((60, 3)).astype(np.float16)
+    read = []
+    features = Features(shard_ranges(60, size), lambda part: read.append(part.number) or values[part.start : part.stop])
+    assert np.array_equal(features.rows(np.array(rows)), values[rows].astype(np.float32))
+    assert read == sorted({row // size for row in rows})
 
 
 json_values = st.recursive(

@@ -117,6 +117,19 @@ def test_a_model_that_cannot_be_cut_is_run_whole(options, caplog):
     )
 
 
+def test_a_configuration_within_a_configuration():
+    sizes = {"intermediate_size": 32, "num_key_value_heads": 2, "head_dim": 4, "attention_dropout": 0.1, **COMMON}
+    text = {name: value for name, value in sizes.items() if name != "num_labels"}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28}
+    torch.manual_seed(1)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, num_labels=3, pad_token_id=0)
+    model = transformers.Gemma3ForSequenceClassification(config).eval()
+    teacher, (ids, mask, names) = scorer(model, mc_samples=2), a_batch()
+    assert teacher.encoder.depth == 2 and list_sites(model)
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(teacher.launch(ids, mask, names).logits, logits, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["Bart", "T5"])
 def test_an_encoder_with_a_decoder_is_read_at_its_end_token(name):
     """T5 besides adds its position bias to the scores, and hands it from the first layer to the others: it runs whole."""

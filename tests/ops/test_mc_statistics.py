@@ -148,6 +148,12 @@ def test_ties_go_to_the_lowest_teacher(isa):
     assert result.selected.tolist() == [0] * 6 and result.teacher_margin.tolist() == [0.0] * 6
 
 
+def test_the_surest_of_several_sure_teachers_is_selected(isa):
+    """fp32 rounds one less their entropies to 1."""
+    logits = torch.tensor([[[20.0, 0.0, 24.0, 0.0, 22.0, 0.0]]])
+    assert mc_statistics(logits, [0, 2, 4, 6]).selected.tolist() == mc_statistics_ref(logits, [0, 2, 4, 6])[-2].tolist() == [1]
+
+
 def test_strides_do_not_matter(isa):
     wide = torch.randn(7, 9, 130)
     for view in (wide[::2, 1::2, :90], wide[:, :, ::2][:, :, :45], wide.transpose(0, 1)[:, :, :45]):
