@@ -131,7 +131,7 @@ def prepare(args: argparse.Namespace) -> list[str]:
             make_encoder(Path(args.encoder), args.synthetic, read_texts(args.train).texts)
     else:
         # Files may be sorted by label: parts are drawn at random.
-        for name, limit in (("train", 2000), ("eval", args.eval_texts)):
+        for name, limit in (("train", max(2000, args.texts)), ("eval", args.eval_texts)):
             write_rows(work / f"{name}.jsonl", draw(read_rows(Path(getattr(args, name))), limit, 0))
             setattr(args, name, str(work / f"{name}.jsonl"))
     labels = sorted(set(read_texts(args.train, need_labels=True).labels))

@@ -1,6 +1,7 @@
 """What every result is kept with: machine, versions, commit and command; and where it is kept."""
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -147,11 +148,22 @@ def show(stem: str, rows: list[dict], text: str, device: str, json_file: str | N
         print("kept in", keep(stem, rows, text, device))
 
 
+def _is_ours(path: Path, env: dict) -> bool:
+    """Whether a result may be written here: nothing is, or one of the same command on the same machine."""
+    if not path.is_file():
+        return True
+    there = json.loads(path.read_text(encoding="utf-8"))["environment"]
+    return all(there.get(key) == env[key] for key in ("cpu", "gpu", "command"))
+
+
 def keep(stem: str, results: object, markdown: str, device: str = "cpu", folder: Path = RESULTS) -> Path:
-    """Write `<stem>_<machine>_<yyyymm>.json` and `.md` with the environment; returns the Markdown's path."""
+    """Write `<stem>_<machine>_<yyyymm>.json` and `.md` with the environment; returns the Markdown's path. What another processor or
+    card of the same short name has left there, or another command, stays: a number follows the name."""
     env = environment(device)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{stem}_{machine_name(device)}_{date.today():%Y%m}.md"
+    name = f"{stem}_{machine_name(device)}_{date.today():%Y%m}"
+    names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+    path = next(path for path in (folder / f"{name}.md" for name in names) if _is_ours(path.with_suffix(".json"), env))
     write_text(path.with_suffix(".json"), json.dumps({"environment": env, "results": results}, indent=1) + "\n")
     write_text(path, markdown.rstrip() + "\n" + environment_lines(env))
     return path

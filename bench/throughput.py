@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     parser.add_argument(
-        "--compare", help="of eager, compile, ours; default: all, with compile at one shape of each op (it takes long)"
+        "--compare", help="of eager, compile, ours; default: all, with compile at one shape of three ops (it takes long)"
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the ratios; ours is also timed with all of them")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each op and shape")

@@ -166,3 +166,14 @@ def test_a_prediction_does_not_replace_measured_times(bench, tmp_path, monkeypat
     file.write_text("# Predicted for h200, float32, with measured times")
     predict.main()
     assert file.read_text().endswith("with measured times") and "stays" in capsys.readouterr().err
+
+
+def test_a_result_of_another_command_or_machine_stays(bench, tmp_path, monkeypatch):
+    environment = bench("environment")
+    for command in ("python a --seeds 1", "python a --seeds 2", "python a --seeds 1"):
+        env = environment.environment() | {"command": command}
+        monkeypatch.setattr(environment, "environment", lambda device, env=env: env)
+        environment.keep("step", [command], "| a |", folder=tmp_path)
+        monkeypatch.undo()
+    kept = [json.loads(path.read_text())["results"] for path in sorted(tmp_path.glob("*.json"), key=lambda path: len(path.name))]
+    assert kept == [["python a --seeds 1"], ["python a --seeds 2"]]
