@@ -147,7 +147,6 @@ METHODS = {
     "muka-evidence, no MC": {"method": "muka-evidence", "mc": False},
     "muka-auto": {"method": "muka-auto"},
     "muka-auto, texts alike": {"method": "muka-auto", "teacher_balance": 0.0},
-    "muka-auto, balance 0.45": {"method": "muka-auto", "teacher_balance": 0.45},
     "vkd": {"method": "vkd"},
     "uhc": {"method": "uhc"},
     "dfa": {"method": "dfa"},
