@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,10 @@ class Features:
     ranges: Sequence[ShardRange]
     read: Callable[[ShardRange], np.ndarray]
 
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.array([shard.start for shard in self.ranges])
+
     @classmethod
     def of(cls, values: np.ndarray) -> Features:
         """Features that lie in memory, [n, D]."""
@@ -35,7 +40,7 @@ class Features:
     def rows(self, rows: np.ndarray) -> np.ndarray:
         """The features of these rows, fp32 [len(rows), D]; each shard that holds one of them is read once."""
         rows, parts = np.asarray(rows), []
-        which = np.searchsorted([shard.start for shard in self.ranges], rows, side="right") - 1
+        which = np.searchsorted(self._starts, rows, side="right") - 1
         order = np.argsort(which, kind="stable")
         used, first = np.unique(which[order], return_index=True)
         for number, place in zip(used, np.split(order, first[1:]), strict=True):
