@@ -2,7 +2,7 @@
 from it."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,7 @@ def tell_precision(option: str, precision: str, device: str) -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a device, what torch holds in reserve included."""
+    """Free memory of a device, what torch holds in reserve included; of the host's what the limits of containers and jobs leave."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -61,7 +61,38 @@ def free_bytes(device: torch.device) -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return UNKNOWN_FREE_BYTES
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), UNKNOWN_FREE_BYTES)
+    available = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), UNKNOWN_FREE_BYTES)
+    return min([available, *group_bytes()])
+
+
+# Of cgroups of version 2 and 1: folder under their root, limit, memory in use, and its part that is copies of files and goes first.
+GROUP_FILES = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def group_bytes(mine: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """What each limited cgroup that this process is in leaves of memory: Docker, Kubernetes and Slurm set such limits."""
+    try:
+        lines = mine.read_text().splitlines()
+    except OSError:  # no Linux
+        return
+    for kind, path in (line.split(":", 2)[1:] for line in lines):
+        if kind not in GROUP_FILES:
+            continue
+        folder, limit, used, file_copies = GROUP_FILES[kind]
+        group = root / folder / path.lstrip("/")
+        for place in (group, *group.parents):  # within a container the path may be the host's, which is not there
+            if place == root.parent:
+                break
+            try:
+                most = (place / limit).read_text().strip()
+                copies = dict(line.split() for line in (place / "memory.stat").read_text().splitlines()).get(file_copies, 0)
+                if most != "max":
+                    yield max(0, int(most) - int((place / used).read_text()) + int(copies))
+            except OSError:
+                continue
 
 
 def replica_budget_bytes(device: torch.device) -> int:
