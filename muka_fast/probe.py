@@ -20,7 +20,8 @@ def trace_inputs(model: PreTrainedModel, texts: int, tokens: int) -> tuple[Tenso
     the model is an encoder with a decoder, whose head looks for it."""
     config = model.config.get_text_config()
     pad, size = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None) or 64  # CANINE has none
-    end = model.config.eos_token_id if model.config.is_encoder_decoder else None
+    end = getattr(model.config, "eos_token_id", None) if model.config.is_encoder_decoder else None
+    end = end[0] if isinstance(end, list) else end
     vocabulary = [i for i in range(min(size, 64)) if i not in (pad, end)]
     ids = torch.tensor([vocabulary[(7 * i + 3) % len(vocabulary)] for i in range(texts * tokens)])
     ids = ids.view(texts, tokens).to(input_device(model))

@@ -7,7 +7,7 @@ import transformers
 from muka_fast import Predictor
 from muka_fast.errors import UserError
 from muka_fast.evaluate import load_model
-from muka_fast.probe import check_padding
+from muka_fast.probe import check_padding, trace_inputs
 from muka_fast.student import load_student
 from muka_fast.teachers import load_teacher
 from muka_fast.tokenizer import check_tokenizer, position_limit
@@ -107,3 +107,12 @@ def test_no_text_is_so_long_that_longrope_turns_the_others(original):
     config = transformers.LlamaConfig(num_key_value_heads=4, max_position_embeddings=32, rope_parameters=rope, **COMMON)
     limit = position_limit(transformers.LlamaForSequenceClassification(config))
     assert limit == min(original, 32)
+
+
+def test_a_text_ends_with_the_first_of_several_end_tokens():
+    sizes = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_layers": 1, "decoder_layers": 1}
+    config = transformers.BartConfig(d_model=16, encoder_attention_heads=4, decoder_attention_heads=4, **sizes, **SIZES)
+    model = transformers.BartForSequenceClassification(config)
+    model.config.eos_token_id = [7, 9]
+    ids, _ = trace_inputs(model, 2, 4)
+    assert ids[:, -1].tolist() == [7, 7] and not (ids[:, :-1] == 7).any()
