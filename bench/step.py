@@ -28,7 +28,6 @@ from muka_fast.config import RunConfig
 from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine, init_distributed
 from muka_fast.footprint import DTYPES, footprint
-from muka_fast.recorded import LARGEST
 from muka_fast.training_layers import NextTexts, training_layers
 
 CLASSES, VOCABULARY = 20, 8000
@@ -99,9 +98,12 @@ def stepper(
 
 def measure(
     args: argparse.Namespace, model_config: BertConfig, batch_size: int, graphs: bool, layers: Layers
-) -> tuple[list[float], dict, bool]:
-    """The first losses, median milliseconds of a step, of the device and of the host, and whether it replays a recording."""
+) -> tuple[list[float], dict, bool] | None:
+    """The first losses, median milliseconds of a step, of the device and of the host, and whether it replays a recording; None for a
+    batch that is too large to be recorded."""
     engine, step = stepper(args, model_config, batch_size, graphs)
+    if engine.recorded is not None and not engine.recorded.fits(batch_size, args.length):
+        return None
     wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
     with layers(engine.ds.module, torch.device(args.device), batch_size) as next_texts:
         losses = torch.stack([step(number, next_texts)[0] for number in range(CHECKED)]).tolist()
@@ -168,10 +170,13 @@ def main() -> int:
         refused = fused if args.device == "cuda" and not fused_as_plain(args, config, batch_size) else None
         wrong += refused is not None
         for way, (graphs, layers) in ways.items():
-            if layers is refused or (graphs and batch_size * args.length * config.hidden_size > LARGEST):
-                continue  # the latter is never recorded
-            found[way], figures, replays = measure(args, config, batch_size, graphs, layers)
+            if layers is refused:
+                continue
+            measured = measure(args, config, batch_size, graphs, layers)
             give_back()
+            if measured is None:
+                continue
+            found[way], figures, replays = measured
             if replays != graphs:
                 print(f"batch {batch_size}, {way}: the step was not recorded; its time is not shown", file=sys.stderr)
                 wrong += 1

@@ -101,8 +101,8 @@ def _way_out_of_folder(path: Path) -> str:
     for name, part in (("dataset_dict.json", "['train']"), ("state.json", "")):  # what `save_to_disk` of `datasets` writes
         if (path / name).is_file():
             return f"write a file of it: datasets.load_from_disk({str(path)!r}){part}.to_parquet({f'{path.name}.parquet'!r})"
-    kinds = {suffix: None for suffix in SUFFIXES if any(path.glob(f"*{suffix}"))} or SUFFIXES
-    return f"name a file, or several by a pattern: '{path}/*{next(iter(kinds))}' ({' '.join(SUFFIXES)})"
+    kind = next((suffix for suffix in SUFFIXES if any(path.glob(f"*{suffix}"))), SUFFIXES[0])
+    return f"name a file, or several by a pattern: '{path}/*{kind}' ({' '.join(SUFFIXES)})"
 
 
 def _guarded(source: str, path: Path, rows: Iterator[Row]) -> Iterator[Row]:

@@ -253,7 +253,7 @@ def test_a_blank_label_is_none(tmp_path):
         read_texts(tmp_path / "a.jsonl", need_labels=True)
 
 
-def test_the_longest_text_is_looked_for_once(monkeypatch):
+def test_the_longest_text_is_looked_for_once():
     tokens = Tokens.of(np.arange(6, dtype=np.int32), np.array([1, 3, 2]))
     assert tokens.longest == 3 and Tokens.of(np.empty(0, np.int32), np.empty(0, np.int64)).longest == 0
     tokens.lengths[1] = 9  # what a second look would find

@@ -10,7 +10,6 @@ from packaging.version import Version
 
 from muka_fast.errors import UserError
 from muka_fast.intercept import intercept
-from muka_fast.probe import check_padding
 from muka_fast.sites import Site, list_sites
 from muka_fast.split import _NoMasks
 from muka_fast.teachers import Teacher
@@ -155,12 +154,6 @@ def test_an_encoder_with_a_decoder_is_read_at_its_end_token(name):
 @pytest.mark.parametrize(("kind", "rank", "expected"), [("activation", 2, True), ("activation", 3, False), ("tokens", 2, False)])
 def test_only_one_row_per_text_may_be_cut_out(kind, rank, expected):
     assert Site(0, "head.dropout", 0, kind, 0.1, "head", rank).per_text is expected
-
-
-def test_a_model_whose_logits_change_with_padding_is_told(caplog):
-    config = transformers.FNetConfig(intermediate_size=32, tpu_short_seq_length=8, **COMMON)
-    check_padding(transformers.FNetForSequenceClassification(config).eval(), "teacher unusual")
-    assert "teacher unusual: padding changes the logits of FNetForSequenceClassification" in caplog.text
 
 
 def test_what_cannot_be_taken_apart_is_one_line():
