@@ -46,16 +46,17 @@ class Supervision:
     """All teachers' statistics over all texts, in the order of the text set. n texts, N teachers, S columns of all
     teachers.
 
-    logits, mean_probs fp32 [n, S]; predictive_entropy, expected_entropy in nats and total_variance (the variances of the
-    probabilities, summed over all classes of the teacher) fp32 [n, N]; example_ids int64 [n]; teachers: manifest entries
-    (name, labels, fingerprint, mc, ...); offsets: teacher i owns columns offsets[i]:offsets[i + 1]. Entropies and
-    total_variance are those of the full label set, also after `restrict`. num_samples int64 [n]: passes that each text got
-    under --mc_stop, of every teacher; None: mc_samples for all. features: per teacher what its output layer reads,
-    [n, D_i], on disk until a method asks for it; None where the supervision comes from no store.
+    logits, mean_probs (None where it was not asked for) fp32 [n, S]; predictive_entropy, expected_entropy in nats and
+    total_variance (the variances of the probabilities, summed over all classes of the teacher) fp32 [n, N]; example_ids
+    int64 [n]; teachers: manifest entries (name, labels, fingerprint, mc, ...); offsets: teacher i owns columns
+    offsets[i]:offsets[i + 1]. Entropies and total_variance are those of the full label set, also after `restrict`.
+    num_samples int64 [n]: passes that each text got under --mc_stop, of every teacher; None: mc_samples for all. features:
+    per teacher what its output layer reads, [n, D_i], on disk until a method asks for it; None where the supervision comes
+    from no store.
     """
 
     logits: Tensor
-    mean_probs: Tensor
+    mean_probs: Tensor | None
     predictive_entropy: Tensor
     expected_entropy: Tensor
     total_variance: Tensor
@@ -99,12 +100,14 @@ class Supervision:
         columns = torch.as_tensor(label_space.columns, dtype=torch.int64)
         if torch.equal(columns, torch.arange(self.offsets[-1])):  # none is dropped: no copy, which may be gigabytes
             return replace(self, label_space=label_space)
-        logits, mean = self.logits[:, columns], self.mean_probs[:, columns]
+        logits = self.logits[:, columns]
+        mean = None if self.mean_probs is None else self.mean_probs[:, columns]
         for a, b in zip(label_space.offsets[:-1], label_space.offsets[1:], strict=True):
             block = logits[:, a:b]
             block.masked_fill_((block == -torch.inf).all(-1, keepdim=True), 0.0)
-            mass = mean[:, a:b].sum(-1, keepdim=True)
-            mean[:, a:b] = torch.where(mass > 0, mean[:, a:b] / mass, torch.softmax(block, dim=-1))
+            if mean is not None:
+                mass = mean[:, a:b].sum(-1, keepdim=True)
+                mean[:, a:b] = torch.where(mass > 0, mean[:, a:b] / mass, torch.softmax(block, dim=-1))
         return replace(
             self,
             logits=logits,
@@ -118,9 +121,10 @@ class Supervision:
 
 
 def load_supervision(
-    store: Path, manifest: dict[str, Any], keys: Sequence[str], names: Sequence[str] | None = None
+    store: Path, manifest: dict[str, Any], keys: Sequence[str], names: Sequence[str] | None = None, mean_probs: bool = True
 ) -> Supervision:
-    """All shards of these teachers, verified, in one piece; names replace those in the manifest.
+    """All shards of these teachers, verified, in one piece; names replace those in the manifest. mean_probs: whether they are
+    wanted, of ten million texts gigabytes that `--target mc_mean` alone reads.
 
     Raises UserError naming the first missing or damaged shard.
     """
@@ -134,7 +138,7 @@ def load_supervision(
     for key, count in zip(keys, counts, strict=True):  # before memory is taken for n texts: a damaged manifest may hold any number
         read_or_refuse(store / key, ShardRange(last, last * size, n), shard_reader(store / key, key, count, adaptive))
     ranges, features = shard_ranges(n, size), []
-    matrices = {name: torch.empty(n, offsets[-1]) for name in COLUMNS}
+    matrices = {name: torch.empty(n, offsets[-1]) for name in COLUMNS if mean_probs or name != "mean_probs"}
     vectors = {name: torch.empty(n, len(keys)) for name in PER_TEACHER}
     ids = torch.empty(n, dtype=torch.int64)
     num_samples = torch.empty(n, dtype=torch.int64) if adaptive else None
@@ -159,7 +163,7 @@ def load_supervision(
                 )
             if adaptive:
                 num_samples[rows] = torch.from_numpy(tensors["num_samples"])
-    tensors = {**matrices, **vectors, "example_ids": ids, "num_samples": num_samples}
+    tensors = {"mean_probs": None, **matrices, **vectors, "example_ids": ids, "num_samples": num_samples}
     return Supervision(**tensors, teachers=entries, offsets=offsets, features=features)
 
 
@@ -186,13 +190,17 @@ def check_company(store: Path, entries: Sequence[dict[str, Any]]) -> bool:
 
 
 def open_store(
-    store: str | Path, texts: TextSet | None = None, options: dict[str, Any] | None = None, names: Sequence[str] = ()
+    store: str | Path,
+    texts: TextSet | None = None,
+    options: dict[str, Any] | None = None,
+    names: Sequence[str] = (),
+    mean_probs: bool = True,
 ) -> Supervision:
     """Every complete teacher of a store, or those with these names in this order, without running or even finding a teacher; all else
-    as `chosen_teachers`."""
+    as `chosen_teachers` and `load_supervision`."""
     store = Path(store)
     manifest, keys = chosen_teachers(store, texts, options or {}, names)
-    return load_supervision(store, manifest, keys)
+    return load_supervision(store, manifest, keys, mean_probs=mean_probs)
 
 
 def chosen_teachers(

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig
 
 from muka_fast import adapters, checkpoint
-from muka_fast.adaptive import Crew, sampling_summary
+from muka_fast.adaptive import WAVE, Crew, sampling_summary
 from muka_fast.config import given_alike
 from muka_fast.console import log_file, quiet_transformers
 from muka_fast.data import TextSet, read_texts
@@ -54,6 +54,7 @@ def fill_store(
     texts: TextSet,
     options: ScoringOptions,
     queue: ShardQueue | None = None,
+    mean_probs: bool = True,
 ) -> Supervision:
     """Score the texts with every teacher that the store does not hold completely yet; returns all, in the order given.
 
@@ -62,7 +63,7 @@ def fill_store(
     one after another, save those that have their lowest layers in common: these run together, the common part once.
     Under --mc_stop they take turns, since all of them decide together when a text has had enough passes.
     With the queue of a process group every process calls this, and each text is scored by one of them; by default this
-    process does all.
+    process does all. mean_probs: as of `load_supervision`.
     Raises UserError for bad teachers, a store of other texts, a full disk, or a teacher whose logits are not numbers.
     """
     store, queue, names = Path(store), queue or ShardQueue(), teacher_names(teacher_paths)
@@ -83,7 +84,7 @@ def fill_store(
         score_all = _score_adaptively if options.mc and options.mc_stop is not None else _score_in_turn
         keys = score_all(run, teacher_paths, names, files, options)
     with queue:
-        sup = load_supervision(store, order_teachers(store, keys), keys, names)
+        sup = load_supervision(store, order_teachers(store, keys), keys, names, mean_probs)
     if sup.num_samples is not None:
         told = sampling_summary(sup.num_samples, options.mc_samples)
         log.info(
@@ -128,6 +129,8 @@ def _score_adaptively(
     run: Scoring, paths: Sequence[str], names: Sequence[str], files: Sequence[TeacherFiles], options: ScoringOptions
 ) -> list[str]:
     """`_score_in_turn` under --mc_stop: shard by shard, wave by wave, teacher by teacher."""
+    if options.mc_samples <= WAVE:
+        log.warning("--mc_stop %g saves nothing: every text gets %d passes, here all, before the first look", options.mc_stop, WAVE)
     device = torch.device(device_of(options.device))
     dtype = DTYPES[options.scoring_precision]
     keep = sum(weight_bytes(found.folder, dtype) for found in files) <= teacher_budget_bytes(device)
@@ -240,7 +243,7 @@ def score(config: ScoreConfig) -> Supervision:
     with log_file(Path(config.output) / "logs", rank, world_size) if world_size > 1 else nullcontext():
         with told_once():
             texts = read_texts(config.texts, text_column=config.text_column, label_column=None, limit=config.limit)
-        return fill_store(config.output, config.teachers, texts, config, ShardQueue(group=world_size > 1))
+        return fill_store(config.output, config.teachers, texts, config, ShardQueue(group=world_size > 1), mean_probs=False)
 
 
 def main(config: ScoreConfig) -> int:

@@ -146,7 +146,7 @@ def merge(
     inputs: dict[str, Any],
     output: Path,
     clock: runinfo.Clock,
-    done: RunResult | None = None,
+    done: RunResult | None,
 ) -> RunResult:
     """The walk from the texts on, the output folder taken and the options settled. Over 60 lines, to be read in one piece.
 
@@ -202,8 +202,7 @@ def merge(
     with clock("export"):
         state = engine.state_dict() if trained is model else student_part(engine.state_dict())
         state = None if state is None else vocabulary.complete(state)
-        save = lambda: export.save_student(model, tokenizer, output, space.names, card(config, record, max_length), state)
-        on_first_process(lambda: save() and None)
+        on_first_process(lambda: export.save_student(model, tokenizer, output, space.names, card(config, record, max_length), state))
         state = None  # of a sharded student another copy
     if doubt is not None:
         with clock("uncertainty head"):
@@ -256,11 +255,12 @@ def read_data(config: RunConfig) -> TextSet:
 
 def supervise(config: RunConfig, texts: TextSet, output: Path) -> tuple[Supervision, Features | None]:
     """The statistics of all teachers over all texts and, of several, `pool_features`; each process does a share of what is missing."""
+    store, mean_probs = store_folder(config, output), config.target == "mc_mean"
     if config.teachers:
-        sup = fill_store(store_folder(config, output), config.teachers, texts, config, ShardQueue(group=True))
+        sup = fill_store(store, config.teachers, texts, config, ShardQueue(group=True), mean_probs)
     else:
         with told_once():
-            sup = open_store(store_folder(config, output), texts, option_values(config), config.store_teachers)
+            sup = open_store(store, texts, option_values(config), config.store_teachers, mean_probs)
     return sup, None if len(sup.teachers) == 1 else pool_features(config, texts, output, ShardQueue(group=True))
 
 

@@ -166,6 +166,12 @@ def same(a, b, order=(0, 1, 2)):
         torch.testing.assert_close(left, right, atol=1e-5, rtol=0)
 
 
+def test_where_every_pass_comes_before_the_first_look_that_is_said(tmp_path, folders, pool, caplog):
+    sup = fill_store(tmp_path / "s", folders[:2], pool, options(mc_samples=4))
+    assert sup.num_samples.unique().tolist() == [4]
+    assert f"--mc_stop {LEVEL:g} saves nothing: every text gets 4 passes" in caplog.text
+
+
 def test_scores_are_those_of_the_first_passes_of_an_exact_run(tmp_path, folders, pool, caplog):
     with caplog.at_level(logging.INFO, "muka_fast"):
         sup = fill_store(tmp_path / "s", folders, pool, options())
@@ -178,6 +184,7 @@ def test_scores_are_those_of_the_first_passes_of_an_exact_run(tmp_path, folders,
         rows = sup.num_samples == count
         for name in (*COLUMNS, *PER_TEACHER):
             torch.testing.assert_close(getattr(sup, name)[rows], getattr(exact, name)[rows], atol=1e-5, rtol=0)
+    assert "saves nothing" not in caplog.text
     summary = sampling_summary(sup.num_samples, 12)
     assert summary["mean_samples"] == pytest.approx(sup.num_samples.double().mean().item())
     assert sum(summary["texts_by_samples"].values()) == len(pool)

@@ -97,6 +97,17 @@ def test_imports_leave_the_callers_random_numbers():
     assert done.stdout == "True\n", done.stderr
 
 
+def test_mean_probabilities_are_read_for_their_targets_alone(go, monkeypatch):
+    read, build = [], train.build_method
+    monkeypatch.setattr(train, "build_method", lambda config, sup, *rest: read.append(sup.mean_probs) or build(config, sup, *rest))
+    runs = [({}, "deterministic"), ({"teachers": []}, "deterministic"), ({}, "mc_mean"), ({"teachers": []}, "mc_mean")]
+    found = [
+        losses(go(f"run{i}", epochs=1, method="muka-hard", target=target, **source)) for i, (source, target) in enumerate(runs)
+    ]
+    assert [mean is None for mean in read] == [True, True, False, False]
+    assert found[0] == found[1] != found[2] == found[3]
+
+
 def test_a_run_tells_what_an_early_end_of_the_passes_saved(go, tmp_path):
     fast = {"epochs": 1, "uncertainty": "predictive_entropy"}
     result = go("early", mc_stop=0.3, mc_samples=12, **fast)
