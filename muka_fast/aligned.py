@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from muka_fast.pooled import classifier_layer, head_input, last_feature
+from muka_fast.pooled import classifier_layer, head_input, student_feature, student_reads
 
 LEARNING_RATE = 1e-3  # of these modules, as published
 RBF_WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the mean squared distance
@@ -30,7 +30,7 @@ class StudentOutput(NamedTuple):
 class Alignment(nn.Module, ABC):
     """Modules that compare features of the student [B, D_s] with those of the teachers [B, sum D_i]: a loss per text, [B]."""
 
-    def __init__(self, student_width: int, teacher_widths: Sequence[int]) -> None:
+    def __init__(self, teacher_widths: Sequence[int]) -> None:
         super().__init__()
         self.widths = list(teacher_widths)
 
@@ -42,7 +42,7 @@ class AmalgamatedFeature(Alignment):
     """dfa (Shen et al., 2019): an auto-encoder compresses the teachers' joint feature; the student's is drawn to the code."""
 
     def __init__(self, student_width: int, teacher_widths: Sequence[int]) -> None:
-        super().__init__(student_width, teacher_widths)
+        super().__init__(teacher_widths)
         self.encoder = nn.Linear(sum(teacher_widths), student_width)
         self.decoder = nn.Linear(student_width, sum(teacher_widths))
         self.student = nn.Linear(student_width, student_width)
@@ -61,7 +61,7 @@ class CommonFeatures(Alignment):
     """
 
     def __init__(self, student_width: int, teacher_widths: Sequence[int]) -> None:
-        super().__init__(student_width, teacher_widths)
+        super().__init__(teacher_widths)
         common = max(1, student_width // 4)
         self.align_teachers = nn.ModuleList(nn.Linear(width, common) for width in teacher_widths)
         self.align_student = nn.Linear(student_width, common)
@@ -104,6 +104,7 @@ class AlignedStudent(nn.Module):
         super().__init__()
         self.student = student
         self.output_layer = [classifier_layer(student)]  # in a list: no second name for its weights
+        self.reads = student_reads(student)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.alignment = alignment(self.output_layer[0].in_features, teacher_widths)
@@ -118,7 +119,7 @@ class AlignedStudent(nn.Module):
         """teacher_features [B, sum D_i]; batch: what the student takes, input_ids and attention_mask among it."""
         with head_input(self.output_layer[0]) as seen:
             logits = self.student(**batch).logits
-        features = last_feature(self.student, seen[0], batch["input_ids"], batch["attention_mask"])
+        features = student_feature(self.student, seen[0], self.reads, batch["input_ids"], batch["attention_mask"])
         return StudentOutput(logits, self.alignment(features, teacher_features.to(features.dtype)).float())
 
 

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from muka_fast.errors import UserError, first_line
-from muka_fast.pooled import classifier_layer, head_input, last_feature
+from muka_fast.pooled import classifier_layer, head_input, student_feature, student_reads
 
 FILE = "uncertainty_head.safetensors"
 FORMAT = "muka_fast uncertainty head 2"
@@ -128,12 +128,12 @@ def logistic_scale(distance: np.ndarray, ranks: np.ndarray) -> np.ndarray:
 
 def with_features(model: nn.Module) -> Callable[[Mapping[str, Tensor]], Tensor]:
     """A forward that gives logits and features side by side, [B, C + D], for `evaluate.predict`."""
-    layer = classifier_layer(model)
+    layer, reads = classifier_layer(model), student_reads(model)
 
     def forward(inputs: Mapping[str, Tensor]) -> Tensor:
         with head_input(layer) as seen:
             logits = model(**inputs).logits
-        feature = last_feature(model, seen[0], inputs["input_ids"], inputs["attention_mask"])
+        feature = student_feature(model, seen[0], reads, inputs["input_ids"], inputs["attention_mask"])
         return torch.cat([logits.float(), feature.float()], dim=1)
 
     return forward

@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -119,13 +119,21 @@ def own_scores(sup: Supervision, rows: np.ndarray, power: float = 0.0) -> np.nda
     """
     out = np.empty((len(sup), len(sup.teachers)), np.float32)
     for i, (start, stop) in enumerate(itertools.pairwise(sup.offsets)):
-        logits, features = sup.logits[rows, start:stop], sup.features[i].rows(rows)
-        weights = torch.softmax(logits, dim=-1).amax(-1).double().numpy() ** power
-        gaussians = RelativeMahalanobis.fit(features, logits.argmax(-1).numpy(), weights)
+        probs, features = torch.softmax(sup.logits[rows, start:stop], dim=-1), sup.features[i].rows(rows)
+        if sup.label_space is not None:
+            probs = by_class(probs, sup.label_space.teacher_to_union[start:stop])
+        weights = probs.amax(-1).double().numpy() ** power
+        gaussians = RelativeMahalanobis.fit(features, probs.argmax(-1).numpy(), weights)
         anchors = Anchors.of(gaussians.scores(features))
         for part, chunk in sup.features[i].chunks():
             out[part, i] = anchors(gaussians.scores(chunk))
     return out
+
+
+def by_class(probs: torch.Tensor, union: Sequence[int]) -> torch.Tensor:
+    """A teacher's probabilities [m, C_i] with those of columns that are one class (`union`, of each) added up."""
+    own, column = np.unique(union, return_inverse=True)
+    return probs if len(own) == len(union) else probs @ torch.eye(len(own))[column]
 
 
 def second_scores(sup: Supervision) -> np.ndarray:

@@ -4,7 +4,7 @@ s_c = cos(b - mean b, a_c - mean a), b a text's neutral features, a_c those of t
 (ABBR, LABEL_0), and not every encoder reads names, so that the teachers' own answers decide how much s is worth:
 
 1. k_i: Cohen's kappa between the class of L_i whose name is closest and teacher i's own answer, on the texts that look like its
-   own; a text counts w_i max_c p_ic, w = softmax(2 e). Trust: the mean of max(k_i, 0).
+   own; a text counts w_i max_c p_ic, w = softmax(e (1 + slope)) as in step 1 of auto.py. Trust: the mean of max(k_i, 0).
 2. t: softmax over L_i of t s is as sure as it is right: its mean maximum is 1 / C_i + (1 - 1 / C_i) k_i, as a mean over teachers.
 3. q_c ~ pi_c exp(t s_c), the classes' shares pi by expectation-maximisation (Saerens et al., 2002); w_i = sum of q_c over L_i.
 
@@ -82,10 +82,13 @@ def calibrate(s: np.ndarray, w: np.ndarray, p: np.ndarray, classes: Classes) -> 
     """max(k_i, 0) of each teacher with several classes, and t."""
     kappas, wanted, sure = [], 0.0, np.zeros(len(TEMPERATURES))
     for i, (start, stop) in enumerate(itertools.pairwise([*classes.starts, p.shape[1]])):
-        C = stop - start
+        own, column = np.unique(classes.union[start:stop], return_inverse=True)  # two columns may be one class
+        C = len(own)
         if C < 2:  # it has nothing to be right about
             continue
-        similar, probs, share = s[:, classes.union[start:stop]], p[:, start:stop], float(w[:, i].mean())
+        similar, probs, share = s[:, own], p[:, start:stop], float(w[:, i].mean())
+        if stop - start > C:
+            probs = probs @ np.eye(C, dtype=probs.dtype)[column]
         weight = w[:, i] * probs.max(1)
         weight = weight / max(float(weight.sum()), 1e-30)
         kappa = cohens_kappa(similar.argmax(1), probs.argmax(1), C, weight)

@@ -265,6 +265,11 @@ class Masks:
         """Count the calls of a layer that does not run."""
         self._calls.update(self._by_layer.get(layer, Counter()))
 
+    def skip_embeddings(self, embeddings: nn.Module) -> None:
+        """Count the calls inside a module of embeddings that does not run; a dropout outside of it runs, and is counted then."""
+        calls, inside = self._by_layer.get(None, Counter()), set(embeddings.modules())
+        self._calls.update({module: count for module, count in calls.items() if module in inside})
+
     def _next(self, module: nn.Module) -> Site | None:
         sites = self._sites.get(module)
         return None if sites is None else sites[self._calls[module] % len(sites)]

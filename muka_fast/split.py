@@ -152,6 +152,8 @@ class ModelSplit:
                 stack.enter_context(patched(layer, step.layer))
             if hidden is not None and self._embeddings is not None and start > 0:
                 stub = hidden.new_zeros(()).expand(*input_ids.shape, self._embedding_width)
+                if step.masks is not None:
+                    step.masks.skip_embeddings(self._embeddings)
                 stack.enter_context(patched(self._embeddings, lambda original, *args, **kwargs: stub))
             try:
                 return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
@@ -170,8 +172,6 @@ class _Step:
     def __init__(self, split: ModelSplit, start: int, hidden: Tensor | None, stop: int | None, masks: Masks | None):
         self.split, self.start, self.hidden, self.stop, self.masks = split, start, hidden, stop, masks
         self.calls = 0
-        if masks is not None and start > 0:
-            masks.skip_layer(None)  # the embeddings' sites
 
     def layer(self, original: Callable, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         index, self.calls = self.calls, self.calls + 1

@@ -155,13 +155,13 @@ class StochasticTeacher:
         what the output layer reads in the deterministic pass [B, D] (D = 0 where the head ends otherwise)."""
         ids, mask = trunk.texts.input_ids, trunk.texts.attention_mask
         chunk = min(count, self._samples_at_once(*ids.shape)) if count else 0
-        with head_input(self.output_layer if plain else None) as seen:  # the plain replica comes first
+        with head_input(self.output_layer.layer if plain and self.output_layer else None) as seen:  # the plain replica comes first
             logits = [self.sample_logits(trunk, first, chunk, plain)]
         for start in range(first + chunk, first + count, chunk or 1):
             logits.append(self.sample_logits(trunk, start, min(chunk, first + count - start)))
         features = None
         if plain:
-            features = pool(seen[0], mask, self.reads) if seen else logits[0].new_empty(len(ids), 0)
+            features = pool(seen[0], mask, self.output_layer.reads) if seen else logits[0].new_empty(len(ids), 0)
         return torch.cat(logits), features
 
     @torch.inference_mode()
@@ -337,7 +337,7 @@ class StochasticTeacher:
         if len(active) != 1 or active[0].layer != "head" or not active[0].per_text or self.encoder.depth == 0:
             return None
         features, logits = self.encoder.site_input(ids, mask, active[0])
-        layer = self.output_layer
+        layer = self.output_layer and self.output_layer.layer
         fits = layer is not None and tuple(layer.weight.shape) == (logits.shape[1], features.shape[1])
         return (active[0], layer) if fits and self._agree(layer(features), logits) else None
 

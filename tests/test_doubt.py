@@ -147,6 +147,16 @@ def test_the_feature_of_every_family_is_the_row_behind_the_logits(family, make_m
     assert torch.equal(found[:, :3], logits)
 
 
+@pytest.mark.parametrize("num_labels", [32, 64])
+def test_the_output_layer_is_behind_the_encoder(num_labels):
+    """XLM-RoBERTa declares its classifier first; layers of the encoder may be as wide as there are labels."""
+    config = transformers.XLMRobertaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=60, num_labels=num_labels
+    )
+    model = transformers.XLMRobertaForSequenceClassification(config)
+    assert classifier_layer(model) is model.classifier.out_proj
+
+
 def test_a_padding_token_inside_a_text_is_a_token(make_model):
     model = make_model("llama", LABELS)
     pad = model.config.pad_token_id

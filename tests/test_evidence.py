@@ -21,6 +21,7 @@ from muka_fast.evidence import (
     RelativeMahalanobis,
     evidence_weights,
     neighbours,
+    own_scores,
     regress,
     sample_rows,
     second_scores,
@@ -63,6 +64,21 @@ def restricted(sup):
 
 def matrix(features):
     return np.concatenate([chunk for _, chunk in features.chunks()]).astype(np.float64)
+
+
+def test_two_columns_of_one_class_are_one_class():
+    """How sure a teacher is, and of what, is asked of classes, whatever columns its head has for them."""
+    sup = make_pool(200, (3, 4))[0]
+    share = torch.from_numpy(np.random.default_rng(0).uniform(0.2, 0.8, sup.logits.shape)).float()
+    parts = torch.stack([sup.logits + share.log(), sup.logits + (1 - share).log()], -1)
+    doubled = [teacher | {"labels": [name for name in teacher["labels"] for _ in range(2)]} for teacher in sup.teachers]
+    split = dataclasses.replace(
+        sup, logits=parts.flatten(1), mean_probs=None, offsets=[2 * offset for offset in sup.offsets], teachers=doubled
+    )
+    rows = np.arange(len(sup))
+    for power in (0.0, 4.0):
+        joined = own_scores(restricted(sup), rows, power)
+        np.testing.assert_allclose(own_scores(restricted(split), rows, power), joined, atol=2e-3)
 
 
 def shuffle(sup, neutral, rows, order):

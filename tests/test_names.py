@@ -110,6 +110,18 @@ def test_a_shared_class_is_looked_up_where_it_lies_in_the_union():
     assert found == calibrate(s[:, union], w, p, classes) and min(found[0]) > 0
 
 
+def test_two_columns_of_one_class_are_one_answer():
+    """A label map merges them, or a teacher calls two classes alike: as sure, and as right, as if there were one column."""
+    b, names, w, p, classes, _ = make((3, 3), texts=200)
+    s = unit(b - b.mean(0)) @ unit(names - names.mean(0)).T
+    share = np.random.default_rng(0).uniform(0.2, 0.8, p.shape).astype(np.float32)
+    split = np.stack([p * share, p * (1 - share)], axis=2).reshape(len(p), -1)
+    doubled = dataclasses.replace(classes, starts=2 * classes.starts, union=np.repeat(classes.union, 2))
+    joined, found = calibrate(s, w, p, classes), calibrate(s, w, split, doubled)
+    np.testing.assert_allclose(found[0], joined[0], atol=1e-6)
+    assert found[1] == pytest.approx(joined[1], abs=1e-4) and min(joined[0]) > 0
+
+
 def test_weights_are_shares_where_classes_are_shared():
     sup, neutral, _ = make_pool(60, (3, 3), labels=[list("abc"), list("cde")])
     sup, b = restricted(sup), unit(matrix(neutral).astype(np.float32))

@@ -73,12 +73,12 @@ def unsplit_scores(teacher, ids, mask, example_ids):
         masks = Masks(teacher.model, teacher.all_sites, teacher.p_of_site, teacher.teacher.seed, example_ids, 1, k)
         logits.append(split.run(ids, mask, masks=masks))
     mean, var, predictive, expected, *_ = mc_statistics_ref(torch.stack(logits), [0, 3])
-    with torch.inference_mode(), head_input(teacher.output_layer) as seen:
+    with torch.inference_mode(), head_input(teacher.output_layer.layer) as seen:
         plain = teacher.model(input_ids=ids, attention_mask=mask).logits
-        features = pool(seen[0], mask, teacher.reads)
+        features = pool(seen[0], mask, teacher.output_layer.reads)
         # What the output layer reads, and nothing else.
         tolerance = probe.ROUNDING.get(plain.dtype, 1e-5)
-        torch.testing.assert_close(teacher.output_layer(features), plain, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(teacher.output_layer.layer(features), plain, atol=tolerance, rtol=tolerance)
     return trunk.TeacherScores(plain, mean, var, predictive[:, 0], expected[:, 0], features)
 
 

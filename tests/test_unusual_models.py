@@ -8,9 +8,11 @@ import torch
 import transformers
 from packaging.version import Version
 
+from muka_fast.aligned import AlignedStudent, AmalgamatedFeature
+from muka_fast.doubt import with_features
 from muka_fast.errors import UserError
 from muka_fast.intercept import intercept
-from muka_fast.sites import Site, list_sites
+from muka_fast.sites import Masks, Site, list_sites
 from muka_fast.split import _NoMasks
 from muka_fast.teachers import Teacher
 from muka_fast.trunk import StochasticTeacher
@@ -149,6 +151,58 @@ def test_an_encoder_with_a_decoder_is_read_at_its_end_token(name):
     model.train()
     passes = torch.stack([model(input_ids=ids, attention_mask=mask).logits.softmax(-1).detach() for _ in range(400)])
     assert 0.7 < float(scores.var_probs.sum() / passes.var(0).sum()) < 1.4
+
+
+SMALL = {"num_key_value_heads": 4, "intermediate_size": 32, **COMMON}
+READ_ANEW = {  # heads that run over all tokens, and what of that the logits are
+    "EuroBert": (SMALL, "mean"),
+    "OpenAIGPT": ({"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, **SIZES}, "last"),  # which cannot be cut into layers
+}
+
+
+@pytest.mark.parametrize("name", READ_ANEW)
+def test_features_are_what_makes_the_logits(name):
+    options, reads = READ_ANEW[name]
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{name}Config")(initializer_range=0.2, **options)
+    model = getattr(transformers, f"{name}ForSequenceClassification")(config).eval()
+    ids, mask, names = a_batch()
+    teacher = scorer(model, mc=False)
+    scores, layer = teacher.launch(ids, mask, names), teacher.output_layer.layer
+    assert teacher.output_layer.reads == reads
+    plain = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(layer(scores.features), plain, atol=1e-5, rtol=1e-4)
+    found = with_features(model)({"input_ids": ids, "attention_mask": mask})  # the same of a student
+    torch.testing.assert_close(layer(found[:, 3:]), plain, atol=1e-5, rtol=1e-4)
+    aligned = AlignedStudent(model, AmalgamatedFeature, [8], seed=0)
+    seen = []
+    aligned.alignment.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    aligned(torch.zeros(3, 8), input_ids=ids, attention_mask=mask)
+    torch.testing.assert_close(layer(seen[0]), plain, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scope", ["head", "last:1", "last:2", "all"])
+def test_one_dropout_before_the_layers_and_behind_them_is_two_sites(scope):
+    """UMT5 calls encoder.dropout on the embeddings and on what the head reads; cut behind a layer, it makes the first call as well."""
+    torch.manual_seed(1)
+    config = transformers.UMT5Config(
+        d_model=16, d_ff=32, d_kv=4, num_heads=4, num_layers=2, eos_token_id=2, decoder_start_token_id=0, dropout_rate=0.2,
+        classifier_dropout=0.2, initializer_factor=2.0, **SIZES,
+    )  # fmt: skip
+    model = transformers.UMT5ForSequenceClassification(config).eval()
+    ids, mask, names = a_batch()
+    ids[ids == 2] = 5
+    ids[torch.arange(3), mask.sum(1) - 1] = 2
+    teacher = scorer(model, mc_scope=scope, mc_samples=4)
+    assert teacher.encoder.depth == 2 and teacher.mc_scope == scope
+    passes = []
+    for k in range(4):
+        masks = Masks(model, teacher.all_sites, teacher.p_of_site, 7, torch.from_numpy(names), 1, k)
+        with torch.inference_mode(), intercept(model, masks):
+            passes.append(model(input_ids=ids, attention_mask=mask).logits.softmax(-1))
+    scores = teacher.launch(ids, mask, names)
+    assert (scores.var_probs > 0).any()
+    torch.testing.assert_close(scores.mean_probs, torch.stack(passes).mean(0), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "rank", "expected"), [("activation", 2, True), ("activation", 3, False), ("tokens", 2, False)])
