@@ -38,7 +38,6 @@ import muka_fast
 from muka_fast import teach
 from muka_fast.config import RunConfig, ScoreConfig, TeachConfig, load_config
 from muka_fast.data import TextSet, collate, read_texts, token_budget_batches, tokenize
-from muka_fast.evaluate import metrics, predict
 from muka_fast.labels import LabelSpace, build_label_space
 from muka_fast.memory import send, token_budget
 from muka_fast.plan import scoring_forwards
@@ -169,13 +168,6 @@ def plain_pass(teachers: list[Teacher], texts: TextSet, max_length: int) -> list
         return [logits.cpu() for logits in out]
 
 
-def accuracy(student, tokenizer, evaluation: TextSet, space: LabelSpace, max_length: int) -> float:
-    tokens = tokenize(tokenizer, evaluation.texts, max_length)
-    logits = predict(student, tokens)
-    labels = torch.tensor([space.names.index(label) for label in evaluation.labels])
-    return metrics(logits, labels, space.names)["accuracy"]
-
-
 def score_with(
     args: argparse.Namespace, paths: list[str], texts: TextSet, row: Row, seed: int = 0, store: Path | None = None
 ) -> Supervision:
@@ -285,7 +277,7 @@ def measure_students(
     steps = args.epochs * -(-len(texts.texts) // args.batch_size)
     timed = lambda dtype: published_student(args, paths, texts.texts, scores, space, 0, "max_length", args.published_steps, dtype)[2]
     published_s = {f"published, {precision}": steps * timed(DTYPES[precision]) for precision in args.precisions}
-    measure = lambda student, tokenizer: accuracy(student, tokenizer, evaluation, space, args.max_length)
+    measure = lambda student, tokenizer: teach.measure(student, tokenizer, evaluation, space.names, args.max_length)["accuracy"]
 
     def train(row: Row, seed: int, folder: str) -> Path:
         result = muka_fast.amalgamate(

@@ -6,14 +6,12 @@ Bandwidth counts bytes read plus bytes written; products are on random data, sin
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from environment import command, device, keep, result_file
+from environment import command, device, result_file, show
 from timing import seconds_per_call
 
 from muka_fast.ops import philox
@@ -104,11 +102,7 @@ def main() -> None:
         figures["gemm_bf16_flops_per_s"] = gemm_flops_per_s(args.device, args.toy, torch.bfloat16)
     rows = "".join(f"| {name.replace('_', ' ')} | {value / 1e9:,.2f} G/s |\n" for name, value in figures.items())
     markdown = f"# Ceilings of this machine\n\n| what | measured |\n|---|---|\n{rows}"
-    print(markdown)
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
-    else:
-        print("kept in", keep("ceilings", figures, markdown, args.device))
+    show("ceilings", figures, markdown, args.device, args.json)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from environment import RESULTS, command, keep
-from settings import Rows, digest, draw, read_rows, write_rows
+from settings import Rows, digest, draw, read_rows, slug, write_rows
 
 import muka_fast
 from muka_fast.config import ScoreConfig, TeachConfig, load_config
@@ -31,7 +31,7 @@ from muka_fast.data import tokenize
 from muka_fast.doubt import UncertaintyHead, auroc, false_positive_rate, with_head
 from muka_fast.errors import UserError
 from muka_fast.evaluate import load_model, predict
-from muka_fast.evidence import RelativeMahalanobis
+from muka_fast.evidence import CERTAINTY, RelativeMahalanobis
 from muka_fast.files import write_json
 from muka_fast.selection import UNCERTAINTY
 from muka_fast.stored import Supervision, open_store
@@ -136,8 +136,7 @@ def scored(args: argparse.Namespace, seed: int, folder: Path, teachers: list[Pat
 
 
 def student_name(args: argparse.Namespace, name: str) -> str:
-    slug = "".join(letter if letter.isalnum() else "-" for letter in name)
-    return f"student-{slug}-{digest(numbers(args, STUDENT_NUMBERS))}"
+    return f"student-{slug(name)}-{digest(numbers(args, STUDENT_NUMBERS))}"
 
 
 def student(args: argparse.Namespace, seed: int, folder: Path, name: str) -> Path:
@@ -175,8 +174,8 @@ def student_doubts(args: argparse.Namespace, folder: Path, rows: Rows) -> tuple[
 def teacher_doubts(pool: Supervision, sup: Supervision) -> dict[str, np.ndarray]:
     """Natural doubts of the ensemble over the measured texts, [n] each; the distance is fitted on the pool."""
     doubts = {}
-    for name in ("mutual_information", "predictive_entropy", "expected_entropy", "variance"):
-        values = UNCERTAINTY[name](sup)
+    for name, measure in UNCERTAINTY.items():
+        values = measure(sup)
         doubts |= {f"least {name}": values.min(-1).values, f"mean {name}": values.mean(-1)}
     blocks = list(itertools.pairwise(sup.offsets))
     doubts["max softmax"] = -torch.stack([sup.mean_probs[:, a:b].amax(-1) for a, b in blocks]).amax(0)
@@ -191,7 +190,7 @@ def distance(pool: Supervision, sup: Supervision) -> np.ndarray:
     for i, (a, b) in enumerate(itertools.pairwise(sup.offsets)):
         every = lambda s, i=i: s.features[i].rows(np.arange(len(s)))
         probs = torch.softmax(pool.logits[:, a:b], -1)
-        gaussians = RelativeMahalanobis.fit(every(pool), probs.argmax(-1).numpy(), probs.amax(-1).double().numpy() ** 4)
+        gaussians = RelativeMahalanobis.fit(every(pool), probs.argmax(-1).numpy(), probs.amax(-1).double().numpy() ** CERTAINTY)
         known = gaussians.scores(every(pool))
         found.append((gaussians.scores(every(sup)) - known.mean()) / known.std())
     return -np.max(found, axis=0)

@@ -139,7 +139,7 @@ def environment_lines(env: dict) -> str:
     return f"\nMeasured {env['date']} on {machine}; {packages}; commit {env['commit']}.\n\n    {env['command']}\n"
 
 
-def show(stem: str, rows: list[dict], text: str, device: str, json_file: str | None) -> None:
+def show(stem: str, rows: object, text: str, device: str, json_file: str | None) -> None:
     """Print a table and keep it with its rows, or write the rows alone into `json_file`."""
     print(text)
     if json_file:

@@ -36,6 +36,7 @@ from settings import (
     label_blocks,
     methods_of,
     read_rows,
+    slug,
     write_rows,
 )
 
@@ -185,8 +186,7 @@ def prepare(args: argparse.Namespace, name: str, seed: int, folder: Path) -> dic
 
 
 def cell_name(args: argparse.Namespace, method: str) -> str:
-    slug = "".join(letter if letter.isalnum() else "-" for letter in method)
-    return f"{slug}-{digest(numbers(args, STUDENT_NUMBERS))}"
+    return f"{slug(method)}-{digest(numbers(args, STUDENT_NUMBERS))}"
 
 
 def run_options(args: argparse.Namespace, seed: int, method: str, folder: Path) -> dict[str, Any]:

@@ -230,6 +230,11 @@ def digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
 
 
+def slug(name: str) -> str:
+    """The name as part of a folder's."""
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
 def write_rows(path: Path, rows: Rows) -> None:
     """JSON lines of text and label."""
     lines = [json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n" for text, label in rows]

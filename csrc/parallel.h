@@ -19,11 +19,7 @@
 #define CLONES
 #endif
 
-#if defined(__GNUC__) || defined(__clang__)
 #define INLINE static inline __attribute__((always_inline))
-#else
-#define INLINE static inline
-#endif
 
 namespace muka_fast {
 

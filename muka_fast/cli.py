@@ -169,13 +169,13 @@ def parse(command: Command, argv: Sequence[str], prog: str) -> config.Config:
     return load_config(command.config, flags.pop("config", None), flags)
 
 
-def parse_train_args(argv: Sequence[str], prog: str = "train.py") -> config.RunConfig:
+def parse_train_args(argv: Sequence[str]) -> config.RunConfig:
     """Options of train for `deepspeed muka_fast/train.py ...`, whose launcher adds --local_rank N (it is in LOCAL_RANK too)."""
     launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     launcher.add_argument("--local_rank", "--local-rank", type=int)
     _, rest = launcher.parse_known_args(argv)
     with first_of_node_tells():
-        return parse(COMMANDS["train"], rest, prog)
+        return parse(COMMANDS["train"], rest, "train.py")
 
 
 def guarded(function: Callable[[], Any]) -> int:

@@ -154,5 +154,6 @@ def doubt_ranks(sup: Supervision, uncertainty: str, seed: int = 0, sample: int =
 
 def ranks(values: np.ndarray) -> np.ndarray:
     """(mean rank of equal values - 1/2) / n, in (0, 1), [n]."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - counts / 2)[place] / len(values)
+    from scipy.stats import rankdata
+
+    return (rankdata(values) - 0.5) / len(values)

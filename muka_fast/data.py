@@ -302,7 +302,7 @@ def _cut(tokenizer: "PreTrainedTokenizerBase", text: str, max_length: int) -> st
     tokenizer that truncates on the left keeps the end of the text.
     """
     size = max_length * CHARS_PER_TOKEN
-    from_left = getattr(tokenizer, "truncation_side", "right") == "left"
+    from_left = tokenizer.truncation_side == "left"
     while len(text) > size:
         part = text[-size:] if from_left else text[:size]
         if not part[0 if from_left else -1].isspace():  # a word that may be cut goes

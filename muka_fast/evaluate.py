@@ -125,7 +125,7 @@ def metrics(
     """
     # Slow to import (scipy), and not needed for predictions.
     from scipy.special import log_softmax
-    from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
+    from sklearn.metrics import precision_recall_fscore_support
 
     logits = np.asarray(logits, dtype=np.float64)
     labels = np.asarray(labels, dtype=np.int64)
@@ -135,16 +135,16 @@ def metrics(
         raise ValueError(f"labels or logits [{logits.shape[1]}] do not fit {len(names)} class names")
     log_probs = log_softmax(logits, axis=-1)
     predicted = logits.argmax(-1)
-    every = np.arange(len(names))
-    per_class = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0)
+    right, confidence = predicted == labels, np.exp(log_probs.max(-1))
+    per_class = precision_recall_fscore_support(labels, predicted, labels=np.arange(len(names)), zero_division=0)
     columns = ("precision", "recall", "f1", "support")
     result = {
         "num_texts": len(labels),
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "macro_f1": float(f1_score(labels, predicted, labels=np.unique(labels), average="macro", zero_division=0)),
+        "accuracy": float(right.mean()),
+        "macro_f1": float(per_class[2][np.unique(labels)].mean()),
         "nll": float(-log_probs[np.arange(len(labels)), labels].mean()),
-        "ece": expected_calibration_error(np.exp(log_probs.max(-1)), predicted == labels),
-        "calibration": calibration_bins(np.exp(log_probs.max(-1)), predicted == labels),
+        "ece": expected_calibration_error(confidence, right),
+        "calibration": calibration_bins(confidence, right),
         "per_class": {
             name: {
                 column: int(values[c]) if column == "support" else float(values[c])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ import numpy as np
 from muka_fast.errors import UserError
 from muka_fast.store import FEATURES, DamagedShard, ShardRange
 
+log = logging.getLogger("muka_fast")
 ROWS = 8192  # rows of a chunk where they lie in memory
 
 
@@ -66,6 +68,21 @@ def teacher_features(
         return tensors[FEATURES]
 
     return Features(ranges, features)
+
+
+def missing_shards(folder: Path, ranges: Sequence[ShardRange], read: Callable[[ShardRange], object]) -> list[int]:
+    """The numbers of the shards that `read` does not find, or finds damaged (those are named)."""
+    missing = []
+    for shard in ranges:
+        try:
+            read(shard)
+            continue
+        except FileNotFoundError:
+            pass  # missing, as its number says
+        except DamagedShard as error:
+            log.warning("%s is damaged (%s): computing it again", shard.path(folder), error)
+        missing.append(shard.number)
+    return missing
 
 
 SCORE_AGAIN = "run `muka-fast score` with the same teachers, texts and options to compute it again"

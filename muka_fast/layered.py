@@ -4,15 +4,37 @@ The modules are the model's own; what differs between families is in postln.py a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from muka_fast.packed import Packed, Replicas
+from muka_fast.sites import Site
 
 # (first query position, queries, length) -> what is added to the attention scores [H | 1, queries, length], or None
 Bias = Callable[[int, int, int], Tensor | None]
+
+
+def sited_layers(
+    model: PreTrainedModel,
+    modules: Iterable[nn.Module],
+    parts_of: Callable[[nn.Module], tuple[tuple, tuple[str, ...]]],
+    sites: list[Site],
+    layer: type,
+) -> list | None:
+    """A `layer` of each module, from its parts and the numbers of its sites; None where a module has other sites than these.
+
+    parts_of: a module's parts, and the paths of its sites inside it ("" = no such site), that of attention among them.
+    """
+    place, layers = {module: path for path, module in model.named_modules()}, []
+    for index, module in enumerate(modules):
+        parts, paths = parts_of(module)
+        inside = {site.path: site.index for site in sites if site.layer == index}
+        layers.append(layer(*parts, *(inside.get(f"{place[module]}.{path}") for path in paths)))
+        if len(inside) != sum(bool(path) for path in paths) or layers[-1].attention_site is None:
+            return None
+    return layers
 
 
 class LayeredEncoder(ABC):

@@ -54,14 +54,11 @@ class MukaHard(Composed):
             log.warning(told, alone, config.method)
         self._trust(-uncertainties(sup, config.uncertainty))
 
-    def weights(self, rows: Tensor) -> Tensor:
-        return self.margin[rows] + MARGIN_FLOOR if self.weighted else super().weights(rows)
-
     def denominator(self, rows: Tensor) -> float:
         """The number of texts (published), or with normalize_margin the sum of the weights, i.e. B times the batch
         mean of m."""
         if self.weighted and self.config.normalize_margin:
-            return float(self.weights(rows).double().sum())
+            return float((self.margin[rows] + MARGIN_FLOOR).double().sum())
         return super().denominator(rows)
 
 
@@ -103,9 +100,6 @@ class RuledSoft(Composed):
         told = [f"{name} {b.mean():.2f} ({len(b)} text{'s' * (len(b) > 1)})" for name, b in parts if len(b)]
         if len(mine) > 1:
             log.info("weight of a text, by its teacher: %s; --teacher_balance 0 weighs all alike", ", ".join(told))
-
-    def weights(self, rows: Tensor) -> Tensor:
-        return super().weights(rows) * self.balance[rows]
 
     def _loss(self, output: StudentOutput, rows: Tensor) -> Tensor:
         loss = super()._loss(output, rows)

@@ -22,7 +22,7 @@ from muka_fast import checkpoint
 from muka_fast.console import progress, quiet_transformers
 from muka_fast.data import TextSet, Tokens, collate, token_budget_batches, tokenize, tokenizer_key
 from muka_fast.errors import NOT_FINITE, UserError, first_line
-from muka_fast.features import Features, read_or_refuse
+from muka_fast.features import Features, missing_shards, read_or_refuse
 from muka_fast.intercept import run_without_waiting
 from muka_fast.memory import device_of, send, token_budget
 from muka_fast.names import readable
@@ -32,7 +32,6 @@ from muka_fast.store import (
     FEATURE_TYPE,
     FEATURES,
     FORMAT,
-    DamagedShard,
     ShardRange,
     half,
     read_manifest,
@@ -69,7 +68,7 @@ def neutral_features(
         place = Path(store) / f"neutral-{key}"
         ranges = shard_ranges(len(texts), read_manifest(Path(store))["shard_size"])
         remove_leftovers(place)
-        missing = queue.agree(key, lambda: [shard.number for shard in ranges if not _is_whole(place, shard, key)])
+        missing = queue.agree(key, lambda: missing_shards(place, ranges, lambda shard: _read(place, shard, key)))
         if missing:
             todo = [ranges[number] for number in missing]
             _compute(place, key, folder, tokenizer, texts, max_length, todo, options, queue)
@@ -116,17 +115,6 @@ def neutral_key(
 def _read(place: Path, shard: ShardRange, key: str, only: Sequence[str] = ()) -> dict[str, np.ndarray]:
     rows = shard.stop - shard.start
     return read_tensors(place, shard, key, {"example_ids": ((rows,), np.int64), FEATURES: ((rows, None), FEATURE_TYPE)}, only)
-
-
-def _is_whole(place: Path, shard: ShardRange, key: str) -> bool:
-    try:
-        _read(place, shard, key)
-    except FileNotFoundError:
-        return False
-    except DamagedShard as error:
-        log.warning("%s is damaged (%s): computing it again", shard.path(place), error)
-        return False
-    return True
 
 
 def _compute(

@@ -140,9 +140,6 @@ class Replicas:
         ids, offsets = self._rows(x.shape[-1], one_row)
         source = x if shared else x[int(self.plain) :]
         masked = repeat_dropout(source, self.count, p, self.seed, site, ids, offsets, self.first_sample)
-        return self._with_plain(x, masked, shared)
-
-    def _with_plain(self, x: Tensor, masked: Tensor, shared: bool = True) -> Tensor:
         return torch.cat([x[None] if shared else x[:1], masked]) if self.plain else masked
 
     def add_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm, site: int | None, one_row: bool) -> Tensor:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from muka_fast.intercept import layer_modules
-from muka_fast.layered import Bias, LayeredEncoder
+from muka_fast.layered import Bias, LayeredEncoder, sited_layers
 from muka_fast.packed import Packed, Replicas, text_attention
 from muka_fast.sites import Site
 
@@ -107,17 +108,9 @@ class PostLayerNormEncoder(LayeredEncoder):
         calls = layer_calls(model)
         if calls is None:
             return None
-        paths = {module: path for path, module in model.named_modules()}
-        layers = []
-        for index, module in enumerate(calls):
-            parts, names = layer_parts(model, module)
-            inside = [s for s in sites if s.layer == index]
-            found = {s.path: s.index for s in inside}
-            layers.append(PostLayer(*parts, *(found.get(f"{paths[module]}.{name}") for name in names)))
-            if len(inside) != sum(bool(name) for name in names) or layers[-1].attention_site is None:
-                return None
+        layers = sited_layers(model, calls, partial(layer_parts, model), sites, PostLayer)
         embeddings = [s.index for s in sites if s.layer is None]
-        return cls(model, layers, embeddings[0], reads_last) if len(embeddings) == 1 else None
+        return None if layers is None or len(embeddings) != 1 else cls(model, layers, embeddings[0], reads_last)
 
     def embeddings(self, input_ids: Tensor) -> Tensor:
         return self.base.embeddings(input_ids=input_ids)  # in eval mode their own dropout is off

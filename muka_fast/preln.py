@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from muka_fast.intercept import layer_modules
-from muka_fast.layered import Bias, LayeredEncoder
+from muka_fast.layered import Bias, LayeredEncoder, sited_layers
 from muka_fast.packed import Packed, Replicas, text_attention
 from muka_fast.sites import Site
 
@@ -92,16 +92,10 @@ class PreLayerNormModel(LayeredEncoder):
             return None
         if config.model_type == "modernbert" and not all(isinstance(m.attn.Wqkv, nn.Linear) for m in modules):
             return None
-        paths, layers = {module: path for path, module in model.named_modules()}, []
-        for index, module in enumerate(modules):
-            parts, names = parts_of(module)
-            inside = [s for s in sites if s.layer == index]
-            found = {s.path: s.index for s in inside}
-            layers.append(PreLayer(*parts, *(found.get(f"{paths[module]}.{name}") for name in names)))
-            if len(inside) != sum(bool(name) for name in names) or layers[-1].attention_site is None:
-                return None
-        embeddings = [s.index for s in sites if s.layer is None]
-        return cls(model, layers, embeddings[0] if embeddings else None, reads_last) if len(embeddings) < 2 else None
+        layers, embeddings = sited_layers(model, modules, parts_of, sites, PreLayer), [s.index for s in sites if s.layer is None]
+        if layers is None or len(embeddings) > 1:
+            return None
+        return cls(model, layers, embeddings[0] if embeddings else None, reads_last)
 
     def embeddings(self, input_ids: Tensor) -> Tensor:
         if self.config.model_type == "modernbert":

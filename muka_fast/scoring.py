@@ -16,6 +16,7 @@ from muka_fast.adaptive import Crew, run_waves, token_batches
 from muka_fast.console import progress
 from muka_fast.data import TextSet, Tokens, collate, cut_length, token_budget_batches
 from muka_fast.errors import NOT_FINITE, UserError
+from muka_fast.features import missing_shards
 from muka_fast.memory import replica_budget_bytes, token_budget
 from muka_fast.pool_tokens import PoolTokens
 from muka_fast.shard_queue import ShardQueue
@@ -25,7 +26,6 @@ from muka_fast.store import (
     FEATURES,
     MATRICES,
     VECTORS,
-    DamagedShard,
     ShardRange,
     half,
     is_adaptive,
@@ -77,22 +77,9 @@ class Scoring:
         """The shards of a teacher that are not there, or damaged (those are named)."""
         folder, ranges = self.store / key, shard_ranges(len(self.texts), self.shard_size)
         remove_leftovers(folder)
-
-        def look() -> list[int]:
-            missing = []
-            for shard in ranges:
-                try:
-                    read_shard(folder, shard, key, len(entry["labels"]), is_adaptive(entry))
-                    continue
-                except FileNotFoundError:
-                    pass  # missing, as its number says
-                except DamagedShard as error:
-                    log.warning("%s is damaged (%s): computing it again", shard.path(folder), error)
-                missing.append(shard.number)
-            return missing
-
+        read = lambda shard: read_shard(folder, shard, key, len(entry["labels"]), is_adaptive(entry))
         # Agreed on: others may have written shards by the time that this process looks.
-        return [ranges[number] for number in self.queue.agree(key, look)]
+        return [ranges[number] for number in self.queue.agree(key, lambda: missing_shards(folder, ranges, read))]
 
     def score_together(self, group: Sequence[Job]) -> None:
         """Compute the missing shards of related teachers (or of one)."""

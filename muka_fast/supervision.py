@@ -98,7 +98,7 @@ def _score_in_turn(
     run: Scoring, paths: Sequence[str], names: Sequence[str], files: Sequence[TeacherFiles], options: ScoringOptions
 ) -> list[str]:
     """This process's share of the work, teacher by teacher, those of a family together; returns the teachers' keys."""
-    families, device = [family_of(found) for found in files], torch.device(device_of(options.device))
+    families, device = [family_of(found) for found in files], run.device
     dtype = DTYPES[options.scoring_precision]
     keys, group, family = [""] * len(names), [], None
     for i in sorted(range(len(names)), key=lambda i: families.index(families[i])):
@@ -131,8 +131,7 @@ def _score_adaptively(
     """`_score_in_turn` under --mc_stop: shard by shard, wave by wave, teacher by teacher."""
     if options.mc_samples <= WAVE:
         log.warning("--mc_stop %g saves nothing: every text gets %d passes, here all, before the first look", options.mc_stop, WAVE)
-    device = torch.device(device_of(options.device))
-    dtype = DTYPES[options.scoring_precision]
+    device, dtype = run.device, DTYPES[options.scoring_precision]
     keep = sum(weight_bytes(found.folder, dtype) for found in files) <= teacher_budget_bytes(device)
     if not keep:
         log.info("the %d teachers do not fit into memory together: each is loaded once per wave", len(paths))

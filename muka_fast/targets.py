@@ -93,11 +93,6 @@ class Method(ABC):
         """What the wrapped student takes besides the tokens of these texts."""
         return {}
 
-    def weights(self, rows: Tensor) -> Tensor:
-        """The weight of each text [B] that `loss` already contains: 0 (excluded), else 1, or what the method gives (--margin,
-        --teacher_balance)."""
-        return self.included[rows]
-
     def denominator(self, rows: Tensor) -> float:
         """What the sum of the losses of a global batch is divided by: the number of texts that count (at least 1)."""
         return max(float(self.included[rows].sum()), 1.0)

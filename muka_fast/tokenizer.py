@@ -64,10 +64,11 @@ def check_tokenizer(
 ) -> None:
     """Refuse a tokenizer that tells its model more than token ids, or whose ids the model cannot embed: it belongs to another one."""
     _check_inputs(model, tokenizer, what)
-    rows = embedded_tokens(model)
-    if rows is None:
+    table = token_table(model)
+    if table is None:
         log.info("%s: has no table of tokens that its tokenizer could be compared with", what)
         return
+    rows = num_rows(table)
     beyond = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= rows)
     if not beyond:
         return
@@ -106,12 +107,6 @@ def token_table(model: transformers.PreTrainedModel) -> torch.nn.Module | None:
     except NotImplementedError:  # how transformers says that a model has none: no fault, and callers do without
         return None
     return table if hasattr(table, "weight") else None
-
-
-def embedded_tokens(model: transformers.PreTrainedModel) -> int | None:
-    """Rows of the table of tokens, if there is one."""
-    table = token_table(model)
-    return None if table is None else num_rows(table)
 
 
 def num_rows(table: torch.nn.Module) -> int:

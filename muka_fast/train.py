@@ -117,7 +117,7 @@ def run(config: RunConfig) -> RunResult:
     check_alike(given_alike(config) | ds_config)
     tell_unused_options(config)
     tell_precision("--precision", identity.ds_identity(ds_config)["precision"], device)
-    on_first_process(lambda: outputs.check_output(*output_options(config)) and None)
+    on_first_process(lambda: outputs.check_output(*output_options(config)))
     earlier = on_first_process(lambda: identity.earlier_run(config, ds_config)) if config.resume else {}
     inputs = on_first_process(lambda: identity.input_files(config))
     done = None

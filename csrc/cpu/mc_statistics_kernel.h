@@ -158,7 +158,7 @@ INLINE void narrow_block(const Problem& problem, const T* logits, int64_t first,
     }
 }
 
-// Texts [begin, end) of all teachers. scratch: as many floats as mc_statistics() says.
+// Texts [begin, end) of all teachers. scratch: as many floats as statistics_scratch() says.
 template <class T>
 static void statistics(const Problem& problem, const T* logits, int64_t begin, int64_t end, float* scratch) {
     const int64_t* offsets = problem.offsets;

@@ -29,17 +29,6 @@ def bytes_moved(replicas: int, rows: int, width: int, itemsize: int = 4, shared_
     return itemsize * rows * width * (2 * replicas + (1 if shared_residual else replicas)) + 16 * rows + 2 * itemsize * width
 
 
-def _fake(x, residual, weight, bias, eps, p, seed, site, example_ids, offsets, first_sample, plain_first) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _reference(x, residual, weight, bias, eps, p, seed, site, example_ids, offsets, first_sample, plain_first) -> Tensor:
-    seed = philox.unsigned_seed(seed)
-    return dropout_add_layer_norm_ref(
-        x, residual, weight, bias, eps, p, seed, site, example_ids, offsets, first_sample, plain_first
-    ).contiguous()
-
-
 def _cpu(x, residual, weight, bias, eps, p, seed, site, example_ids, offsets, first_sample, plain_first) -> Tensor:
     replicas, rows, width = x.shape
     threshold, scale = philox.mask_parameters(p)
@@ -193,10 +182,10 @@ if philox.triton is not None:
 _op = table.register(
     "dropout_add_layer_norm",
     SCHEMA,
-    reference=_reference,
+    reference=dropout_add_layer_norm_ref,
     cpu=None if table._C is None else _cpu,
     triton=_triton,
-    fake=_fake,
+    fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 
 

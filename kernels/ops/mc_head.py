@@ -59,20 +59,6 @@ def _empty_outputs(features: Tensor, classes: int, dtype: torch.dtype) -> tuple[
     return tuple(features.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-def mc_head_fake(
-    features: Tensor, weight: Tensor, bias: Tensor | None, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor
-) -> tuple[Tensor, ...]:
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    return _empty_outputs(features, weight.shape[0], dtype)
-
-
-def mc_head_reference(
-    features: Tensor, weight: Tensor, bias: Tensor | None, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor
-) -> tuple[Tensor, ...]:
-    outputs = mc_head_ref(features, weight, bias, num_samples, p, philox.unsigned_seed(seed), site, example_ids)
-    return tuple(output.contiguous() for output in outputs)
-
-
 def mc_head_cpu(
     features: Tensor, weight: Tensor, bias: Tensor | None, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor
 ) -> tuple[Tensor, ...]:
@@ -322,10 +308,10 @@ if philox.triton is not None:
 _op = table.register(
     "mc_head",
     SCHEMA,
-    reference=mc_head_reference,
+    reference=mc_head_ref,
     cpu=None if table._C is None else mc_head_cpu,
     triton=mc_head_triton,
-    fake=mc_head_fake,
+    fake=lambda x, weight, *_: _empty_outputs(x, len(weight), torch.float64 if x.dtype == torch.float64 else torch.float32),
 )
 
 

@@ -34,23 +34,6 @@ def operations(replicas: int, tokens: int, width: int) -> int:
     return 2 * tokens * width * (1 + replicas)
 
 
-def _fake(
-    query, key, value, starts, num_heads, scaling, num_samples, p, seed, site, example_ids, query_positions, position_bias,
-    first_sample, plain_first,
-) -> Tensor:  # fmt: skip
-    return query.new_empty((num_samples + int(plain_first), *query.shape))
-
-
-def _reference(
-    query, key, value, starts, num_heads, scaling, num_samples, p, seed, site, example_ids, query_positions, position_bias,
-    first_sample, plain_first,
-) -> Tensor:  # fmt: skip
-    return one_query_attention_ref(
-        query, key, value, starts, num_heads, scaling, num_samples, p, philox.unsigned_seed(seed), site, example_ids,
-        query_positions, position_bias, first_sample, plain_first,
-    )  # fmt: skip
-
-
 def _cpu(
     query, key, value, starts, num_heads, scaling, num_samples, p, seed, site, example_ids, query_positions, position_bias,
     first_sample, plain_first,
@@ -191,10 +174,10 @@ if philox.triton is not None:
 _op = table.register(
     "one_query_attention",
     SCHEMA,
-    reference=_reference,
+    reference=one_query_attention_ref,
     cpu=None if table._C is None else _cpu,
     triton=_triton,
-    fake=_fake,
+    fake=lambda query, key, value, starts, heads, scaling, num_samples, *rest: query.new_empty((num_samples + rest[-1], *query.shape)),
 )
 
 

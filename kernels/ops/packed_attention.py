@@ -47,22 +47,9 @@ def _replicas(query: Tensor, key: Tensor, num_samples: int, p: float, plain_firs
     return num_samples + int(plain_first) if p > 0 or query.dim() == 3 or key.dim() == 3 else 0
 
 
-def _fake(
-    query, key, value, query_starts, first_positions, starts, longest, num_heads, scaling, num_samples, p, seed, site, example_ids,
-    position_bias, first_sample, plain_first,
-) -> Tensor:  # fmt: skip
+def _empty(query: Tensor, key: Tensor, num_samples: int, p: float, plain_first: bool) -> Tensor:
     replicas = _replicas(query, key, num_samples, p, plain_first)
     return query.new_empty((*([replicas] if replicas else []), *query.shape[-2:]))
-
-
-def _reference(
-    query, key, value, query_starts, first_positions, starts, longest, num_heads, scaling, num_samples, p, seed, site, example_ids,
-    position_bias, first_sample, plain_first,
-) -> Tensor:  # fmt: skip
-    return packed_attention_ref(
-        query, key, value, query_starts, first_positions, starts, num_heads, scaling, num_samples, p, philox.unsigned_seed(seed), site,
-        example_ids, position_bias, first_sample, plain_first,
-    )  # fmt: skip
 
 
 def _cpu(
@@ -107,10 +94,7 @@ def _cpu(
             mixed = torch.matmul(masked(probs, place, first_query), v)
         out.append(mixed.transpose(-3, -2).flatten(-2).flatten(-3, -2))
         place, row, query_row = place + n, row + n * length, query_row + n * rows
-    return out[0] if len(out) == 1 else torch.cat(out, -2) if out else _fake(
-        query, key, value, query_starts, first_positions, starts, longest, num_heads, scaling, num_samples, p, seed, site, example_ids,
-        position_bias, first_sample, plain_first,
-    )  # fmt: skip
+    return out[0] if len(out) == 1 else torch.cat(out, -2) if out else _empty(query, key, num_samples, p, plain_first)
 
 
 _triton: Callable | None = None
@@ -247,10 +231,7 @@ if philox.triton is not None:
         position_bias, first_sample, plain_first,
     ) -> Tensor:  # fmt: skip
         query, key, value = (t.contiguous() for t in (query, key, value))
-        out = _fake(
-            query, key, value, query_starts, first_positions, starts, longest, num_heads, scaling, num_samples, p, seed, site,
-            example_ids, position_bias, first_sample, plain_first,
-        )  # fmt: skip
+        out = _empty(query, key, num_samples, p, plain_first)
         if out.numel() == 0:
             return out
         threshold, scale = philox.mask_parameters(p)
@@ -306,10 +287,10 @@ if philox.triton is not None:
 _op = table.register(
     "packed_attention",
     SCHEMA,
-    reference=_reference,
+    reference=lambda *args: packed_attention_ref(*args[:6], *args[7:]),
     cpu=_cpu,
     triton=_triton,
-    fake=_fake,
+    fake=lambda query, key, *args: _empty(query, key, *args[7:9], args[-1]),
 )
 
 

@@ -31,12 +31,6 @@ def bytes_moved(num_samples: int, rows: int, width: int, itemsize: int = 4, repe
     return itemsize * rows * width * ((1 if repeated else num_samples) + num_samples) + 16 * rows
 
 
-def repeat_dropout_fake(
-    x: Tensor, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor, offsets: Tensor, first_sample: int, key=None
-) -> Tensor:
-    return x.new_empty((num_samples, *x.shape[-2:]))
-
-
 def repeat_dropout_reference(
     x: Tensor, num_samples: int, p: float, seed: int, site: int, example_ids: Tensor, offsets: Tensor, first_sample: int, key=None
 ) -> Tensor:
@@ -172,7 +166,7 @@ _op = table.register(
     reference=repeat_dropout_reference,
     cpu=None if table._C is None else repeat_dropout_cpu,
     triton=repeat_dropout_triton,
-    fake=repeat_dropout_fake,
+    fake=lambda x, num_samples, *_: x.new_empty((num_samples, *x.shape[-2:])),
 )
 
 

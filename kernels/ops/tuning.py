@@ -76,7 +76,6 @@ CANDIDATES: dict[str, dict[str, Sequence[Entry]]] = {
         "wider": [(8,)],
     },
 }
-CHOSEN = "chosen without a card"
 
 # Architecture ("sm_90") -> op -> class of shape -> candidate, and the command, card and versions that measured it.
 # -- written by bench/tune.py --
@@ -120,7 +119,3 @@ def taken(arch: str, op: str, shape: str) -> Entry:
     """What was measured on an architecture, or the default."""
     return MEASURED.get(arch, {}).get(op, {}).get(shape, CANDIDATES[op][shape][0])
 
-
-def source(arch: str) -> str:
-    """Where the numbers of an architecture come from."""
-    return SOURCES.get(arch, CHOSEN)
