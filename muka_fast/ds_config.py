@@ -35,6 +35,7 @@ UNSUPPORTED = {"amp": " and use --precision", "torch_autocast": " and use --prec
     (
         "autotuning", "elasticity", "compression_training", "curriculum_learning", "data_efficiency", "progressive_layer_drop",
         "compile", "graph_harvesting", "hybrid_engine", "nebula", "pipeline", "sequence_parallel_size", "tensor_parallel", "zenflow",
+        "expert_parallel", "gradient_allreduce_op", "managed_gradient_accumulation", "weight_quantization",
     ), ""
 )  # fmt: skip
 PEAKS = ("warmup_max_lr", "cycle_max_lr")  # what DeepSpeed's schedulers call the highest learning rate
@@ -60,6 +61,9 @@ def read_ds_config(source: Source | None) -> dict[str, Any]:
     for key in ("optimizer", "scheduler", "zero_optimization", "fp16", "bf16"):
         if not isinstance(content.get(key, {}), dict) and content[key] != "auto":
             raise UserError(f"{name}: '{key}' must be a JSON object")
+    zero = content.get("zero_optimization", {})
+    if isinstance(zero, dict) and zero.get("zenflow") is not None:
+        raise UserError(f"{name}: 'zero_optimization.zenflow' is not supported; remove it")
     return without_auto(content)
 
 

@@ -47,6 +47,10 @@ def resolve_device(device: str) -> str:
         raise UserError(f"--device {device}: training takes the first GPU it sees, so set CUDA_VISIBLE_DEVICES={device[5:]}")
     if found == "cuda:0" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"--device {device}: of several processes each takes a GPU of its own: use --device cuda")
+    place, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if found.startswith("cuda") and place >= count:
+        way_out = "start a process for each, or with LOCAL_RANK=0 where each sees its own alone"
+        raise UserError(f"LOCAL_RANK={place}: {count} GPU{'s' * (count != 1)} can be seen: {way_out}")
     return found.partition(":")[0]
 
 
@@ -138,10 +142,14 @@ def check_ds_config(ds_config: dict[str, Any], name: str) -> None:
 
     Raises UserError for what it refuses, which it would otherwise say after the scoring, and in its own way.
     """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
     from deepspeed.runtime import lr_schedules
     from deepspeed.runtime.config import DeepSpeedConfig
 
     params = {"lr": 1e-5} | {key: ds_config["optimizer"]["params"][key] for key in ("betas", "eps")}
+    offloaded = [ds_config["zero_optimization"].get(part) or {} for part in ("offload_optimizer", "offload_param")]
+    if any(part.get("device") == "nvme" for part in offloaded) and not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(f"{name}: offloading to nvme needs DeepSpeed's async_io, which cannot be built here (libaio): use cpu")
     with told_as_refusal(name):
         DeepSpeedConfig({key: value for key, value in copy.deepcopy(ds_config).items() if key != "optimizer"})
         if "scheduler" in ds_config:
@@ -268,6 +276,15 @@ class Engine:
         if self.schedule is None:
             return self.ds.optimizer.param_groups[0]["lr"]
         return self.base_lr * self.schedule(self.completed_steps - 1)
+
+    def close(self) -> None:
+        """Train no more, and let go of the student and its moments, which DeepSpeed's hooks keep as long as Python runs."""
+        from deepspeed.runtime.zero import parameter_offload
+
+        self.ds.destroy()
+        entered = getattr(parameter_offload, "FWD_MODULE_STACK", [])  # by ZeRO-3, which leaves the outermost module in it
+        ours = set(self.ds.module.modules())
+        entered[:] = [module for module in entered if module not in ours]
 
     def __call__(self, **batch: Tensor) -> Any:
         """The student's forward."""

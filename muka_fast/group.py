@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from muka_fast.console import first_of_node_tells
-from muka_fast.errors import UserError
+from muka_fast.errors import UserError, first_line
 
 T = TypeVar("T")
 log = logging.getLogger("muka_fast")
@@ -107,7 +107,11 @@ def joined() -> None:
     global _watch
     torch.distributed.distributed_c10d._set_pg_timeout(PATIENCE)
     if torch.distributed.get_world_size() > 1:
-        _watch = Watch()
+        try:
+            _watch = Watch()
+        except RuntimeError as error:  # NCCL has other ways from node to node
+            way_out = "name the network that joins the nodes in GLOO_SOCKET_IFNAME (`ip address` lists them)"
+            raise UserError(f"the processes cannot watch each other over gloo ({first_line(error)}): {way_out}") from error
 
 
 def gone() -> str | None:
@@ -160,10 +164,11 @@ def told_once() -> Iterator[None]:
         raise failure if failed.index(True) == torch.distributed.get_rank() else SystemExit(2) from failure
 
 
-def check_alike(given: dict[str, Any]) -> None:
+def check_alike(given: dict[str, Any], done: str = "was given other options") -> None:
     """Refuse a job whose processes were given different things: they would wait for each other, or train apart. Collective.
 
-    given: what must be the same everywhere, by the names that users know. Raises UserError on process 0, which tells it.
+    given: what must be the same everywhere, by the names that users know. done: what one did that differs. Raises UserError on process
+    0, which tells it.
     """
     if torch.distributed.get_world_size() == 1:
         return
@@ -172,7 +177,7 @@ def check_alike(given: dict[str, Any]) -> None:
     for rank, other in enumerate(found):
         if names := [name for name in {**found[0], **other} if other.get(name) != found[0].get(name)]:
             told = ", ".join(f"{name} {other.get(name)} instead of {found[0].get(name)}" for name in names[:3])
-            raise told_by_first(f"process {rank} was given other options than process 0 ({told[:200]}): start all with the same")
+            raise told_by_first(f"process {rank} {done} than process 0 ({told[:200]}): start all with the same")
 
 
 def told_by_first(message: str) -> BaseException:

@@ -208,7 +208,7 @@ def describe_bad_loss(
     named = f"for the texts with example ids {', '.join(map(str, ids[:20]))}{' ...' if len(ids) > 20 else ''}" if ids else "in the sum"
     return (
         f"the loss became {value} at step {step} {named} of {texts.source}: check these texts, or lower --learning_rate "
-        f"(now {config.learning_rate:g}); the last checkpoint is kept"
+        f"(now {config.learning_rate:g}), and start anew with --overwrite; the scores are kept"
     )
 
 

@@ -2,6 +2,7 @@
 from it."""
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -107,8 +108,12 @@ def teacher_budget_bytes(device: torch.device) -> int:
 
 
 def sharers(device: torch.device) -> int:
-    """How many processes take their part of a device's memory: all of the job that of the host, one that of a GPU."""
-    return torch.distributed.get_world_size() if device.type == "cpu" and torch.distributed.is_initialized() else 1
+    """How many processes take their part of a device's memory: all of the job on this host that of the host, one that of a GPU."""
+    if device.type != "cpu" or not torch.distributed.is_initialized():
+        return 1
+    of_host = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ""  # by torchrun; by deepspeed
+    everyone = torch.distributed.get_world_size()
+    return min(int(of_host), everyone) if of_host.isdigit() and int(of_host) else everyone
 
 
 def token_budget(asked: int | None, model: PreTrainedModel, device: torch.device) -> int:

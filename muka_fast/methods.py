@@ -157,12 +157,15 @@ class TiedFeatures(VanillaKD):
     """vkd, and the student's features tied to the teachers' by modules that are trained with it (muka_fast/aligned.py)."""
 
     alignment: type[Alignment]
+    own_rates = True
 
     def __init__(self, config: RunConfig, sup: Supervision, label_space: LabelSpace, label_ids: Tensor | None) -> None:
         super().__init__(config, sup, label_space, label_ids)
-        found = [np.concatenate([half(chunk) for _, chunk in features.chunks()]) for features in sup.features]
-        self.widths = [values.shape[1] for values in found]
-        self.features = torch.from_numpy(np.concatenate(found, axis=1))  # [n, sum D_i] fp16
+        self.widths = [next(features.chunks())[1].shape[1] for features in sup.features]
+        self.features = torch.empty(len(sup), sum(self.widths), dtype=torch.float16)  # [n, sum D_i]
+        for features, columns in zip(sup.features, self.features.split(self.widths, 1), strict=True):
+            for part, chunk in features.chunks():
+                columns[part] = torch.from_numpy(half(chunk))
 
     def wrap(self, student: nn.Module) -> nn.Module:
         return AlignedStudent(student, self.alignment, self.widths, self.config.seed)

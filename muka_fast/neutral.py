@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,12 +53,18 @@ ROLE = "neutral encoder"  # in error messages: the student, unless --neutral_enc
 
 
 def neutral_features(
-    store: str | Path, encoder: str | Path, texts: TextSet, options: ScoringOptions, queue: ShardQueue | None = None
+    store: str | Path,
+    encoder: str | Path,
+    texts: TextSet,
+    options: ScoringOptions,
+    queue: ShardQueue | None = None,
+    aside: str | Path | None = None,
 ) -> Features:
     """The neutral features of the texts, from the store as far as it holds them; missing and damaged shards are computed.
 
     store: one that was filled with these texts. encoder: folder or hub name. With the queue of a process group every process
-    calls this, and each text goes through the encoder in one of them; by default this process does all.
+    calls this, and each text goes through the encoder in one of them; by default this process does all. aside: a folder that keeps
+    the features of a store that cannot be written.
     Raises UserError where the encoder cannot be loaded or gives NaN.
     """
     queue = queue or ShardQueue()
@@ -67,11 +74,14 @@ def neutral_features(
         key = neutral_key(encoder, tokenizer, max_length, texts, options.scoring_precision)
         place = Path(store) / f"neutral-{key}"
         ranges = shard_ranges(len(texts), read_manifest(Path(store))["shard_size"])
+        look = lambda place: missing_shards(place, ranges, lambda shard: _read(place, shard, key))
+        if aside is not None and not os.access(store, os.W_OK) and queue.agree(f"{key} in the store", lambda: look(place)):
+            place = Path(aside) / place.name
         remove_leftovers(place)
-        missing = queue.agree(key, lambda: missing_shards(place, ranges, lambda shard: _read(place, shard, key)))
+        missing = queue.agree(key, lambda: look(place))
         if missing:
             todo = [ranges[number] for number in missing]
-            _compute(place, key, folder, tokenizer, texts, max_length, todo, options, queue)
+            _compute(place, Path(store), key, folder, tokenizer, texts, max_length, todo, options, queue)
     read = lambda shard: _read(place, shard, key, (FEATURES,))
     return Features(ranges, lambda shard: read_or_refuse(place, shard, read, "run the same command to compute it again")[FEATURES])
 
@@ -119,6 +129,7 @@ def _read(place: Path, shard: ShardRange, key: str, only: Sequence[str] = ()) ->
 
 def _compute(
     place: Path,
+    store: Path,
     key: str,
     folder: Path,
     tokenizer: transformers.PreTrainedTokenizerBase,
@@ -130,7 +141,7 @@ def _compute(
 ) -> None:
     """One pass of the encoder over the texts of the missing shards that this process gets, each written as soon as it is whole."""
     model = load_encoder(folder, tokenizer, device_of(options.device), options.scoring_precision)
-    pool = PoolTokens(texts, tokenizer, min(max_length, token_limit(model, tokenizer)), place.parent)
+    pool = PoolTokens(texts, tokenizer, min(max_length, token_limit(model, tokenizer)), store)
     budget = token_budget(options.token_budget, model, model.device)
 
     def begin(number: int, tokens: Tokens) -> Callable[[], None]:

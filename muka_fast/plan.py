@@ -126,12 +126,15 @@ def plan(options: PlanConfig) -> dict[str, Any]:
     config, _ = read_model(options.student, "student", classifier=False)
     num_texts, tokens = count_texts(options)
     length = max(1, round(tokens))
+    shard_size = options.shard_size or default_shard_size(num_texts)
+    shards = -(-num_texts // shard_size)
+    rounds = -(-shards // options.gpus)  # a shard is one process's
 
     def reading(config: PreTrainedConfig, forwards: float, what: str) -> dict[str, Any]:
         """That many forwards of a model over all texts."""
         precision = options.scoring_precision
         cost, reached = footprint(config, 1, length, precision, what), rate(options, config, length, precision, False, what)
-        hours = num_texts * cost.forward_flops * forwards / reached / options.gpus / 3600
+        hours = num_texts * cost.forward_flops * forwards / reached * rounds / shards / 3600
         found = {"parameters": cost.num_parameters, "weights_bytes": DTYPES[precision].itemsize * cost.num_parameters}
         return found | {"forwards": forwards, "flops_per_s": reached, "hours": hours}
 
@@ -150,7 +153,6 @@ def plan(options: PlanConfig) -> dict[str, Any]:
     cost = footprint(config, options.micro_batch, options.max_length, options.precision, f"student {options.student}")
     step = footprint(config, 1, length, options.precision, f"student {options.student}")
     reached = rate(options, config, length, options.precision, True, "the student")
-    shard_size = options.shard_size or default_shard_size(num_texts)
     epochs = options.epochs or default_epochs(num_texts, options.batch_size)
     flops = 3 * epochs * num_texts * step.forward_flops  # the backward costs two forwards
     return {

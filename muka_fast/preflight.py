@@ -45,12 +45,17 @@ def tell_unused_options(config: RunConfig) -> None:
 
 
 def check_layout(config: RunConfig, ds_config: dict[str, Any]) -> None:
-    """Raises UserError where the method compares whole batches and the layout splits them."""
+    """Raises UserError where the method compares whole batches and they are split, or has a rate that a scheduler would overrule."""
     micro_batch = ds_config["train_micro_batch_size_per_gpu"]
     if METHODS[config.method].needs_whole_batch and micro_batch != config.batch_size:
         raise UserError(
             f"--method {config.method} compares the features of whole batches: run it in one process, with a micro-batch of "
             f"--batch_size {config.batch_size} (here it is {micro_batch})"
+        )
+    if METHODS[config.method].own_rates and "scheduler" in ds_config:
+        raise UserError(
+            f"--method {config.method} trains modules of its own at a rate of their own, and a scheduler in the ds_config has one for "
+            "all: remove it, and use --learning_rate and --warmup_ratio"
         )
 
 

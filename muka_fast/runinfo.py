@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from muka_fast import __version__
 from muka_fast.adaptive import sampling_summary
 from muka_fast.errors import UserError
-from muka_fast.files import write_text
+from muka_fast.files import write_json, write_text
 from muka_fast.methods import selection_accuracy, target_accuracy
 from muka_fast.ops.reference import select_teacher_ref
 from muka_fast.selection import uncertainties
@@ -69,6 +70,17 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def begin_run(output: Path, config: "RunConfig", record: dict[str, Any]) -> None:
+    """Write run.yaml, which repeats this run with `--config`, and the first run.json."""
+    options = {key: value for key, value in record["config"].items() if key not in ("resume", "overwrite") and value is not None}
+    if not config.teachers:  # whoever else is scored into the store, and in whatever order
+        options["store_teachers"] = [teacher["name"] for teacher in record["teachers"]]
+    if record["identity"]["scheduler"] is not None:
+        del options["warmup_ratio"]  # the ds_config's scheduler has its own
+    write_text(output / "run.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+    write_json(output / "run.json", record)
 
 
 def read_run(output: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The supervision store on disk: file format and integrity checks.
+"""The supervision store on disk: file format and integrity checks. Over 400 lines: the format stands here as a whole.
 
     STORE/manifest.json                          what the store holds
     STORE/.lock                                  held while the manifest is merged
@@ -320,7 +320,8 @@ def _locked(store: Path) -> Iterator[None]:
         store.mkdir(parents=True, exist_ok=True)
         file = open(store / ".lock", "a")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise UserError(f"{store}: the store cannot be written ({error.strerror or error}); name another folder") from error
+        rather = ", or leave out --teachers to train from what it holds" if (store / MANIFEST).exists() else ""
+        raise UserError(f"{store}: the store cannot be written ({error.strerror or error}); name another folder{rather}") from error
     with file:
         lock(file)
         yield

@@ -69,6 +69,10 @@ def fill_store(
     store, queue, names = Path(store), queue or ShardQueue(), teacher_names(teacher_paths)
     with queue:
         files = check_teachers(teacher_paths)
+        read = {"texts": texts.fingerprint} | {f"teacher {name}": found.fingerprint for name, found in zip(names, files, strict=True)}
+        theirs = queue.agree("read", lambda: read)
+        if other := [what for what in read if read[what] != theirs.get(what)]:
+            raise UserError(f"process {queue.rank} reads other files of {', '.join(other)} than another one: all must read the same")
         if options.mc:
             check_sites(names, files, options)
         wished = options.shard_size or default_shard_size(len(texts))
@@ -77,6 +81,9 @@ def fill_store(
             raise UserError(f"{store} is not visible here: --store and --output must lie on a file system that all nodes share")
         if shard_size != wished:
             log.info("%s was begun with --shard_size %d, which stays", store, shard_size)
+        if (shards := -(-len(texts) // shard_size)) < queue.world_size:
+            told = "%d of %d processes have no texts to score: %d texts are %d shards of --shard_size %d"
+            log.warning(told, queue.world_size - shards, queue.world_size, len(texts), shards, shard_size)
         device = device_of(options.device)
         tell_precision("--scoring_precision", options.scoring_precision, device)
         sizes = {"shard_size": shard_size, "max_length": options.max_length, "token_budget": options.token_budget}

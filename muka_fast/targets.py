@@ -46,6 +46,7 @@ class Method(ABC):
     options: tuple[str, ...] = ()  # of RunConfig, those that the method reads and others do not
     needs_labels = False
     needs_whole_batch = False  # True: the loss compares the texts of a batch, which must not be split
+    own_rates = False  # True: modules of its own are trained beside the student, at a learning rate of their own
     # How the texts' teachers are chosen over the whole pool, where the method does so: (supervision, neutral features, seed, what
     # computes the neutral features of the class names) -> weights [n, N], whose rows sum to 1 or less; what is missing is the
     # weight of "no teacher".

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import transformers
-import yaml
 
 from muka_fast import export, identity, outputs, runinfo, snapshots
 from muka_fast.aligned import student_part
@@ -37,7 +36,7 @@ from muka_fast.engine import Engine, check_ds_config, init_distributed, resolve_
 from muka_fast.evaluate import evaluate
 from muka_fast.evidence import SAMPLE, sample_rows
 from muka_fast.features import Features
-from muka_fast.files import held, write_json, write_text
+from muka_fast.files import held, write_json
 from muka_fast.fit_doubt import doubt_targets, fit_head
 from muka_fast.group import check_alike, on_first_process, one_job, told_once
 from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
@@ -188,10 +187,11 @@ def merge(
         on_first_process(lambda: snapshots.discard_unfinished(output))
         log.info(COMPLETE, output)
         return done
+    check_alike(record["identity"], "reads other files")
     vocabulary = TextVocabulary(model, tokens)
     trained = method.wrap(model)
     engine = Engine.create(trained, config, ds_config, plan.total_steps)
-    on_first_process(lambda: begin_run(output, config, record))
+    on_first_process(lambda: runinfo.begin_run(output, config, record))
     pad_id = model.config.get_text_config().pad_token_id
     with clock("train"), training_layers(model, config.seed, engine.device, config.batch_size) as next_texts:
         finished = train(engine, method, tokens, texts, plan, config, output, pad_id, next_texts)
@@ -204,6 +204,7 @@ def merge(
         state = None if state is None else vocabulary.complete(state)
         on_first_process(lambda: export.save_student(model, tokenizer, output, space.names, card(config, record, max_length), state))
         state = None  # of a sharded student another copy
+        engine.close()
     if doubt is not None:
         with clock("uncertainty head"):
             tells = on_first_process(lambda: export.add_head(output, fit_head(config, output, texts, doubt, method)))
@@ -272,7 +273,9 @@ def store_folder(config: RunConfig, output: Path) -> Path:
 def pool_features(config: RunConfig, texts: TextSet, output: Path, queue: ShardQueue | None = None) -> Features | None:
     """The texts' neutral features, for a method whose rule looks at them; queue: as of `neutral_features`."""
     encoder = neutral_encoder(config)
-    return None if encoder is None else neutral_features(store_folder(config, output), encoder, texts, config, queue)
+    if encoder is None:
+        return None
+    return neutral_features(store_folder(config, output), encoder, texts, config, queue, output / "supervision")
 
 
 def pool_weights(
@@ -323,17 +326,6 @@ def begin_record(
         },
         "versions": runinfo.versions(),
     }
-
-
-def begin_run(output: Path, config: RunConfig, record: dict[str, Any]) -> None:
-    """Write run.yaml, which repeats this run with `--config`, and the first run.json."""
-    options = {key: value for key, value in record["config"].items() if key not in ("resume", "overwrite") and value is not None}
-    if not config.teachers:  # whoever else is scored into the store, and in whatever order
-        options["store_teachers"] = [teacher["name"] for teacher in record["teachers"]]
-    if record["identity"]["scheduler"] is not None:
-        del options["warmup_ratio"]  # the ds_config's scheduler has its own
-    write_text(output / "run.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
-    write_json(output / "run.json", record)
 
 
 # ---- after training ----

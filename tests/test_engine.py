@@ -1,11 +1,13 @@
 """The DeepSpeed configuration we fill and refuse, the schedule, the clipping, and an engine alone."""
 
+import gc
 import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -168,6 +170,10 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
     with pytest.raises(UserError, match="--device cuda:0: of several processes each takes a GPU of its own: use --device cuda"):
         resolve_device("cuda:0")
     assert [resolve_device(name) for name in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="LOCAL_RANK=2: 2 GPUs can be seen: start a process for each"):
+        resolve_device("cuda")
+    assert resolve_device("cpu") == "cpu"
 
 
 def test_an_optimizer_is_what_deepspeed_takes_it_for():
@@ -238,6 +244,20 @@ def test_keys_that_nobody_knows_are_told(tmp_path, caplog):
         with pytest.raises(UserError, match=f"'{key}' is not supported; remove it"):
             read_ds_config({key: {"enabled": True}})
     assert read_ds_config({"autotuning": {"enabled": False}}) == {"autotuning": {"enabled": False}}
+    with pytest.raises(UserError, match=r"'zero_optimization.zenflow' is not supported; remove it"):
+        read_ds_config({"zero_optimization": {"stage": 2, "zenflow": {}}})
+
+
+def test_offloading_to_nvme_is_refused_before_the_scoring_where_it_cannot_be(monkeypatch):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    offload = {"offload_optimizer": {"device": "nvme", "nvme_path": "/n"}}
+    ds, _ = prepare_ds_config({"zero_optimization": {"stage": 2, **offload}}, RunConfig(), 1)
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
+    with pytest.raises(UserError, match=r"ds\.json: offloading to nvme needs DeepSpeed's async_io, .*: use cpu"):
+        check_ds_config(ds, "ds.json")
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
+    check_ds_config(ds, "ds.json")
 
 
 def test_a_schedulers_highest_rate_is_the_learning_rate():
@@ -421,6 +441,18 @@ def make(ds: dict, total_steps: int = 10) -> Engine:
     torch.manual_seed(0)
     ds, config = prepare_ds_config(ds, RunConfig(batch_size=4, learning_rate=0.1), 1)
     return Engine.create(Tiny(), config, ds, total_steps)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_closed_engine_leaves_nothing_behind(stage):
+    """DeepSpeed's hooks keep what they are on: the student, its gradients, master weights and moments."""
+    engine = make({"zero_optimization": {"stage": stage}})
+    steps(engine, 1)
+    kept = [weakref.ref(part) for part in (engine.ds, engine.ds.module, engine.ds.optimizer)]
+    engine.close()
+    del engine
+    gc.collect()
+    assert [part() for part in kept] == [None] * 3
 
 
 def test_deepspeeds_own_timer_is_off_unless_asked_for():

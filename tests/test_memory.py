@@ -34,6 +34,20 @@ def test_the_narrowest_group_counts_less_what_is_in_use(tmp_path, kind, monkeypa
     assert memory.free_bytes(torch.device("cpu")) == 5
 
 
+@pytest.mark.parametrize(
+    ("told", "expected"), [({}, 64), ({"LOCAL_WORLD_SIZE": "8"}, 8), ({"LOCAL_SIZE": "4"}, 4), ({"LOCAL_WORLD_SIZE": "x"}, 64)]
+)
+def test_processes_share_the_memory_of_their_own_host(monkeypatch, told, expected):
+    """By torchrun, by deepspeed, by none: then all are taken to be on this host."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 64)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert memory.sharers(torch.device("cpu")) == expected and memory.sharers(torch.device("cuda")) == 1
+
+
 def test_a_container_that_knows_its_hosts_path_has_its_own_limit(tmp_path):
     _, names = NAMES["0::"]
     group(tmp_path / "root", names, 2 * GIB, 3 * GIB, 0)  # more in use than allowed leaves nothing

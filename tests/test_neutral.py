@@ -1,6 +1,7 @@
 """Neutral features: means over tokens, whatever the batch; cached under what decides them; whole or computed again."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +52,19 @@ def test_features_are_the_mean_of_the_last_hidden_states(family, tmp_path, encod
             ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=32)["input_ids"]
             expected = model(input_ids=ids).last_hidden_state[0].mean(0).numpy()
         np.testing.assert_allclose(found[row], expected, atol=2e-3, rtol=2e-3)  # fp16
+
+
+def test_a_store_that_cannot_be_written_is_read_and_what_it_lacks_lies_aside(tmp_path, encoder, pool, monkeypatch):
+    """Scored by others, and mounted read-only: muka-auto's students are trained from it all the same."""
+    first, second = encoder(), encoder("distilbert")
+    store, aside = tmp_path / "s", tmp_path / "run" / "supervision"
+    there = values(compute(store, first, pool))
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*")}
+    monkeypatch.setattr(neutral.os, "access", lambda path, mode: Path(path) != store)
+    assert np.array_equal(values(neutral_features(store, first, pool, options(), aside=aside)), there) and not aside.exists()
+    lacking = [values(neutral_features(store, second, pool, options(), aside=aside)) for _ in range(2)]
+    assert np.array_equal(*lacking) and len(list(aside.glob("neutral-*/shard-*"))) == 3
+    assert {path: path.stat().st_mtime_ns for path in store.rglob("*")} == before
 
 
 def test_half_precision_is_another_entry_of_the_store(tmp_path, encoder, pool):

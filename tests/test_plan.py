@@ -215,6 +215,9 @@ def test_plan_reads_configurations_alone_and_prints_json(make_teacher, student, 
     assert found["student"]["epochs"] == 16  # of 63 steps: a thousand
     assert found["student"]["hours"] == pytest.approx(3 * 16 * 1000 * step / 1e9 / 2 / 3600)
     encoder = cost.footprint(transformers.AutoConfig.from_pretrained(student), 1, 128, "fp32", "x").forward_flops
+    for gpus, rounds in ((3, 2), (4, 1), (64, 1)):  # of four shards
+        assert main([*words, "--flops", "1e9", "--gpus", str(gpus), "--batch_size", "192"]) == 0
+        assert json.loads(capsys.readouterr().out)["neutral"]["hours"] == pytest.approx(1000 * encoder / 1e9 * rounds / 4 / 3600)
     assert found["neutral"]["hours"] == pytest.approx(1000 * encoder / 1e9 / 2 / 3600)
     assert found["disk"]["neutral"] == 1000 * 64 * 2
     assert found["tokens_per_text"] == 128 and found["disk"]["tokens"] == 1000 * (4 * 128 + 8)

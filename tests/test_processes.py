@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from launch import TRAIN, finish, launcher_variables, run_processes, start, wait_for
 from runs import LABELS, SMOOTH_ADAM, arguments, largest_difference, losses, uncertainty_head, weights, word_tokenizer
+from safetensors.torch import load_file, save_file
 
 from muka_fast import train
 from muka_fast.config import RunConfig
@@ -85,7 +87,7 @@ def test_an_output_that_this_node_does_not_see_is_named(world, tmp_path):
 
     class Elsewhere(ShardQueue):
         def agree(self, name, propose):
-            return 4096
+            return 4096 if name == "shard_size" else propose()
 
     config = RunConfig(**arguments(world, tmp_path, "run", None, {"store": None}))
     with pytest.raises(UserError, match=r"run.*supervision is not visible here.*file system that all nodes share"):
@@ -120,6 +122,33 @@ def test_processes_with_other_options_are_told_so_instead_of_waiting(world, tmp_
     codes, log = finish(start(list(zip((both[0], both[1] | changed), launcher_variables(2), strict=True))))
     assert codes == [2, 2] and re.search(f"error: process 1 was given other options than process 0 {told}", log), log
     assert log.count("error:") == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ("teacher", "process [01] reads other files of teacher home than another one: all must read the same"),
+        ("texts", "process [01] reads other files of texts than another one: all must read the same"),
+        pytest.param("student", r"process 1 reads other files than process 0 \(student ", marks=pytest.mark.slow),
+    ],
+)
+def test_processes_that_read_other_files_are_told_so(world, tmp_path, part, told):
+    """Copies on each node, of which one is another: the names and the labels are the same, the weights or texts are not."""
+    mine, theirs = (arguments(world, tmp_path, "pair", SMOOTH_ADAM, {"store": str(tmp_path / "store")}) for _ in range(2))
+    copies = tmp_path / "node2"
+    copies.mkdir()
+    if part == "texts":
+        (copies / "texts.jsonl").write_text((world / "texts.jsonl").read_text().replace("bank", "bonk"))
+        theirs["texts"] = str(copies / "texts.jsonl")
+    else:
+        name = {"teacher": "home", "student": "student"}[part]
+        shutil.copytree(world / name, copies / name)
+        file = copies / name / "model.safetensors"
+        save_file({key: value + 0.01 for key, value in load_file(file).items()}, file, {"format": "pt"})
+        theirs |= {"student": str(copies / name)} if part == "student" else {"teachers": [mine["teachers"][0], str(copies / name)]}
+    codes, log = finish(start(list(zip((mine, theirs), launcher_variables(2), strict=True))))
+    assert codes == [2, 2] and re.search(told, log), log
+    assert log.count("error:") == 1 and not list((tmp_path / "store").glob("*/shard-*"))[: part != "student"]
 
 
 def test_two_processes_fill_the_store_that_one_fills(go, world, tmp_path):

@@ -95,9 +95,10 @@ class Stage:
 @pytest.fixture
 def stage(monkeypatch):
     stage = Stage()
-    monkeypatch.setattr(supervision, "check_teachers", lambda paths: paths)
+    files = lambda paths: [SimpleNamespace(fingerprint=f"weights of {path}") for path in paths]
+    monkeypatch.setattr(supervision, "check_teachers", files)
     monkeypatch.setattr(supervision, "check_sites", lambda names, files, options: None)
-    monkeypatch.setattr(supervision, "family_of", lambda path: path)
+    monkeypatch.setattr(supervision, "family_of", lambda files: files.fingerprint)
     monkeypatch.setattr(supervision, "load_teacher", stage.load_teacher)
     monkeypatch.setattr(pool_tokens, "tokenize_quietly", stage.tokenize)
     monkeypatch.setattr(pool_tokens, "tokenizer_key", lambda tokenizer, max_length: str(max_length))

@@ -389,6 +389,9 @@ def test_dfa_does_not_depend_on_the_micro_batch_and_cfl_refuses_to(go, world):
     assert largest_difference(weights(split), weights(whole)) < 1e-5
     with pytest.raises(UserError, match=r"--method cfl compares the features of whole batches.*here it is 4"):
         go("cfl", ds=small, method="cfl", **options)
+    for method in ("dfa", "cfl"):
+        with pytest.raises(UserError, match=f"--method {method} trains modules of its own .* scheduler in the ds_config"):
+            go(method, ds={"scheduler": {"type": "WarmupDecayLR"}}, method=method, **options)
 
 
 def test_neutral_features_are_computed_once_and_belong_to_the_student(go, world, tmp_path):
