@@ -88,6 +88,11 @@ def driver() -> str | None:
     return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
 
 
+def usable_cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment(device: str = "cpu") -> dict:
     """Machine, versions, commit ("+" where the tree was changed) and command, ready for JSON; device: what was measured."""
     # What bench/tune.py has found on this card may stand in the tree: a result names the entries beside its commit.

@@ -7,7 +7,8 @@ import argparse
 import statistics
 import time
 
-from amalgamation import Row, markdown_table, peak_bytes, score_with
+from amalgamation import Row, peak_bytes, score_with
+from environment import markdown_table
 from synthetic import make_teacher
 from transformers import AutoConfig
 

@@ -27,7 +27,8 @@ from transformers import BertConfig, BertForSequenceClassification
 from muka_fast.config import RunConfig
 from muka_fast.ds_config import prepare_ds_config
 from muka_fast.engine import Engine, init_distributed
-from muka_fast.footprint import DTYPES, footprint
+from muka_fast.footprint import footprint
+from muka_fast.teachers import DTYPES
 from muka_fast.training_layers import NextTexts, training_layers
 
 CLASSES, VOCABULARY = 20, 8000

@@ -26,8 +26,9 @@ from transformers import AutoConfig, AutoTokenizer
 import muka_fast
 from muka_fast.config import ScoreConfig
 from muka_fast.data import read_texts, tokenize
-from muka_fast.footprint import DTYPES, STAGES, footprint, stage_memory
+from muka_fast.footprint import STAGES, footprint, stage_memory
 from muka_fast.supervision import score
+from muka_fast.teachers import DTYPES
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from ceilings import copy_bytes_per_s, gemm_flops_per_s
-from environment import device, environment, environment_lines, keep, result_file
+from environment import device, environment, environment_lines, keep, result_file, usable_cores
 from registry import CASES, Case, Problem
 from timing import interleaved, ratio, seconds_per_call, spread
 
@@ -266,7 +266,7 @@ def save(args: argparse.Namespace, rates: dict[str, float], rows: list[dict], re
 
 def main() -> int:
     args = parse_arguments()
-    begin, cores = time.perf_counter(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    begin, cores = time.perf_counter(), usable_cores()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     rates = measure_rates(args.device, args.toy, getattr(torch, args.dtype))

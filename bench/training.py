@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from environment import RESULTS, command, keep
+from environment import RESULTS, command, keep, usable_cores
 from settings import draw, read_rows, write_rows
 from synthetic import make_teacher
 from timing import largest_resident_bytes, ratio
@@ -35,7 +35,6 @@ TRAIN = str(ROOT / "muka_fast" / "train.py")
 PARTS = ("trainer", "scoring", "memory", "resume")
 EVAL_TEXTS = 500
 MARKER = ".bench_training"  # in a work folder: this script made it and may replace it
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -70,7 +69,7 @@ def launch(command: list[str], processes: int = 1) -> list[subprocess.Popen]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # Idle threads spin as long in the Trainer's process as `muka-fast train` has them spin (cli.py).
-    common = {"GOMP_SPINCOUNT": "30000"} | os.environ | {"OMP_NUM_THREADS": str(max(1, CORES // processes))}
+    common = {"GOMP_SPINCOUNT": "30000"} | os.environ | {"OMP_NUM_THREADS": str(max(1, usable_cores() // processes))}
     common["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
     if processes > 1:
         common |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -202,11 +201,12 @@ def scoring_part(args: argparse.Namespace, teachers: list[str]) -> dict:
     """Seconds to fill a store in one process with a thread per core, and in one process per core."""
     times: dict[str, list[float]] = {"one process": [], "processes": []}
     for turn in range(args.rounds):
-        for name, processes in (("one process", 1), ("processes", CORES)):
+        for name, processes in (("one process", 1), ("processes", usable_cores())):
             times[name].append(own_work(args, "score", args.workdir / f"scored-{processes}-{turn}", processes)[0]["seconds"])
     one, many = (statistics.median(values) for values in times.values())
     speedup = ratio(times["one process"], times["processes"])
-    return {"processes": CORES, "texts": args.scored_texts, "one_s": one, "many_s": many, "speedup": speedup, "seconds": times}
+    counted = {"processes": usable_cores(), "texts": args.scored_texts}
+    return counted | {"one_s": one, "many_s": many, "speedup": speedup, "seconds": times}
 
 
 def work_score(args: argparse.Namespace) -> dict:

@@ -9,8 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from muka_fast import checkpoint
-from muka_fast.console import quiet_transformers
-from muka_fast.errors import UserError, first_line
+from muka_fast.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -128,29 +127,20 @@ def load_merged(folder: Path, labels: list[str], dtype: "torch.dtype", what: str
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: index for index, name in enumerate(labels)}}
     base = base_folder(folder, what)
     source = folder if (folder / "config.json").is_file() else base
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            source, local_files_only=True, trust_remote_code=False, **names
+    with checkpoint.loading(f"{what}: the adapter cannot be loaded"):
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False, **names)
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            base, config=config, dtype=dtype, ignore_mismatched_sizes=True, **checkpoint.SAFE_LOADING
         )
-        with quiet_transformers():
-            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                base,
-                config=config,
-                dtype=dtype,
-                ignore_mismatched_sizes=True,
-                **checkpoint.SAFE_LOADING,
-            )
-            supplied = frozenset(adapter_tensors(folder, what))
-            teachers.check_loading(info, f"{what} (base {base})", supplied)
-            adapted = peft.PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
-            # peft itself only warns where its file lacks a weight.
-            whole = {"save_embedding_layers": False}
-            wanted = {name.removeprefix(PREFIX) for name in peft.get_peft_model_state_dict(adapted, **whole)}
-            if wanted - supplied:
-                lost = teachers.some(sorted(wanted - supplied))
-                raise UserError(f"{what}: the adapter lacks {lost}, which would be random; save it again")
-            merged = adapted.merge_and_unload()
-    except checkpoint.LOADING_ERRORS as error:
-        raise UserError(f"{what}: the adapter cannot be loaded: {first_line(error)}") from error
+        supplied = frozenset(adapter_tensors(folder, what))
+        teachers.check_loading(info, f"{what} (base {base})", supplied)
+        adapted = peft.PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
+        # peft itself only warns where its file lacks a weight.
+        whole = {"save_embedding_layers": False}
+        wanted = {name.removeprefix(PREFIX) for name in peft.get_peft_model_state_dict(adapted, **whole)}
+        if wanted - supplied:
+            lost = teachers.some(sorted(wanted - supplied))
+            raise UserError(f"{what}: the adapter lacks {lost}, which would be random; save it again")
+        merged = adapted.merge_and_unload()
     teachers.settle_forward(merged)
     return merged

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
+from muka_fast.console import quiet_transformers
 from muka_fast.errors import OUT_OF_REACH, UserError, first_line
 from muka_fast.readers import encodable
 
@@ -55,6 +57,16 @@ class TensorEntry:
     file: Path
     start: int  # absolute, bytes
     stop: int
+
+
+@contextmanager
+def loading(fault: str) -> Iterator[None]:
+    """Around a from_pretrained: transformers keeps quiet, and what it cannot use is a UserError, which begins with `fault`."""
+    try:
+        with quiet_transformers():
+            yield
+    except LOADING_ERRORS as error:
+        raise UserError(f"{fault}: {first_line(error)}") from error
 
 
 def resolve_folder(source: str | Path, what: str = "teacher", files: tuple[str, ...] = HUB_FILES) -> Path:

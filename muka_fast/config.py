@@ -25,10 +25,6 @@ NEEDS_SAMPLES = ("mutual_information", "variance")  # zero for every text unless
 PRECISIONS = ("fp32", "bf16", "fp16")
 FILES = "Models and files"
 GROUPS = (FILES, "Data", "Uncertainty", "Distillation", "Training", "Run")
-DEFAULT_EPOCHS = f"{recipe.FEWEST_EPOCHS}, or as many as make {recipe.MIN_STEPS:,} steps, at most {recipe.MOST_EPOCHS}"
-DEFAULT_LEARNING_RATE = f"{recipe.BASE_LEARNING_RATE:g} x {recipe.BASE_WIDTH} / hidden size"
-LABEL_MAP = "renames, merges or drops (null) labels"
-NEUTRAL_ENCODER = "encoder that tells muka-evidence and muka-auto which texts are alike: folder or hub name"
 TEXTS = "file, 'pattern' (.jsonl .json .csv .tsv .txt, also .gz, .parquet) or hub data set"
 OR_CONTENT = "file; in --config and Python also its content"
 BOUND_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
@@ -42,6 +38,30 @@ def option(
     """A field with its help text and help group; in words: `allowed` what the type alone does not say, `means` what the default is."""
     extra = {"group": group, "allowed": allowed, "means": means}
     return Field(default, description=description, json_schema_extra=extra, **limits)
+
+# Of several commands.
+SEED = option(0, "seed of every random number of the run", "Run", ge=0, lt=2**32)
+LABEL_MAP = option(None, "renames, merges or drops (null) labels", FILES, allowed=f"a path of a JSON or YAML {OR_CONTENT}")
+NEUTRAL_ENCODER = option(
+    None, "encoder that tells muka-evidence and muka-auto which texts are alike: folder or hub name", FILES, means="the student"
+)
+EPOCHS = option(
+    None,
+    "passes over the texts",
+    "Training",
+    means=f"{recipe.FEWEST_EPOCHS}, or as many as make {recipe.MIN_STEPS:,} steps, at most {recipe.MOST_EPOCHS}",
+    ge=1,
+    le=10_000,
+)
+LEARNING_RATE = option(
+    None,
+    "peak learning rate of AdamW",
+    "Training",
+    means=f"{recipe.BASE_LEARNING_RATE:g} x {recipe.BASE_WIDTH} / hidden size",
+    gt=0,
+    le=1,
+)
+BATCH_SIZE = option(16, "texts per optimizer step, over all processes", "Training", ge=1, le=2**20)
 
 
 class Config(BaseModel):
@@ -131,7 +151,7 @@ class ForwardOptions(DeviceOptions):
 class ScoringOptions(TextOptions, ForwardOptions):
     """How teachers are scored: what a supervision store holds, and where and how fast it is filled."""
 
-    seed: int = option(0, "seed of every random number of the run", "Run", ge=0, lt=2**32)
+    seed: int = SEED
     mc: bool = option(
         True, "Monte-Carlo dropout; --no-mc takes the statistics from one deterministic pass", "Uncertainty"
     )
@@ -217,7 +237,7 @@ class RunConfig(ScoringOptions, LabelOptions):
 
     teachers: list[str] = option([], "teacher folders or hub names; required unless --store is filled", FILES)
     student: str | None = option(None, "encoder to start the student from: folder or hub name; required", FILES)
-    neutral_encoder: str | None = option(None, NEUTRAL_ENCODER, FILES, means="the student")
+    neutral_encoder: str | None = NEUTRAL_ENCODER
     texts: str | None = option(None, f"unlabelled texts: {TEXTS}; required", FILES)
     eval: str | None = option(None, "labelled texts to measure the student on", FILES)
     store: str | None = option(None, "supervision store to fill or reuse", FILES, means="OUTPUT/supervision")
@@ -226,7 +246,7 @@ class RunConfig(ScoringOptions, LabelOptions):
     )
     output: str | None = option(None, "folder of the run and of the exported student; required", FILES)
     ds_config: str | dict[str, Any] | None = option(None, "DeepSpeed configuration", FILES, allowed=f"a path of a JSON {OR_CONTENT}")
-    label_map: str | dict[Any, Any] | None = option(None, LABEL_MAP, FILES, allowed=f"a path of a JSON or YAML {OR_CONTENT}")
+    label_map: str | dict[Any, Any] | None = LABEL_MAP
 
     method: Literal[METHODS] = option(
         "muka-auto",
@@ -259,9 +279,9 @@ class RunConfig(ScoringOptions, LabelOptions):
         False, "the student also learns how much the teachers doubt a text, which predict and Predictor report", "Distillation"
     )
 
-    epochs: int | None = option(None, "passes over the texts", "Training", means=DEFAULT_EPOCHS, ge=1, le=10_000)
-    learning_rate: float | None = option(None, "peak learning rate of AdamW", "Training", means=DEFAULT_LEARNING_RATE, gt=0, le=1)
-    batch_size: int = option(16, "texts per optimizer step, over all processes", "Training", ge=1, le=2**20)
+    epochs: int | None = EPOCHS
+    learning_rate: float | None = LEARNING_RATE
+    batch_size: int = BATCH_SIZE
     warmup_ratio: float = option(0.1, "share of the steps with rising learning rate", "Training", ge=0, le=1)
     weight_decay: float = option(0.01, "decoupled weight decay", "Training", ge=0, le=1)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", "Training", gt=0, le=1e6)
@@ -334,8 +354,8 @@ class TeachConfig(TextOptions, LabelOptions, DeviceOptions):
     )
     output: str = option(..., "folder of the teacher", FILES)
     eval: str | None = option(None, "labelled texts to measure the teacher on", FILES)
-    epochs: int | None = option(None, "passes over the texts", "Training", means=DEFAULT_EPOCHS, ge=1, le=10_000)
-    learning_rate: float | None = option(None, "peak learning rate of AdamW", "Training", means=DEFAULT_LEARNING_RATE, gt=0, le=1)
+    epochs: int | None = EPOCHS
+    learning_rate: float | None = LEARNING_RATE
     batch_size: int = option(16, "texts per optimizer step", "Training", ge=1, le=2**20)
     freeze_layers: int = option(
         0,
@@ -344,7 +364,7 @@ class TeachConfig(TextOptions, LabelOptions, DeviceOptions):
         ge=0,
         le=10_000,
     )
-    seed: int = option(0, "seed of every random number of the run", "Run", ge=0, lt=2**32)
+    seed: int = SEED
     overwrite: bool = option(False, "replace the teacher in the output folder", "Run")
 
 
@@ -361,7 +381,7 @@ class EvalConfig(FinishedModelOptions, LabelOptions):
 
     model: str = option(..., "classifier to measure: folder or hub name", FILES)
     data: str = option(..., "labelled texts", FILES)
-    label_map: str | dict[Any, Any] | None = option(None, LABEL_MAP, FILES, allowed=f"a path of a JSON or YAML {OR_CONTENT}")
+    label_map: str | dict[Any, Any] | None = LABEL_MAP
     # `json` is a method name of pydantic's models, hence the alias.
     json_output: bool = option(False, "print the figures as JSON", "Run", alias="json")
 
@@ -379,7 +399,7 @@ class DemoConfig(Config):
     """Options of `muka-fast demo`."""
 
     output: str = option("runs/demo", "folder of the demo", FILES)
-    seed: int = option(0, "seed of every random number of the run", "Run", ge=0, lt=2**32)
+    seed: int = SEED
     limit: int | None = option(None, "use about N texts, equally many of each library", "Run", ge=100)
     overwrite: bool = option(False, "replace the demo in the output folder", "Run")
 
@@ -392,14 +412,14 @@ class PlanConfig(ScoringOptions):
 
     teachers: list[str] = option(..., "teacher folders or hub names; only their configurations are read", FILES)
     student: str = option(..., "encoder of the student: folder or hub name; only its configuration is read", FILES)
-    neutral_encoder: str | None = option(None, NEUTRAL_ENCODER, FILES, means="the student")
+    neutral_encoder: str | None = NEUTRAL_ENCODER
     texts: str | None = option(None, "the texts to train on, to count them and their tokens", FILES)
     num_texts: int | None = option(None, "number of texts, instead of --texts", "Data", ge=1)
     tokens_per_text: int | None = option(
         None, "mean number of tokens of a text", "Data", means="counted in --texts, else --max_length", ge=1, le=16384
     )
-    epochs: int | None = option(None, "passes over the texts", "Training", means=DEFAULT_EPOCHS, ge=1, le=10_000)
-    batch_size: int = option(16, "texts per optimizer step, over all processes", "Training", ge=1, le=2**20)
+    epochs: int | None = EPOCHS
+    batch_size: int = BATCH_SIZE
     micro_batch: int | None = option(
         None, "texts per forward and backward of one process", "Training", means="--batch_size / --gpus", ge=1, le=2**20
     )

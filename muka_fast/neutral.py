@@ -20,9 +20,9 @@ import transformers
 from torch import Tensor
 
 from muka_fast import checkpoint
-from muka_fast.console import progress, quiet_transformers
+from muka_fast.console import progress
 from muka_fast.data import TextSet, Tokens, collate, token_budget_batches, tokenize, tokenizer_key
-from muka_fast.errors import NOT_FINITE, UserError, first_line
+from muka_fast.errors import NOT_FINITE, UserError
 from muka_fast.features import Features, missing_shards, read_or_refuse
 from muka_fast.intercept import run_without_waiting
 from muka_fast.memory import device_of, send, token_budget
@@ -171,15 +171,8 @@ def load_encoder(
 ) -> transformers.PreTrainedModel:
     """The encoder of a folder without any head, eval mode, frozen."""
     what = f"{ROLE} {folder}"
-    try:
-        with quiet_transformers():
-            model, info = transformers.AutoModel.from_pretrained(
-                folder,
-                dtype=DTYPES[precision],
-                **checkpoint.SAFE_LOADING,
-            )
-    except checkpoint.LOADING_ERRORS as error:
-        raise UserError(f"{what}: transformers cannot load it: {first_line(error)}") from error
+    with checkpoint.loading(f"{what}: transformers cannot load it"):
+        model, info = transformers.AutoModel.from_pretrained(folder, dtype=DTYPES[precision], **checkpoint.SAFE_LOADING)
     settle_forward(model)
     settle_tokenizer(model, tokenizer, what)
     check_tokenizer(model, tokenizer, what)

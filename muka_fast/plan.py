@@ -11,9 +11,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from muka_fast import adapters, checkpoint
 from muka_fast.config import PlanConfig
-from muka_fast.console import fill, new_table, quiet_transformers, stdout_console
+from muka_fast.console import fill, new_table, stdout_console
 from muka_fast.data import read_texts, tokenize
-from muka_fast.errors import UserError, first_line
+from muka_fast.errors import UserError
 from muka_fast.footprint import DECODER_LAYERS, STAGES, Footprint, footprint, measured_flops, stage_memory
 from muka_fast.labels import build_label_space
 from muka_fast.memory import device_of, tell_precision
@@ -45,11 +45,8 @@ def read_model(source: str, role: str, classifier: bool = True) -> tuple[PreTrai
     if adapters.is_adapter(path) and not (path / "config.json").is_file():
         labels, path = adapters.adapter_labels(path, what, CONFIG_FILES), adapters.base_folder(path, what, CONFIG_FILES)
     written = checkpoint.read_config(path, what)
-    try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except checkpoint.LOADING_ERRORS as error:
-        raise UserError(f"{what}: its configuration cannot be read: {first_line(error)}") from error
+    with checkpoint.loading(f"{what}: its configuration cannot be read"):
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     lacking = [name for name in ("hidden_size", "num_hidden_layers") if not hasattr(config.get_text_config(), name)]
     if lacking:
         raise UserError(f"{what}: cannot be planned, as the configuration of a {config.model_type} has no {' and no '.join(lacking)}")

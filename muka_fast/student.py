@@ -12,7 +12,6 @@ import transformers
 from torch import nn
 
 from muka_fast import checkpoint
-from muka_fast.console import quiet_transformers
 from muka_fast.engine import partitioned_loading, whole_parameters
 from muka_fast.errors import UserError, first_line
 from muka_fast.probe import check_padding
@@ -41,24 +40,17 @@ def load_student(
     checkpoint.weight_files(folder, what)
     tokenizer = load_tokenizer(folder, what)
     names = dict(enumerate(labels))
-    try:
-        with quiet_transformers(), partitioned_loading(ds_config):
-            config = transformers.AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, num_labels=len(labels)
-            )
-            checkpoint.tell_of_own_code(config.to_dict(), what)
-            vars(config).pop("auto_map", None)  # so that what is saved says whose class it is
-            config.id2label, config.label2id = names, {name: index for index, name in names.items()}
-            config.problem_type = "single_label_classification" if len(labels) > 1 else None
-            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                config=config,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,
-                **checkpoint.SAFE_LOADING,
-            )
-    except checkpoint.LOADING_ERRORS as error:
-        raise UserError(f"{what}: transformers cannot load it: {first_line(error)}") from error
+    with checkpoint.loading(f"{what}: transformers cannot load it"), partitioned_loading(ds_config):
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, num_labels=len(labels)
+        )
+        checkpoint.tell_of_own_code(config.to_dict(), what)
+        vars(config).pop("auto_map", None)  # so that what is saved says whose class it is
+        config.id2label, config.label2id = names, {name: index for index, name in names.items()}
+        config.problem_type = "single_label_classification" if len(labels) > 1 else None
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, **checkpoint.SAFE_LOADING
+        )
     settle_forward(model)
     # ZeRO-3 loading records even legacy renamings (LayerNorm.gamma), and saving would apply them backwards.
     if ds_config["zero_optimization"]["stage"] == 3:

@@ -15,7 +15,6 @@ import torch
 import transformers
 
 from muka_fast import adapters, checkpoint, placement
-from muka_fast.console import quiet_transformers
 from muka_fast.data import tokenizer_key
 from muka_fast.errors import UserError, first_line
 from muka_fast.probe import check_padding, trace_inputs
@@ -223,18 +222,10 @@ def load_classifier(
     device_map "meta": shapes only; "sequential": over the devices of max_memory, in their order, and the disk.
     """
     checkpoint.read_tensors(folder, what)  # names a damaged file or a pickle; transformers would not
-    try:
-        with quiet_transformers():
-            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                dtype=dtype,
-                device_map=device_map,
-                max_memory=max_memory,
-                ignore_mismatched_sizes=True,
-                **checkpoint.SAFE_LOADING,
-            )
-    except checkpoint.LOADING_ERRORS as error:
-        raise UserError(f"{what}: transformers cannot load it: {first_line(error)}") from error
+    with checkpoint.loading(f"{what}: transformers cannot load it"):
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=dtype, device_map=device_map, max_memory=max_memory, ignore_mismatched_sizes=True, **checkpoint.SAFE_LOADING
+        )
     check_loading(info, what)
     settle_forward(model)
     return model

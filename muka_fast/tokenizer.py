@@ -8,7 +8,6 @@ import torch
 import transformers
 
 from muka_fast import checkpoint
-from muka_fast.console import quiet_transformers
 from muka_fast.errors import UserError, first_line
 
 log = logging.getLogger("muka_fast")
@@ -18,13 +17,10 @@ NO_LIMIT = 10**6  # a tokenizer without a length limit says 1e30
 def load_tokenizer(folder: Path, what: str) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of a folder, padding on the right."""
     checkpoint.check_tokenizer_files(folder, what)
-    try:
-        with quiet_transformers():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, padding_side="right"
-            )
-    except checkpoint.LOADING_ERRORS as error:
-        raise UserError(f"{what}: its tokenizer cannot be loaded: {first_line(error)}") from error
+    with checkpoint.loading(f"{what}: its tokenizer cannot be loaded"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, padding_side="right"
+        )
     tokenizer.init_kwargs.pop("auto_map", None)  # transformers' own class it is, and what is saved says so
     return tokenizer
 

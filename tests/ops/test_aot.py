@@ -15,7 +15,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton", reason="Triton is not on this platform")
 
 REGISTERS = 65_536  # of a multiprocessor
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one block may have
+# Bytes that one block may have; of 8.0 that of 8.6 and 8.9, which run the same code (an A100 itself has 163 KiB).
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 def cases():
