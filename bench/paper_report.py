@@ -187,16 +187,16 @@ def plots(results: dict[str, Any], path: Path) -> list[Path]:
 
     cells, names, key = results["cells"], list(results["settings"]), score_key(results)
     reference, written = best_published(cells, names, key), []
-    methods = [method for method in methods_in(cells) if method not in (reference, *UPPER_LINES)]
-    if reference is not None and methods:
-        figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.32 * len(methods)), layout="constrained")
-        for row, method in enumerate(methods):
-            points = [100 * statistics.mean(found) for found in paired(cells, names, method, reference, key).values()]
+    others = [] if reference is None else [name for name in methods_in(cells) if name not in (reference, *UPPER_LINES)]
+    found = {method: paired(cells, names, method, reference, key).values() for method in others}
+    differences = {method: [100 * statistics.mean(pairs) for pairs in settings] for method, settings in found.items() if settings}
+    if differences:
+        figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.32 * len(differences)), layout="constrained")
+        for row, points in enumerate(differences.values()):
             axes.plot(points, [row] * len(points), "o", alpha=0.5)
-            if points:
-                axes.plot(statistics.mean(points), row, "k|", markersize=14)
+            axes.plot(statistics.mean(points), row, "k|", markersize=14)
         axes.axvline(0, color="grey", linewidth=0.8)
-        axes.set_yticks(range(len(methods)), methods)
+        axes.set_yticks(range(len(differences)), differences)
         axes.invert_yaxis()
         axes.set_xlabel(f"points against {reference} ({key}); one dot per setting, bar: mean")
         written.append(save(figure, path.with_name(path.stem + "_differences.svg")))
