@@ -136,14 +136,16 @@ def load_supervision(
     n, size, adaptive = manifest["texts"]["count"], manifest["shard_size"], check_company(store, entries)
     last = (n - 1) // size
     for key, count in zip(keys, counts, strict=True):  # before memory is taken for n texts: a damaged manifest may hold any number
-        read_or_refuse(store / key, ShardRange(last, last * size, n), shard_reader(store / key, key, count, adaptive))
+        read = shard_reader(store / key, key, count, adaptive, ("example_ids",))
+        read_or_refuse(store / key, ShardRange(last, last * size, n), read)
     ranges, features = shard_ranges(n, size), []
     matrices = {name: torch.empty(n, offsets[-1]) for name in COLUMNS if mean_probs or name != "mean_probs"}
+    wanted = (*matrices, *VECTORS, "var_probs", "example_ids", *(["num_samples"] if adaptive else []))  # features are most of a shard
     vectors = {name: torch.empty(n, len(keys)) for name in PER_TEACHER}
     ids = torch.empty(n, dtype=torch.int64)
     num_samples = torch.empty(n, dtype=torch.int64) if adaptive else None
     for i, key in enumerate(keys):
-        read = shard_reader(store / key, key, counts[i], adaptive)
+        read = shard_reader(store / key, key, counts[i], adaptive, wanted)
         of_features = shard_reader(store / key, key, counts[i], adaptive, (FEATURES,))
         features.append(teacher_features(store / key, ranges, entries[i]["name"], of_features))
         for shard in ranges:

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -437,6 +438,20 @@ def test_features_are_read_when_asked_for_and_verified_then(tmp_path, stage):
     assert len(sup.features[1].rows(np.array([0, 9]))) == 2
     with pytest.raises(UserError, match=r"shard-00001.safetensors is missing; run `muka-fast score`"):
         list(sup.features[1].chunks())
+
+
+def test_features_of_verified_shards_are_not_read_for_the_rest(tmp_path, stage, monkeypatch):
+    fill(tmp_path)  # it reads, and so verifies, what it wrote
+    read, original = [], store_module.safe_open
+
+    @contextmanager
+    def recording(path, framework):
+        with original(path, framework=framework) as file:
+            yield SimpleNamespace(get_tensor=lambda name: read.append(name) or file.get_tensor(name), keys=file.keys)
+
+    monkeypatch.setattr(store_module, "safe_open", recording)
+    open_store(tmp_path)
+    assert set(read) >= {"logits", "mean_probs", "var_probs", "example_ids"} and "features" not in read
 
 
 def test_a_head_without_features_is_named(tmp_path, stage, monkeypatch):
