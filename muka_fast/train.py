@@ -188,8 +188,8 @@ def merge(
         log.info(COMPLETE, output)
         return done
     check_alike(record["identity"], "reads other files")
+    trained = method.wrap(model)  # while the model knows all words, with some of which it is probed
     vocabulary = TextVocabulary(model, tokens)
-    trained = method.wrap(model)
     engine = Engine.create(trained, config, ds_config, plan.total_steps)
     on_first_process(lambda: runinfo.begin_run(output, config, record))
     pad_id = model.config.get_text_config().pad_token_id

@@ -144,7 +144,7 @@ def model_config(content: bytes) -> None:
 def student() -> nn.Module:
     """As much of a student as its uncertainty head is held to: an output layer of two labels over three features."""
     model = nn.Sequential(nn.Linear(3, 2))
-    model.config = SimpleNamespace(num_labels=2)
+    model.config, model.base_model_prefix = SimpleNamespace(num_labels=2), ""
     return model
 
 

@@ -69,7 +69,7 @@ def test_processes_share_the_cores_and_a_failure_is_not_a_result(training, tmp_p
     script = tmp_path / "script.py"
     script.write_text("import os; print(os.environ['RANK'], os.environ['OMP_NUM_THREADS'])")
     told = training.finish(training.launch([str(script)], 2))
-    assert [line.split() for line in told] == [[rank, str(max(1, training.CORES // 2))] for rank in "01"]
+    assert [line.split() for line in told] == [[rank, str(max(1, training.usable_cores() // 2))] for rank in "01"]
     script.write_text("raise SystemExit(3)")
     with pytest.raises(RuntimeError, match="exit codes"):
         training.finish(training.launch([str(script)]))
