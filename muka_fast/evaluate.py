@@ -266,14 +266,17 @@ def evaluate(config: "EvalConfig") -> dict[str, Any]:
     index = {name: c for c, name in enumerate(names)}
     known = np.array([label in index for label in renamed])
     unknown: dict[str, int] = {}
-    for label in (label for label, there in zip(texts.labels, known, strict=True) if not there):
-        unknown[label] = unknown.get(label, 0) + 1
-    alike = {plain_form(name): name for name in names}
+    for label, name in zip(texts.labels, renamed, strict=True):
+        if name is not None and name not in index:
+            unknown[label] = unknown.get(label, 0) + 1
+    if dropped := sum(name is None for name in renamed):
+        log.info("%s: %d of %d texts have labels that --label_map drops; they are left out", config.data, dropped, len(texts))
+    alike, seen = {plain_form(name): name for name in names}, dict.fromkeys(texts.labels)
     shown = lambda label: f"{label}, where the model has '{alike[plain_form(label)]}'" if plain_form(label) in alike else label
     if not known.any():
         raise UserError(
-            f"{config.data}: none of its labels ({', '.join(map(shown, list(unknown)[:3]))}, ...) is a class of {config.model} "
-            f"({', '.join(names[:3])}, ...); rename them with --label_map or choose --label_column"
+            f"{config.data}: none of its labels ({', '.join(map(shown, list(unknown or seen)[:3]))}, ...) is a class of "
+            f"{config.model} ({', '.join(names[:3])}, ...); rename them with --label_map or choose --label_column"
         )
     if unknown:
         log.warning(

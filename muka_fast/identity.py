@@ -84,6 +84,7 @@ def identity(
         "texts": texts.fingerprint,
         "teachers": [teacher["fingerprint"] for teacher in sup.teachers],
         "tokenizers": [teacher["tokenizer_key"] for teacher in sup.teachers],
+        "scoring_seeds": [teacher["run_seed"] for teacher in sup.teachers],  # a store may hold others' scores
         "labels": list(space.names),
         "teacher_labels": [list(labels) for labels in space.teacher_labels],
         **encoders,
@@ -152,7 +153,8 @@ def earlier_run(config: "RunConfig", ds_config: dict[str, Any]) -> dict[str, Any
         theirs = {name: before[name] for name in names if name in before}
         refuse_other(output, theirs | {key: earlier.get("identity", {}).get(key) for key in ds_identity(ds_config)}, mine)
         if earlier.get("state") == "complete" and now["eval"] is not None and before.get("eval") != now["eval"]:
-            log.warning("%s was evaluated on %s; for %s use `muka-fast eval`", output, before.get("eval"), now["eval"])
+            then = "not evaluated" if before.get("eval") is None else f"evaluated on {before['eval']}"
+            log.warning("%s was %s; for %s use `muka-fast eval`", output, then, now["eval"])
     return earlier
 
 

@@ -92,7 +92,7 @@ class RuledSoft(Composed):
         held = weights.sum(-1)
         if not (held >= 0.5).all():
             self._leave_out(held < 0.5, "belong to no teacher by the rule")
-        elif config.coverage:
+        elif config.coverage and len(sup.teachers) > 1:
             log.info("no text is left out: all %d belong to some teacher, as far as can be told", len(held))
         self.balance = text_weights(weights, self.included > 0, config.teacher_balance)
         mine = [self.balance[(self.selected == i) & (self.included > 0)] for i in range(len(sup.teachers))]

@@ -96,8 +96,8 @@ def label_owners(config: RunConfig, texts: TextSet) -> list[Mapping[str, Any]]:
 
 
 def tell_of_little(config: RunConfig, space: LabelSpace, texts: TextSet) -> None:
-    """Warn of a single teacher in a store (of others the scoring does), and of too few texts to learn from."""
-    if len(space.teacher_names) == 1 and not config.teachers:
+    """Warn of a single teacher, and of too few texts to learn from."""
+    if len(space.teacher_names) == 1:
         log.warning(ONE_TEACHER, space.teacher_names[0])
     if len(texts) < FEW_TEXTS * space.num_classes:
         told = texts.source, len(texts), space.num_classes

@@ -70,7 +70,8 @@ def render(record: dict[str, Any], metrics: Sequence[dict[str, Any]], name: str)
     student = record.get("metrics", {}).get("student") or {}
     several = len(record["teachers"]) > 1  # one alone is always chosen, by a margin of 1
     unused = unused_options(RunConfig.model_construct(**record["config"]))
-    classes = list((student.get("per_class") or {}).items())
+    every = student.get("per_class") or {}
+    classes = [(label, row) for label, row in every.items() if row["support"]]  # of the others the texts say nothing
     return environment.get_template("report.html.j2").render(
         name=name,
         version=__version__,
@@ -80,6 +81,7 @@ def render(record: dict[str, Any], metrics: Sequence[dict[str, Any]], name: str)
         student=student,
         classes=classes[:MOST_CLASSES],
         num_classes=len(classes),
+        num_absent=len(every) - len(classes),
         supervision=supervision,
         head_tells=(record.get("uncertainty_head") or {}).get("tells", True),
         sampling=record.get("sampling"),

@@ -102,7 +102,7 @@ def supervision_record(
 ) -> dict[str, Any]:
     """What run.json tells of the supervision."""
     record = {"metrics": supervision_metrics(method, labels, space)}
-    record["supervision"] = supervision_summary(method, sup, space, texts)
+    record["supervision"] = supervision_summary(method, sup, space, texts, labels)
     if config.coverage:
         record["coverage"] = coverage_summary(method, texts)
     if sup.num_samples is not None:
@@ -124,21 +124,28 @@ def supervision_metrics(method: "Method", labels: list[str] | None, space: "Labe
     return found | {"num_labelled_texts": known} if found else {}
 
 
-def supervision_summary(method: "Method", sup: "Supervision", space: "LabelSpace", texts: "TextSet") -> dict[str, Any]:
+def supervision_summary(
+    method: "Method", sup: "Supervision", space: "LabelSpace", texts: "TextSet", labels: list[str] | None = None
+) -> dict[str, Any]:
     """Which teacher was trusted how often and by how much, with the clearest and the least clear texts.
 
-    Methods without a teacher margin get the selection of muka-hard with predictive entropy.
+    Methods without a teacher margin get that of muka-hard with predictive entropy, those without a selection both. labels: of the
+    texts, by the names of the label space, "" where it has none.
     """
     selected, margin, source, sup = method.selected, method.margin, method.config.method, sup.restrict(space)
-    if selected is None or margin is None:
-        selected, margin = select_teacher_ref(-uncertainties(sup, "predictive_entropy"))
-        source = "predictive entropy"
+    by_margin = source
+    if margin is None:
+        by_entropy, margin = select_teacher_ref(-uncertainties(sup, "predictive_entropy"))
+        by_margin = "predictive entropy"
+        if selected is None:
+            selected, source = by_entropy, by_margin
     counts = torch.bincount(selected, minlength=len(space.teacher_names)).tolist()
     histogram = torch.histc(margin.float(), MARGIN_BINS, 0.0, 1.0).int().tolist()
     order = margin.argsort(stable=True)
-    show = lambda rows: [example(int(row), selected, margin, sup, space, texts) for row in rows]
+    show = lambda rows: [example(int(row), selected, margin, sup, space, texts, labels) for row in rows]
     return {
         "source": source,
+        "margin_source": by_margin,
         "shares": {name: count / len(selected) for name, count in zip(space.teacher_names, counts, strict=True)},
         "margin_histogram": histogram,
         "margin_mean": float(margin.double().mean()),
@@ -164,21 +171,23 @@ def shorten(text: str) -> str:
 
 
 def example(
-    row: int, selected: Tensor, margin: Tensor, sup: "Supervision", space: "LabelSpace", texts: "TextSet"
+    row: int, selected: Tensor, margin: Tensor, sup: "Supervision", space: "LabelSpace", texts: "TextSet", labels: list[str] | None
 ) -> dict[str, Any]:
     """One text with its most trusted teacher and what that teacher says; sup: restricted to the label space."""
     teacher = int(selected[row])
     start, stop = space.offsets[teacher], space.offsets[teacher + 1]
-    probs = torch.softmax(sup.logits[row, start:stop], -1)
-    best = int(probs.argmax())
+    says: dict[str, float] = {}
+    for name, prob in zip(space.teacher_labels[teacher], torch.softmax(sup.logits[row, start:stop], -1).tolist(), strict=True):
+        says[name] = says.get(name, 0.0) + prob  # two columns may be one class
+    best = max(says, key=says.__getitem__)
     return {
         "example_id": int(texts.example_ids[row]),
         "text": shorten(texts.texts[row]),
         "teacher": space.teacher_names[teacher],
         "margin": float(margin[row]),
-        "says": space.teacher_labels[teacher][best],
-        "probability": float(probs[best]),
-        "label": texts.labels[row] if texts.labels else None,
+        "says": best,
+        "probability": says[best],
+        "label": (labels[row] or None) if labels else None,
     }
 
 

@@ -115,7 +115,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             aside.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"{path}: the disk is full; make room (or choose another --store) and run the same command again: "
+                f"{path}: the disk is full; make room (or choose another folder) and run the same command again: "
                 "finished shards are kept"
             ) from error
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
@@ -267,13 +267,13 @@ def read_manifest(store: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable manifest ({error}); restore it or choose another --store") from error
+        raise UserError(f"{path}: not a readable manifest ({error}); restore it or choose another folder") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise UserError(f"{path}: store format {found!r}, this version reads {FORMAT}; choose another --store")
+        raise UserError(f"{path}: store format {found!r}, this version reads {FORMAT}; choose another folder")
     problem = _manifest_problem(manifest)
     if problem:
-        raise UserError(f"{path}: {problem}; restore it or choose another --store")
+        raise UserError(f"{path}: {problem}; restore it or choose another folder")
     return manifest
 
 
@@ -320,7 +320,7 @@ def _locked(store: Path) -> Iterator[None]:
         store.mkdir(parents=True, exist_ok=True)
         file = open(store / ".lock", "a")  # noqa: SIM115 - closed below
     except OSError as error:
-        rather = ", or leave out --teachers to train from what it holds" if (store / MANIFEST).exists() else ""
+        rather = ", or have `train` learn from what it holds, without --teachers" if (store / MANIFEST).exists() else ""
         raise UserError(f"{store}: the store cannot be written ({error.strerror or error}); name another folder{rather}") from error
     with file:
         lock(file)

@@ -6,6 +6,7 @@ n texts · N teachers (i) · S columns of all teachers · C_i classes of teacher
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from muka_fast.labels import LabelSpace
 
 
+log = logging.getLogger("muka_fast")
 COLUMNS = ("logits", "mean_probs")  # fields of a Supervision that are [n, S]
 PER_TEACHER = (*VECTORS, "total_variance")  # those that are [n, N]
 
@@ -202,6 +204,10 @@ def open_store(
     as `chosen_teachers` and `load_supervision`."""
     store = Path(store)
     manifest, keys = chosen_teachers(store, texts, options or {}, names)
+    seed = (options or {}).get("run_seed")
+    if others := [entry for entry in map(manifest["teachers"].get, keys) if seed not in (None, entry["run_seed"])]:
+        told = ", ".join(f"{entry['name']} {entry['run_seed']}" for entry in others)
+        log.info("%s: scores of another --seed than %d: %s", store, seed, told)
     return load_supervision(store, manifest, keys, mean_probs=mean_probs)
 
 

@@ -60,8 +60,9 @@ class Recipe:
 # ---- the rows and labels of a teacher ----
 
 
-def rows_with_labels(texts: TextSet, labels: Sequence[str] | None) -> tuple[TextSet, list[str]]:
-    """The rows whose label is one of `labels` (None: all that occur, sorted), example ids kept, and the label names.
+def rows_with_labels(texts: TextSet, labels: Sequence[str] | None, limited: bool = False) -> tuple[TextSet, list[str]]:
+    """The rows whose label is one of `labels` (None: all that occur, sorted), example ids kept, and the label names. limited: whether
+    --limit has left rows out.
 
     Raises:
         UserError: a label that no row has (names the nearest), a label named twice, fewer than two labels.
@@ -71,7 +72,8 @@ def rows_with_labels(texts: TextSet, labels: Sequence[str] | None) -> tuple[Text
     missing = [label for label in labels if label not in found]
     if missing:
         names = ", ".join(f"'{label}'{nearest(label, found)}" for label in missing[:5])
-        raise UserError(f"--labels: no row of {texts.source} has {names}{' and more' if len(missing) > 5 else ''}")
+        cut = ", of which --limit takes the first rows, whatever their labels," if limited else ""
+        raise UserError(f"--labels: no row of {texts.source}{cut} has {names}{' and more' if len(missing) > 5 else ''}")
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
         raise UserError(f"--labels: '{twice}' is named twice")
@@ -314,7 +316,7 @@ def teach(config: TeachConfig) -> dict[str, Any]:
     device = device_of(config.device)
     quiet_deepspeed(device, config.verbose)  # transformers imports it
     columns = {"text_column": config.text_column, "label_column": config.label_column, "need_labels": True}
-    train, labels = rows_with_labels(read_texts(config.train, limit=config.limit, **columns), config.labels)
+    train, labels = rows_with_labels(read_texts(config.train, limit=config.limit, **columns), config.labels, config.limit is not None)
     held_out = rows_to_measure(read_texts(config.eval, split="test", **columns), labels) if config.eval else None
     model, tokenizer = load_student(config.encoder, labels, config.seed, {"zero_optimization": {"stage": 0}}, "encoder")
     freeze(model, config.freeze_layers)

@@ -96,8 +96,7 @@ def inspect(path: str | Path) -> TeacherFiles:
 
 
 def check_teachers(paths: Sequence[str | Path], warn: bool = True) -> list[TeacherFiles]:
-    """Check the files of all teachers before any work starts; warns (where `warn`) when there is only one, and of code
-    of their own, which is not run.
+    """Check the files of all teachers before any work starts; warns (where `warn`) of code of their own, which is not run.
 
     Raises UserError for no teacher, for the same teacher twice (same folder or same content) and for every fault that
     `inspect` and `rehearse` find.
@@ -118,8 +117,6 @@ def check_teachers(paths: Sequence[str | Path], warn: bool = True) -> list[Teach
             raise UserError(f"--teachers: {path} and {twin} are the same model; name every teacher once")
         if warn and not adapters.is_adapter(files[-1].folder):
             checkpoint.tell_of_own_code(checkpoint.read_config(files[-1].folder, f"teacher {path}"), f"teacher {path}")
-    if len(paths) == 1 and warn:
-        log.warning(ONE_TEACHER, paths[0])
     return files
 
 

@@ -306,7 +306,7 @@ def begin_record(
     """run.json as far as it is known before training; tokenizer: the student's."""
     teachers = [
         {"name": teacher["name"], "fingerprint": teacher["fingerprint"], "labels": list(dict.fromkeys(names))}
-        | {"own_labels": teacher["labels"]}
+        | {"own_labels": teacher["labels"], "run_seed": teacher["run_seed"]}
         for teacher, names in zip(sup.teachers, space.teacher_labels, strict=True)
     ]
     labels = labels if METHODS[config.method].needs_labels else None

@@ -268,6 +268,14 @@ def test_unknown_labels_are_counted_and_left_out(tmp_path, student, texts, caplo
     assert evaluate(config(student, data, label_map=str(mapped)))["num_texts"] == 12
 
 
+def test_labels_that_the_map_drops_are_not_called_unknown(tmp_path, student, texts, caplog):
+    data = write_rows(tmp_path / "d.jsonl", [(text, "abc"[i % 3]) for i, text in enumerate(texts[:6])])
+    with caplog.at_level(logging.INFO, "muka_fast"):
+        found = evaluate(config(student, data, label_map={"a": None}))
+    assert found["num_texts"] == 4 and found["num_unknown"] == 0 and "does not know" not in caplog.text
+    assert "2 of 6 texts have labels that --label_map drops" in caplog.text
+
+
 def test_a_name_of_the_map_that_nothing_has_is_told(tmp_path, student, texts, product_log):
     data = write_rows(tmp_path / "d.jsonl", [(text, "abc"[i % 3]) for i, text in enumerate(texts[:6])])
     for label_map, told in (({"b": "a"}, False), ({"other": "a"}, True), ({"t": {"x": None}}, False)):

@@ -593,6 +593,23 @@ def test_no_text_is_shown_twice():
     assert sorted(shown) == list(range(8))
 
 
+def test_what_is_shown_of_a_text_is_said_of_classes_by_their_names_in_the_student():
+    """Two columns of the first teacher are one class: together they are its answer, though a third one is larger than either."""
+    sup = make_supervision((["a", "b", "c"], ["d", "e"]), n=1)
+    sup.logits[0] = torch.tensor([0.3, 0.3, 0.4, 0.5, 0.5]).log()
+    space = space_of(sup, {"a": "life", "b": "life"})
+    method = build_method(options("oracle"), sup, space, ["life"])
+    texts = TextSet(["x"], ["a"], np.arange(1), "x", "f", 0)
+    found = runinfo.supervision_summary(method, sup, space, texts, ["life"])
+    (shown,) = found["lowest_margin"]
+    assert (shown["teacher"], shown["says"], shown["label"]) == (space.teacher_names[0], "life", "life")
+    assert shown["probability"] == pytest.approx(0.6)
+    # The oracle has a selection of its own, and no margin.
+    assert (found["source"], found["margin_source"]) == ("oracle", "predictive entropy") and list(found["shares"].values()) == [1, 0]
+    nobody = build_method(options("uhc"), sup, space, None)
+    assert nobody.selected is None and runinfo.supervision_summary(nobody, sup, space, texts)["source"] == "predictive entropy"
+
+
 def test_the_oracle_goes_by_entropy_where_one_teacher_was_scored_by_a_single_pass():
     sup = make_supervision((["a", "b"], ["b", "c"]))
     sup.teachers[1]["mc"] = False

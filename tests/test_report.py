@@ -101,6 +101,14 @@ def test_figures_charts_and_tables_are_there(record):
     assert "label_map" not in page  # options that are not set do not fill the table
 
 
+def test_classes_that_no_text_has_are_counted_and_not_measured(record):
+    per_class = record["metrics"]["student"]["per_class"]
+    assert "do not occur" not in report.render(record, metrics(5), "my run")
+    per_class |= {"absent": {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}}
+    page = report.render(record, metrics(5), "my run")
+    assert "1 more classes do not occur in these texts" in page and ">absent<" not in page
+
+
 @pytest.mark.parametrize("count", [200, 333])
 def test_the_line_through_a_noisy_loss_is_its_mean_over_a_twentieth(count):
     drawn = Figure().add_subplot()

@@ -294,6 +294,21 @@ def test_a_pattern_that_matches_fewer_files_is_another(go, world, tmp_path):
         go("run", resume=True, **own)
 
 
+def test_scores_of_another_seed_are_other_input(go, stop_at, monkeypatch, tmp_path, caplog):
+    """A store may hold scores of one seed for students of several; those of a student's own seed may come later."""
+    store = str(tmp_path / "scores")
+    go("first", epochs=1, store=store)
+    options = {"epochs": 3, "store": store, "teachers": [], "seed": 5}
+    stop_at(4)
+    with caplog.at_level("INFO", "muka_fast"):
+        assert go("run", **options).stopped
+    assert "scores of another --seed than 5: news 0, home 0" in caplog.text
+    monkeypatch.undo()
+    go("second", epochs=1, store=store, seed=5)
+    with pytest.raises(UserError, match=r"scoring_seeds \[0, 0\] -> \[5, 5\]"):
+        go("run", resume=True, **options)
+
+
 def test_a_complete_run_of_a_store_is_done_only_for_the_teachers_that_it_merged(go, world, tmp_path, caplog):
     go("filled", epochs=1)
     chosen = {"teachers": [], "store_teachers": ["news", "home"], "epochs": 1}

@@ -249,7 +249,7 @@ def test_precisions_stand_side_by_side(tmp_path, stage):
     for entry in manifest["teachers"].values():
         entry.pop("scoring_precision")  # as it was before there was a choice
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"manifest.json: teacher '\w+' is incomplete; restore it or choose another --store"):
+    with pytest.raises(UserError, match=r"manifest.json: teacher '\w+' is incomplete; restore it or choose another folder"):
         open_store(tmp_path)
 
 

@@ -113,6 +113,11 @@ def test_bad_labels_are_refused_before_any_work(options, labels, expected, tmp_p
     assert not (tmp_path / "teacher").exists()
 
 
+def test_labels_that_a_limit_left_out_are_told_so(options):
+    with pytest.raises(UserError, match=r"rows\.jsonl, of which --limit takes the first rows, whatever their labels, has '"):
+        teach.teach(TeachConfig(**options | {"limit": 1}))
+
+
 def test_a_missing_encoder_is_called_what_the_option_calls_it(options, tmp_path):
     with pytest.raises(UserError, match=r"^encoder .*/none: no such folder"):
         teach.teach(TeachConfig(**options | {"encoder": str(tmp_path / "none")}))
