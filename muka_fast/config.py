@@ -39,6 +39,7 @@ def option(
     extra = {"group": group, "allowed": allowed, "means": means}
     return Field(default, description=description, json_schema_extra=extra, **limits)
 
+
 # Of several commands.
 SEED = option(0, "seed of every random number of the run", "Run", ge=0, lt=2**32)
 LABEL_MAP = option(None, "renames, merges or drops (null) labels", FILES, allowed=f"a path of a JSON or YAML {OR_CONTENT}")

@@ -265,27 +265,7 @@ def evaluate(config: "EvalConfig") -> dict[str, Any]:
     renamed = rename_labels(texts.labels, label_map, owners)
     index = {name: c for c, name in enumerate(names)}
     known = np.array([label in index for label in renamed])
-    unknown: dict[str, int] = {}
-    for label, name in zip(texts.labels, renamed, strict=True):
-        if name is not None and name not in index:
-            unknown[label] = unknown.get(label, 0) + 1
-    if dropped := sum(name is None for name in renamed):
-        log.info("%s: %d of %d texts have labels that --label_map drops; they are left out", config.data, dropped, len(texts))
-    alike, seen = {plain_form(name): name for name in names}, dict.fromkeys(texts.labels)
-    shown = lambda label: f"{label}, where the model has '{alike[plain_form(label)]}'" if plain_form(label) in alike else label
-    if not known.any():
-        raise UserError(
-            f"{config.data}: none of its labels ({', '.join(map(shown, list(unknown or seen)[:3]))}, ...) is a class of "
-            f"{config.model} ({', '.join(names[:3])}, ...); rename them with --label_map or choose --label_column"
-        )
-    if unknown:
-        log.warning(
-            "%s: %d of %d texts have labels that the model does not know (%s); they are left out (--label_map renames)",
-            config.data,
-            sum(unknown.values()),
-            len(texts),
-            ", ".join(map(shown, list(unknown)[:5])),
-        )
+    unknown = unknown_labels(config, texts.labels, renamed, names)
     head = None if adapters.is_adapter(folder) else UncertaintyHead.load(folder, model)
     rows = np.flatnonzero(known) if head is None else np.arange(len(texts))  # doubt is measured on unknown labels as well
     max_length = kept_length(config.max_length, folder, model, tokenizer)
@@ -304,6 +284,33 @@ def evaluate(config: "EvalConfig") -> dict[str, Any]:
         figures["doubt"] = doubt_figures(doubt, -torch.softmax(outputs, -1).amax(-1).numpy(), wrong, ~mine)
     told = {"model": str(config.model), "data": str(config.data), "num_unknown": sum(unknown.values())}
     return told | {"unknown_labels": unknown} | figures
+
+
+def unknown_labels(config: "EvalConfig", labels: list[str], renamed: list[str | None], names: list[str]) -> dict[str, int]:
+    """The number of texts with each label that the model does not know, told in the log as those are which the label map drops.
+
+    labels, renamed: of each text, in the data and by the label map (None: dropped); names: the model's classes. Raises UserError where
+    no text is left.
+    """
+    known, unknown = {None, *names}, dict[str, int]()
+    for label, name in zip(labels, renamed, strict=True):
+        if name not in known:
+            unknown[label] = unknown.get(label, 0) + 1
+    dropped = renamed.count(None)
+    alike = {plain_form(name): name for name in names}
+    shown = lambda label: f"{label}, where the model has '{alike[plain_form(label)]}'" if plain_form(label) in alike else label
+    if dropped + sum(unknown.values()) == len(labels):
+        some = list(unknown or dict.fromkeys(labels))[:3]
+        raise UserError(
+            f"{config.data}: none of its labels ({', '.join(map(shown, some))}, ...) is a class of {config.model} "
+            f"({', '.join(names[:3])}, ...); rename them with --label_map or choose --label_column"
+        )
+    if dropped:
+        log.info("%s: %d of %d texts have labels that --label_map drops; they are left out", config.data, dropped, len(labels))
+    if unknown:
+        told = config.data, sum(unknown.values()), len(labels), ", ".join(map(shown, list(unknown)[:5]))
+        log.warning("%s: %d of %d texts have labels that the model does not know (%s); they are left out (--label_map renames)", *told)
+    return unknown
 
 
 def doubt_figures(doubt: np.ndarray, softmax: np.ndarray, wrong: np.ndarray, unknown: np.ndarray) -> dict[str, dict[str, Any]]:

@@ -119,21 +119,23 @@ def own_scores(sup: Supervision, rows: np.ndarray, power: float = 0.0) -> np.nda
     """
     out = np.empty((len(sup), len(sup.teachers)), np.float32)
     for i, (start, stop) in enumerate(itertools.pairwise(sup.offsets)):
-        probs, features = torch.softmax(sup.logits[rows, start:stop], dim=-1), sup.features[i].rows(rows)
+        probs, features = torch.softmax(sup.logits[rows, start:stop], dim=-1).numpy(), sup.features[i].rows(rows)
         if sup.label_space is not None:
             probs = by_class(probs, sup.label_space.teacher_to_union[start:stop])
-        weights = probs.amax(-1).double().numpy() ** power
-        gaussians = RelativeMahalanobis.fit(features, probs.argmax(-1).numpy(), weights)
+        weights = probs.max(1).astype(np.float64) ** power
+        gaussians = RelativeMahalanobis.fit(features, probs.argmax(1), weights)
         anchors = Anchors.of(gaussians.scores(features))
         for part, chunk in sup.features[i].chunks():
             out[part, i] = anchors(gaussians.scores(chunk))
     return out
 
 
-def by_class(probs: torch.Tensor, union: Sequence[int]) -> torch.Tensor:
-    """A teacher's probabilities [m, C_i] with those of columns that are one class (`union`, of each) added up."""
-    own, column = np.unique(union, return_inverse=True)
-    return probs if len(own) == len(union) else probs @ torch.eye(len(own))[column]
+def by_class(probs: np.ndarray, union: Sequence[int]) -> np.ndarray:
+    """A teacher's probabilities of its classes, in the order of their numbers in the union, from those of its columns [m, columns];
+    `union` has each column's number, and two columns may be one class."""
+    order = np.argsort(union, kind="stable")
+    _, starts = np.unique(np.asarray(union)[order], return_index=True)
+    return np.add.reduceat(probs[:, order], starts, axis=1)
 
 
 def second_scores(sup: Supervision) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,9 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from muka_fast.errors import UserError
-from muka_fast.store import FEATURES, DamagedShard, ShardRange
+from muka_fast.store import FEATURES, ShardRange, read_or_refuse
 
-log = logging.getLogger("muka_fast")
 ROWS = 8192  # rows of a chunk where they lie in memory
 
 
@@ -68,32 +66,3 @@ def teacher_features(
         return tensors[FEATURES]
 
     return Features(ranges, features)
-
-
-def missing_shards(folder: Path, ranges: Sequence[ShardRange], read: Callable[[ShardRange], object]) -> list[int]:
-    """The numbers of the shards that `read` does not find, or finds damaged (those are named)."""
-    missing = []
-    for shard in ranges:
-        try:
-            read(shard)
-            continue
-        except FileNotFoundError:
-            pass  # missing, as its number says
-        except DamagedShard as error:
-            log.warning("%s is damaged (%s): computing it again", shard.path(folder), error)
-        missing.append(shard.number)
-    return missing
-
-
-SCORE_AGAIN = "run `muka-fast score` with the same teachers, texts and options to compute it again"
-
-
-def read_or_refuse(
-    folder: Path, shard: ShardRange, read: Callable[[ShardRange], dict[str, np.ndarray]], way_out: str = SCORE_AGAIN
-) -> dict[str, np.ndarray]:
-    """`read(shard)`; raises UserError that names a missing or damaged shard of `folder` and how to get it back."""
-    try:
-        return read(shard)
-    except (FileNotFoundError, DamagedShard) as error:
-        what = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged: {error}"
-        raise UserError(f"{shard.path(folder)} {what}; {way_out}") from error

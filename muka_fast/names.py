@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import softmax
 
-from muka_fast.evidence import unit
+from muka_fast.evidence import by_class, unit
 
 if TYPE_CHECKING:
     from muka_fast.auto import Classes
@@ -82,13 +82,11 @@ def calibrate(s: np.ndarray, w: np.ndarray, p: np.ndarray, classes: Classes) -> 
     """max(k_i, 0) of each teacher with several classes, and t."""
     kappas, wanted, sure = [], 0.0, np.zeros(len(TEMPERATURES))
     for i, (start, stop) in enumerate(itertools.pairwise([*classes.starts, p.shape[1]])):
-        own, column = np.unique(classes.union[start:stop], return_inverse=True)  # two columns may be one class
+        own = np.unique(classes.union[start:stop])
         C = len(own)
         if C < 2:  # it has nothing to be right about
             continue
-        similar, probs, share = s[:, own], p[:, start:stop], float(w[:, i].mean())
-        if stop - start > C:
-            probs = probs @ np.eye(C, dtype=probs.dtype)[column]
+        similar, probs, share = s[:, own], by_class(p[:, start:stop], classes.union[start:stop]), float(w[:, i].mean())
         weight = w[:, i] * probs.max(1)
         weight = weight / max(float(weight.sum()), 1e-30)
         kappa = cohens_kappa(similar.argmax(1), probs.argmax(1), C, weight)

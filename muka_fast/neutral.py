@@ -23,7 +23,7 @@ from muka_fast import checkpoint
 from muka_fast.console import progress
 from muka_fast.data import TextSet, Tokens, collate, token_budget_batches, tokenize, tokenizer_key
 from muka_fast.errors import NOT_FINITE, UserError
-from muka_fast.features import Features, missing_shards, read_or_refuse
+from muka_fast.features import Features
 from muka_fast.intercept import run_without_waiting
 from muka_fast.memory import device_of, send, token_budget
 from muka_fast.names import readable
@@ -35,7 +35,9 @@ from muka_fast.store import (
     FORMAT,
     ShardRange,
     half,
+    missing_shards,
     read_manifest,
+    read_or_refuse,
     read_tensors,
     remove_leftovers,
     shard_ranges,
@@ -75,10 +77,12 @@ def neutral_features(
         place = Path(store) / f"neutral-{key}"
         ranges = shard_ranges(len(texts), read_manifest(Path(store))["shard_size"])
         look = lambda place: missing_shards(place, ranges, lambda shard: _read(place, shard, key))
-        if aside is not None and not os.access(store, os.W_OK) and queue.agree(f"{key} in the store", lambda: look(place)):
-            place = Path(aside) / place.name
         remove_leftovers(place)
         missing = queue.agree(key, lambda: look(place))
+        if missing and aside is not None and not os.access(store, os.W_OK):
+            place = Path(aside) / place.name
+            remove_leftovers(place)
+            missing = queue.agree(f"{key} aside", lambda: look(place))
         if missing:
             todo = [ranges[number] for number in missing]
             _compute(place, Path(store), key, folder, tokenizer, texts, max_length, todo, options, queue)

@@ -114,6 +114,12 @@ def rate(options: PlanConfig, config: PreTrainedConfig, tokens: int, precision: 
     return measured_flops(config, options.micro_batch, tokens, precision, device, train, what)
 
 
+def largest_share(num_texts: int, shard_size: int, processes: int) -> float:
+    """Of the texts, the part that one process scores at the most, as each shard is one process's."""
+    shards = -(-num_texts // shard_size)
+    return -(-shards // processes) / shards
+
+
 def plan(options: PlanConfig) -> dict[str, Any]:
     """All figures: bytes, hours, FLOP/s. Raises UserError for models that cannot be read or run without weights."""
     if options.flops is None and options.gpu is None:  # measured here
@@ -124,14 +130,12 @@ def plan(options: PlanConfig) -> dict[str, Any]:
     num_texts, tokens = count_texts(options)
     length = max(1, round(tokens))
     shard_size = options.shard_size or default_shard_size(num_texts)
-    shards = -(-num_texts // shard_size)
-    rounds = -(-shards // options.gpus)  # a shard is one process's
 
     def reading(config: PreTrainedConfig, forwards: float, what: str) -> dict[str, Any]:
         """That many forwards of a model over all texts."""
         precision = options.scoring_precision
         cost, reached = footprint(config, 1, length, precision, what), rate(options, config, length, precision, False, what)
-        hours = num_texts * cost.forward_flops * forwards / reached * rounds / shards / 3600
+        hours = num_texts * cost.forward_flops * forwards / reached * largest_share(num_texts, shard_size, options.gpus) / 3600
         found = {"parameters": cost.num_parameters, "weights_bytes": DTYPES[precision].itemsize * cost.num_parameters}
         return found | {"forwards": forwards, "flops_per_s": reached, "hours": hours}
 

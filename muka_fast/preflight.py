@@ -15,7 +15,7 @@ from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label
 from muka_fast.methods import METHODS, neutral_encoder, unused_options
 from muka_fast.stored import chosen_teachers
 from muka_fast.supervision import check_sites, option_values
-from muka_fast.teachers import ONE_TEACHER, check_teachers, teacher_names
+from muka_fast.teachers import check_teachers, teacher_names
 
 log = logging.getLogger("muka_fast")
 FEW_TEXTS = 5  # a class
@@ -98,7 +98,7 @@ def label_owners(config: RunConfig, texts: TextSet) -> list[Mapping[str, Any]]:
 def tell_of_little(config: RunConfig, space: LabelSpace, texts: TextSet) -> None:
     """Warn of a single teacher, and of too few texts to learn from."""
     if len(space.teacher_names) == 1:
-        log.warning(ONE_TEACHER, space.teacher_names[0])
+        log.warning("only one teacher (%s): this is plain distillation, there is nothing to select between", space.teacher_names[0])
     if len(texts) < FEW_TEXTS * space.num_classes:
         told = texts.source, len(texts), space.num_classes
         log.warning("%s: %d texts are few for %d classes, of which each should have some tens", *told)

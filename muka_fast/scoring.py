@@ -16,7 +16,6 @@ from muka_fast.adaptive import Crew, run_waves, token_batches
 from muka_fast.console import progress
 from muka_fast.data import TextSet, Tokens, collate, cut_length, token_budget_batches
 from muka_fast.errors import NOT_FINITE, UserError
-from muka_fast.features import missing_shards
 from muka_fast.memory import replica_budget_bytes, token_budget
 from muka_fast.pool_tokens import PoolTokens
 from muka_fast.shard_queue import ShardQueue
@@ -30,6 +29,7 @@ from muka_fast.store import (
     half,
     is_adaptive,
     merge_manifest,
+    missing_shards,
     read_shard,
     remove_leftovers,
     shard_ranges,

@@ -40,7 +40,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +59,7 @@ log = logging.getLogger("muka_fast")
 FORMAT = 1
 MANIFEST = "manifest.json"
 METADATA = "muka_fast"  # the one metadata entry of a shard, JSON
+SCORE_AGAIN = "run `muka-fast score` with the same teachers, texts and options to compute it again"
 LEFT_S = 3600.0  # an aside-file of this age is left over
 MATRICES = ("logits", "mean_probs", "var_probs")
 VECTORS = ("predictive_entropy", "expected_entropy")
@@ -254,6 +255,32 @@ def read_tensors(
             raise DamagedShard(f"tensor {name!r} is missing or has another shape or type")
     _VERIFIED.add(seen)
     return {name: tensors[name] for name in only} if only else tensors
+
+
+def missing_shards(folder: Path, ranges: Sequence[ShardRange], read: Callable[[ShardRange], object]) -> list[int]:
+    """The numbers of the shards that `read` does not find, or finds damaged (those are named)."""
+    missing = []
+    for shard in ranges:
+        try:
+            read(shard)
+            continue
+        except FileNotFoundError:
+            pass  # missing, as its number says
+        except DamagedShard as error:
+            log.warning("%s is damaged (%s): computing it again", shard.path(folder), error)
+        missing.append(shard.number)
+    return missing
+
+
+def read_or_refuse(
+    folder: Path, shard: ShardRange, read: Callable[[ShardRange], dict[str, np.ndarray]], way_out: str = SCORE_AGAIN
+) -> dict[str, np.ndarray]:
+    """`read(shard)`; raises UserError that names a missing or damaged shard of `folder` and how to get it back."""
+    try:
+        return read(shard)
+    except (FileNotFoundError, DamagedShard) as error:
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged: {error}"
+        raise UserError(f"{shard.path(folder)} {what}; {way_out}") from error
 
 
 # ---- manifest ----

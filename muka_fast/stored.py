@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from muka_fast.errors import UserError
-from muka_fast.features import Features, read_or_refuse, teacher_features
+from muka_fast.features import Features, teacher_features
 from muka_fast.selection import UNCERTAINTY
 from muka_fast.store import (
     FEATURES,
@@ -29,6 +29,7 @@ from muka_fast.store import (
     differing_options,
     is_adaptive,
     read_manifest,
+    read_or_refuse,
     read_shard,
     shard_ranges,
 )

@@ -22,7 +22,6 @@ from muka_fast.seeds import seed_of
 from muka_fast.tokenizer import check_tokenizer, load_tokenizer, settle_tokenizer, token_limit
 
 log = logging.getLogger("muka_fast")
-ONE_TEACHER = "only one teacher (%s): this is plain distillation, there is nothing to select between"
 
 SHOWN_NAMES = 3  # of a list in a message
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -17,7 +17,7 @@ if __name__ == "__main__":
 import inspect
 import logging
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -190,21 +190,21 @@ def merge(
     check_alike(record["identity"], "reads other files")
     trained = method.wrap(model)  # while the model knows all words, with some of which it is probed
     vocabulary = TextVocabulary(model, tokens)
-    engine = Engine.create(trained, config, ds_config, plan.total_steps)
-    on_first_process(lambda: runinfo.begin_run(output, config, record))
-    pad_id = model.config.get_text_config().pad_token_id
-    with clock("train"), training_layers(model, config.seed, engine.device, config.batch_size) as next_texts:
-        finished = train(engine, method, tokens, texts, plan, config, output, pad_id, next_texts)
-    if not finished:
-        return RunResult(output, stopped=True)
+    with closing(Engine.create(trained, config, ds_config, plan.total_steps)) as engine:
+        on_first_process(lambda: runinfo.begin_run(output, config, record))
+        pad_id = model.config.get_text_config().pad_token_id
+        with clock("train"), training_layers(model, config.seed, engine.device, config.batch_size) as next_texts:
+            finished = train(engine, method, tokens, texts, plan, config, output, pad_id, next_texts)
+        if not finished:
+            return RunResult(output, stopped=True)
 
-    record |= runinfo.supervision_record(config, method, sup, space, texts, labels)
-    with clock("export"):
-        state = engine.state_dict() if trained is model else student_part(engine.state_dict())
-        state = None if state is None else vocabulary.complete(state)
-        on_first_process(lambda: export.save_student(model, tokenizer, output, space.names, card(config, record, max_length), state))
-        state = None  # of a sharded student another copy
-        engine.close()
+        record |= runinfo.supervision_record(config, method, sup, space, texts, labels)
+        with clock("export"):
+            state = engine.state_dict() if trained is model else student_part(engine.state_dict())
+            state = None if state is None else vocabulary.complete(state)
+            told = card(config, record, max_length)
+            on_first_process(lambda: export.save_student(model, tokenizer, output, space.names, told, state))
+            state = None  # of a sharded student another copy
     if doubt is not None:
         with clock("uncertainty head"):
             tells = on_first_process(lambda: export.add_head(output, fit_head(config, output, texts, doubt, method)))

@@ -142,7 +142,7 @@ def test_no_teacher_is_refused():
 
 
 def test_one_teacher_works_without_a_word(make_teacher, caplog):
-    """It may be one more of a store; a run that has no other says so (test_preflight.py, test_train.py)."""
+    """It may be one more of a store; a run that has no other says so (test_preflight.py, test_bad_input.py)."""
     folder = make_teacher("bert")
     with caplog.at_level(logging.WARNING, logger="muka_fast"):
         assert [files.folder for files in teachers.check_teachers([folder])] == [folder]

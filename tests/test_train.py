@@ -1,11 +1,13 @@
 """The conductor end to end on tiny random models: what a run leaves, layouts, methods, golden losses."""
 
+import gc
 import json
 import os
 import random
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +97,22 @@ def test_imports_leave_the_callers_random_numbers():
     code = "import random, muka_fast; random.seed(1); expected = random.Random(1).random(); muka_fast.amalgamate; "
     done = subprocess.run([sys.executable, "-c", f"{code}print(random.random() == expected)"], capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
+
+
+def test_a_run_leaves_no_engine_behind_however_it_ends(go, stop_at, monkeypatch):
+    """What DeepSpeed's hooks keep: six runs of a notebook would hold six students with their moments."""
+    kept, create = [], Engine.create
+    remember = lambda *arguments: kept.append(weakref.ref((engine := create(*arguments)).ds)) or engine
+    monkeypatch.setattr(train.Engine, "create", remember)
+    ds = {"zero_optimization": {"stage": 2}}
+    go("complete", ds=ds, epochs=1)
+    monkeypatch.setattr(train.export, "save_student", lambda *_: (_ for _ in ()).throw(UserError("the disk is full")))
+    with pytest.raises(UserError, match="the disk is full"):
+        go("failed", ds=ds, epochs=1)
+    stop_at(2)
+    assert go("stopped", ds=ds, epochs=1).stopped
+    gc.collect()
+    assert [engine() for engine in kept] == [None] * 3
 
 
 def test_mean_probabilities_are_read_for_their_targets_alone(go, monkeypatch):

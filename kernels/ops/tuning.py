@@ -118,4 +118,3 @@ def choose(op: str, shape: str, device: torch.device) -> Entry:
 def taken(arch: str, op: str, shape: str) -> Entry:
     """What was measured on an architecture, or the default."""
     return MEASURED.get(arch, {}).get(op, {}).get(shape, CANDIDATES[op][shape][0])
-
