@@ -22,7 +22,7 @@ JOINING = timedelta(minutes=10)
 # Within it: one may score for hours while the others wait; a process that dies ends the wait, at once or after a grace (`Watch`).
 PATIENCE = timedelta(days=7)
 GRACE_S = 10.0  # for a process to end by itself after another one's death: mostly gloo wakes it, or it leaves at the next shard
-TOLD_S = 2.0  # gloo raises in one thread, and tells the watch in another
+TOLD_S = 2.0  # an exchange fails in one thread, and the watch is told in another
 LIFETIME = timedelta(days=3650)  # of a job, at most
 WATCH_TAG = 7  # of a watch's messages
 # Gloo's threads, which nothing ends, let go of the tensors of the last exchange a moment after it. Where the interpreter is gone by
@@ -119,6 +119,14 @@ def gone() -> str | None:
     return None if _watch is None else _watch.gone
 
 
+def gone_behind_a_failure() -> str | None:
+    """`gone` after an exchange has failed: the watch may be told of it a moment later."""
+    end = time.monotonic() + TOLD_S
+    while _watch is not None and not gone() and time.monotonic() < end:
+        time.sleep(0.02)
+    return gone()
+
+
 def on_first_process(work: Callable[[], T]) -> T:
     """Run `work` on process 0 and hand its result to all. Collective.
 
@@ -192,12 +200,9 @@ def one_job() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        end = time.monotonic() + TOLD_S
-        while _watch is not None and not gone() and time.monotonic() < end:
-            time.sleep(0.02)
-        if not gone():
+        if (what := gone_behind_a_failure()) is None:
             raise
-        log.error("%s: stopping; its log has the reason, what is finished is kept", gone())
+        log.error("%s: stopping; its log has the reason, what is finished is kept", what)
         raise SystemExit(1) from error
     finally:
         shut_down()

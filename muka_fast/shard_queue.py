@@ -18,7 +18,7 @@ import torch
 from torch import distributed
 
 from muka_fast.errors import UserError, first_line
-from muka_fast.group import gone
+from muka_fast.group import gone, gone_behind_a_failure
 
 T, P = TypeVar("T"), TypeVar("P")
 log = logging.getLogger("muka_fast")
@@ -147,7 +147,7 @@ class ShardQueue:
         try:
             yield
         except RuntimeError as error:  # of gloo and of the store alike
-            self._end(gone() or f"another process is gone ({first_line(error)})")
+            self._end(gone_behind_a_failure() or f"another process is gone ({first_line(error)})")
 
     def _end(self, what: str) -> NoReturn:
         log.error("%s while scoring: stopping; its log has the reason, finished shards are kept", what)

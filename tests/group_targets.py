@@ -77,6 +77,22 @@ def leave_or_enter(variables: dict[str, str]) -> None:
     os._exit(7)
 
 
+def lose_the_store(variables: dict[str, str]) -> None:
+    """The store of process 0 fails in process 1 a moment before its watch is told that process 0 is gone."""
+    os.environ.update(variables)
+    logging.getLogger("muka_fast").addHandler(logging.StreamHandler())
+    rank, _ = init_distributed()
+    if rank == 0:
+        time.sleep(2)
+        os._exit(7)
+    with ShardQueue(group=True) as queue:
+        while group.gone() is None:
+            time.sleep(0.01)
+        told, group._watch.gone = group._watch.gone, None
+        threading.Timer(0.5, setattr, (group._watch, "gone", told)).start()
+        queue.check()
+
+
 def wait_alone(variables: dict[str, str]) -> None:
     """Joins a group whose other process never starts."""
     os.environ.update(variables)

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from group_targets import exit_codes, leave_or_enter, wait_alone
+from group_targets import exit_codes, leave_or_enter, lose_the_store, wait_alone
 from launch import launcher_variables
 from torch import distributed
 
@@ -192,6 +192,11 @@ def test_no_number_is_taken_after_another_process_has_failed(monkeypatch):
 def test_a_process_that_is_gone_before_the_queue_begins_ends_the_others(capfd):
     assert exit_codes(leave_or_enter, [(own,) for own in launcher_variables(2)]) == [1, 7]
     assert "is gone" in capfd.readouterr().err
+
+
+def test_a_store_that_fails_before_the_watch_knows_is_told_as_a_process_that_is_gone(capfd):
+    assert exit_codes(lose_the_store, [(own,) for own in launcher_variables(2)]) == [7, 1]
+    assert "process 0 of 2 is gone while scoring: stopping" in capfd.readouterr().err
 
 
 def test_a_job_whose_processes_do_not_all_start_says_so(capfd):
