@@ -9,7 +9,9 @@ DeepSpeed.
 import atexit
 import contextlib
 import copy
+import importlib.util
 import logging
+import math
 import os
 import sys
 import warnings
@@ -35,6 +37,7 @@ from muka_fast.recorded import RecordedSteps, recordable
 log = logging.getLogger("muka_fast")
 # What DeepSpeed raises for a configuration that it cannot use, beside errors of its own (the sixth: bf16 as grad_accum_dtype of fp32).
 REFUSALS = (AssertionError, AttributeError, TypeError, ValueError, LookupError, NotImplementedError, ImportError)
+MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml", "csv_monitor": "csv"}  # and the package of each
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic one: what changes
 SHARD_BYTES = 1 << 30  # tensors are gathered one by one and flushed to a file at this size: rank 0 never holds the whole state
@@ -138,7 +141,7 @@ def told_as_refusal(name: str) -> Iterator[None]:
 
 
 def check_ds_config(ds_config: dict[str, Any], name: str) -> None:
-    """Have DeepSpeed read its configuration, and build its scheduler, before anything slow begins. name: what errors call it.
+    """Have DeepSpeed read its configuration before anything slow begins. name: what errors call it.
 
     Raises UserError for what it refuses, which it would otherwise say after the scoring, and in its own way.
     """
@@ -146,19 +149,47 @@ def check_ds_config(ds_config: dict[str, Any], name: str) -> None:
     from deepspeed.runtime import lr_schedules
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    params = {"lr": 1e-5} | {key: ds_config["optimizer"]["params"][key] for key in ("betas", "eps")}
-    offloaded = [ds_config["zero_optimization"].get(part) or {} for part in ("offload_optimizer", "offload_param")]
-    if any(part.get("device") == "nvme" for part in offloaded) and not AsyncIOBuilder().is_compatible(verbose=False):
+    if to_nvme(ds_config["zero_optimization"]) and not AsyncIOBuilder().is_compatible(verbose=False):
         raise UserError(f"{name}: offloading to nvme needs DeepSpeed's async_io, which cannot be built here (libaio): use cpu")
+    for key, package in MONITORS.items():
+        if ds_config.get(key, {}).get("enabled") and importlib.util.find_spec(package) is None:
+            raise UserError(f"{name}: {key} is enabled, but {package} is not installed: `pip install {package}`, or remove it")
     with told_as_refusal(name):
         DeepSpeedConfig({key: value for key, value in copy.deepcopy(ds_config).items() if key != "optimizer"})
-        if "scheduler" in ds_config:
-            scheduler = fill_scheduler(copy.deepcopy(ds_config["scheduler"]), 10, 2, params["lr"])
-            kind = scheduler.get("type")
-            if kind not in lr_schedules.VALID_LR_SCHEDULES:
-                raise UserError(f"{name}: scheduler.type {kind!r} is none of {', '.join(lr_schedules.VALID_LR_SCHEDULES)}")
-            optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], **params)
-            getattr(lr_schedules, kind)(optimizer, **scheduler["params"])
+    kind = ds_config.get("scheduler", {"type": "WarmupLR"}).get("type")
+    if kind not in lr_schedules.VALID_LR_SCHEDULES:
+        raise UserError(f"{name}: scheduler.type {kind!r} is none of {', '.join(lr_schedules.VALID_LR_SCHEDULES)}")
+
+
+def to_nvme(zero: dict[str, Any]) -> list[str]:
+    """What a zero_optimization keeps on an NVMe disk."""
+    return [part for part in ("offload_optimizer", "offload_param") if (zero.get(part) or {}).get("device") == "nvme"]
+
+
+def rehearse(config: RunConfig, ds_config: dict[str, Any]) -> None:
+    """One step of a student of two words, before anything slow begins; nothing goes to an NVMe disk or a monitor. Collective.
+
+    config, ds_config: both as `prepare_ds_config` returned them. Raises UserError for what DeepSpeed refuses as it begins or steps,
+    and where it changes a gradient.
+    """
+    name = ds_config_name(config.ds_config)
+    short = copy.deepcopy({key: value for key, value in ds_config.items() if key not in MONITORS})
+    short["optimizer"]["params"]["lr"] = config.learning_rate or 1e-5  # the default is that of the real student
+    for part in to_nvme(short["zero_optimization"]):
+        del short["zero_optimization"][part]
+    model = nn.Embedding(2, 2, _weight=torch.zeros(2, 2))
+    before, log.disabled = log.disabled, True  # its few steps are not those that a scheduler was planned for
+    try:
+        with contextlib.closing(Engine.create(model, config, short, 10)) as engine, told_as_refusal(name):
+            for _ in range(engine.micro_batches):
+                engine.backward(engine(input=torch.tensor([0, 1])).float().sum() / (engine.micro_batches * engine.world_size))
+                engine.step()
+            norm = engine.grad_norm
+    finally:
+        log.disabled = before
+    # Of fp16 the first steps may overflow.
+    if norm is not None and not short.get("fp16", {}).get("enabled") and not math.isclose(norm, 2.0, rel_tol=0.01):
+        raise UserError(f"{name}: under it DeepSpeed multiplies gradients by {norm / 2:.3g}; remove what does so")
 
 
 @contextlib.contextmanager

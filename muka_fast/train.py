@@ -32,7 +32,7 @@ from muka_fast.console import log_file, setup_logging
 from muka_fast.coverage import nobody_weights
 from muka_fast.data import TextSet, check_source, cut_length, read_texts, tell_cut
 from muka_fast.ds_config import ds_config_name, prepare_ds_config, settle_recipe
-from muka_fast.engine import Engine, check_ds_config, init_distributed, resolve_device
+from muka_fast.engine import Engine, check_ds_config, init_distributed, rehearse, resolve_device
 from muka_fast.evaluate import evaluate
 from muka_fast.evidence import SAMPLE, sample_rows
 from muka_fast.features import Features
@@ -114,6 +114,9 @@ def run(config: RunConfig) -> RunResult:
         check_ds_config(ds_config, ds_config_name(config.ds_config))
         check_layout(config, ds_config)
     check_alike(given_alike(config) | ds_config)
+    if config.ds_config is not None:
+        with told_once():
+            rehearse(config, ds_config)
     tell_unused_options(config)
     tell_precision("--precision", identity.ds_identity(ds_config)["precision"], device)
     on_first_process(lambda: outputs.check_output(*output_options(config)))

@@ -19,7 +19,7 @@ from launch import launcher_variables
 
 from muka_fast.config import RunConfig
 from muka_fast.ds_config import UNSUPPORTED, prepare_ds_config, read_ds_config
-from muka_fast.engine import Engine, check_ds_config, init_distributed, resolve_device
+from muka_fast.engine import Engine, check_ds_config, init_distributed, rehearse, resolve_device
 from muka_fast.errors import UserError
 from muka_fast.memory import device_of
 from muka_fast.optim import clip_gradients, dense_gradients, linear_schedule, parameter_groups, sparse_embeddings
@@ -201,7 +201,6 @@ def test_an_optimizer_is_what_deepspeed_takes_it_for():
         ({"optimizer": {"params": [1]}}, r"optimizer\.params must be a JSON object, found \[1\]"),
         ({"scheduler": {"params": {}}}, r"scheduler\.type None is none of .*WarmupDecayLR"),
         ({"scheduler": {"type": "Cosine"}}, r"scheduler\.type 'Cosine' is none of .*WarmupDecayLR"),
-        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_step": 3}}}, r"DeepSpeed refuses it: .*warmup_num_step"),
     ],
     ids=str,
 )
@@ -211,12 +210,55 @@ def test_what_deepspeed_would_refuse_after_the_scoring_is_refused_at_once(conten
         check_ds_config(prepare_ds_config(content, RunConfig(), 1)[0], "ds_config")
 
 
+CPU_ADAM = {"zero_optimization": {"stage": 2, "cpu_offload": True}, "zero_force_ds_cpu_optimizer": True}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_step": 3}}}, "warmup_num_step"),
+        ({"zero_optimization": {"stage": 2}, "prescale_gradients": True}, "pre-scale gradients"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype"),
+        (CPU_ADAM, "You are using ZeRO-Offload with a client provided optimizer"),
+    ],
+    ids=str,
+)
+def test_what_deepspeed_refuses_as_it_begins_shows_in_a_rehearsal(content, message):
+    ds, config = prepare_ds_config(content, RunConfig(device="cpu", ds_config=content), 1)
+    check_ds_config(ds, "ds_config")
+    with pytest.raises(UserError, match=f"ds_config: DeepSpeed refuses it: .*{message}"):
+        rehearse(config, ds)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_rehearsal_leaves_nothing_behind(stage, caplog, tmp_path):
+    content = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": 2}
+    content |= {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 500}}}
+    content |= {"csv_monitor": {"enabled": True, "output_path": str(tmp_path)}}
+    ds, config = prepare_ds_config(content, RunConfig(device="cpu", ds_config=content), 1)
+    before, state = json.dumps(ds), torch.get_rng_state()
+    rehearse(config, ds)
+    assert json.dumps(ds) == before and torch.equal(torch.get_rng_state(), state)
+    assert not caplog.text and not list(tmp_path.iterdir())
+
+
+def test_a_configuration_that_changes_gradients_is_refused(monkeypatch):
+    """As `gradient_allreduce_op` did in several processes."""
+    ds, config = prepare_ds_config({}, RunConfig(device="cpu", ds_config={}), 1)
+    rehearse(config, ds)
+    monkeypatch.setattr(Engine, "backward", lambda self, loss, _right=Engine.backward: _right(self, 3 * loss))
+    with pytest.raises(UserError, match="ds_config: under it DeepSpeed multiplies gradients by 3; remove what does so"):
+        rehearse(config, ds)
+
+
 @pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"])
 def test_every_scheduler_of_deepspeed_is_taken(kind):
     init_distributed()
     own = {"OneCycle": {"cycle_min_lr": 1e-5, "cycle_max_lr": 1e-3}, "WarmupCosineLR": {"total_num_steps": 10}}
-    ds, _ = prepare_ds_config({"scheduler": {"type": kind, "params": own.get(kind, {})}}, RunConfig(), 1)
+    content = {"scheduler": {"type": kind, "params": own.get(kind, {})}}
+    ds, config = prepare_ds_config(content, RunConfig(device="cpu", ds_config=content), 1)
     check_ds_config(ds, "ds_config")
+    rehearse(config, ds)
 
 
 OFFLOADED = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
@@ -258,6 +300,7 @@ def test_offloading_to_nvme_is_refused_before_the_scoring_where_it_cannot_be(mon
         check_ds_config(ds, "ds.json")
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
     check_ds_config(ds, "ds.json")
+    rehearse(RunConfig(device="cpu"), ds)  # without that disk
 
 
 def test_a_schedulers_highest_rate_is_the_learning_rate():
@@ -288,16 +331,11 @@ def test_a_scheduler_for_another_number_of_steps_is_told(caplog):
         assert ("total_num_steps is 5, the run has 4 steps" in caplog.text) is told
 
 
-CPU_ADAM = {"zero_optimization": {"stage": 2, "cpu_offload": True}, "zero_force_ds_cpu_optimizer": True}
-
-
-@pytest.mark.parametrize(("content", "told"), [({"wandb": {"enabled": True}}, "wandb"), (CPU_ADAM, "")], ids=["wandb", "cpu adam"])
-def test_what_deepspeed_refuses_when_it_begins_is_one_line(content, told):
-    if told and importlib.util.find_spec(told):
-        pytest.skip(f"{told} is installed, which DeepSpeed would log to")
-    ds, config = prepare_ds_config(content, RunConfig(device="cpu", learning_rate=1e-3, epochs=1, ds_config=content), 1)
-    with pytest.raises(UserError, match=f"ds_config: DeepSpeed refuses it: .*{told}"):
-        Engine.create(torch.nn.Linear(2, 2), config, ds, 4)
+def test_a_monitor_that_is_not_installed_is_told(monkeypatch):
+    ds, _ = prepare_ds_config({"wandb": {"enabled": True}}, RunConfig(), 1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    with pytest.raises(UserError, match=r"ds\.json: wandb is enabled, but wandb is not installed: `pip install wandb`, or remove it"):
+        check_ds_config(ds, "ds.json")
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,14 @@ def test_bad_input_is_told_once_by_two_processes(world, tmp_path, program, optio
 
 
 @pytest.mark.slow
+def test_what_deepspeed_refuses_is_told_once_before_the_scoring(world, tmp_path):
+    ds = {"zero_optimization": {"stage": 2}, "prescale_gradients": True}
+    codes, told = finish(run_processes(arguments(world, tmp_path, "run", ds, {"store": str(tmp_path / "store")}), 2))
+    assert codes == [2, 2] and told.count("error:") == 1 and "DeepSpeed refuses it: pre-scale gradients" in told, told
+    assert not (tmp_path / "store").exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_a_dead_worker_takes_the_job_down_within_seconds(world, tmp_path):
     options = arguments(world, tmp_path, "run", None, {"epochs": 10_000})
     processes = run_processes(options, 2)
