@@ -59,8 +59,7 @@ class ShardQueue:
         with self._reachable():
             if isinstance(error, UserError):
                 self._store.set("failed", str(self.rank))
-            told: list[str | None] = [None] * self.world_size
-            distributed.all_gather_object(told, str(error) if isinstance(error, UserError) else None)
+            told = self.gather(str(error) if isinstance(error, UserError) else None)
         failed = [rank for rank, message in enumerate(told) if message is not None]
         if failed and failed[0] != self.rank:
             raise SystemExit(2) from error
@@ -75,6 +74,14 @@ class ShardQueue:
         with self._reachable():
             if self._store.check(["failed"]):
                 raise _Stopped
+
+    def gather(self, mine: T) -> list[T]:
+        """What each process gives, in all of them. Collective."""
+        found = [mine] * self.world_size
+        if self.world_size > 1:
+            with self._reachable():
+                distributed.all_gather_object(found, mine)
+        return found
 
     def agree(self, name: str, propose: Callable[[], T]) -> T:
         """What the first process to ask for `name` proposes, in every process alike. Of JSON's types."""

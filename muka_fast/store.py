@@ -185,6 +185,12 @@ def shard_ranges(count: int, shard_size: int) -> list[ShardRange]:
     return [ShardRange(j, a, min(a + shard_size, count)) for j, a in enumerate(range(0, count, shard_size))]
 
 
+def shards_there(folder: Path) -> list[int]:
+    """The numbers of the shards that a folder has files of, whole or not."""
+    numbers = (path.stem.removeprefix("shard-") for path in folder.glob("shard-*.safetensors"))
+    return sorted(int(number) for number in numbers if number.isdigit())
+
+
 def _identity(shard: ShardRange, key: str) -> dict[str, Any]:
     return {"format": FORMAT, "teacher": key, "start": shard.start, "stop": shard.stop}
 
@@ -215,7 +221,7 @@ def read_shard(
     return read_tensors(folder, shard, key, shapes, only)
 
 
-_VERIFIED: set[tuple] = set()  # what `read_tensors` has found whole: path, inode, size and time of a file, and what it was taken for
+VERIFIED: set[tuple] = set()  # files that `read_tensors` has found whole, or another process of this job: path, size, time, key
 
 
 def read_tensors(
@@ -225,35 +231,36 @@ def read_tensors(
     shapes: dict[str, tuple[tuple[int | None, ...], type]],
     only: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
-    """Read the tensors of one shard, or `only` some of them, and verify all by `shapes`; an extent None may be any. A file that was
-    verified in this process and has not changed since is not verified anew.
+    """Read the tensors of one shard, or `only` some of them, and verify all by `shapes`; an extent None may be any. Of a file in
+    VERIFIED, which has not changed since, `only` these are read, and no checksum is made anew.
 
     Raises FileNotFoundError where there is none, DamagedShard where it breaks invariant 2, 4 or 5.
     """
     path = shard.path(folder)
     try:
         state = path.stat()
-        seen = (path, state.st_ino, state.st_size, state.st_mtime_ns, key, repr(shapes))
+        seen = (str(path), state.st_size, state.st_mtime_ns, key)
         with safe_open(path, framework="np") as file:
-            if seen in _VERIFIED:
-                return {name: file.get_tensor(name) for name in only or file.keys()}
+            known, names = seen in VERIFIED, file.keys()
             note = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = {name: file.get_tensor(name) for name in (known and only) or names}
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).partition("\n")[0] or repr(error)
         raise DamagedShard(f"not a readable safetensors file ({reason})") from error
-    if not isinstance(note, dict) or note.get("sha256") != _digest(tensors):
+    if not isinstance(note, dict) or not (known or note.get("sha256") == _digest(tensors)):
         raise DamagedShard("checksum does not match")
     if {name: value for name, value in note.items() if name != "sha256"} != _identity(shard, key):
         raise DamagedShard("it belongs to another teacher, option set or row range")
     for name, (shape, dtype) in shapes.items():
+        if known and only and name not in only:
+            continue
         found = tensors.get(name)
         fits = found is not None and found.dtype == dtype and found.ndim == len(shape)
         if not fits or any(wanted not in (None, there) for wanted, there in zip(shape, found.shape, strict=True)):
             raise DamagedShard(f"tensor {name!r} is missing or has another shape or type")
-    _VERIFIED.add(seen)
+    VERIFIED.add(seen)
     return {name: tensors[name] for name in only} if only else tensors
 
 

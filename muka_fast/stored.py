@@ -5,9 +5,12 @@ n texts · N teachers (i) · S columns of all teachers · C_i classes of teacher
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +22,15 @@ from torch import Tensor
 
 from muka_fast.errors import UserError
 from muka_fast.features import Features, teacher_features
+from muka_fast.memory import sharers
 from muka_fast.selection import UNCERTAINTY
+from muka_fast.shard_queue import ShardQueue
 from muka_fast.store import (
     FEATURES,
     OPTION_KEYS,
     VECTORS,
+    VERIFIED,
+    DamagedShard,
     ShardRange,
     check_texts,
     differing_options,
@@ -32,6 +39,7 @@ from muka_fast.store import (
     read_or_refuse,
     read_shard,
     shard_ranges,
+    shards_there,
 )
 
 if TYPE_CHECKING:
@@ -40,6 +48,7 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("muka_fast")
+READERS = 16  # threads of a process that verify shards
 COLUMNS = ("logits", "mean_probs")  # fields of a Supervision that are [n, S]
 PER_TEACHER = (*VECTORS, "total_variance")  # those that are [n, N]
 
@@ -123,6 +132,32 @@ class Supervision:
 # ---- reading a whole store ----
 
 
+def verify_shards(store: Path, manifest: dict[str, Any], keys: Sequence[str], queue: ShardQueue) -> None:
+    """Verify the shards of these teachers, each of them in one process of the queue, whose word the others take for a file of the same
+    size and time. What is damaged or missing is met by whoever reads it. Collective.
+
+    Of ten million texts and 50 teachers a terabyte, which else every process would read and hash.
+    """
+    n, size = manifest["texts"]["count"], manifest["shard_size"]
+    entries, readers = manifest["teachers"], {}
+    for key in keys:
+        readers[key] = shard_reader(store / key, key, len(entries[key]["labels"]), is_adaptive(entries[key]), ("example_ids",))
+
+    def share(files: Sequence[tuple[str, int]]) -> None:
+        for place in queue.take("verify", len(files)):
+            key, number = files[place]
+            with contextlib.suppress(FileNotFoundError, DamagedShard):
+                readers[key](ShardRange(number, number * size, min((number + 1) * size, n)))
+
+    threads = max(1, min(READERS, (os.cpu_count() or 1) // sharers(torch.device("cpu"))))
+    with queue, ThreadPoolExecutor(threads) as pool:
+        files = queue.agree("files", lambda: [(key, number) for key in keys for number in shards_there(store / key)])
+        before = set(VERIFIED)
+        for found in [pool.submit(share, files) for _ in range(threads)]:
+            found.result()
+        VERIFIED.update(*queue.gather(VERIFIED - before))
+
+
 def load_supervision(
     store: Path, manifest: dict[str, Any], keys: Sequence[str], names: Sequence[str] | None = None, mean_probs: bool = True
 ) -> Supervision:
@@ -200,16 +235,20 @@ def open_store(
     options: dict[str, Any] | None = None,
     names: Sequence[str] = (),
     mean_probs: bool = True,
+    queue: ShardQueue | None = None,
 ) -> Supervision:
     """Every complete teacher of a store, or those with these names in this order, without running or even finding a teacher; all else
-    as `chosen_teachers` and `load_supervision`."""
-    store = Path(store)
-    manifest, keys = chosen_teachers(store, texts, options or {}, names)
+    as `chosen_teachers` and `load_supervision`. With the queue of a process group every process calls this."""
+    store, queue = Path(store), queue or ShardQueue()
+    with queue:
+        manifest, keys = chosen_teachers(store, texts, options or {}, names)
     seed = (options or {}).get("run_seed")
     if others := [entry for entry in map(manifest["teachers"].get, keys) if seed not in (None, entry["run_seed"])]:
         told = ", ".join(f"{entry['name']} {entry['run_seed']}" for entry in others)
         log.info("%s: scores of another --seed than %d: %s", store, seed, told)
-    return load_supervision(store, manifest, keys, mean_probs=mean_probs)
+    verify_shards(store, manifest, keys, queue)
+    with queue:
+        return load_supervision(store, manifest, keys, mean_probs=mean_probs)
 
 
 def chosen_teachers(

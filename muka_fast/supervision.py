@@ -32,12 +32,13 @@ from muka_fast.store import (
     OPTION_KEYS,
     company_of,
     default_shard_size,
+    differing_options,
     merge_manifest,
     order_teachers,
     read_manifest,
     teacher_key,
 )
-from muka_fast.stored import Supervision, load_supervision
+from muka_fast.stored import Supervision, load_supervision, verify_shards
 from muka_fast.teachers import DTYPES, Teacher, TeacherFiles, check_teachers, load_teacher, teacher_names
 from muka_fast.trunk import StochasticTeacher
 
@@ -77,13 +78,16 @@ def fill_store(
             check_sites(names, files, options)
         wished = options.shard_size or default_shard_size(len(texts))
         shard_size = queue.agree("shard_size", lambda: merge_manifest(store, texts, wished)["shard_size"])
-        if read_manifest(store) is None:
+        if (manifest := read_manifest(store)) is None:
             raise UserError(f"{store} is not visible here: --store and --output must lie on a file system that all nodes share")
         if shard_size != wished:
             log.info("%s was begun with --shard_size %d, which stays", store, shard_size)
         if (shards := -(-len(texts) // shard_size)) < queue.world_size:
             told = "%d of %d processes have no texts to score: %d texts are %d shards of --shard_size %d"
             log.warning(told, queue.world_size - shards, queue.world_size, len(texts), shards, shard_size)
+    there = [key for key, entry in manifest["teachers"].items() if _is_one_of(entry, files, options)]
+    verify_shards(store, manifest, there, queue)
+    with queue:
         device = device_of(options.device)
         tell_precision("--scoring_precision", options.scoring_precision, device)
         sizes = {"shard_size": shard_size, "max_length": options.max_length, "token_budget": options.token_budget}
@@ -91,7 +95,10 @@ def fill_store(
         score_all = _score_adaptively if options.mc and options.mc_stop is not None else _score_in_turn
         keys = score_all(run, teacher_paths, names, files, options)
     with queue:
-        sup = load_supervision(store, order_teachers(store, keys), keys, names, mean_probs)
+        manifest = order_teachers(store, keys)
+    verify_shards(store, manifest, keys, queue)
+    with queue:
+        sup = load_supervision(store, manifest, keys, names, mean_probs)
     if sup.num_samples is not None:
         told = sampling_summary(sup.num_samples, options.mc_samples)
         log.info(
@@ -99,6 +106,11 @@ def fill_store(
             options.mc_stop, told["mean_samples"], options.mc_samples, 100 * told["samples_saved"],
         )  # fmt: skip
     return sup
+
+
+def _is_one_of(entry: dict[str, Any], files: Sequence[TeacherFiles], options: ScoringOptions) -> bool:
+    """Whether an entry of the manifest is of these teachers and options; whether of their tokenizers, its key tells later."""
+    return any(entry["fingerprint"] == found.fingerprint for found in files) and not differing_options(entry, option_values(options))
 
 
 def _score_in_turn(

@@ -263,8 +263,7 @@ def supervise(config: RunConfig, texts: TextSet, output: Path) -> tuple[Supervis
     if config.teachers:
         sup = fill_store(store, config.teachers, texts, config, ShardQueue(group=True), mean_probs)
     else:
-        with told_once():
-            sup = open_store(store, texts, option_values(config), config.store_teachers, mean_probs)
+        sup = open_store(store, texts, option_values(config), config.store_teachers, mean_probs, ShardQueue(group=True))
     return sup, None if len(sup.teachers) == 1 else pool_features(config, texts, output, ShardQueue(group=True))
 
 

@@ -86,7 +86,7 @@ def one_shard(tmp_path_factory):
 @given(data=st.data())
 def test_no_damage_of_bytes_gives_a_wrong_answer(one_shard, data):
     folder, shard, tensors, whole = one_shard
-    store_module._VERIFIED.clear()  # these files may be written faster than a file system's clock ticks
+    store_module.VERIFIED.clear()  # these files may be written faster than a file system's clock ticks
     content = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))

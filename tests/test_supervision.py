@@ -15,6 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from group_targets import exit_codes, open_together
+from launch import launcher_variables
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -447,11 +449,35 @@ def test_features_of_verified_shards_are_not_read_for_the_rest(tmp_path, stage, 
     @contextmanager
     def recording(path, framework):
         with original(path, framework=framework) as file:
-            yield SimpleNamespace(get_tensor=lambda name: read.append(name) or file.get_tensor(name), keys=file.keys)
+            record = lambda name: read.append(name) or file.get_tensor(name)
+            yield SimpleNamespace(get_tensor=record, keys=file.keys, metadata=file.metadata)
 
     monkeypatch.setattr(store_module, "safe_open", recording)
     open_store(tmp_path)
     assert set(read) >= {"logits", "mean_probs", "var_probs", "example_ids"} and "features" not in read
+
+
+def test_each_shard_is_verified_by_one_of_the_processes(tmp_path, stage):
+    sup = fill(tmp_path / "store", shard_size=1)
+    given = [(own, tmp_path / "store", tmp_path / f"out{rank}.npz") for rank, own in enumerate(launcher_variables(2))]
+    assert exit_codes(open_together, given) == [0, 0]
+    found = [np.load(tmp_path / f"out{rank}.npz") for rank in range(2)]
+    assert sum(int(part["made"]) for part in found) == 2 * len(sup)
+    assert all(np.array_equal(part["logits"], sup.logits.numpy()) for part in found)
+
+
+def test_a_shard_that_changes_after_another_process_has_verified_it_is_verified_anew(tmp_path, stage):
+    fill(tmp_path)
+    path = folder_of(tmp_path, "blue") / "shard-00001.safetensors"
+
+    class WithAnother(ShardQueue):
+        def gather(self, mine):
+            path.write_bytes(path.read_bytes()[:-4] + b"wxyz")
+            os.utime(path, ns=(1, 1))
+            return [mine]
+
+    with pytest.raises(UserError, match=r"shard-00001.safetensors is damaged: checksum does not match"):
+        open_store(tmp_path, queue=WithAnother())
 
 
 def test_a_head_without_features_is_named(tmp_path, stage, monkeypatch):
