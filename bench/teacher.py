@@ -25,7 +25,7 @@ from muka_fast.config import PlanConfig
 from muka_fast.data import collate, read_texts, token_budget_batches, tokenize
 from muka_fast.memory import token_budget
 from muka_fast.plan import plan
-from muka_fast.scoring import gathered
+from muka_fast.scoring import fetched
 from muka_fast.teachers import DTYPES, load_teacher
 from muka_fast.trunk import StochasticTeacher
 
@@ -60,9 +60,9 @@ def work(args: argparse.Namespace, folder: Path, scope: str, precision: str) -> 
         for rows in batches:
             inputs = collate(tokens, rows, teacher.pad_id)
             parts.append(scorer.launch(inputs["input_ids"], inputs["attention_mask"], rows))
-        scores = gathered(parts)  # waits for the device
+        scores = [field.tensor() for field in fetched(parts)]  # waits for the device
         seconds = time.perf_counter() - start
-    if not all(value.isfinite().all() for value in vars(scores).values()):
+    if not all(values.isfinite().all() for values in scores):
         sys.exit(f"{scope}, {precision}: scores that are not finite")
     peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else largest_resident_bytes()
     return {"seconds": seconds, "tokens": int(tokens.lengths.sum()), "texts": len(tokens), "peak_bytes": peak}

@@ -322,12 +322,13 @@ def _stand_in(tokenizer: "PreTrainedTokenizerBase") -> int:
     return 0
 
 
-def token_budget_batches(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
+def token_budget_batches(lengths: np.ndarray, token_budget: int, most_padding: float = MAX_PADDING) -> list[np.ndarray]:
     """Cut all texts, longest first, into batches of at most `token_budget` padded tokens and little padding.
 
     Args:
         lengths: [n] tokens per text.
         token_budget: bound of B * L; a single text may exceed it. B is at most MOST_TEXTS.
+        most_padding: share of the padding beyond which a batch ends early; 1 where nothing is computed of it.
 
     Returns:
         int64 row indices per batch; each row occurs once. The longest texts come first: where memory does not suffice,
@@ -342,7 +343,7 @@ def token_budget_batches(lengths: np.ndarray, token_budget: int) -> list[np.ndar
         size = max(1, min(token_budget // longest, MOST_TEXTS))
         tokens = np.cumsum(ordered[start : start + size])
         padding = 1 - tokens / (longest * np.arange(1, len(tokens) + 1))
-        tight = int(np.searchsorted(padding, MAX_PADDING, side="right"))
+        tight = int(np.searchsorted(padding, most_padding, side="right"))
         size = min(size, max(tight, size // SMALLEST_BATCH, 1))
         batches.append(order[start : start + size])
         start += size

@@ -139,7 +139,7 @@ def send(values: Tensor, device: torch.device) -> Tensor:
 
 
 class Fetch:
-    """Numbers on their way to the host; what the device is given after them does not delay them."""
+    """Values on their way to the host; what the device is given after them does not delay them."""
 
     def __init__(self, values: Tensor):
         self.values = values.detach().to("cpu", non_blocking=True)
@@ -148,11 +148,15 @@ class Fetch:
             self.arrived = torch.cuda.Event()
             self.arrived.record(torch.cuda.current_stream(values.device))
 
-    def read(self) -> list[float]:
-        """Waits until they are there."""
+    def tensor(self) -> Tensor:
+        """They on the host; waits until they are there."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        return self.values.tolist()
+        return self.values
+
+    def read(self) -> list[float]:
+        """`tensor` as numbers."""
+        return self.tensor().tolist()
 
 
 def to_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from muka_fast.data import TextSet, Tokens, collate, token_budget_batches, token
 from muka_fast.errors import NOT_FINITE, UserError
 from muka_fast.features import Features
 from muka_fast.intercept import run_without_waiting
-from muka_fast.memory import device_of, send, token_budget
+from muka_fast.memory import Fetch, device_of, send, token_budget
 from muka_fast.names import readable
 from muka_fast.pool_tokens import PoolTokens
 from muka_fast.shard_queue import ShardQueue
@@ -155,9 +155,10 @@ def _compute(
             parts.append(mean_states(model, **collate(tokens, batch, tokenizer.pad_token_id)))
             bar.advance(queue.advance(key, len(batch)) - bar.done)
             queue.check()
+        states = Fetch(torch.cat(parts))  # here: what `write` asked for would stand behind the next shard
 
         def write() -> None:
-            pooled = torch.cat(parts).cpu().numpy()[np.argsort(np.concatenate(batches))]
+            pooled = states.tensor().numpy()[np.argsort(np.concatenate(batches))]
             ids = texts.example_ids[shard.start : shard.stop].astype(np.int64)
             finite = np.isfinite(pooled).all(1)
             if not finite.all():

@@ -14,9 +14,9 @@ import torch
 
 from muka_fast.adaptive import Crew, run_waves, token_batches
 from muka_fast.console import progress
-from muka_fast.data import TextSet, Tokens, collate, cut_length, token_budget_batches
+from muka_fast.data import MAX_PADDING, TextSet, Tokens, collate, cut_length, token_budget_batches
 from muka_fast.errors import NOT_FINITE, UserError
-from muka_fast.memory import replica_budget_bytes, token_budget
+from muka_fast.memory import Fetch, replica_budget_bytes, token_budget
 from muka_fast.pool_tokens import PoolTokens
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.shared import score_together, trunk_tree
@@ -88,19 +88,23 @@ class Scoring:
             pool, pad_id = self.tokens_of(scorers[0].teacher), scorers[0].teacher.pad_id
             budget = token_budget(self.token_budget, scorers[0].teacher.model, self.device)
             tree = trunk_tree(scorers) if len(scorers) > 1 else None  # which reads every weight
+            # A GPU is given all that fits at once: packed teachers compute nothing of the padding, and small steps wait for the host.
+            packed = self.device.type == "cuda" and all(scorer.fast is not None for scorer in scorers)
+            most_padding = 1.0 if packed else MAX_PADDING
 
         def score(tokens: Tokens, ids: np.ndarray, shards: Sequence[Tensors], done: Callable[[int], None]) -> Fill:
-            batches = token_budget_batches(tokens.lengths, budget)
+            batches = token_budget_batches(tokens.lengths, budget, most_padding)
             results = []
             for batch in batches:
                 inputs = collate(tokens, batch, pad_id)
                 results.append(score_together(scorers, inputs["input_ids"], inputs["attention_mask"], ids[batch], tree))
                 done(len(batch))
 
+            rows, on_the_way = np.concatenate(batches), [fetched(parts) for parts in zip(*results, strict=True)]
+
             def fill() -> None:
-                rows = np.concatenate(batches)
-                for job, tensors, parts in zip(group, shards, zip(*results, strict=True), strict=True):
-                    self._keep(job, tensors, rows, gathered(parts))
+                for job, tensors, scores in zip(group, shards, on_the_way, strict=True):
+                    self._keep(job, tensors, rows, TeacherScores(*(part.tensor() for part in scores)))
 
             return fill
 
@@ -198,9 +202,10 @@ class Scoring:
             )
 
 
-def gathered(parts: Sequence[TeacherScores]) -> TeacherScores:
-    """The scores of several batches as one, on the host: the only time that a shard waits for the device."""
-    return TeacherScores(*(torch.cat(values).cpu() for values in zip(*(vars(part).values() for part in parts), strict=True)))
+def fetched(parts: Sequence[TeacherScores]) -> list[Fetch]:
+    """The fields of several batches' scores, each as one. Given to the device here, before what comes next: copies that another thread
+    asks for later stand behind the next shard, and the device then waits while this one is written."""
+    return [Fetch(torch.cat(values)) for values in zip(*(vars(part).values() for part in parts), strict=True)]
 
 
 def empty_shard(example_ids: np.ndarray, num_classes: int) -> Tensors:

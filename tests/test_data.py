@@ -445,6 +445,12 @@ def test_padding_is_small_on_lengths_like_those_of_real_texts():
         assert padding_share(lengths, unsorted) > 0.25
 
 
+def test_budget_batches_are_full_where_padding_costs_nothing():
+    lengths = np.clip(np.random.default_rng(0).lognormal(3.7, 0.7, 4096).astype(int) + 3, 4, 128)
+    batches = token_budget_batches(lengths, 2**18, most_padding=1.0)
+    assert len(batches) == 2 and len(token_budget_batches(lengths, 2**18)) > 6
+
+
 def test_budget_batches_stay_large():
     lengths = np.clip(np.random.default_rng(0).lognormal(2.4, 0.4, 8000).astype(int) + 3, 4, 128)
     assert len(token_budget_batches(lengths, 8192)) < 2 * lengths.sum() / 8192 + 8

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from launch import launcher_variables
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from muka_fast import memory, pool_tokens, supervision
+from muka_fast import memory, pool_tokens, scoring, supervision
 from muka_fast import store as store_module
 from muka_fast.config import RunConfig
 from muka_fast.data import TextSet, Tokens
@@ -140,6 +141,27 @@ def check(sup, paths=("red", "blue"), texts=None):
 
 def folder_of(store, name):
     return store / next(key for key, entry in read_manifest(store)["teachers"].items() if entry["name"] == name)
+
+
+def test_beside_a_gpu_the_copies_of_a_shard_are_asked_for_before_the_next_one(tmp_path, stage, monkeypatch):
+    """By the thread that launches: those of the thread that writes would stand behind the next shard, and the device would wait."""
+    threads, fetch, work = [], scoring.Fetch, ShardQueue.work
+    monkeypatch.setattr(scoring, "Fetch", lambda values: threads.append(threading.current_thread()) or fetch(values))
+    monkeypatch.setattr(ShardQueue, "work", lambda self, *rest: work(self, *rest[:-1], torch.device("cuda")))
+    check(fill(tmp_path))
+    assert set(threads) == {threading.main_thread()}
+
+
+@pytest.mark.parametrize(("device", "fast", "bound"), [("cuda", True, 1.0), ("cuda", None, 0.08), ("cpu", True, 0.08)])
+def test_a_gpu_is_given_full_batches_of_packed_texts(tmp_path, stage, monkeypatch, device, fast, bound):
+    bounds, batches = [], scoring.token_budget_batches
+    monkeypatch.setattr(scoring, "token_budget_batches", lambda *rest: bounds.append(rest[2]) or batches(*rest))
+    scorer = lambda *rest, **more: SimpleNamespace(**vars(stage.make_scorer(*rest, **more)), fast=fast)
+    monkeypatch.setattr(supervision, "StochasticTeacher", scorer)
+    on = lambda store, texts, _, **sizes: scoring.Scoring(store, texts, SimpleNamespace(type=device), **sizes)
+    monkeypatch.setattr(supervision, "Scoring", on)
+    check(fill(tmp_path))
+    assert set(bounds) == {bound}
 
 
 # ---- format ----
