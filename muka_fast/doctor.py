@@ -251,7 +251,7 @@ def examine_teachers(paths: Sequence[str]) -> tuple[list[TeacherFacts], list[Fin
 
 def teacher_facts(path: str, name: str) -> TeacherFacts:
     """Load one teacher and keep what is shown of it. Raises UserError for every fault."""
-    from muka_fast.shared import prefixes
+    from muka_fast.shared import Prefixes
     from muka_fast.sites import active_sites
     from muka_fast.teachers import load_teacher
     from muka_fast.trunk import StochasticTeacher
@@ -275,7 +275,7 @@ def teacher_facts(path: str, name: str) -> TeacherFacts:
         tokenizer_key=teacher.tokenizer_key,
         splits=splits,
         sites=sites,
-        prefixes=prefixes(scorer),
+        prefixes=tuple(Prefixes(scorer)),
     )
 
 

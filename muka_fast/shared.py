@@ -1,6 +1,7 @@
 """Teachers whose lowest layers have identical weights: the tree of common trunks, every part of which runs once per text."""
 
 import hashlib
+import itertools
 import json
 import weakref
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ IRRELEVANT = {
 }  # fmt: skip
 TOP = ("pooler", "final_norm", "norm")  # children of the base model that follow the last layer
 
-_prefixes: "weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]]" = weakref.WeakKeyDictionary()
+# Of each model: the entries of its `Prefixes` that were asked for, and the hash of all below the next one.
+_found: "weakref.WeakKeyDictionary[nn.Module, tuple[list[str], hashlib._Hash]]" = weakref.WeakKeyDictionary()
 
 
 def _update(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
@@ -44,30 +46,39 @@ def _base_digest(model: nn.Module, layers: set[int]) -> "hashlib._Hash":
     return digest
 
 
-def prefixes(teacher: StochasticTeacher) -> tuple[str, ...]:
+class Prefixes(Sequence[str]):
     """Content hashes of the deterministic part: entry i covers the tokenizer, the embeddings and the layers below i.
 
     Two teachers with the same entry i compute the same hidden states at the input of layer i. One entry only (layer 0) for a
-    model that cannot be split. Every weight is read once per model.
+    model that cannot be split. An entry's weights are read when it is asked for, once per model: from a GPU that takes a while.
     """
-    model = teacher.model
-    if model not in _prefixes:
+
+    def __init__(self, teacher: StochasticTeacher) -> None:
+        self._teacher = teacher
+
+    def __len__(self) -> int:
+        return self._teacher.encoder.depth + 1
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        model = self._teacher.model
         if is_split(model):  # weights that are not here cannot be compared
-            _prefixes[model] = tuple(f"{teacher.teacher.fingerprint} {i}" for i in range(teacher.encoder.depth + 1))
-            return _prefixes[model]
+            return f"{self._teacher.teacher.fingerprint} {index}"
         layers = layer_modules(model) or []
-        digest = _base_digest(model, {id(layer) for layer in layers})
-        # A packed and a padded form of one trunk cannot be exchanged.
-        form = teacher.fast is not None, teacher.reads == "last"  # the latter leaves padding tokens at the end of a text out
-        digest.update(f"{teacher.teacher.tokenizer_key} {form} {model.device}".encode())
-        found = [digest.hexdigest()]
-        for index in range(teacher.encoder.depth):
-            layer = layers[int(index / (teacher.encoder.depth / len(layers)))]
+        if model not in _found:
+            digest = _base_digest(model, {id(layer) for layer in layers})
+            # A packed and a padded form of one trunk cannot be exchanged.
+            form = self._teacher.fast is not None, self._teacher.reads == "last"  # the latter leaves padding at the end of a text out
+            digest.update(f"{self._teacher.teacher.tokenizer_key} {form} {model.device}".encode())
+            _found[model] = [digest.hexdigest()], digest
+        found, digest = _found[model]
+        while len(found) <= index:
+            layer = layers[(len(found) - 1) * len(layers) // (len(self) - 1)]  # ALBERT: fewer than its depth
             for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
                 _update(digest, name, tensor)
             found.append(digest.hexdigest())
-        _prefixes[model] = tuple(found)
-    return _prefixes[model]
+        return found[index]
 
 
 @dataclass(frozen=True)
@@ -83,13 +94,13 @@ class TrunkNode:
 
 def trunk_tree(teachers: Sequence[StochasticTeacher]) -> tuple[TrunkNode, ...]:
     """The forest of common trunks: teachers that share at least one layer below their first active site hang together."""
-    return grow_trunks([teacher.layer for teacher in teachers], [prefixes(teacher) for teacher in teachers])
+    return grow_trunks([teacher.layer for teacher in teachers], [Prefixes(teacher) for teacher in teachers])
 
 
 def grow_trunks(
     layers: Sequence[int], hashes: Sequence[Sequence[str]], indices: Sequence[int] | None = None, start: int = 0
 ) -> tuple[TrunkNode, ...]:
-    """`trunk_tree` of teachers of which only `layers`, the layer where each one's trunk ends, and `hashes`, its `prefixes`, are
+    """`trunk_tree` of teachers of which only `layers`, the layer where each one's trunk ends, and `hashes`, its `Prefixes`, are
     known. indices: teachers that have the same trunk up to layer `start` and reach beyond it (or start at 0); None: all."""
     groups: dict[object, list[int]] = {}
     for i in range(len(layers)) if indices is None else indices:
@@ -97,9 +108,9 @@ def grow_trunks(
         groups.setdefault(i if alone else hashes[i][start + 1], []).append(i)
     nodes = []
     for group in groups.values():
-        stop = min(layers[i] for i in group)
-        while stop > start and len({hashes[i][stop] for i in group}) > 1:
-            stop -= 1
+        most, stop = min(layers[i] for i in group), start
+        while stop < most and (len(group) == 1 or len({hashes[i][stop + 1] for i in group}) == 1):
+            stop += 1
         finished = tuple(i for i in group if layers[i] <= stop)
         rest = [i for i in group if layers[i] > stop]
         nodes.append(TrunkNode(start, stop, tuple(group), finished, grow_trunks(layers, hashes, rest, stop) if rest else ()))
@@ -108,18 +119,17 @@ def grow_trunks(
 
 def tie_shared_weights(teachers: Sequence[StochasticTeacher]) -> int:
     """Let teachers keep one copy of the layers they share; returns the bytes freed."""
-    first: dict[str, nn.Module] = {}
     freed = 0
-    for teacher in teachers:
-        layers = layer_modules(teacher.model) or []
-        if len(layers) != teacher.encoder.depth:
-            continue  # ALBERT: its few groups serve all depths
-        for entry, layer in zip(prefixes(teacher)[1:], layers, strict=True):
-            owner = first.setdefault(entry, layer)
-            for mine, theirs in zip(layer.parameters(), owner.parameters(), strict=True):
-                if mine.data_ptr() != theirs.data_ptr():
+    found = [(Prefixes(teacher), layer_modules(teacher.model) or []) for teacher in teachers]
+    found = [(prefixes, layers) for prefixes, layers in found if len(layers) == len(prefixes) - 1]  # ALBERT's few serve all depths
+    for (theirs, owners), (ours, layers) in itertools.combinations(found, 2):
+        for index, (layer, owner) in enumerate(zip(layers, owners, strict=False), start=1):
+            if ours[index] != theirs[index]:
+                break
+            for mine, kept in zip(layer.parameters(), owner.parameters(), strict=True):
+                if mine.data_ptr() != kept.data_ptr():
                     freed += mine.numel() * mine.element_size()
-                    mine.data = theirs.data
+                    mine.data = kept.data
     return freed
 
 

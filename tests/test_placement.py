@@ -12,7 +12,7 @@ from muka_fast import placement, supervision
 from muka_fast.config import RunConfig, ScoreConfig
 from muka_fast.errors import UserError
 from muka_fast.placement import GIB, is_split, memory_limits, weight_bytes
-from muka_fast.shared import prefixes
+from muka_fast.shared import Prefixes
 from muka_fast.sites import list_sites, num_site_layers
 from muka_fast.store import MATRICES, VECTORS
 from muka_fast.stored import COLUMNS, PER_TEACHER
@@ -61,7 +61,7 @@ def test_a_split_teacher_scores_as_a_whole_one(family, make_teacher, texts):
 
 def test_a_split_teacher_shares_no_layers(make_teacher):
     whole, split = (StochasticTeacher(teacher) for teacher in load_both(make_teacher("bert")))
-    assert len(prefixes(whole)) == len(prefixes(split)) == 3 and set(prefixes(whole)).isdisjoint(prefixes(split))
+    assert len(Prefixes(whole)) == len(Prefixes(split)) == 3 and set(Prefixes(whole)).isdisjoint(Prefixes(split))
 
 
 def test_a_split_adapter_is_merged_and_scores_as_a_whole_one(tmp_path, make_teacher, texts, monkeypatch):

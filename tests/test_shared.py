@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from muka_fast import shared
 from muka_fast.layered import LayeredEncoder
-from muka_fast.shared import prefixes, score_together, tie_shared_weights, trunk_tree
+from muka_fast.shared import Prefixes, score_together, tie_shared_weights, trunk_tree
 from muka_fast.split import ModelSplit
 from muka_fast.teachers import Teacher
 from muka_fast.trunk import StochasticTeacher
@@ -47,11 +48,11 @@ def batch(make_tokenizer, texts):
 def shared_layers(a, b):
     """How many leading layers (embeddings included) two teachers have in common; 0 where not even these are the same."""
     count = 0
-    for left, right in zip(prefixes(a)[1:], prefixes(b)[1:], strict=False):
+    for left, right in zip(list(Prefixes(a))[1:], list(Prefixes(b))[1:], strict=False):
         if left != right:
             break
         count += 1
-    return count if prefixes(a)[0] == prefixes(b)[0] else 0
+    return count if Prefixes(a)[0] == Prefixes(b)[0] else 0
 
 
 def layers_run(node):
@@ -94,7 +95,7 @@ def test_one_changed_number_ends_the_common_trunk(place, relatives):
     with torch.no_grad():
         b.model.bert.get_parameter(place).flatten()[3] += 1e-6
     assert shared_layers(a, b) == (0 if "embeddings" in place else 1)
-    assert len(prefixes(a)) == 5
+    assert len(Prefixes(a)) == 5
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "deberta-v2"])
@@ -113,6 +114,23 @@ def test_scores_together_are_the_scores_alone(family, relatives, batch, monkeypa
     calls.clear()
     score_together(teachers, *inputs)
     assert sum(calls) == 8
+
+
+def test_no_weight_above_the_first_difference_is_read(relatives, monkeypatch):
+    """From a GPU each is copied to the host first."""
+    teachers, read, update = relatives("bert", [(2, "last:1"), (0, "last:1")]), [], shared._update
+    monkeypatch.setattr(shared, "_update", lambda digest, name, tensor: read.append(id(tensor)) or update(digest, name, tensor))
+    assert [node.teachers for node in trunk_tree(teachers)] == [(0,), (1,)] and not tie_shared_weights(teachers)
+    for teacher in teachers:
+        layers = teacher.model.bert.encoder.layer
+        assert {id(p) for p in layers[0].parameters()} <= set(read)
+        assert not {id(p) for layer in layers[1:] for p in layer.parameters()} & set(read)
+
+
+def test_three_teachers_keep_one_copy(relatives):
+    teachers = relatives("bert", [(4, "last:1"), (2, "last:1"), (3, "last:1")])
+    size = sum(4 * p.numel() for p in teachers[0].model.bert.encoder.layer[0].parameters())
+    assert tie_shared_weights(teachers) == 5 * size and tie_shared_weights(teachers) == 0
 
 
 def test_shared_weights_are_kept_once(relatives, batch):
