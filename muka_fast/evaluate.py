@@ -71,17 +71,27 @@ def predict(
     was_training = model.training
     batches = token_budget_batches(tokens.lengths, memory.token_budget(token_budget, model, device))
     logits: Tensor | None = None
+
+    def keep(rows: np.ndarray, found: Tensor) -> None:
+        nonlocal logits
+        if logits is None:
+            with torch.inference_mode(False):  # an ordinary tensor
+                logits = torch.empty(len(tokens), found.shape[1], dtype=torch.float32)
+        logits[torch.from_numpy(rows)] = found
+        done(len(rows))
+
     model.eval()
     try:
         with torch.inference_mode(), first_token_only(model):
+            before = None  # a batch is kept when the device has the next one
             for rows in batches:
-                inputs = {name: value.to(device) for name, value in collate(tokens, rows, pad_id).items()}
-                found = (model(**inputs).logits if forward is None else forward(inputs)).float().cpu()
-                if logits is None:
-                    with torch.inference_mode(False):  # an ordinary tensor
-                        logits = torch.empty(len(tokens), found.shape[1], dtype=torch.float32)
-                logits[torch.from_numpy(rows)] = found
-                done(len(rows))
+                inputs = {name: memory.send(value, device) for name, value in collate(tokens, rows, pad_id).items()}
+                found = memory.Fetch((model(**inputs).logits if forward is None else forward(inputs)).float())
+                if before is not None:
+                    keep(before[0], before[1].tensor())
+                before = rows, found
+            if before is not None:
+                keep(before[0], before[1].tensor())
     finally:
         model.train(was_training)
     if logits is None:
