@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -25,6 +26,8 @@ GRACE_S = 10.0  # for a process to end by itself after another one's death: most
 TOLD_S = 2.0  # an exchange fails in one thread, and the watch is told in another
 LIFETIME = timedelta(days=3650)  # of a job, at most
 WATCH_TAG = 7  # of a watch's messages
+# Of a connection on which nothing comes: when the kernel asks the other node whether it is there, how often, and how many times.
+ASK_AFTER_S, ASK_EVERY_S, ASK_TIMES = 60, 15, 4
 # Gloo's threads, which nothing ends, let go of the tensors of the last exchange a moment after it. Where the interpreter is gone by
 # then they abort the process, whose work was done (one in eight of the smallest scripts).
 LETTING_GO_S = 0.2
@@ -112,6 +115,23 @@ def joined() -> None:
         except RuntimeError as error:  # NCCL has other ways from node to node
             way_out = "name the network that joins the nodes in GLOO_SOCKET_IFNAME (`ip address` lists them)"
             raise UserError(f"the processes cannot watch each other over gloo ({first_line(error)}): {way_out}") from error
+        keep_asking()
+
+
+def keep_asking() -> None:
+    """Have the kernel close connections of this process to a node that has lost its power or network: of that no word comes, and gloo,
+    which asks for nothing of the kind, would wait. A process that is stopped or busy is there: its kernel answers. (While data are on
+    their way the kernel sends them again and again instead, and gives up after a quarter of an hour.)
+    """
+    if not os.path.exists("/proc/self/fd"):
+        return
+    settings = {socket.TCP_KEEPIDLE: ASK_AFTER_S, socket.TCP_KEEPINTVL: ASK_EVERY_S, socket.TCP_KEEPCNT: ASK_TIMES}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:  # else no socket, or closed by now
+            if connection.type == socket.SOCK_STREAM and connection.family in (socket.AF_INET, socket.AF_INET6):
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, value in settings.items():
+                    connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def gone() -> str | None:

@@ -95,6 +95,19 @@ def lose_the_store(variables: dict[str, str]) -> None:
         queue.check()
 
 
+def lose_the_network(variables: dict[str, str]) -> None:
+    """In a network of their own, which process 0 takes away."""
+    os.environ.update(variables)
+    logging.getLogger("muka_fast").addHandler(logging.StreamHandler())
+    group.ASK_AFTER_S, group.ASK_EVERY_S, group.ASK_TIMES, group.GRACE_S = 2, 1, 3, 1.0
+    rank, _ = init_distributed()
+    time.sleep(1)
+    if rank == 0:
+        subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
+    time.sleep(60)
+    os._exit(7)
+
+
 def wait_alone(variables: dict[str, str]) -> None:
     """Joins a group whose other process never starts."""
     os.environ.update(variables)

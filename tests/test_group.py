@@ -1,8 +1,33 @@
 """What the processes of a job notice of each other's end, wherever it comes."""
 
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from group_targets import die_while_handing_over, exit_codes, leave_alone
 from launch import launcher_variables
+
+OWN_NETWORK = ["unshare", "--map-root-user", "--net"]
+
+
+def can_have_own_network():
+    try:
+        return subprocess.run([*OWN_NETWORK, "ip", "link", "set", "lo", "up"], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not can_have_own_network(), reason="needs unshare, ip and the right to a network of its own (user namespaces)")
+def test_a_lost_network_ends_all_processes():
+    """No word comes of it: without keepalive they waited for ever."""
+    program = "from group_targets import lose_the_network; lose_the_network({})"
+    commands = [shlex.join([sys.executable, "-c", program.format(own)]) for own in launcher_variables(2)]
+    script = f"ip link set lo up; {commands[1]} & {commands[0]}; echo $?; wait $!; echo $?"
+    done = subprocess.run([*OWN_NETWORK, "sh", "-c", script], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=100)
+    assert done.stdout.split() == ["1", "1"], done.stderr
+    assert all(f"process {rank} of 2 is gone: stopping" in done.stderr for rank in range(2)), done.stderr
 
 
 @pytest.mark.parametrize("victim", [0, 1])
