@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from muka_fast.group import check_alike, one_job, told_once
 from muka_fast.memory import device_of, teacher_budget_bytes, tell_precision
 from muka_fast.placement import memory_limits, weight_bytes
 from muka_fast.scoring import Job, Scoring
+from muka_fast.seeds import seed_of
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.shared import tie_shared_weights, trunk_tree
 from muka_fast.sites import Site, active_probabilities, num_site_layers, sites_of_config
@@ -60,8 +62,9 @@ def fill_store(
     """Score the texts with every teacher that the store does not hold completely yet; returns all, in the order given.
 
     Killed runs continue at the next missing shard; damaged shards are named and computed again; a teacher that is
-    complete under the same options is read, not run. Each distinct tokenizer tokenises the texts once. Teachers run
-    one after another, save those that have their lowest layers in common: these run together, the common part once.
+    complete under the same options is read, not run, nor loaded where its files alone tell so (`TeacherFiles.tokenizer_key`). Each
+    distinct tokenizer tokenises the texts once. Teachers run one after another, save those that have their lowest layers in
+    common: these run together, the common part once.
     Under --mc_stop they take turns, since all of them decide together when a text has had enough passes.
     With the queue of a process group every process calls this, and each text is scored by one of them; by default this
     process does all. mean_probs: as of `load_supervision`.
@@ -121,17 +124,22 @@ def _score_in_turn(
     dtype = DTYPES[options.scoring_precision]
     keys, group, family = [""] * len(names), [], None
     for i in sorted(range(len(names)), key=lambda i: families.index(families[i])):
+        if files[i].tokenizer_key is not None and _is_complete(run, job := _job_of(run, names[i], files[i], options)):
+            keys[i] = job.key
+            continue
         fits = lambda found: memory_limits(weight_bytes(found.folder, dtype), device, options.teacher_gib) is None
         if group and (families[i] != family or not fits(files[i])):
             run.score_together(group)
             group = []  # gone before the next one is loaded
         family = families[i]
         teacher = _load(paths[i], names[i], device, options)
-        job = _prepare(run, teacher, options)
-        del teacher
+        job = _job_of(run, names[i], teacher, options)
         keys[i] = job.key
-        if job.scorer is None:
+        if _is_complete(run, job):
             continue
+        scorer = _scorer(teacher, options)
+        job = replace(job, entry=job.entry | {"sites": scorer.sites}, scorer=scorer)
+        del teacher, scorer
         if group and not _related(group[0], job):
             run.score_together(group)
             group = []
@@ -158,7 +166,7 @@ def _score_adaptively(
     entries = []
     for i in range(len(paths)):
         scorer = crew[i]
-        entries.append({**_entry(scorer.teacher, options), "sites": scorer.sites})
+        entries.append({**_entry(names[i], scorer.teacher, options), "sites": scorer.sites})
         del scorer  # gone before the next one is loaded
     company, jobs = company_of(entries, run.texts.fingerprint), []
     for entry in entries:
@@ -212,27 +220,31 @@ def _load(path: str, name: str, device: torch.device, options: ScoringOptions) -
     return load_teacher(path, run_seed=options.seed, device=device, dtype=dtype, name=name, most_gib=options.teacher_gib)
 
 
-def _prepare(run: Scoring, teacher: Teacher, options: ScoringOptions) -> Job:
-    """What is left to do for a teacher; its scorer is None where the store holds it completely."""
-    entry = _entry(teacher, options)
+def _job_of(run: Scoring, name: str, teacher: Teacher | TeacherFiles, options: ScoringOptions) -> Job:
+    """What is left to do for a teacher; without its scorer."""
+    entry = _entry(name, teacher, options)
     key = teacher_key(entry, run.texts.fingerprint)
-    todo = run.missing_shards(key, entry)
-    if not todo and (known := read_manifest(run.store)["teachers"].get(key)):
-        told = "" if known["name"] == teacher.name else f", as {known['name']}"
-        log.info("teacher %s: already scored%s", teacher.name, told)
-        return Job(key, entry, None, todo)
-    scorer = _scorer(teacher, options)
-    return Job(key, entry | {"sites": scorer.sites}, scorer, todo)
+    return Job(key, entry, None, run.missing_shards(key, entry))
 
 
-def _entry(teacher: Teacher, options: ScoringOptions) -> dict[str, Any]:
+def _is_complete(run: Scoring, job: Job) -> bool:
+    """Whether the store holds a teacher completely, which is told."""
+    known = read_manifest(run.store)["teachers"].get(job.key)
+    if job.todo or known is None:
+        return False
+    name = job.entry["name"]
+    log.info("teacher %s: already scored%s", name, "" if known["name"] == name else f", as {known['name']}")
+    return True
+
+
+def _entry(name: str, teacher: Teacher | TeacherFiles, options: ScoringOptions) -> dict[str, Any]:
     """What the manifest says of a teacher, its sites excepted."""
     return {
-        "name": teacher.name,
+        "name": name,
         "fingerprint": teacher.fingerprint,
         "tokenizer_key": teacher.tokenizer_key,
         "labels": list(teacher.labels),
-        "seed": teacher.seed,
+        "seed": seed_of(options.seed, teacher.fingerprint),
         **option_values(options),
     }
 

@@ -7,7 +7,7 @@ tokenizer, or a LoRA adapter of one. Whatever else is met ends in a UserError th
 import importlib.util
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -50,11 +50,12 @@ class Teacher:
 
 @dataclass(frozen=True)
 class TeacherFiles:
-    """What is known of a teacher before its weights are loaded."""
+    """What is known of a `Teacher` before its weights are loaded. tokenizer_key: None where only loading tells."""
 
     folder: Path
     labels: list[str]
     fingerprint: str
+    tokenizer_key: str | None = None
 
 
 def teacher_names(paths: Sequence[str | Path]) -> list[str]:
@@ -109,8 +110,9 @@ def check_teachers(paths: Sequence[str | Path], warn: bool = True) -> list[Teach
         if folder in found:
             raise UserError(f"--teachers: {path} is given twice (also as {found[folder]}); name every teacher once")
         found[folder] = path
-        files.append(inspect(path))
-        rehearse(files[-1].folder, f"teacher {path}", checkpoint.file_state(files[-1].folder))
+        inspected = inspect(path)
+        key = rehearse(inspected.folder, f"teacher {path}", checkpoint.file_state(inspected.folder))
+        files.append(replace(inspected, tokenizer_key=key))
         twin = found.setdefault(files[-1].fingerprint, path)
         if twin != path:
             raise UserError(f"--teachers: {path} and {twin} are the same model; name every teacher once")
@@ -120,14 +122,15 @@ def check_teachers(paths: Sequence[str | Path], warn: bool = True) -> list[Teach
 
 
 @cache
-def rehearse(folder: Path, what: str, _state: tuple) -> None:
+def rehearse(folder: Path, what: str, _state: tuple) -> str | None:
     """Load a teacher without its weights, so that what `load_teacher` would refuse later is refused before the hours in between.
 
-    Once per state of its files. The model's part needs accelerate; without it a missing head shows when its turn comes.
+    Once per state of its files. The model's part needs accelerate; without it a missing head shows when its turn comes. Returns the
+    tokenizer_key; None without that part, and of an adapter.
     """
     if adapters.is_adapter(folder):
         adapters.import_peft(what)
-        return
+        return None
     before, log.disabled = log.disabled, True  # the warnings come with the real loading
     try:
         tokenizer = load_tokenizer(folder, what)
@@ -135,8 +138,10 @@ def rehearse(folder: Path, what: str, _state: tuple) -> None:
             model = load_classifier(folder, torch.float32, what, device_map="meta")
             settle_tokenizer(model, tokenizer, what)
             check_tokenizer(model, tokenizer, what)
+            return tokenizer_key(tokenizer, token_limit(model, tokenizer))
     finally:
         log.disabled = before
+    return None
 
 
 def load_teacher(

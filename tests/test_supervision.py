@@ -26,6 +26,7 @@ from muka_fast import store as store_module
 from muka_fast.config import RunConfig
 from muka_fast.data import TextSet, Tokens
 from muka_fast.errors import UserError
+from muka_fast.seeds import seed_of
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.store import MATRICES, VECTORS, read_manifest, read_shard, shard_ranges, teacher_key
 from muka_fast.stored import load_supervision, open_store
@@ -59,6 +60,7 @@ class Stage:
         self.loaded, self.dtypes, self.scored, self.tokenised = [], [], [], []
         self.before_batch = lambda teacher, ids: None
         self.poison = None  # (teacher, example id) that gets NaN
+        self.key = None  # of the tokenizer, as far as files tell
 
     def load_teacher(self, path, *, run_seed, device, dtype, name, most_gib):
         self.loaded.append(path)
@@ -99,8 +101,8 @@ class Stage:
 @pytest.fixture
 def stage(monkeypatch):
     stage = Stage()
-    files = lambda paths: [SimpleNamespace(fingerprint=f"weights of {path}") for path in paths]
-    monkeypatch.setattr(supervision, "check_teachers", files)
+    files = lambda path: SimpleNamespace(fingerprint=f"weights of {path}", labels=LABELS[path], tokenizer_key=stage.key)
+    monkeypatch.setattr(supervision, "check_teachers", lambda paths: list(map(files, paths)))
     monkeypatch.setattr(supervision, "check_sites", lambda names, files, options: None)
     monkeypatch.setattr(supervision, "family_of", lambda files: files.fingerprint)
     monkeypatch.setattr(supervision, "load_teacher", stage.load_teacher)
@@ -185,7 +187,8 @@ def test_files_of_the_store_are_as_documented(tmp_path, stage):
     (tokens,) = tmp_path.glob("tokens-*")
     assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", ".lock", tokens.name, *manifest["teachers"]}
     for key, entry in manifest["teachers"].items():
-        assert entry["mc_samples"] == 16 and entry["mc_scope"] == "last:1" and entry["sites"] and entry["seed"] == 0
+        assert entry["mc_samples"] == 16 and entry["mc_scope"] == "last:1" and entry["sites"]
+        assert entry["seed"] == seed_of(0, entry["fingerprint"])
         assert key == teacher_key(entry, "fp--10")
         files = sorted((tmp_path / key).iterdir())
         assert [path.name for path in files] == [f"shard-0000{j}.safetensors" for j in range(3)]
@@ -477,6 +480,20 @@ def test_features_of_verified_shards_are_not_read_for_the_rest(tmp_path, stage, 
     monkeypatch.setattr(store_module, "safe_open", recording)
     open_store(tmp_path)
     assert set(read) >= {"logits", "mean_probs", "var_probs", "example_ids"} and "features" not in read
+
+
+def test_a_complete_teacher_is_not_loaded_where_its_files_tell_enough(tmp_path, stage, caplog):
+    with caplog.at_level("INFO", logger="muka_fast"):
+        for key, loaded in ((None, 2), ("bpe", 2), ("changed", 4), (None, 6)):
+            stage.key = key
+            check(fill(tmp_path))
+            assert len(stage.loaded) == loaded, key
+    assert caplog.text.count("teacher red: already scored") == 3
+    folder = folder_of(tmp_path, "blue")
+    (folder / "shard-00001.safetensors").unlink()
+    stage.key = "bpe"
+    check(fill(tmp_path))
+    assert stage.loaded[6:] == ["blue"]
 
 
 def test_each_shard_is_verified_by_one_of_the_processes(tmp_path, stage):
