@@ -169,14 +169,13 @@ def check_classifier(config: dict, what: str) -> list[str]:
         )
     problem = config.get("problem_type")
     labels = config_labels(config, what)
-    if problem == "regression" or (problem is None and labels == ["LABEL_0"]):
+    if problem in ("regression", "multi_label_classification"):
+        kind = problem.removesuffix("_classification").replace("_", "-")
+        raise UserError(f"{what}: it has a {kind} head (problem_type in config.json); only single-label classifiers are read")
+    if problem is None and labels == ["LABEL_0"]:
         raise UserError(
-            f"{what}: it has a regression head (one output, no class); only single-label classifiers merge "
+            f"{what}: it has a regression head (one output, no class); only single-label classifiers are read "
             "(a true one-class teacher names its class in id2label of config.json)"
-        )
-    if problem == "multi_label_classification":
-        raise UserError(
-            f"{what}: it has a multi-label head (problem_type in config.json); only single-label classifiers merge"
         )
     if problem not in (None, "single_label_classification"):
         raise UserError(f"{what}: problem_type in config.json is {problem!r}, not single_label_classification")

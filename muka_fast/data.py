@@ -46,7 +46,7 @@ class TextSet:
 
     Attributes:
         texts: the n texts that are not blank, in source order.
-        labels: their n labels, or None where the source has no label for every text.
+        labels: their n labels, "" of a text without one; None where no text has one.
         example_ids: int64 [n], row of each text in its source; blank rows are counted, so skipping shifts no id.
         source: file or data set name as given.
         fingerprint: SHA-256 (hex) over example ids and texts.
@@ -102,8 +102,8 @@ def read_texts(
     """Read texts from a .jsonl, .json, .csv, .tsv, .parquet or .txt file (also .gz), from all files of a pattern (`pool/*.parquet`,
     in the order of their names), or from a hub data set `owner/name[:split]`.
 
-    Files are UTF-8. A .txt file holds one text per line. Labels are read wherever every text has one; whole numbers
-    become text. Memory is linear in the texts kept, nothing else of a row stays.
+    Files are UTF-8. A .txt file holds one text per line. Labels are read where there are any; whole numbers become
+    text. Memory is linear in the texts kept, nothing else of a row stays.
 
     Args:
         label_column: None where nothing asks for labels.
@@ -117,7 +117,7 @@ def read_texts(
     name = str(source)
     rows = read_rows(name, Columns(text_column, label_column, need_labels), split)
     texts: list[str] = []
-    labels: list[str] | None = []
+    labels: list[str] | None = None
     example_ids = array("q")
     distinct: dict[str, str] = {}
     num_blank = num_labelled = 0
@@ -130,10 +130,10 @@ def read_texts(
             raise UserError(f"{place} holds {type(row.text).__name__} ({str(row.text)[:40]}), not text")
         label = None if label_column is None else _label_name(row, part, label_column, need_labels)
         num_labelled += label is not None
-        if label is None:
-            labels = None
-        elif labels is not None:
-            labels.append(distinct.setdefault(label, label))
+        if label is not None and labels is None:
+            labels = [""] * len(texts)
+        if labels is not None:
+            labels.append(distinct.setdefault(label, label) if label is not None else "")
         texts.append(encodable(row.text))
         example_ids.append(index)
         if len(texts) == limit:
@@ -144,7 +144,7 @@ def read_texts(
         log.warning("%s: %d blank text%s skipped", name, num_blank, "" if num_blank == 1 else "s")
     if 0 < num_labelled < len(texts):
         without = len(texts) - num_labelled
-        log.warning("%s: %d of %d texts have no label in '%s': all are read as unlabelled", name, without, len(texts), label_column)
+        log.warning("%s: %d of %d texts have no label in '%s'", name, without, len(texts), label_column)
     elif not num_labelled and label_column not in (None, "label"):  # asked for by name
         log.info("%s: no text has a label in '%s'", name, label_column)
     ids = np.array(example_ids, dtype=np.int64)

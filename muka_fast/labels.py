@@ -18,6 +18,7 @@ from muka_fast.readers import encodable
 log = logging.getLogger("muka_fast")
 
 DEFAULT_NAME = re.compile(r"LABEL_\d+")
+WHOLE = re.compile(r"^(-?\d+)\.0+$")
 
 LabelMap = Mapping[str, "str | Mapping[str, str | None] | None"]
 
@@ -183,6 +184,19 @@ def rename_labels(
     return [renamed.get(label, label) for label in labels]
 
 
+def true_labels(
+    labels: Sequence[str], label_map: LabelMap | None, teachers: Sequence[Mapping[str, object]], space: LabelSpace, source: str
+) -> list[str]:
+    """`rename_labels`, with "" for a text without label and one whose label the map drops; warns where no label is a class of `space`.
+    source: of the texts."""
+    renamed = [name or "" for name in rename_labels(labels, label_map, teachers)]
+    if not set(renamed) & set(space.names):
+        some = ", ".join(sorted(set(labels) - {""})[:3])
+        told = "%s: none of its labels (%s, ...) is a class of the teachers (%s, ...), so that they tell nothing of the targets (%s)"
+        log.warning(told, source, some, ", ".join(space.names[:3]), "--label_map renames, --label_column names another column")
+    return renamed
+
+
 def _name(key: object, what: str) -> str:
     # YAML reads a bare `no` or `1.5` as something else than text; an integer is taken as it was written.
     if isinstance(key, str) and key.strip():
@@ -245,12 +259,13 @@ def _nearest(name: str, names: Sequence[str] | set[str] | Mapping[str, object]) 
 
 
 def plain_form(name: str) -> str:
-    """What a name is but for case, outer blanks and Unicode form."""
-    return unicodedata.normalize("NFC", name).strip().casefold()
+    """What a name is but for case, outer blanks, Unicode form and, of a whole number, zeros behind a point (as pandas writes one)."""
+    name = unicodedata.normalize("NFC", name).strip().casefold()
+    return WHOLE.sub(r"\1", name)
 
 
 def warn_of_lookalikes(names: Iterable[str], way_out: str) -> None:
-    """Names that differ only in case, outer blanks or Unicode form are different classes, which is rarely meant."""
+    """Names of one `plain_form` are different classes, which is rarely meant."""
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(plain_form(name), name)

@@ -90,7 +90,7 @@ def _file_rows(source: str, columns: Columns) -> Iterator[Row]:
     if path.is_dir():
         raise UserError(f"{source}: is a folder; {_way_out_of_folder(path)}")
     if kind not in SUFFIXES:
-        raise UserError(f"{source}: unknown kind of file '{path.suffix}': use one of {' '.join(SUFFIXES)}")
+        raise UserError(f"{source}: unknown kind of file '{path.suffix}': use one of {' '.join(SUFFIXES)}, also compressed as .gz")
     if gz and kind == ".parquet":
         raise UserError(f"{source}: parquet is compressed in itself and not read as .gz: gunzip {path}")
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows, ".txt": _txt_rows}

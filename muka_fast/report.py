@@ -55,6 +55,12 @@ def write_report(folder: Path) -> Path:
     return folder / "report.html"
 
 
+def renew_report(folder: Path) -> None:
+    """Write the page anew where there is one: it is of the run before it was resumed."""
+    if (folder / "report.html").exists():
+        write_report(folder)
+
+
 def render(record: dict[str, Any], metrics: Sequence[dict[str, Any]], name: str) -> str:
     """The page. record: run.json; metrics: lines of metrics.jsonl. Every text in them is escaped."""
     environment = jinja2.Environment(

@@ -39,7 +39,7 @@ from muka_fast.features import Features
 from muka_fast.files import held, write_json
 from muka_fast.fit_doubt import doubt_targets, fit_head
 from muka_fast.group import check_alike, on_first_process, one_job, told_once
-from muka_fast.labels import LabelMap, LabelSpace, build_label_space, read_label_map, rename_labels
+from muka_fast.labels import LabelSpace, build_label_space, read_label_map, true_labels
 from muka_fast.loop import Plan, train
 from muka_fast.memory import tell_precision
 from muka_fast.methods import METHODS, build_method, neutral_encoder
@@ -55,6 +55,7 @@ from muka_fast.preflight import (
     tell_unused_options,
 )
 from muka_fast.recipe import default_epochs, default_learning_rate
+from muka_fast.report import renew_report
 from muka_fast.shard_queue import ShardQueue
 from muka_fast.store import take_over
 from muka_fast.stored import Supervision, open_store
@@ -164,7 +165,7 @@ def merge(
     with told_once():
         space = build_label_space([(teacher["name"], teacher["labels"]) for teacher in sup.teachers], label_map, warn=False)
         sup = sup.restrict(space)  # once: for ten million texts a copy is gigabytes
-        labels = true_labels(texts, label_map, sup)
+        labels = None if texts.labels is None else true_labels(texts.labels, label_map, sup.teachers, space, texts.source)
     with clock("select teachers"):
         weights = on_first_process(lambda: pool_weights(config, sup, space, texts, neutral, output))
         doubt = on_first_process(lambda: doubt_targets(config, sup))
@@ -219,18 +220,12 @@ def merge(
         on_first_process(lambda: export.replace_card(output, space.names, card(config, record, max_length)))
     record |= {"state": "complete", "seconds": clock.seconds}
     on_first_process(lambda: write_json(output / "run.json", record))
+    on_first_process(lambda: renew_report(output))
     on_first_process(lambda: snapshots.discard_unfinished(output))
     return RunResult(output, record["metrics"])
 
 
 # ---- before training ----
-
-
-def true_labels(texts: TextSet, label_map: LabelMap | None, sup: Supervision) -> list[str] | None:
-    """The labels of the texts under the names of the label space; "" where the map drops one, None where there are none."""
-    if texts.labels is None:
-        return None
-    return [name or "" for name in rename_labels(texts.labels, label_map, sup.teachers)]
 
 
 def open_output(config: RunConfig, texts: TextSet, holds: ExitStack) -> Path:

@@ -135,7 +135,7 @@ def test_labels_become_text_and_are_optional(tmp_path):
     path.write_text('{"text": "x", "label": 3}\n{"text": "y", "label": 4.0}\n', encoding="utf-8")
     assert read_texts(path, need_labels=True).labels == ["3", "4"]
     path.write_text('{"text": "x", "label": "a"}\n{"text": "y"}\n', encoding="utf-8")
-    assert read_texts(path).labels is None
+    assert read_texts(path).labels == ["a", ""]
     with pytest.raises(UserError, match=r"line 2: no column 'label'; there are: 'text'; .*--label_column"):
         read_texts(path, need_labels=True)
 
@@ -248,7 +248,7 @@ def test_two_stars_are_folders_of_any_depth(tmp_path):
 
 def test_a_blank_label_is_none(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one", "label": " "}\n{"text": "two", "label": "b"}\n')
-    assert read_texts(tmp_path / "a.jsonl").labels is None
+    assert read_texts(tmp_path / "a.jsonl").labels == ["", "b"]
     with pytest.raises(UserError, match="line 1: column 'label' holds no label"):
         read_texts(tmp_path / "a.jsonl", need_labels=True)
 
@@ -362,11 +362,13 @@ def test_a_text_without_tokens_gets_one(make_tokenizer, product_log):
     assert "1 texts give no token" in product_log.text
 
 
-def test_labels_that_some_texts_lack_are_told_and_none_is_kept(tmp_path, product_log):
+def test_labels_that_some_texts_lack_are_told_and_the_others_kept(tmp_path, product_log):
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "a"}\n{"text": "b", "label": "x"}\n{"text": "c", "label": ""}\n')
-    assert read_texts(path).labels is None
-    assert "2 of 3 texts have no label in 'label': all are read as unlabelled" in product_log.text
+    assert read_texts(path).labels == ["", "x", ""]
+    assert "2 of 3 texts have no label in 'label'\n" in product_log.text
+    with pytest.raises(UserError, match="line 1: no column 'label'"):
+        read_texts(path, need_labels=True)
     product_log.clear()
     assert read_texts(path, label_column="intent").labels is None and "no text has a label in 'intent'" in product_log.text
     product_log.clear()
@@ -633,7 +635,7 @@ def test_hidden_labels_of_a_hub_set_are_none(monkeypatch):
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
     hidden = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: hidden)
-    assert read_texts("owner/name").labels is None
+    assert read_texts("owner/name").labels == ["pos", ""]
     with pytest.raises(UserError, match="record 2: column 'label' holds no label"):
         read_texts("owner/name", need_labels=True)
 
@@ -646,7 +648,7 @@ def test_names_that_a_parquet_file_has_beside_its_class_numbers_are_read(tmp_pat
     whole.to_parquet(tmp_path / "a.parquet")
     assert read_texts(tmp_path / "a.parquet", need_labels=True).labels == ["pos", "neg"]
     whole.add_item({"text": "c", "label": -1}).to_parquet(tmp_path / "hidden.parquet")
-    assert read_texts(tmp_path / "hidden.parquet").labels is None
+    assert read_texts(tmp_path / "hidden.parquet").labels == ["pos", "neg", ""]
 
 
 def test_quotes_that_swallow_rows_of_tsv_are_told(tmp_path, product_log):

@@ -22,8 +22,9 @@ from muka_fast.evaluate import evaluate, expected_calibration_error, main, metri
 NAMES = ["a", "b", "c"]
 
 
-@given(n=st.integers(1, 40), C=st.integers(2, 6), seed=st.integers(0, 2**31), scale=st.sampled_from([0.0, 1.0, 5.0]))
+@given(n=st.integers(1, 40), C=st.integers(2, 6), seed=st.integers(0, 2**31), scale=st.sampled_from([0.0, 1.0, 3.0]))
 def test_figures_are_those_of_scikit_learn(n, C, seed, scale):
+    # (whose log_loss cuts probabilities at 2e-16: logits of a larger scale come that far)
     rng = np.random.default_rng(seed)
     logits, labels = rng.standard_normal((n, C)) * scale, rng.integers(0, C, n)
     found = metrics(torch.from_numpy(logits), torch.from_numpy(labels), [f"c{c}" for c in range(C)])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from muka_fast.config import read_options
 from muka_fast.data import read_texts
 from muka_fast.errors import UserError
-from muka_fast.labels import build_label_space, read_label_map, rename_labels
+from muka_fast.labels import build_label_space, plain_form, read_label_map, rename_labels, true_labels
 
 LABELS = st.sampled_from(["cat", "dog", "Dog", "fish", "a/b", "", "LABEL_0", "LABEL_1", "LABEL_x", "7"])
 LABEL_SETS = st.lists(LABELS, min_size=1, max_size=6, unique=True)
@@ -204,6 +204,20 @@ def test_a_map_that_leaves_one_class_is_told(caplog):
     caplog.clear()
     build_label_space([("t", ["cat"])])
     assert not caplog.records
+
+
+def test_whole_numbers_as_pandas_writes_them_are_told(caplog):
+    build_label_space([("a", ["1", "2"]), ("b", ["2.0", "2.5"])])
+    assert "labels '2' and '2.0' are two classes: merge them with --label_map if they are one" in caplog.text
+    assert len({plain_form(name) for name in ("2", "2.5", "2.0.0", "v2.0", "-2.0")}) == 5
+
+
+def test_labels_of_which_none_is_a_class_are_told(caplog):
+    space = build_label_space([("t", ["cat", "dog"])])
+    assert true_labels(["cat", "", "owl"], {"owl": None}, [], space, "texts.csv") == ["cat", "", ""] and not caplog.records
+    true_labels(["1", "", "0"], None, [], space, "texts.csv")
+    told = r"texts.csv: none of its labels (0, 1, ...) is a class of the teachers (cat, dog, ...)"
+    assert told in caplog.text and "--label_map renames, --label_column names another column" in caplog.text
 
 
 def test_true_labels_follow_the_map():

@@ -215,9 +215,22 @@ def test_a_coverage_hole_is_told_and_only_where_it_was_asked_for(record):
     assert "Coverage hole" not in report.render(record, metrics(5), "run")
 
 
-def test_figures_of_the_targets_rest_on_known_labels_alone(go, world, tmp_path):
+def test_the_page_of_an_unfinished_run_is_renewed_when_it_is_complete(go, stop_at, monkeypatch):
+    stop_at(3)
+    page = report.write_report(go("cut", epochs=1).output)
+    assert "not finished" in page.read_text()
+    monkeypatch.undo()
+    go("cut", epochs=1, resume=True)
+    assert "not finished" not in page.read_text()
+    page.unlink()
+    report.renew_report(page.parent)
+    assert not page.exists()  # none was asked for
+
+
+@pytest.mark.parametrize("label", ["?", None])
+def test_figures_of_the_targets_rest_on_known_labels_alone(go, world, tmp_path, label):
     rows = [json.loads(line) for line in (world / "texts.jsonl").read_text().splitlines()]
-    rows[:20] = [row | {"label": "?"} for row in rows[:20]]
+    rows[:20] = [row | {"label": label} for row in rows[:20]]
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = go("some", texts=str(tmp_path / "some.jsonl"), epochs=1).metrics
     assert found["num_labelled_texts"] == 75 - 19 and {"selection_accuracy", "target_accuracy"} < found.keys()  # one of 20 is blank

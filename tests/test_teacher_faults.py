@@ -275,7 +275,8 @@ def test_a_look_at_a_teacher_leaves_the_log_as_it_was(make_teacher, monkeypatch)
 
 def test_regression_heads(make_teacher):
     refusal(make_teacher("bert", ["LABEL_0"]), "regression")
-    refusal(make_teacher("bert", problem_type="regression"), "regression")
+    told = refusal(make_teacher("bert", problem_type="regression"), "regression")
+    assert "one output" not in told  # it has several
 
 
 def test_one_named_class_is_a_teacher(make_teacher):

@@ -112,7 +112,7 @@ def test_a_run_leaves_no_engine_behind_however_it_ends(go, stop_at, monkeypatch)
     stop_at(2)
     assert go("stopped", ds=ds, epochs=1).stopped
     gc.collect()
-    assert [engine() for engine in kept] == [None] * 3
+    assert [engine() for engine in kept] == [None] * 6  # three of them of rehearsals
 
 
 def test_mean_probabilities_are_read_for_their_targets_alone(go, monkeypatch):
