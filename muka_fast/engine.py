@@ -234,6 +234,7 @@ class Engine:
         self.device = torch.device("cpu") if device == "cpu" else ds_engine.device
         self.recorded: RecordedSteps | None = None
         self.completed_steps = 0
+        self.last_lr = 0.0  # learning rate of the last completed step
 
     @classmethod
     def create(cls, model: nn.Module, config: RunConfig, ds_config: dict[str, Any], total_steps: int) -> "Engine":
@@ -301,13 +302,6 @@ class Engine:
             return self.ds.get_lr()[0]
         return self.base_lr * self.schedule(self.completed_steps)
 
-    @property
-    def last_lr(self) -> float:
-        """Learning rate of the last completed step."""
-        if self.schedule is None:
-            return self.ds.optimizer.param_groups[0]["lr"]
-        return self.base_lr * self.schedule(self.completed_steps - 1)
-
     def close(self) -> None:
         """Train no more, and let go of the student and its moments, which DeepSpeed's hooks keep as long as Python runs."""
         from deepspeed.runtime.zero import parameter_offload
@@ -338,16 +332,18 @@ class Engine:
 
     def step(self) -> bool:
         """Call after each `backward`. True where this completed a step of the optimizer."""
+        rate = self.lr  # before DeepSpeed's scheduler goes on to the next step's
         if self.recorded is not None:
-            self.plain_norm = self.recorded.update(self.lr, self.completed_steps + 1)
-            self.completed_steps += 1
+            self.plain_norm = self.recorded.update(rate, self.completed_steps + 1)
+            self.completed_steps, self.last_lr = self.completed_steps + 1, rate
             return True
         complete = self.ds.is_gradient_accumulation_boundary()
         if complete and self.plain:
             self.plain_norm = clip_gradients(self.ds.optimizer.param_groups, self.max_norm)
         with dense_gradients(self.embedding_zeros if complete else {}):
             self.ds.step()
-        self.completed_steps += complete
+        if complete:
+            self.completed_steps, self.last_lr = self.completed_steps + 1, rate
         return complete
 
     @property

@@ -64,7 +64,7 @@ def predict(
     model: a Hugging Face classifier; its mode (train, eval) is the same afterwards. token_budget: padded tokens
     per forward, None: by the device. forward: what is kept of a batch instead of its logits, [B, anything]. example_ids: what
     errors call the texts (default: their numbers, from 0). done: is told the number of texts of every batch.
-    Raises UserError for the first text whose logits are NaN.
+    Raises UserError for the first text whose logits are NaN or infinite (-inf, of a class that cannot be, is none of these).
     """
     pad_id = model.config.get_text_config().pad_token_id or 0
     device = next(model.parameters()).device
@@ -96,11 +96,11 @@ def predict(
         model.train(was_training)
     if logits is None:
         raise ValueError("no texts to predict")
-    bad = logits.isnan().any(-1)
+    bad = (logits.isnan() | logits.isposinf()).any(-1)
     if bad.any():
         first = int(bad.nonzero()[0])
         raise UserError(
-            f"the model gives NaN for {int(bad.sum())} of {len(logits)} texts, first for text "
+            f"the model gives NaN or infinite logits for {int(bad.sum())} of {len(logits)} texts, first for text "
             f"{first if example_ids is None else example_ids[first]}; "
             "check the checkpoint"
         )
@@ -277,7 +277,8 @@ def evaluate(config: "EvalConfig") -> dict[str, Any]:
     known = np.array([label in index for label in renamed])
     unknown = unknown_labels(config, texts.labels, renamed, names)
     head = None if adapters.is_adapter(folder) else UncertaintyHead.load(folder, model)
-    rows = np.flatnonzero(known) if head is None else np.arange(len(texts))  # doubt is measured on unknown labels as well
+    kept = np.array([label is not None for label in renamed])  # by the label map
+    rows = np.flatnonzero(known if head is None else kept)  # doubt is measured on unknown labels as well
     max_length = kept_length(config.max_length, folder, model, tokenizer)
     tokens = tokenize(tokenizer, [texts.texts[row] for row in rows], max_length)
     tell_cut(tokens.lengths, max_length)

@@ -58,7 +58,7 @@ def tensorboard(folder: Path, completed_steps: int) -> Any | None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder), purge_step=completed_steps or None)
+    return SummaryWriter(str(folder), purge_step=completed_steps + 1)  # the first step that is repeated
 
 
 def versions() -> dict[str, str]:
@@ -92,7 +92,7 @@ def read_run(output: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); start anew with --overwrite") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(content.get(part, {}), dict) for part in ("config", "identity")):
         raise UserError(f"{path}: is not the record of a run; start anew with --overwrite")
     return content
 

@@ -243,7 +243,7 @@ def open_store(
     with queue:
         manifest, keys = chosen_teachers(store, texts, options or {}, names)
     seed = (options or {}).get("run_seed")
-    if others := [entry for entry in map(manifest["teachers"].get, keys) if seed not in (None, entry["run_seed"])]:
+    if others := [entry for entry in map(manifest["teachers"].get, keys) if entry["mc"] and seed not in (None, entry["run_seed"])]:
         told = ", ".join(f"{entry['name']} {entry['run_seed']}" for entry in others)
         log.info("%s: scores of another --seed than %d: %s", store, seed, told)
     verify_shards(store, manifest, keys, queue)
@@ -290,6 +290,10 @@ def chosen_teachers(
         )
     keys = [_only(store, found, entries, differences) for found in candidates.values()]
     there = [entries[key]["name"] for key in keys]
+    for key, entry in entries.items():
+        if not names and entry["name"] not in there:
+            shown = ", ".join(f"{option} {entry[option]!r} (this run: {options[option]!r})" for option in differences[key])
+            log.warning("--store %s: %s is left out, as it was scored with %s", store, entry["name"], shown)
     for name in names or there:
         if list(names).count(name) > 1:
             raise UserError(f"--store_teachers: {name} is given twice; name every teacher once")

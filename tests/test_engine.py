@@ -550,14 +550,28 @@ def test_a_checkpoint_keeps_the_loss_scale(tmp_path):
     assert vars(fresh) == vars(scaler)
 
 
-def test_the_learning_rate_follows_the_schedule():
-    engine = make({})
-    rates = []
+def rates(engine):
+    """What ten steps of the optimizer use, and what the engine says of each."""
+    used, told, optimizer = [], [], engine.ds.optimizer
+    step = optimizer.step
+    optimizer.step = lambda *rest, **more: used.append(optimizer.param_groups[0]["lr"]) or step(*rest, **more)
     for _ in range(10):
         steps(engine, 1)
-        rates.append(engine.last_lr)
-    assert rates == pytest.approx([0.1 * linear_schedule(step, 10, 1) for step in range(10)])
+        told.append(engine.last_lr)
+    return used, told
+
+
+def test_the_learning_rate_follows_the_schedule():
+    engine = make({})
+    used, told = rates(engine)
+    assert used == told == pytest.approx([0.1 * linear_schedule(step, 10, 1) for step in range(10)])
     assert engine.grad_norm > 0
+
+
+@pytest.mark.parametrize("kind", ["WarmupDecayLR", "WarmupCosineLR"])
+def test_the_rate_that_is_told_is_that_of_the_step_and_not_of_the_next_one(kind):
+    used, told = rates(make({"scheduler": {"type": kind, "params": {"warmup_num_steps": 4}}}))
+    assert used == told and len(set(used)) > 5
 
 
 def test_one_process_needs_no_launcher_and_no_compiler(tmp_path):

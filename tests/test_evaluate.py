@@ -1,5 +1,6 @@
 """Evaluation: every figure against sums by hand and scikit-learn, prediction in batches, and `muka-fast eval` on real folders."""
 
+import contextlib
 import json
 import logging
 import math
@@ -12,10 +13,12 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
+from transformers import AutoConfig
 
 import muka_fast
 from muka_fast.config import EvalConfig
 from muka_fast.data import tokenize
+from muka_fast.doubt import UncertaintyHead
 from muka_fast.errors import UserError
 from muka_fast.evaluate import evaluate, expected_calibration_error, main, metrics, predict, teacher_blocks
 
@@ -151,10 +154,11 @@ def test_texts_that_are_cut_are_told(tmp_path, student, texts, caplog):
 
 def test_nan_predictions_are_refused(make_model, make_tokenizer):
     model = make_model("bert", NAMES)
-    with torch.no_grad():
-        model.classifier.bias[0] = math.nan
-    with pytest.raises(UserError, match="NaN for 2 of 2 texts"):
-        predict(model, tokenize(make_tokenizer("bert"), ["a", "b"], 8))
+    for value, refused in ((math.nan, True), (math.inf, True), (-math.inf, False)):
+        with torch.no_grad():
+            model.classifier.bias[0] = value
+        with pytest.raises(UserError, match="NaN or infinite logits for 2 of 2 texts") if refused else contextlib.nullcontext():
+            predict(model, tokenize(make_tokenizer("bert"), ["a", "b"], 8))
 
 
 def test_predictions_are_ordinary_tensors(make_model, make_tokenizer):
@@ -219,7 +223,7 @@ def test_a_text_whose_logits_are_no_numbers_is_named_by_its_row(tmp_path, studen
         predictor.model.get_input_embeddings().weight[token] = 3e38  # finite; what follows is not
     predictor.model.save_pretrained(student)
     data = write_rows(tmp_path / "d.jsonl", [("", "a"), (texts[0], "a"), (texts[1], "other"), ("zebra", "a"), ("a zebra", "b")])
-    with pytest.raises(UserError, match="NaN for 2 of 3 texts, first for text 3;"):
+    with pytest.raises(UserError, match="NaN or infinite logits for 2 of 3 texts, first for text 3;"):
         evaluate(config(student, data))
 
 
@@ -251,6 +255,18 @@ def write_rows(path, rows):
 
 def config(student, data, **more):
     return EvalConfig(model=str(student), data=str(data), device="cpu", **more)
+
+
+def test_texts_whose_label_the_map_drops_are_not_taken_for_unknown(tmp_path, student, texts):
+    rng, width = np.random.default_rng(0), AutoConfig.from_pretrained(student).hidden_size
+    features, logits = (rng.standard_normal((50, size)).astype(np.float32) for size in (width, 3))
+    UncertaintyHead.fit(features, logits, rng.uniform(0.1, 0.9, 50)).save(Path(student))
+    data = write_rows(tmp_path / "d.jsonl", [(text, ["a", "b", "other"][i % 3]) for i, text in enumerate(texts[:30])])
+    (tmp_path / "map.json").write_text(json.dumps({"other": None}))
+    unknown, dropped = (evaluate(config(student, data, **more)) for more in ({}, {"label_map": str(tmp_path / "map.json")}))
+    for name, found in unknown["doubt"].items():
+        assert found["unknown_auroc"] is not None and dropped["doubt"][name]["unknown_auroc"] is None
+    assert (unknown["num_unknown"], dropped["num_unknown"], dropped["num_texts"]) == (10, 0, 20)
 
 
 def test_unknown_labels_are_counted_and_left_out(tmp_path, student, texts, caplog):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from runs import SMOOTH_ADAM, largest_difference, losses, weights
 
-from muka_fast import loop, snapshots, train
+from muka_fast import loop, runinfo, snapshots, train
 from muka_fast.errors import UserError
 from muka_fast.files import held
 
@@ -91,6 +91,18 @@ def test_metrics_on_a_full_disk_name_their_file(tmp_path):
 
     with pytest.raises(UserError, match=told):
         write()
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed")
+    for begun_at, steps in ((0, (10, 20)), (0, (10, 20, 30)), (20, (30, 40))):  # without a checkpoint; from that of step 20
+        board = runinfo.tensorboard(tmp_path, begun_at)
+        for step in steps:
+            board.add_scalar("loss", begun_at + step, step)
+        board.close()
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(10, 10), (20, 20), (30, 50), (40, 60)]
 
 
 def test_a_signal_that_c_code_handles_stays_with_it(monkeypatch):
@@ -397,9 +409,10 @@ def test_a_lock_that_a_kill_left_is_no_hindrance(go, tmp_path):
 
 def test_a_damaged_record_stops_a_resume_but_not_an_overwrite(go, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"run\.json: cannot be read .*--overwrite"):
-        go("run", epochs=1, resume=True)
+    for damaged in ('{"config": {}, "identity": null}', '{"config": {}, "identity": ["x"]}', '{"config": 3, "identity": {}}', "{"):
+        (tmp_path / "run" / "run.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"run\.json: (is not the record of a run|cannot be read .*); start anew with --overwrite"):
+            go("run", epochs=1, resume=True)
     assert json.loads((go("run", epochs=1, overwrite=True).output / "run.json").read_text())["state"] == "complete"
 
 

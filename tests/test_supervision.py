@@ -261,6 +261,25 @@ def test_teachers_are_named_once_and_where_the_store_has_them_with_these_options
         open_store(tmp_path, options={"mc_samples": 8}, names=["red", "blue"])
 
 
+def test_a_teacher_that_was_scored_with_other_options_is_left_out_and_told(tmp_path, stage, caplog):
+    fill(tmp_path, ["red"], mc_samples=8)
+    fill(tmp_path, ["blue"])
+    assert [teacher["name"] for teacher in open_store(tmp_path, options={"mc_samples": 16}).teachers] == ["blue"]
+    assert "red is left out, as it was scored with mc_samples 8 (this run: 16)" in caplog.text
+    caplog.clear()
+    fill(tmp_path, ["red"])
+    check(open_store(tmp_path, options={"mc_samples": 16}, names=["red", "blue"]))
+    assert len(open_store(tmp_path, options={"mc_samples": 16}).teachers) == 2 and "left out" not in caplog.text
+
+
+def test_scores_without_passes_are_of_no_seed(tmp_path, stage, caplog):
+    with caplog.at_level("INFO", logger="muka_fast"):
+        for mc in (True, False):
+            fill(tmp_path / str(mc), mc=mc, seed=7)
+            open_store(tmp_path / str(mc), options={"mc": mc, "run_seed": 0})
+    assert caplog.text.count("scores of another --seed than 0: red 7, blue 7") == 1
+
+
 def test_precisions_stand_side_by_side(tmp_path, stage):
     fill(tmp_path)
     assert fill(tmp_path, scoring_precision="bf16").teachers[0]["scoring_precision"] == "bf16"
