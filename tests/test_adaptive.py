@@ -360,12 +360,15 @@ def test_memory_for_less_than_one_text_is_enough(tmp_path, folders, pool, monkey
     assert torch.equal(fill_store(tmp_path / "s", folders[:2], pool, options()).num_samples, base.num_samples)
 
 
-def test_a_look_weighs_all_passes_so_far(monkeypatch):
-    looks = []
-    undecided = lambda uncertainty, *_: looks.append(uncertainty.shape[1]) or torch.zeros(uncertainty.shape[-1], dtype=torch.bool)
-    monkeypatch.setattr(adaptive, "decided", undecided)
+@pytest.mark.parametrize(("answer", "expected"), [(False, [4, 8, 12, 16]), (True, [4])])
+def test_a_look_weighs_all_passes_so_far_and_the_last_one_ends_the_waves(answer, expected, monkeypatch):
+    """Where one teacher fits at a time, a wave without texts would load them all."""
+    looks, loads = [], []
+    decided = lambda uncertainty, *_: looks.append(uncertainty.shape[1]) or torch.full(uncertainty.shape[-1:], answer)
+    monkeypatch.setattr(adaptive, "decided", decided)
     passes = lambda ids, first, count, plain: (torch.randn(count + plain, len(ids), 3), torch.zeros(len(ids), 2))
     teacher = SimpleNamespace(texts=lambda ids, mask, example_ids: example_ids, trunk=lambda texts: texts, passes=passes)
     batches = lambda places: [(places, torch.zeros(len(places), 1), torch.ones(len(places), 1))]
-    run_waves([teacher] * 2, [batches] * 2, torch.arange(5), K, LEVEL, "predictive_entropy")
-    assert looks == [4, 8, 12, 16]
+    crew = Crew(lambda index: loads.append(index) or teacher, keep=False)
+    run_waves(crew, [batches] * 2, torch.arange(5), K, LEVEL, "predictive_entropy")
+    assert looks == expected and loads == [0, 1] * len(expected)

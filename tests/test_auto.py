@@ -1,5 +1,6 @@
 """muka-auto: the definition in plain float64, in every odd pool, in any order, with overlapping labels, and in bounded time."""
 
+import dataclasses
 import itertools
 import math
 import time
@@ -14,7 +15,16 @@ from test_evidence import make_pool, matrix, o_anchor, o_rmd, o_weights, restric
 
 from muka_fast import auto
 from muka_fast.auto import Answer, Classes, Ridge, View, Views, auto_weights, beside, class_weights, probs, slopes
-from muka_fast.evidence import CERTAINTY, RelativeMahalanobis, Sample, evidence_weights, neighbours, own_scores, unit
+from muka_fast.evidence import (
+    CERTAINTY,
+    RelativeMahalanobis,
+    Sample,
+    evidence_weights,
+    neighbours,
+    own_scores,
+    sample_rows,
+    unit,
+)
 from muka_fast.features import Features
 from muka_fast.names import NameAnswer
 from muka_fast.store import ShardRange
@@ -320,3 +330,17 @@ def test_a_class_that_nobody_predicts_has_no_say():
     g = np.array([1, 0.1**2, 1]) * [1 / 8, 1 / 8, 1 / 4]
     expected = np.array([(g[0] + g[1]) / 2, g[2]])
     np.testing.assert_allclose(weights[0], expected / expected.sum(), atol=1e-3)
+
+
+def test_texts_outside_of_the_sample_do_not_change_how_far_names_are_trusted():
+    sup, neutral, _ = make_pool(200, mc=False)
+    b, weights = unit(matrix(neutral).astype(np.float32)), start_of(sup)
+    names = (probs(sup, np.arange(200)) * np.repeat(weights, (3, 3), axis=1)).T @ b
+    others = np.setdiff1d(np.arange(200), sample_rows(sup.example_ids.numpy(), 0, 100))
+    logits = sup.logits.clone()
+    logits[others[:50]] = 9 * logits[others[:50]].flip(1)
+    pools = sup, dataclasses.replace(sup, logits=logits)
+    found, changed = (auto_weights(pool, neutral, sample=100, names=names) for pool in pools)
+    rest = np.setdiff1d(np.arange(200), others[:50])
+    np.testing.assert_allclose(changed[rest], found[rest], atol=1e-6)
+    assert np.abs(found - auto_weights(sup, neutral, sample=100)).max() > 0.01  # the names do matter

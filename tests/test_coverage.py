@@ -219,3 +219,11 @@ def test_texts_outside_of_the_sample_are_judged_by_their_neighbours_in_it():
         near = np.argsort(-(b[rows] @ b[x]))[:15]
         together = np.clip(ratio[x] / 2 + ratio[rows[near]].mean() / 2 - 0.25, -6, 6)
         assert logit(found[x]) == pytest.approx(logit(np.clip(r[near].mean(), 0.01, 0.99)) - together, abs=0.02)
+
+
+def test_of_few_texts_nothing_is_told(caplog):
+    sup, neutral, _ = make_pool(2 * FEWEST)
+    assert (weights_of(sup, neutral)[1] == 0).all()
+    assert f"--coverage needs two teachers and more than {2 * FEWEST} texts to tell anything: nothing is left out" in caplog.text
+    caplog.clear()
+    assert (weights_of(*make_pool(2 * FEWEST + 1)[:2])[1] > 0).all() and not caplog.text

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -109,11 +110,12 @@ def test_doubt_keeps_its_digits_where_classes_are_narrow(spread):
 
 def test_ranks_that_fall_with_the_distance_give_one_doubt_for_all():
     distance = np.linspace(-3, 5, 40)
-    for told in (ranks(-distance), np.full(40, 0.3)):
-        *_, a, c = logistic_scale(distance, told)
+    for values, told in itertools.product((distance, distance**3), (ranks(-distance), np.full(40, 0.3))):
+        *_, a, c = logistic_scale(values, told)
         assert abs(a) < 1e-9 and 1 / (1 + math.exp(-c)) == pytest.approx(told.mean())
-    *_, a, c = logistic_scale(np.full(40, 7.0), ranks(distance))
-    assert a == 0 and c == pytest.approx(0)
+    for same in (np.full(40, 7.0), 3e4 + 1e-3 * distance):  # to rounding
+        *_, a, c = logistic_scale(same, ranks(distance))
+        assert a == 0 and c == pytest.approx(0)
     _, features, far = fitted()
     head = UncertaintyHead.fit(features, np.zeros((60, 3), np.float32), ranks(-far))
     assert not head.tells and head(torch.from_numpy(features)).unique().numel() == 1

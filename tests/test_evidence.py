@@ -25,6 +25,7 @@ from muka_fast.evidence import (
     regress,
     sample_rows,
     second_scores,
+    unit,
 )
 from muka_fast.features import Features
 from muka_fast.labels import build_label_space
@@ -374,3 +375,21 @@ def test_texts_outside_of_the_sample_change_no_other_text(rule):
     found, changed = (rule(pool, neutral, sample=100) for pool in (sup, dataclasses.replace(sup, logits=logits)))
     rest = np.setdiff1d(np.arange(200), others[:50])
     np.testing.assert_allclose(changed[rest], found[rest], atol=1e-6)
+
+
+def test_how_clear_the_texts_are_all_together_does_not_matter_to_the_regression():
+    rng = np.random.default_rng(0)
+    b, gap = unit(rng.standard_normal((60, 4))), rng.uniform(0.1, 1, 60) * rng.choice([-1, 1], 60)
+    clear, unclear = (np.stack([0.5 + s * gap / 2, 0.5 - s * gap / 2], axis=1) for s in (1, 0.01))
+    np.testing.assert_allclose(regress(b, unclear).log_probs(b), regress(b, clear).log_probs(b), atol=1e-6)
+
+
+def test_distances_to_narrow_classes_keep_their_digits():
+    """Against the same form in float64: its terms are 100,000 times their sum."""
+    rng = np.random.default_rng(0)
+    predicted = rng.integers(0, 4, 200)
+    F = (10 * rng.standard_normal((4, 32))[predicted] + 1e-3 * rng.standard_normal((200, 32))).astype(np.float32)
+    fitted = RelativeMahalanobis.fit(F, predicted)
+    mean, form, pull, offset = (part.astype(np.float64) for part in dataclasses.astuple(fitted))
+    x = F - mean
+    np.testing.assert_allclose(fitted.scores(F), ((x @ form) * x).sum(1) + (x @ pull - offset).max(1), atol=1e-3)

@@ -27,7 +27,7 @@ from muka_fast.methods import (
 from muka_fast.ops.mc_statistics import mc_statistics
 from muka_fast.selection import UNCERTAINTY, owners, uncertainties
 from muka_fast.stored import Supervision
-from muka_fast.targets import block_softmax, text_weights
+from muka_fast.targets import block_softmax, tempered_softmax, text_weights
 
 # `mean` is for teachers of one label set.
 COMMON = tuple(name for name in METHODS if name != "mean")
@@ -621,3 +621,29 @@ def test_the_mean_of_large_logits_keeps_its_digits():
     sup = make_supervision((["a", "b"], ["a", "b"]))
     sup.logits[0] = torch.tensor([2.0**24, 2.0**24, 2.0**24 + 2, 2.0**24])  # means differ by 1, sums are rounded to 4
     torch.testing.assert_close(build("mean", sup).target_probs(ROWS)[0], torch.softmax(torch.tensor([1.0, 0.0]), -1))
+
+
+def test_large_logits_over_a_small_temperature_keep_their_digits():
+    logits = torch.tensor([[3e33, 0.0], [1e4 + 0.01, 1e4]])
+    assert tempered_softmax(logits, 1e-6)[0].tolist() == [1, 0]  # 3e39 is beyond fp32
+    expected = torch.softmax(logits[1].double() / 0.01, -1)
+    torch.testing.assert_close(tempered_softmax(logits, 0.01)[1].double(), expected, atol=1e-5, rtol=0)
+
+
+def test_margins_are_counted_between_zero_and_one_whatever_the_least_and_largest():
+    sup = make_supervision(n=5)
+    method = build("muka-hard", sup)
+    method.margin = torch.tensor([0.41, 0.42, 0.48, 0.52, 0.59])
+    texts = TextSet(list("vwxyz"), None, np.arange(5), "x", "f", 0)
+    histogram = runinfo.supervision_summary(method, sup, space_of(sup), texts)["margin_histogram"]
+    assert histogram == [0] * 8 + [2, 1, 1, 1] + [0] * 8
+
+
+def test_examples_of_what_nobody_covers_are_spread_over_the_texts():
+    sup = make_supervision(n=70)
+    weights = np.tile(np.float32([0.25, 0.5, 0.25]), (70, 1))
+    weights[10:] *= 0.3  # belong to nobody
+    method = build_method(options("muka-evidence"), sup, space_of(sup), None, weights)
+    found = runinfo.coverage_summary(method, TextSet([str(i) for i in range(70)], None, np.arange(70), "x", "f", 0))
+    assert found["texts"] == 60 and found["share"] == pytest.approx(6 / 7)
+    assert [example["example_id"] for example in found["examples"]] == [10, 20, 30, 40, 50, 60]

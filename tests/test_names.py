@@ -96,6 +96,7 @@ def test_weights_are_shares_and_the_order_of_the_texts_changes_nothing(seed, cou
         ("culture-arts", "culture arts"), ("天気", "天気"), ("?", "?"), ("bank/US dollars", "bank US dollars"),
         ("हिन्दी", "हिन्दी"), ("e\u0301te\u0301", "été"), ("C++", "C++"), ("C#", "C#"), ("<5", "<5"), ("-1", "-1"),
         ("Art & Artists", "Art Artists"), ("tip_>20%", "tip >20%"), ("-other", "other"), ("x=0", "x=0"),
+        ("می\u200cخواهم", "می\u200cخواهم"),
     ],
 )  # fmt: skip
 def test_names_are_read_as_words(name, words):
@@ -131,3 +132,11 @@ def test_weights_are_shares_where_classes_are_shared():
     names = np.random.default_rng(0).standard_normal((5, 12)).astype(np.float32)
     answer = NameAnswer.fit(b, names, start_of(sup), probs(sup, np.arange(60)), Classes.of(sup))
     np.testing.assert_allclose(answer(b).sum(1), 1, atol=1e-5)
+
+
+def test_a_teacher_of_one_class_has_no_part_in_the_trust():
+    """It agrees with whatever names on every text, by chance: its 0 would say nothing of them."""
+    b, names, w, p, classes, _ = make((3, 1))
+    s = unit(b - b.mean(0)) @ unit(names - names.mean(0)).T
+    (kappa,), _ = calibrate(s, w, p, classes)
+    assert NameAnswer.fit(b, names, w, p, classes).trust == pytest.approx(kappa) and kappa > 0.5

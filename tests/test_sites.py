@@ -148,6 +148,13 @@ def test_layers_without_a_site_name_the_way_out(make_model):
         active_probabilities([], "last:1", None, "teacher news")
 
 
+def test_a_site_that_drops_everything_names_the_way_out():
+    sites = [Site(0, "drop", 0, "activation", 1.0, "head", 2)]
+    with pytest.raises(UserError, match=r"teacher news: its configuration drops everything .* --mc_dropout_p 0\.1"):
+        active_probabilities(sites, "head", None, "teacher news")
+    assert active_probabilities(sites, "head", 0.1) == {0: 0.1}
+
+
 def element_kept(seed, p, site, sample, example_id, element):
     """The contract for one element."""
     return keep_mask_ref(1, 1, p, seed, site, torch.tensor([example_id]), torch.tensor([element]), sample).item()

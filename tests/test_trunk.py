@@ -10,6 +10,7 @@ from muka_fast import probe, trunk
 from muka_fast.errors import UserError
 from muka_fast.ops.reference import mc_statistics_ref
 from muka_fast.pooled import head_input, pool
+from muka_fast.postln import PostLayerNormEncoder
 from muka_fast.sites import Masks
 from muka_fast.split import ModelSplit
 from muka_fast.teachers import Teacher
@@ -211,6 +212,14 @@ def test_heads_that_are_dropout_and_linear_are_fused(family, stochastic):
     assert stochastic(family, "head").fused_head is not None
 
 
+def test_a_head_with_a_layer_behind_its_dropout_is_not_fused(stochastic, batch):
+    """DeBERTa's pooler: dropout, dense, activation, and then the output layer, which is as wide as what the dropout sees."""
+    teacher = stochastic("deberta-v2", "head", pooler_dropout=0.3, cls_dropout=0.0)
+    assert [site["active_p"] for site in teacher.sites if site["layer"] == "head"] == [0.3, 0.0]
+    assert teacher.fused_head is None
+    check(teacher, *batch("deberta-v2"))
+
+
 def test_which_families_have_a_fast_form(family, stochastic):
     assert (stochastic(family, "last:1").fast is None) == (family == "deberta-v2")
 
@@ -263,6 +272,15 @@ def test_a_split_that_computes_something_else_is_not_used(stochastic, monkeypatc
     monkeypatch.setattr(ModelSplit, "run", wrong)
     with caplog.at_level(logging.WARNING, "muka_fast"):
         assert stochastic("bert", "last:1").mc_scope == "all"
+
+
+def test_a_fast_form_that_computes_something_else_is_not_used(stochastic, batch, monkeypatch, caplog):
+    embeddings = PostLayerNormEncoder.embeddings
+    monkeypatch.setattr(PostLayerNormEncoder, "embeddings", lambda self, ids: embeddings(self, ids).flip(-1))
+    with caplog.at_level(logging.WARNING, "muka_fast"):
+        teacher = stochastic("bert", "last:1")
+    assert teacher.fast is None and "teacher news: its fast form differs from the model" in caplog.text
+    check(teacher, *batch("bert"))
 
 
 def test_attention_of_another_kind_is_refused(stochastic, monkeypatch):

@@ -220,3 +220,27 @@ def test_a_probability_of_one_is_refused():
     config = transformers.BertConfig(intermediate_size=32, hidden_dropout_prob=1.0, **COMMON)
     with pytest.raises(UserError, match="drops everything"):
         scorer(transformers.BertForSequenceClassification(config).eval())
+
+
+def test_a_layer_with_a_dropout_of_its_own_has_no_fast_form():
+    """The fast form would leave it out in the stochastic passes, where nothing compares it with the model."""
+    torch.manual_seed(1)
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(intermediate_size=32, **COMMON)).eval()
+    assert scorer(model).fast is not None
+    model.bert.encoder.layer[-1].intermediate.intermediate_act_fn = torch.nn.Sequential(torch.nn.GELU(), torch.nn.Dropout(0.1)).eval()
+    assert scorer(model).fast is None
+
+
+def test_a_head_that_drops_on_every_token_gets_every_token():
+    """A mask goes by positions, so that the token that is read would get that of the first one."""
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(intermediate_size=32, attention_dropout=0.1, **COMMON)
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    assert scorer(model).fast is not None
+    model.model.norm = torch.nn.Sequential(model.model.norm, torch.nn.Dropout(0.3)).eval()
+    teacher, (ids, mask, names) = scorer(model, mc_scope="head", mc_samples=4), a_batch()
+    assert teacher.reads == "last" and teacher.fast is None and len(teacher.p_of_site) == 1
+    masks = Masks(model, teacher.all_sites, teacher.p_of_site, 7, torch.from_numpy(names), 4)
+    with torch.inference_mode(), intercept(model, masks):
+        passes = model(input_ids=ids.repeat(4, 1), attention_mask=mask.repeat(4, 1)).logits.softmax(-1).view(4, 3, 3)
+    torch.testing.assert_close(teacher.launch(ids, mask, names).mean_probs, passes.mean(0), atol=1e-5, rtol=1e-4)
