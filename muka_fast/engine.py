@@ -37,6 +37,7 @@ from muka_fast.recorded import RecordedSteps, recordable
 log = logging.getLogger("muka_fast")
 # What DeepSpeed raises for a configuration that it cannot use, beside errors of its own (the sixth: bf16 as grad_accum_dtype of fp32).
 REFUSALS = (AssertionError, AttributeError, TypeError, ValueError, LookupError, NotImplementedError, ImportError)
+OBSERVERS = ("flops_profiler", "comms_logger", "dump_state", "wall_clock_breakdown")  # parts of a ds_config that only print
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml", "csv_monitor": "csv"}  # and the package of each
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic one: what changes
@@ -167,13 +168,14 @@ def to_nvme(zero: dict[str, Any]) -> list[str]:
 
 
 def rehearse(config: RunConfig, ds_config: dict[str, Any]) -> None:
-    """One step of a student of two words, before anything slow begins; nothing goes to an NVMe disk or a monitor. Collective.
+    """One step of a student of two words, before anything slow begins; nothing goes to an NVMe disk, a monitor or the console.
+    Collective.
 
     config, ds_config: both as `prepare_ds_config` returned them. Raises UserError for what DeepSpeed refuses as it begins or steps,
     and where it changes a gradient.
     """
     name = ds_config_name(config.ds_config)
-    short = copy.deepcopy({key: value for key, value in ds_config.items() if key not in MONITORS})
+    short = copy.deepcopy({key: value for key, value in ds_config.items() if key not in (*MONITORS, *OBSERVERS)})
     short["optimizer"]["params"]["lr"] = config.learning_rate or 1e-5  # the default is that of the real student
     for part in to_nvme(short["zero_optimization"]):
         del short["zero_optimization"][part]
@@ -310,6 +312,8 @@ class Engine:
         entered = getattr(parameter_offload, "FWD_MODULE_STACK", [])  # by ZeRO-3, which leaves the outermost module in it
         ours = set(self.ds.module.modules())
         entered[:] = [module for module in entered if module not in ours]
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # of ZeRO's buckets, gigabytes
 
     def __call__(self, **batch: Tensor) -> Any:
         """The student's forward."""

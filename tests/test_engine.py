@@ -231,15 +231,17 @@ def test_what_deepspeed_refuses_as_it_begins_shows_in_a_rehearsal(content, messa
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_a_rehearsal_leaves_nothing_behind(stage, caplog, tmp_path):
+def test_a_rehearsal_leaves_nothing_behind(stage, caplog, capfd, tmp_path):
     content = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": 2}
     content |= {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 500}}}
-    content |= {"csv_monitor": {"enabled": True, "output_path": str(tmp_path)}}
+    content |= {"csv_monitor": {"enabled": True, "output_path": str(tmp_path)}, "wall_clock_breakdown": True, "dump_state": True}
+    content |= {"flops_profiler": {"enabled": True}, "comms_logger": {"enabled": True, "verbose": True}}
     ds, config = prepare_ds_config(content, RunConfig(device="cpu", ds_config=content), 1)
     before, state = json.dumps(ds), torch.get_rng_state()
+    capfd.readouterr()
     rehearse(config, ds)
     assert json.dumps(ds) == before and torch.equal(torch.get_rng_state(), state)
-    assert not caplog.text and not list(tmp_path.iterdir())
+    assert not caplog.text and not list(tmp_path.iterdir()) and not capfd.readouterr().out
 
 
 def test_a_configuration_that_changes_gradients_is_refused(monkeypatch):
