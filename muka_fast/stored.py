@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from muka_fast.console import Progress, progress
 from muka_fast.errors import UserError
 from muka_fast.features import Features, teacher_features
 from muka_fast.memory import sharers
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("muka_fast")
 READERS = 16  # threads of a process that verify shards
+FEW_FILES = 256  # verified within seconds
 COLUMNS = ("logits", "mean_probs")  # fields of a Supervision that are [n, S]
 PER_TEACHER = (*VECTORS, "total_variance")  # those that are [n, N]
 
@@ -143,18 +146,23 @@ def verify_shards(store: Path, manifest: dict[str, Any], keys: Sequence[str], qu
     for key in keys:
         readers[key] = shard_reader(store / key, key, len(entries[key]["labels"]), is_adaptive(entries[key]), ("example_ids",))
 
-    def share(files: Sequence[tuple[str, int]]) -> None:
+    def share(files: Sequence[tuple[str, int]], bar: Progress | None) -> None:
         for place in queue.take("verify", len(files)):
             key, number = files[place]
-            with contextlib.suppress(FileNotFoundError, DamagedShard):
-                readers[key](ShardRange(number, number * size, min((number + 1) * size, n)))
+            if key in readers:  # else this process has read the manifest before another job added the teacher
+                with contextlib.suppress(FileNotFoundError, DamagedShard):
+                    readers[key](ShardRange(number, number * size, min((number + 1) * size, n)))
+            done = queue.advance("verify", 1)
+            if bar is not None:
+                bar.advance(done - bar.done)
 
     threads = max(1, min(READERS, (os.cpu_count() or 1) // sharers(torch.device("cpu"))))
     with queue, ThreadPoolExecutor(threads) as pool:
         files = queue.agree("files", lambda: [(key, number) for key in keys for number in shards_there(store / key)])
         before = set(VERIFIED)
-        for found in [pool.submit(share, files) for _ in range(threads)]:
-            found.result()
+        with progress(len(files), "verifying", "shards") if len(files) > FEW_FILES else nullcontext() as bar:
+            for work in [pool.submit(share, files, None if thread else bar) for thread in range(threads)]:
+                work.result()
         VERIFIED.update(*queue.gather(VERIFIED - before))
 
 
