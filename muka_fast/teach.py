@@ -60,31 +60,33 @@ class Recipe:
 # ---- the rows and labels of a teacher ----
 
 
-def rows_with_labels(texts: TextSet, labels: Sequence[str] | None, limited: bool = False) -> tuple[TextSet, list[str]]:
-    """The rows whose label is one of `labels` (None: all that occur, sorted), example ids kept, and the label names. limited: whether
-    --limit has left rows out.
+def rows_with_labels(texts: TextSet, labels: Sequence[str] | None, limit: int | None = None) -> tuple[TextSet, list[str]]:
+    """The rows whose label is one of `labels` (None: all that occur, sorted), or the first `limit` of them, example ids kept, and the
+    label names.
 
     Raises:
-        UserError: a label that no row has (names the nearest), a label named twice, fewer than two labels.
+        UserError: a label that no row has (names the nearest), or none of the first; a label named twice, fewer than two labels.
     """
     found = sorted(set(texts.labels))
     labels = found if labels is None else list(labels)
     missing = [label for label in labels if label not in found]
     if missing:
         names = ", ".join(f"'{label}'{nearest(label, found)}" for label in missing[:5])
-        cut = ", of which --limit takes the first rows, whatever their labels," if limited else ""
-        raise UserError(f"--labels: no row of {texts.source}{cut} has {names}{' and more' if len(missing) > 5 else ''}")
+        raise UserError(f"--labels: no row of {texts.source} has {names}{' and more' if len(missing) > 5 else ''}")
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
         raise UserError(f"--labels: '{twice}' is named twice")
     if len(labels) < 2:
         raise UserError(f"--labels: a teacher needs two labels or more, {texts.source} gives {labels}")
     warn_of_lookalikes(labels, f"correct {texts.source}")
-    return _keep(texts, set(labels)), labels
+    kept = _keep(texts, set(labels), limit)
+    if without := [label for label in labels if label not in kept.labels]:
+        raise UserError(f"--limit {limit}: the first rows of {texts.source} with these labels have no '{without[0]}'; take more")
+    return kept, labels
 
 
-def _keep(texts: TextSet, labels: set[str]) -> TextSet:
-    rows = [row for row, label in enumerate(texts.labels) if label in labels]
+def _keep(texts: TextSet, labels: set[str], limit: int | None = None) -> TextSet:
+    rows = [row for row, label in enumerate(texts.labels) if label in labels][:limit]
     pick = lambda values: [values[row] for row in rows]
     return replace(texts, texts=pick(texts.texts), labels=pick(texts.labels), example_ids=texts.example_ids[rows])
 
@@ -316,7 +318,8 @@ def teach(config: TeachConfig) -> dict[str, Any]:
     device = device_of(config.device)
     quiet_deepspeed(device, config.verbose)  # transformers imports it
     columns = {"text_column": config.text_column, "label_column": config.label_column, "need_labels": True}
-    train, labels = rows_with_labels(read_texts(config.train, limit=config.limit, **columns), config.labels, config.limit is not None)
+    first = config.limit if config.labels is None else None  # with --labels those with these labels count
+    train, labels = rows_with_labels(read_texts(config.train, limit=first, **columns), config.labels, config.limit)
     held_out = rows_to_measure(read_texts(config.eval, split="test", **columns), labels) if config.eval else None
     model, tokenizer = load_student(config.encoder, labels, config.seed, {"zero_optimization": {"stage": 0}}, "encoder")
     freeze(model, config.freeze_layers)

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from muka_fast import cli, teach
 from muka_fast.config import TeachConfig
-from muka_fast.data import TextSet, epoch_batches, tokenize
+from muka_fast.data import TextSet, epoch_batches, read_texts, tokenize
 from muka_fast.errors import UserError
 from muka_fast.evaluate import predict
 from muka_fast.teachers import load_teacher
@@ -113,9 +113,14 @@ def test_bad_labels_are_refused_before_any_work(options, labels, expected, tmp_p
     assert not (tmp_path / "teacher").exists()
 
 
-def test_labels_that_a_limit_left_out_are_told_so(options):
-    with pytest.raises(UserError, match=r"rows\.jsonl, of which --limit takes the first rows, whatever their labels, has '"):
-        teach.teach(TeachConfig(**options | {"limit": 1}))
+def test_a_limit_counts_rows_with_the_labels_and_leaves_none_of_these_out(options):
+    labels = read_texts(options["train"], need_labels=True).labels
+    wanted = options["labels"]
+    assert next(row for row, label in enumerate(labels) if label not in wanted) < 6
+    found = teach.teach(TeachConfig(**options | {"limit": 6, "epochs": 1, "batch_size": 3}))
+    assert found["texts"]["count"] == 6
+    with pytest.raises(UserError, match=r"--limit 1: the first rows of .*rows\.jsonl with these labels have no '\w+'; take more"):
+        teach.teach(TeachConfig(**options | {"limit": 1, "overwrite": True}))
 
 
 def test_a_missing_encoder_is_called_what_the_option_calls_it(options, tmp_path):
