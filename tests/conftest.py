@@ -267,6 +267,16 @@ def product_log(caplog, monkeypatch):
     return caplog
 
 
+@pytest.fixture
+def disk(monkeypatch):
+    """What the disk is asked, in order: ("fsync", name) to confirm a file or folder, ("replace", name) to give it this name."""
+    asked, fsync, replace = [], os.fsync, os.replace
+    name_of = lambda handle: os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))
+    monkeypatch.setattr(os, "fsync", lambda handle: asked.append(("fsync", name_of(handle))) or fsync(handle))
+    monkeypatch.setattr(os, "replace", lambda old, new: asked.append(("replace", os.path.basename(new))) or replace(old, new))
+    return asked
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """A test that passed passes again."""

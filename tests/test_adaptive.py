@@ -225,8 +225,10 @@ def test_a_killed_run_continues_and_a_damaged_shard_is_computed_again(tmp_path, 
     files = {path.relative_to(tmp_path / "s"): path.read_bytes() for path in (tmp_path / "s").glob("*/*.safetensors")}
     victim = sorted(files)[4]
     (tmp_path / "s" / victim).write_bytes(b"no")
+    others = {path: (tmp_path / "s" / path).stat().st_ino for path in files if path != victim}
     same(base, fill_store(tmp_path / "s", folders, pool, options()))
     assert len(calls) == 5
+    assert {path: (tmp_path / "s" / path).stat().st_ino for path in others} == others  # not written again
     assert {path: (tmp_path / "s" / path).read_bytes() for path in files} == files
     fill_store(tmp_path / "s", folders, pool, options())
     assert len(calls) == 5  # all there

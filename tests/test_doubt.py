@@ -30,6 +30,7 @@ from muka_fast.doubt import FILE, UncertaintyHead, auroc, false_positive_rate, l
 from muka_fast.errors import UserError
 from muka_fast.evaluate import doubt_figures, evaluate
 from muka_fast.evidence import RelativeMahalanobis
+from muka_fast.files import write_beside_others
 from muka_fast.pooled import classifier_layer
 
 LABELS = ["a", "b", "c"]
@@ -366,6 +367,17 @@ def test_answers_replace_nothing_but_what_they_may(exported, texts, tmp_path, ca
     assert cli.main([*words, str(out)]) == 2 and out.read_text() == "meanwhile"
     told = capsys.readouterr().err
     assert "has appeared meanwhile" in told and Path(told.split(" is in ")[1].strip()).read_bytes() == expected
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_answers_that_cannot_get_their_name_leave_everything_as_it_was(tmp_path, monkeypatch, replace):
+    out = tmp_path / "answers.jsonl"
+    if replace:
+        out.write_text("old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("Input/output error")))
+    with pytest.raises(OSError, match="Input/output error"):
+        write_beside_others(out, ["a line\n"], replace)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == ({out.name: "old"} if replace else {})
 
 
 def test_eval_measures_doubt_on_wrong_answers_and_unknown_labels(exported, texts, tmp_path, capsys):

@@ -360,6 +360,7 @@ def test_teacher_blocks_come_from_the_run(tmp_path):
         ("run.json", '{"config": {"max_length": 8}}', 8),
         ("teach.json", '{"options": {"max_length": 8}}', 8),
         ("run.json", '{"config": [8]}', 128),
+        ("run.json", '{"config": {"max_length": 0}}', 128),
         ("run.json", "{", 128),
         ("none.json", "{}", 128),
     ],

@@ -411,6 +411,12 @@ def test_config_is_moved_last(make_model, make_tokenizer, tmp_path, monkeypatch)
     assert moved[-1] == "config.json" and "model.safetensors" in moved
 
 
+def test_the_disk_confirms_all_before_the_first_move_and_the_folder_after_the_last(tmp_path, disk):
+    export.replace_card(tmp_path / "out", LABELS, CARD)
+    assert sorted(disk[:3]) == [("fsync", name) for name in sorted(["README.md", export.FILE_LIST, PARTIAL])]
+    assert disk[3:] == [("replace", READY), ("replace", "README.md"), ("fsync", "out")]
+
+
 def test_names_are_set_in_both_directions(make_model):
     model = make_model("bert", ["x", "y"])
     export.set_labels(model, ["b", "a"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from muka_fast.config import read_options
 from muka_fast.data import read_texts
 from muka_fast.errors import UserError
-from muka_fast.labels import build_label_space, plain_form, read_label_map, rename_labels, true_labels
+from muka_fast.labels import build_label_space, plain_form, read_label_map, rename_labels, tell_of_unknown, true_labels
 
 LABELS = st.sampled_from(["cat", "dog", "Dog", "fish", "a/b", "", "LABEL_0", "LABEL_1", "LABEL_x", "7"])
 LABEL_SETS = st.lists(LABELS, min_size=1, max_size=6, unique=True)
@@ -237,6 +237,20 @@ def test_true_labels_follow_the_entries_of_one_teacher_where_all_owners_agree():
     assert rename({"cat": "pet", "t": {"cat": "cat"}}) == ["pet", "cow", "owl"]  # the owners differ: the entry for all
     assert rename({"t/owl": "bird", "s/cat": "pet"}) == ["cat", "cow", "bird"]  # the other way to spell an entry of one teacher
     assert rename({"t/owl": "wrong", "t": {"owl": "bird"}}) == ["cat", "cow", "bird"]
+
+
+@pytest.mark.parametrize(
+    ("label_map", "told"),
+    [
+        ({"news": {"a": "b"}}, False),  # of one teacher alone, whose name is no label
+        ({"news/LABEL_0": "x"}, False),
+        ({"LABEL_0": "x", "b": "y"}, False),
+        ({"c": "d"}, True),
+    ],
+)
+def test_a_warning_of_unknown_names_is_for_entries_that_nothing_has(product_log, label_map, told):
+    tell_of_unknown(label_map, ["a", "b"], [{"name": "news", "labels": ["a", "LABEL_0"]}])
+    assert ("neither these texts nor a teacher have a label" in product_log.text) is told
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.json", "[" * 100_000), ("a.yaml", "a: 2020-99-99\n"), ("a.json", "9" * 5000)])

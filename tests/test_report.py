@@ -119,6 +119,13 @@ def test_the_line_through_a_noisy_loss_is_its_mean_over_a_twentieth(count):
     assert drawn.lines[1].get_ydata() == pytest.approx([sum(window) / len(window) for window in around])
 
 
+def test_a_mark_of_the_calibration_grows_with_its_texts():
+    drawn = Figure().add_subplot()
+    report.draw_calibration(drawn, [{"count": count, "confidence": 0.5, "accuracy": 0.5} for count in (1, 100, 50)])
+    few, most, half = drawn.collections[0].get_sizes()
+    assert 0 < few < half < most
+
+
 def test_figures_tell_how_many_texts_they_rest_on(record):
     page = report.render(record, metrics(3), "my run")
     assert page.count(", of 1,100 texts with a known label<") == 2 and "12 evaluation texts<" in page
@@ -198,10 +205,15 @@ def test_written_beside_the_run_and_damaged_files_are_told(record, tmp_path):
         damaged = copy.deepcopy(record)
         damaged[key] = None
         (tmp_path / "run.json").write_text(json.dumps(damaged))
-        with pytest.raises(UserError, match="damaged or of another version"):
+        with pytest.raises(UserError, match=r"damaged or of another version|is not the record of a run"):
             report.write_report(tmp_path)
     (tmp_path / "run.json").write_text("[1")
     with pytest.raises(UserError, match="cannot be read"):
+        report.write_report(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "report.html").unlink()
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(UserError, match=r"report\.html cannot be written \(Is a directory\)"):
         report.write_report(tmp_path)
     assert not list(tmp_path.glob("*.partial"))
 

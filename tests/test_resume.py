@@ -12,7 +12,8 @@ import pytest
 import torch
 from runs import SMOOTH_ADAM, largest_difference, losses, weights
 
-from muka_fast import loop, runinfo, snapshots, train
+from muka_fast import identity, loop, runinfo, snapshots, train
+from muka_fast.config import RunConfig
 from muka_fast.errors import UserError
 from muka_fast.files import held
 
@@ -259,6 +260,16 @@ def test_a_complete_run_is_done_only_for_the_files_that_it_read(go, world, tmp_p
         assert go("run", resume=True, **own).metrics == first.metrics
         assert "is complete: nothing to resume" in caplog.text and "student in" not in caplog.text
     assert (first.output / "run.json").read_bytes() == record
+
+
+def test_the_files_of_an_adapter_do_not_tell_that_nothing_has_changed(tmp_path):
+    """Its base may lie anywhere."""
+    config = RunConfig(teachers=[str(tmp_path / "plain"), str(tmp_path / "teacher")])
+    earlier = {"config": config.resolved(), "inputs": {}}
+    assert identity.untouched(config, earlier, {})
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "adapter_config.json").write_text("{}")
+    assert not identity.untouched(config, earlier, {})
 
 
 @pytest.mark.parametrize("way", ["moved", "folder", "link", "above"])
@@ -563,6 +574,19 @@ def test_resume_refuses_another_tokenizer_of_a_teacher(go, stop_at, monkeypatch,
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"\(other tokenizers of teachers\)"):
         go("cut", resume=True, **own)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, disk):
+    """Else a loss of power may leave the newest one empty, and the one before is gone after the next."""
+
+    def save_checkpoint(folder):
+        (folder / "state-00000.safetensors").write_bytes(b"x")
+        return {"completed_steps": 3}
+
+    snapshots.save_snapshot(argparse.Namespace(rank=0, completed_steps=3, save_checkpoint=save_checkpoint), tmp_path)
+    assert disk[-1] == ("replace", "step-00000003")
+    confirmed = {name for what, name in disk[:-1] if what == "fsync"}
+    assert confirmed == {"state-00000.safetensors", "state.json", "step-00000003.partial"}
 
 
 def test_a_file_too_many_is_damage(tmp_path):

@@ -231,3 +231,28 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 def test_scores_of_other_texts_are_not_taken_over(tmp_path):
     merge_manifest(tmp_path / "old", text_set(tag="other "), 4)
     assert not store_module.take_over(tmp_path / "old", tmp_path / "new", text_set()) and not (tmp_path / "new").exists()
+
+
+def test_scores_alone_are_taken_over(tmp_path):
+    """A lock that both stores had would be one, and a line of either's log be in both."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    merge_manifest(old, text_set(), 4)
+    for name in ("key/shard-00000.safetensors", "logs/rank0.log"):
+        (old / name).parent.mkdir()
+        (old / name).write_text("x")
+    assert store_module.take_over(old, new, text_set())
+    assert {path.relative_to(new).as_posix() for path in new.rglob("*")} == {
+        ".lock", "key", "key/shard-00000.safetensors", "manifest.json",
+    }  # fmt: skip
+    linked = [path.name for path in new.rglob("*") if path.is_file() and path.samefile(old / path.relative_to(new))]
+    assert linked == ["shard-00000.safetensors"]
+
+
+def test_a_teacher_that_is_merged_again_has_its_later_name(tmp_path):
+    entry = {"fingerprint": "f", "tokenizer_key": "t", "labels": ["a"], "max_length": 128, "mc": False}
+    entry |= {"mc_samples": 1, "mc_scope": "head", "mc_dropout_p": None, "run_seed": 0, "mc_stop": None, "scoring_precision": "fp32"}
+    texts = text_set()
+    key = teacher_key(entry, texts.fingerprint)
+    for name in ("first", "later"):
+        merge_manifest(tmp_path, texts, 4, (key, entry | {"name": name}))
+    assert {key: entry["name"] for key, entry in read_manifest(tmp_path)["teachers"].items()} == {key: "later"}

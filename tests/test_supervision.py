@@ -554,13 +554,14 @@ def test_features_beyond_half_precision_are_cut_to_its_range():
 # ---- faults of the machine and of teachers ----
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path, stage, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path, stage, monkeypatch, number):
     real, calls = os.fsync, []
 
     def full(descriptor):
         calls.append(descriptor)
         if len(calls) == 7:  # manifest, tokens and scores of two shards, tokens of the third, then the disk is full
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(number, os.strerror(number))
         real(descriptor)
 
     monkeypatch.setattr(store_module.os, "fsync", full)

@@ -200,8 +200,9 @@ def test_bf16_on_a_cpu(go, stop_at, monkeypatch):
     assert losses(resumed) == losses(rounded) and largest_difference(weights(resumed), weights(rounded)) == 0
 
 
-def test_run_yaml_repeats_the_run_bit_for_bit(go, tmp_path):
-    first = go("first", ds={"gradient_clipping": 0.3})
+@pytest.mark.parametrize("scheduler", [{}, {"scheduler": {"type": "WarmupDecayLR"}}])  # which --warmup_ratio may not stand beside
+def test_run_yaml_repeats_the_run_bit_for_bit(go, tmp_path, scheduler):
+    first = go("first", ds={"gradient_clipping": 0.3, **scheduler})
     options = yaml.safe_load((first.output / "run.yaml").read_text())
     assert options["max_grad_norm"] == 0.3  # taken over from ds.json, and no contradiction with it now
     again = train.amalgamate(config=str(first.output / "run.yaml"), output=str(tmp_path / "again"))
@@ -531,6 +532,15 @@ def test_seed_and_epoch_decide_which_texts_a_step_sees():
     plans = [Plan(lengths, RunConfig(batch_size=8, epochs=2, seed=seed)) for seed in (0, 1)]
     epochs = [[plan.rows(step).tolist() for step in range(first, first + 8)] for plan in plans for first in (0, 8)]
     assert len({str(sorted(batches)) for batches in epochs}) == 4
+
+
+def test_a_step_sees_its_texts_shortest_first():
+    """Micro-batches are cut from them in this order, and texts of like length are padded least."""
+    lengths = np.random.default_rng(0).integers(1, 100, 63)
+    plan = Plan(lengths, RunConfig(batch_size=8, epochs=2))
+    assert plan.total_steps == 16
+    for step in range(16):  # the rest of an epoch, of 7 texts, is a random one
+        assert (np.diff(lengths[plan.rows(step)]) >= 0).all()
 
 
 def test_every_micro_batch_draws_numbers_of_its_own(go, monkeypatch):
