@@ -49,7 +49,7 @@ def base_folder(folder: Path, what: str, files: tuple[str, ...] = checkpoint.HUB
     beside = folder / base
     if not os.path.isdir(base) and os.path.isdir(beside):
         return beside
-    return checkpoint.resolve_folder(base, f"{what}: base model", files)
+    return checkpoint.resolve_folder(base, f"{what}: base_model_name_or_path of adapter_config.json", files)
 
 
 def adapter_tensors(folder: Path, what: str) -> dict[str, checkpoint.TensorEntry]:
@@ -65,7 +65,7 @@ def adapter_classifier(folder: Path, what: str, files: tuple[str, ...] = checkpo
     where its size differs from the base's.
     """
     if (folder / "config.json").is_file():
-        return checkpoint.read_config(folder, what)
+        return checkpoint.read_config(folder, what) | {"architectures": []}  # peft names the base's; the task_type tells the head
     config = checkpoint.read_config(base_folder(folder, what, files), f"{what}: base model")
     heads = [entry.shape for name, entry in adapter_tensors(folder, what).items() if name.endswith(HEAD_WEIGHTS)]
     if heads:

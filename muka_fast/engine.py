@@ -180,6 +180,7 @@ def rehearse(config: RunConfig, ds_config: dict[str, Any]) -> None:
     for part in to_nvme(short["zero_optimization"]):
         del short["zero_optimization"][part]
     model = nn.Embedding(2, 2, _weight=torch.zeros(2, 2))
+    linear = nn.functional.linear  # in its place ZeRO-3 puts one of other rounding, and teachers are scored next
     before, log.disabled = log.disabled, True  # its few steps are not those that a scheduler was planned for
     try:
         with contextlib.closing(Engine.create(model, config, short, 10)) as engine, told_as_refusal(name):
@@ -188,7 +189,7 @@ def rehearse(config: RunConfig, ds_config: dict[str, Any]) -> None:
                 engine.step()
             norm = engine.grad_norm
     finally:
-        log.disabled = before
+        log.disabled, nn.functional.linear = before, linear
     # Of fp16 the first steps may overflow.
     if norm is not None and not short.get("fp16", {}).get("enabled") and not math.isclose(norm, 2.0, rel_tol=0.01):
         raise UserError(f"{name}: under it DeepSpeed multiplies gradients by {norm / 2:.3g}; remove what does so")
@@ -307,8 +308,10 @@ class Engine:
     def close(self) -> None:
         """Train no more, and let go of the student and its moments, which DeepSpeed's hooks keep as long as Python runs."""
         from deepspeed.runtime.zero import parameter_offload
+        from deepspeed.utils import groups
 
         self.ds.destroy()
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # of zero_hpz_partition_size: the next engine refuses to make its own beside it
         entered = getattr(parameter_offload, "FWD_MODULE_STACK", [])  # by ZeRO-3, which leaves the outermost module in it
         ours = set(self.ds.module.modules())
         entered[:] = [module for module in entered if module not in ours]

@@ -37,6 +37,9 @@ def make_adapter(make_teacher, make_tokenizer, tmp_path):
         model.save_pretrained(folder)
         if config:
             model.config.save_pretrained(folder)
+            named = json.loads((folder / "config.json").read_text())
+            bare = named["architectures"][0].replace("ForSequenceClassification", "Model")  # as where the base is an encoder
+            (folder / "config.json").write_text(json.dumps(named | {"architectures": [bare]}))
         if tokenizer:
             make_tokenizer(family).save_pretrained(folder)
         return folder, model.eval(), base
@@ -118,7 +121,7 @@ def test_only_a_pickled_adapter(make_adapter):
 def test_base_missing(make_adapter):
     folder, _, base = make_adapter()
     base.rename(base.with_name("moved"))
-    refusal(folder, "base model", str(base))
+    refusal(folder, "base_model_name_or_path of adapter_config.json", str(base))
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,16 @@ def test_bad_input_is_told_once_by_two_processes(world, tmp_path, program, optio
 
 
 @pytest.mark.slow
+def test_weights_that_zero_keeps_twice_train_after_the_rehearsal(go, world, tmp_path):
+    """Their groups of processes are DeepSpeed's own, once per process; the scores are those of a run without them, bit for bit."""
+    ds, options = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, {"store": None, "epochs": 1}
+    alone = go("alone", **options)
+    codes, told = finish(run_processes(arguments(world, tmp_path, "pair", ds, options), 2))
+    assert codes == [0, 0], told
+    assert store_files(tmp_path / "pair" / "supervision") == store_files(alone.output / "supervision")
+
+
+@pytest.mark.slow
 def test_what_deepspeed_refuses_is_told_once_before_the_scoring(world, tmp_path):
     ds = {"zero_optimization": {"stage": 2}, "prescale_gradients": True}
     codes, told = finish(run_processes(arguments(world, tmp_path, "run", ds, {"store": str(tmp_path / "store")}), 2))
