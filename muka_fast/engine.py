@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import copy
 import importlib.util
+import io
 import logging
 import math
 import os
@@ -28,7 +29,7 @@ from muka_fast.aligned import StudentOutput
 from muka_fast.config import RunConfig
 from muka_fast.ds_config import AUTOCAST, ds_config_name, fill_scheduler, refusal
 from muka_fast.errors import UserError, first_line
-from muka_fast.group import JOINING, check_launch, joined, shut_down
+from muka_fast.group import JOINING, check_launch, joined, open_sockets, shut_down
 from muka_fast.intercept import run_without_waiting
 from muka_fast.memory import Fetch, device_of, send
 from muka_fast.optim import clip_gradients, dense_gradients, linear_schedule, parameter_groups, sparse_embeddings
@@ -96,7 +97,7 @@ def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, i
     launched = "RANK" in os.environ
     if launched and not torch.distributed.is_initialized():
         check_launch()
-    hook = sys.excepthook
+    hook, before = sys.excepthook, open_sockets()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, under ZeRO-3 again and again
     if device != "cpu":  # before anything is sent: each process talks through its own GPU
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -121,7 +122,7 @@ def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, i
         except torch.distributed.DistStoreError as error:
             told = f"not all processes of this job have started ({first_line(error)})"
             raise UserError(f"{told}: look for the error of another one") from error
-        joined()
+        joined(before)
         _joined_in = os.getpid()
         atexit.register(shut_down, at_exit=True)
     return comm.get_rank(), comm.get_world_size()
@@ -150,13 +151,13 @@ def check_ds_config(ds_config: dict[str, Any], name: str) -> None:
     from deepspeed.runtime import lr_schedules
     from deepspeed.runtime.config import DeepSpeedConfig
 
+    with told_as_refusal(name):
+        DeepSpeedConfig({key: value for key, value in copy.deepcopy(ds_config).items() if key != "optimizer"})
     if to_nvme(ds_config["zero_optimization"]) and not AsyncIOBuilder().is_compatible(verbose=False):
         raise UserError(f"{name}: offloading to nvme needs DeepSpeed's async_io, which cannot be built here (libaio): use cpu")
     for key, package in MONITORS.items():
         if ds_config.get(key, {}).get("enabled") and importlib.util.find_spec(package) is None:
             raise UserError(f"{name}: {key} is enabled, but {package} is not installed: `pip install {package}`, or remove it")
-    with told_as_refusal(name):
-        DeepSpeedConfig({key: value for key, value in copy.deepcopy(ds_config).items() if key != "optimizer"})
     kind = ds_config.get("scheduler", {"type": "WarmupLR"}).get("type")
     if kind not in lr_schedules.VALID_LR_SCHEDULES:
         raise UserError(f"{name}: scheduler.type {kind!r} is none of {', '.join(lr_schedules.VALID_LR_SCHEDULES)}")
@@ -183,9 +184,13 @@ def rehearse(config: RunConfig, ds_config: dict[str, Any]) -> None:
     linear = nn.functional.linear  # in its place ZeRO-3 puts one of other rounding, and teachers are scored next
     before, log.disabled = log.disabled, True  # its few steps are not those that a scheduler was planned for
     try:
-        with contextlib.closing(Engine.create(model, config, short, 10)) as engine, told_as_refusal(name):
-            for _ in range(engine.micro_batches):
-                engine.backward(engine(input=torch.tensor([0, 1])).float().sum() / (engine.micro_batches * engine.world_size))
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.closing(Engine.create(model, config, short, 10)) as engine,
+            told_as_refusal(name),
+        ):
+            for number in range(engine.micro_batches):  # all of the gradient in the first: in bf16 many small parts make another sum
+                engine.backward(engine(input=torch.tensor([0, 1])).float().sum() * (number == 0) / engine.world_size)
                 engine.step()
             norm = engine.grad_norm
     finally:

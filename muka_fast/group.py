@@ -1,13 +1,14 @@
 """What the processes of a job do as one: how long they wait for each other, work of process 0 for all, a death among them, leaving."""
 
 import contextlib
+import ctypes
 import logging
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -105,8 +106,9 @@ def check_launch() -> None:
         raise UserError(f"{told} is no process of a job: start it by torchrun or deepspeed, or with none of these variables")
 
 
-def joined() -> None:
-    """From now on until `shut_down` processes wait for each other, and notice where one is gone. Collective."""
+def joined(before: Collection[str] = ()) -> None:
+    """From now on until `shut_down` processes wait for each other, and notice where one is gone. Collective. before: `open_sockets`
+    from before the group was made, which are not the job's."""
     global _watch
     torch.distributed.distributed_c10d._set_pg_timeout(PATIENCE)
     if torch.distributed.get_world_size() > 1:
@@ -115,23 +117,30 @@ def joined() -> None:
         except RuntimeError as error:  # NCCL has other ways from node to node
             way_out = "name the network that joins the nodes in GLOO_SOCKET_IFNAME (`ip address` lists them)"
             raise UserError(f"the processes cannot watch each other over gloo ({first_line(error)}): {way_out}") from error
-        keep_asking()
+        keep_asking({name: handle for name, handle in open_sockets().items() if name not in before}.values())
 
 
-def keep_asking() -> None:
-    """Have the kernel close connections of this process to a node that has lost its power or network: of that no word comes, and gloo,
-    which asks for nothing of the kind, would wait. A process that is stopped or busy is there: its kernel answers. (While data are on
-    their way the kernel sends them again and again instead, and gives up after a quarter of an hour.)
+def open_sockets() -> dict[str, int]:
+    """The sockets of this process: the kernel's name and the descriptor of each; none where there is no /proc."""
+    found = {}
+    for handle in os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd") else ():
+        with contextlib.suppress(OSError):  # closed by now
+            found[os.readlink(f"/proc/self/fd/{handle}")] = int(handle)
+    return {name: handle for name, handle in found.items() if name.startswith("socket:")}
+
+
+def keep_asking(handles: Iterable[int]) -> None:
+    """Have the kernel close connections to a node that has lost its power or network: of that no word comes, and gloo, which asks for
+    nothing of the kind, would wait. A process that is stopped or busy is there: its kernel answers. (While data are on their way the
+    kernel sends them again and again instead, and gives up after a quarter of an hour.)
     """
-    if not os.path.exists("/proc/self/fd"):
-        return
-    settings = {socket.TCP_KEEPIDLE: ASK_AFTER_S, socket.TCP_KEEPINTVL: ASK_EVERY_S, socket.TCP_KEEPCNT: ASK_TIMES}
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:  # else no socket, or closed by now
-            if connection.type == socket.SOCK_STREAM and connection.family in (socket.AF_INET, socket.AF_INET6):
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for option, value in settings.items():
-                    connection.setsockopt(socket.IPPROTO_TCP, option, value)
+    # By C's function: a socket of Python's on the same descriptor takes the default timeout, with which it blocks no more.
+    set_option = ctypes.CDLL(None).setsockopt
+    times = {socket.TCP_KEEPIDLE: ASK_AFTER_S, socket.TCP_KEEPINTVL: ASK_EVERY_S, socket.TCP_KEEPCNT: ASK_TIMES}
+    options = {(socket.SOL_SOCKET, socket.SO_KEEPALIVE): 1} | {(socket.IPPROTO_TCP, name): value for name, value in times.items()}
+    for handle in handles:  # what is no connection refuses it
+        for (level, name), value in options.items():
+            set_option(handle, level, name, ctypes.byref(ctypes.c_int(value)), 4)
 
 
 def gone() -> str | None:
@@ -167,6 +176,20 @@ def on_first_process(work: Callable[[], T]) -> T:
     if told[1] is not None:
         raise SystemExit(2)
     return told[0]
+
+
+@contextlib.contextmanager
+def told_by_one() -> Iterator[None]:
+    """Around work that is collective itself: of processes that meet a UserError in it the first tells it, and each ends with exit code
+    2. No exchange follows, as in `told_once`, for which those that meet none would be missed: their watches end them."""
+    try:
+        yield
+    except UserError as error:
+        if torch.distributed.get_world_size() > 1:
+            rank, store = str(torch.distributed.get_rank()), torch.distributed.distributed_c10d._get_default_store()
+            if store.compare_set("muka_fast/told", "", rank).decode() != rank:
+                raise SystemExit(2) from error
+        raise
 
 
 @contextlib.contextmanager

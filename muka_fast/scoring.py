@@ -77,7 +77,7 @@ class Scoring:
         """The shards of a teacher that are not there, or damaged (those are named)."""
         folder, ranges = self.store / key, shard_ranges(len(self.texts), self.shard_size)
         remove_leftovers(folder)
-        read = lambda shard: read_shard(folder, shard, key, len(entry["labels"]), is_adaptive(entry))
+        read = lambda shard: read_shard(folder, shard, key, len(entry["labels"]), is_adaptive(entry), ("example_ids",))
         # Agreed on: others may have written shards by the time that this process looks.
         return [ranges[number] for number in self.queue.agree(key, lambda: missing_shards(folder, ranges, read))]
 

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -146,8 +147,12 @@ def verify_shards(store: Path, manifest: dict[str, Any], keys: Sequence[str], qu
     for key in keys:
         readers[key] = shard_reader(store / key, key, len(entries[key]["labels"]), is_adaptive(entries[key]), ("example_ids",))
 
+    ended = threading.Event()
+
     def share(files: Sequence[tuple[str, int]], bar: Progress | None) -> None:
         for place in queue.take("verify", len(files)):
+            if ended.is_set():
+                return
             key, number = files[place]
             if key in readers:  # else this process has read the manifest before another job added the teacher
                 with contextlib.suppress(FileNotFoundError, DamagedShard):
@@ -161,8 +166,11 @@ def verify_shards(store: Path, manifest: dict[str, Any], keys: Sequence[str], qu
         files = queue.agree("files", lambda: [(key, number) for key in keys for number in shards_there(store / key)])
         before = set(VERIFIED)
         with progress(len(files), "verifying", "shards") if len(files) > FEW_FILES else nullcontext() as bar:
-            for work in [pool.submit(share, files, None if thread else bar) for thread in range(threads)]:
-                work.result()
+            try:
+                for work in [pool.submit(share, files, None if thread else bar) for thread in range(threads)]:
+                    work.result()
+            finally:  # of Ctrl-C the threads know nothing
+                ended.set()
         VERIFIED.update(*queue.gather(VERIFIED - before))
 
 

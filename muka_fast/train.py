@@ -38,7 +38,7 @@ from muka_fast.evidence import SAMPLE, sample_rows
 from muka_fast.features import Features
 from muka_fast.files import held, write_json
 from muka_fast.fit_doubt import doubt_targets, fit_head
-from muka_fast.group import check_alike, on_first_process, one_job, told_once
+from muka_fast.group import check_alike, on_first_process, one_job, told_by_one, told_once
 from muka_fast.labels import LabelSpace, build_label_space, read_label_map, true_labels
 from muka_fast.loop import Plan, train
 from muka_fast.memory import tell_precision
@@ -116,7 +116,7 @@ def run(config: RunConfig) -> RunResult:
         check_layout(config, ds_config)
     check_alike(given_alike(config) | ds_config)
     if config.ds_config is not None:
-        with told_once():
+        with told_by_one():
             rehearse(config, ds_config)
     tell_unused_options(config)
     tell_precision("--precision", identity.ds_identity(ds_config)["precision"], device)

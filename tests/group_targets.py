@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -106,6 +107,48 @@ def lose_the_network(variables: dict[str, str]) -> None:
         subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
     time.sleep(60)
     os._exit(7)
+
+
+def join_beside_others(variables: dict[str, str]) -> None:
+    """In a program that has sockets of its own, a default timeout for them, and a pipe to a child."""
+    os.environ.update(variables)
+    socket.setdefaulttimeout(30)
+    ours = socket.create_server(("127.0.0.1", 0))
+    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    init_distributed()
+    with ShardQueue(group=True) as queue:
+        assert [queue.agree(str(i), lambda: 5) for i in range(5)] == [5] * 5
+    socket.setdefaulttimeout(None)
+
+    def keeps_asking(handle: int) -> bool:
+        with socket.socket(fileno=os.dup(handle)) as connection:
+            return bool(connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+
+    assert not keeps_asking(ours.fileno()) and sum(map(keeps_asking, group.open_sockets().values())) >= 2
+    child.stdin.close()
+    assert child.wait(timeout=20) == 0  # nobody else holds its pipe
+    shut_down()
+
+
+def refused_alone(variables: dict[str, str], victim: int) -> None:
+    """DeepSpeed refuses its configuration in one process alone, as where a package is missing on its node."""
+    os.environ.update(variables)
+    logging.getLogger("muka_fast").addHandler(logging.StreamHandler())
+    group.GRACE_S = 1.0
+    rank, _ = init_distributed()
+    import deepspeed
+
+    if rank == victim:
+        deepspeed.initialize = lambda **_: (_ for _ in ()).throw(ImportError("no ninja here"))
+    content = {"zero_optimization": {"stage": 2}}
+    ds, config = prepare_ds_config(content, RunConfig(batch_size=4, device="cpu", ds_config=content), 2)
+
+    def work() -> int:
+        with group.one_job(), group.told_by_one():
+            engine.rehearse(config, ds)
+        return 0
+
+    sys.exit(guarded(work))
 
 
 def wait_alone(variables: dict[str, str]) -> None:

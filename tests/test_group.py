@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from group_targets import die_while_handing_over, exit_codes, leave_alone
+from group_targets import die_while_handing_over, exit_codes, join_beside_others, leave_alone, refused_alone
 from launch import launcher_variables
 
 OWN_NETWORK = ["unshare", "--map-root-user", "--net"]
@@ -36,6 +36,18 @@ def test_a_death_in_the_midst_of_a_message_ends_the_other_process(victim, capfd)
     codes = exit_codes(die_while_handing_over, [(own, victim) for own in launcher_variables(2)], seconds=60)
     assert codes[victim] == -9 and codes[1 - victim] == 1, codes
     assert f"process {victim} of 2 is gone: stopping" in capfd.readouterr().err
+
+
+def test_joining_leaves_a_programs_own_sockets_and_pipes_alone():
+    assert exit_codes(join_beside_others, [(own,) for own in launcher_variables(2)]) == [0, 0]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_alone_is_refused_does_not_wait_for_the_others(victim, capfd):
+    codes = exit_codes(refused_alone, [(own, victim) for own in launcher_variables(2)], seconds=60)
+    told = capfd.readouterr().err
+    assert codes[victim] == 2 and codes[1 - victim] == 1, (codes, told)
+    assert told.count("ds_config: DeepSpeed refuses it: no ninja here") == 1
 
 
 def test_a_process_that_has_left_well_does_not_end_another_one():

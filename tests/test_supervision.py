@@ -21,7 +21,7 @@ from launch import launcher_variables
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from muka_fast import memory, pool_tokens, scoring, supervision
+from muka_fast import memory, pool_tokens, scoring, stored, supervision
 from muka_fast import store as store_module
 from muka_fast.config import RunConfig
 from muka_fast.data import TextSet, Tokens
@@ -522,6 +522,36 @@ def test_each_shard_is_verified_by_one_of_the_processes(tmp_path, stage):
     found = [np.load(tmp_path / f"out{rank}.npz") for rank in range(2)]
     assert sum(int(part["made"]) for part in found) == 2 * len(sup)
     assert all(np.array_equal(part["logits"], sup.logits.numpy()) for part in found)
+
+
+def test_a_stop_while_shards_are_verified_is_heeded_at_once(tmp_path, stage, monkeypatch):
+    fill(tmp_path, shard_size=1)
+    store_module.VERIFIED.clear()
+    read, begun = store_module.read_tensors, []
+
+    def slowly(*rest):
+        begun.append(rest)
+        if len(begun) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        return read(*rest)
+
+    monkeypatch.setattr(store_module, "read_tensors", slowly)
+    monkeypatch.setattr(stored, "READERS", 2)
+    with pytest.raises(KeyboardInterrupt):
+        open_store(tmp_path)
+    assert len(begun) < 10  # of 20
+
+
+def test_what_was_verified_is_not_read_again_to_find_what_is_missing(tmp_path, stage, monkeypatch):
+    fill(tmp_path)
+    tensors, read = [], store_module.read_tensors
+    monkeypatch.setattr(store_module, "read_tensors", lambda *rest: tensors.append((found := read(*rest)).keys()) or found)
+    monkeypatch.setattr(stored, "verify_shards", None)
+    run = scoring.Scoring(tmp_path, text_set(), torch.device("cpu"), 4, 64, None, ShardQueue().__enter__())
+    for key, entry in read_manifest(tmp_path)["teachers"].items():
+        assert run.missing_shards(key, entry) == []
+    assert tensors and all(names == {"example_ids"} for names in tensors)
 
 
 def test_a_shard_that_changes_after_another_process_has_verified_it_is_verified_anew(tmp_path, stage):
