@@ -123,7 +123,7 @@ def run_without_waiting(model: nn.Module) -> None:
 
 def build_positions_without_waiting(model: nn.Module) -> None:
     """MPNet of older transformers builds its relative positions on the CPU, so that a GPU's pass would wait for the copy."""
-    encoder = getattr(model.base_model, "encoder", None)
+    encoder = getattr(getattr(model, "base_model", None), "encoder", None)  # the student of a rehearsal has no such parts
     original = getattr(encoder, "compute_position_bias", None)
     if original is None or "compute_position_bias" in vars(encoder):
         return

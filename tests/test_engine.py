@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launch import launcher_variables
 
+from muka_fast import engine as engine_module
 from muka_fast.config import RunConfig
 from muka_fast.ds_config import UNSUPPORTED, prepare_ds_config, read_ds_config
 from muka_fast.engine import Engine, check_ds_config, init_distributed, rehearse, resolve_device
@@ -246,6 +247,17 @@ def test_a_rehearsal_leaves_nothing_behind(stage, caplog, capfd, tmp_path, monke
     assert json.dumps(ds) == before and torch.equal(torch.get_rng_state(), state)
     assert torch.nn.functional.linear is torch._C._nn.linear
     assert not caplog.text and not list(tmp_path.iterdir()) and not capfd.readouterr().out
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_rehearsal_takes_the_ways_of_a_gpu(stage, monkeypatch):
+    """All of them but the device: the student of two words is no model of transformers."""
+    init_distributed()
+    monkeypatch.setattr(engine_module, "resolve_device", lambda device: "cuda")
+    monkeypatch.setattr(engine_module, "init_distributed", lambda *_: (0, 1))
+    content = {"zero_optimization": {"stage": stage}}
+    ds, config = prepare_ds_config(content, RunConfig(device="cuda", ds_config=content), 1, device="cuda")
+    rehearse(config, ds)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
