@@ -6,6 +6,7 @@ n texts · C classes of the model.
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,26 +73,19 @@ def predict(
     batches = token_budget_batches(tokens.lengths, memory.token_budget(token_budget, model, device))
     logits: Tensor | None = None
 
-    def keep(rows: np.ndarray, found: Tensor) -> None:
-        nonlocal logits
-        if logits is None:
-            with torch.inference_mode(False):  # an ordinary tensor
-                logits = torch.empty(len(tokens), found.shape[1], dtype=torch.float32)
-        logits[torch.from_numpy(rows)] = found
-        done(len(rows))
+    def launch(rows: np.ndarray) -> tuple[np.ndarray, memory.Fetch]:
+        inputs = {name: memory.send(value, device) for name, value in collate(tokens, rows, pad_id).items()}
+        return rows, memory.Fetch((model(**inputs).logits if forward is None else forward(inputs)).float())
 
     model.eval()
     try:
         with torch.inference_mode(), first_token_only(model):
-            before = None  # a batch is kept when the device has the next one
-            for rows in batches:
-                inputs = {name: memory.send(value, device) for name, value in collate(tokens, rows, pad_id).items()}
-                found = memory.Fetch((model(**inputs).logits if forward is None else forward(inputs)).float())
-                if before is not None:
-                    keep(before[0], before[1].tensor())
-                before = rows, found
-            if before is not None:
-                keep(before[0], before[1].tensor())
+            for (rows, found), _ in pairwise(chain(map(launch, batches), [None])):  # waited for when the device has the next batch
+                if logits is None:
+                    with torch.inference_mode(False):  # an ordinary tensor
+                        logits = torch.empty(len(tokens), found.values.shape[1], dtype=torch.float32)
+                logits[torch.from_numpy(rows)] = found.tensor()
+                done(len(rows))
     finally:
         model.train(was_training)
     if logits is None:

@@ -241,9 +241,9 @@ def read_tensors(
         state = path.stat()
         seen = (str(path), state.st_size, state.st_mtime_ns, key)
         with safe_open(path, framework="np") as file:
-            known, names = seen in VERIFIED, file.keys()
+            known = seen in VERIFIED
             note = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-            tensors = {name: file.get_tensor(name) for name in (known and only) or names}
+            tensors = {name: file.get_tensor(name) for name in (known and only) or file.keys()}
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:

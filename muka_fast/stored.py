@@ -12,7 +12,6 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -165,7 +164,7 @@ def verify_shards(store: Path, manifest: dict[str, Any], keys: Sequence[str], qu
     with queue, ThreadPoolExecutor(threads) as pool:
         files = queue.agree("files", lambda: [(key, number) for key in keys for number in shards_there(store / key)])
         before = set(VERIFIED)
-        with progress(len(files), "verifying", "shards") if len(files) > FEW_FILES else nullcontext() as bar:
+        with progress(len(files), "verifying", "shards") if len(files) > FEW_FILES else contextlib.nullcontext() as bar:
             try:
                 for work in [pool.submit(share, files, None if thread else bar) for thread in range(threads)]:
                     work.result()

@@ -115,9 +115,6 @@ def run(config: RunConfig) -> RunResult:
         check_ds_config(ds_config, ds_config_name(config.ds_config))
         check_layout(config, ds_config)
     check_alike(given_alike(config) | ds_config)
-    if config.ds_config is not None:
-        with told_by_one():
-            rehearse(config, ds_config)
     tell_unused_options(config)
     tell_precision("--precision", identity.ds_identity(ds_config)["precision"], device)
     on_first_process(lambda: outputs.check_output(*output_options(config)))
@@ -132,6 +129,9 @@ def run(config: RunConfig) -> RunResult:
             log.info(COMPLETE, config.output)
             return done
 
+    if config.ds_config is not None:
+        with told_by_one():
+            rehearse(config, ds_config)
     with clock("read texts"), told_once():
         texts = read_data(config)
     with clock("check inputs"):
@@ -220,8 +220,8 @@ def merge(
         on_first_process(lambda: export.replace_card(output, space.names, card(config, record, max_length)))
     record |= {"state": "complete", "seconds": clock.seconds}
     on_first_process(lambda: write_json(output / "run.json", record))
-    on_first_process(lambda: renew_report(output))
     on_first_process(lambda: snapshots.discard_unfinished(output))
+    on_first_process(lambda: renew_report(output))
     return RunResult(output, record["metrics"])
 
 

@@ -49,10 +49,17 @@ def exit_codes(target: Callable, arguments: list[tuple[Any, ...]], seconds: floa
     return codes
 
 
+def join(variables: dict[str, str], grace_s: float = group.GRACE_S) -> int:
+    """Join the group, with the messages of ours on stderr; the rank."""
+    os.environ.update(variables)
+    logging.getLogger("muka_fast").addHandler(logging.StreamHandler())
+    group.GRACE_S = grace_s
+    return init_distributed()[0]
+
+
 def save_on_full_disk(variables: dict[str, str], output: Path) -> None:
     """ZeRO 2, a file per tensor, of which process 0 cannot write the second; ends with the exit code."""
-    os.environ.update(variables)
-    init_distributed()
+    join(variables)
     ds, config = prepare_ds_config({"zero_optimization": {"stage": 2}}, RunConfig(batch_size=4, learning_rate=1e-3), 2)
     made = Engine.create(torch.nn.Linear(3, 2), config, ds, 10)
     engine.SHARD_BYTES, calls = 1, []
@@ -69,10 +76,7 @@ def save_on_full_disk(variables: dict[str, str], output: Path) -> None:
 
 def leave_or_enter(variables: dict[str, str]) -> None:
     """Process 1 leaves as soon as it has joined the group; process 0 enters the queue and notices."""
-    os.environ.update(variables)
-    logging.getLogger("muka_fast").addHandler(logging.StreamHandler())
-    init_distributed()
-    if variables["RANK"] == "0":
+    if join(variables) == 0:
         with ShardQueue(group=True) as queue:
             while True:
                 queue.check()
@@ -82,9 +86,7 @@ def leave_or_enter(variables: dict[str, str]) -> None:
 
 def lose_the_store(variables: dict[str, str]) -> None:
     """The store of process 0 fails in process 1 a moment before its watch is told that process 0 is gone."""
-    os.environ.update(variables)
-    logging.getLogger("muka_fast").addHandler(logging.StreamHandler())
-    rank, _ = init_distributed()
+    rank = join(variables)
     if rank == 0:
         time.sleep(2)
         os._exit(7)
@@ -98,10 +100,8 @@ def lose_the_store(variables: dict[str, str]) -> None:
 
 def lose_the_network(variables: dict[str, str]) -> None:
     """In a network of their own, which process 0 takes away."""
-    os.environ.update(variables)
-    logging.getLogger("muka_fast").addHandler(logging.StreamHandler())
-    group.ASK_AFTER_S, group.ASK_EVERY_S, group.ASK_TIMES, group.GRACE_S = 2, 1, 3, 1.0
-    rank, _ = init_distributed()
+    group.ASK_AFTER_S, group.ASK_EVERY_S, group.ASK_TIMES = 2, 1, 3
+    rank = join(variables, grace_s=1.0)
     time.sleep(1)
     if rank == 0:
         subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
@@ -132,10 +132,7 @@ def join_beside_others(variables: dict[str, str]) -> None:
 
 def refused_alone(variables: dict[str, str], victim: int) -> None:
     """DeepSpeed refuses its configuration in one process alone, as where a package is missing on its node."""
-    os.environ.update(variables)
-    logging.getLogger("muka_fast").addHandler(logging.StreamHandler())
-    group.GRACE_S = 1.0
-    rank, _ = init_distributed()
+    rank = join(variables, grace_s=1.0)
     import deepspeed
 
     if rank == victim:
@@ -164,8 +161,7 @@ def wait_alone(variables: dict[str, str]) -> None:
 
 def tokenise_whole(variables: dict[str, str], texts: Path, tokenizer: Path, store: Path, output: Path) -> None:
     """All tokens of a pool, of which this process makes a share; writes its shards' first rows and all ids."""
-    os.environ.update(variables)
-    init_distributed()
+    join(variables)
     pool = PoolTokens(read_texts(texts), AutoTokenizer.from_pretrained(tokenizer), 8, store)
     made, make = [], pool._make
     pool._make = lambda shard: (made.append(shard.start), make(shard))[1]
@@ -175,8 +171,7 @@ def tokenise_whole(variables: dict[str, str], texts: Path, tokenizer: Path, stor
 
 def open_together(variables: dict[str, str], store: Path, output: Path) -> None:
     """Open a store; writes its logits, and how many checksums this process has made."""
-    os.environ.update(variables)
-    init_distributed()
+    join(variables)
     made, digest = [], store_module._digest
     store_module._digest = lambda tensors: made.append(1) or digest(tensors)
     sup = open_store(store, queue=ShardQueue(group=True))
@@ -186,10 +181,7 @@ def open_together(variables: dict[str, str], store: Path, output: Path) -> None:
 
 def die_while_handing_over(variables: dict[str, str], victim: int) -> None:
     """The victim is killed when process 0 has written and process 1 has read a part of a result of process 0."""
-    os.environ.update(variables)
-    logging.getLogger("muka_fast").addHandler(logging.StreamHandler())
-    group.GRACE_S = 1.0
-    rank, _ = init_distributed()
+    rank = join(variables, grace_s=1.0)
     pids, calls = [None, None], []
     torch.distributed.all_gather_object(pids, os.getpid())
     stopped = lambda pid: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
@@ -211,10 +203,7 @@ def die_while_handing_over(variables: dict[str, str], victim: int) -> None:
 
 def leave_alone(variables: dict[str, str], well: bool) -> None:
     """Process 1 leaves the group, well or after a fault, while process 0 is busy for longer than the grace."""
-    os.environ.update(variables)
-    logging.getLogger("muka_fast").addHandler(logging.StreamHandler())
-    group.GRACE_S = 1.0
-    rank, _ = init_distributed()
+    rank = join(variables, grace_s=1.0)
     if rank == 0:
         time.sleep(4)
         return
