@@ -158,6 +158,10 @@ def _score_adaptively(
     """`_score_in_turn` under --mc_stop: shard by shard, wave by wave, teacher by teacher."""
     if options.mc_samples <= WAVE:
         log.warning("--mc_stop %g saves nothing: every text gets %d passes, here all, before the first look", options.mc_stop, WAVE)
+    if all(found.tokenizer_key is not None for found in files):
+        jobs = _jobs_together(run, [_entry(name, found, options) for name, found in zip(names, files, strict=True)])
+        if not any(job.todo for job in jobs) and all(_is_complete(run, job) for job in jobs):
+            return [job.key for job in jobs]
     device, dtype = run.device, DTYPES[options.scoring_precision]
     keep = sum(weight_bytes(found.folder, dtype) for found in files) <= teacher_budget_bytes(device)
     if not keep:
@@ -168,13 +172,15 @@ def _score_adaptively(
         scorer = crew[i]
         entries.append({**_entry(names[i], scorer.teacher, options), "sites": scorer.sites})
         del scorer  # gone before the next one is loaded
-    company, jobs = company_of(entries, run.texts.fingerprint), []
-    for entry in entries:
-        entry["company"] = company
-        key = teacher_key(entry, run.texts.fingerprint)
-        jobs.append(Job(key, entry, None, run.missing_shards(key, entry)))
+    jobs = _jobs_together(run, entries)
     run.score_in_waves(crew, jobs, options)
     return [job.key for job in jobs]
+
+
+def _jobs_together(run: Scoring, entries: Sequence[dict[str, Any]]) -> list[Job]:
+    """`_job_of` for all teachers of one adaptive run, whose scores are each of the company of the others."""
+    company = company_of(entries, run.texts.fingerprint)
+    return [_job_of_entry(run, entry | {"company": company}) for entry in entries]
 
 
 def check_sites(names: Sequence[str], files: Sequence[TeacherFiles], options: ScoringOptions) -> None:
@@ -222,7 +228,10 @@ def _load(path: str, name: str, device: torch.device, options: ScoringOptions) -
 
 def _job_of(run: Scoring, name: str, teacher: Teacher | TeacherFiles, options: ScoringOptions) -> Job:
     """What is left to do for a teacher; without its scorer."""
-    entry = _entry(name, teacher, options)
+    return _job_of_entry(run, _entry(name, teacher, options))
+
+
+def _job_of_entry(run: Scoring, entry: dict[str, Any]) -> Job:
     key = teacher_key(entry, run.texts.fingerprint)
     return Job(key, entry, None, run.missing_shards(key, entry))
 

@@ -206,7 +206,7 @@ def test_no_layout_of_the_run_changes_the_scores(tmp_path, folders, pool, monkey
     assert len(loads) > 3
 
 
-def test_a_killed_run_continues_and_a_damaged_shard_is_computed_again(tmp_path, folders, pool, monkeypatch):
+def test_a_killed_run_continues_and_a_damaged_shard_is_computed_again(tmp_path, folders, pool, monkeypatch, caplog):
     base = fill_store(tmp_path / "base", folders, pool, options())
     real, calls = scoring.run_waves, []
 
@@ -230,8 +230,12 @@ def test_a_killed_run_continues_and_a_damaged_shard_is_computed_again(tmp_path, 
     assert len(calls) == 5
     assert {path: (tmp_path / "s" / path).stat().st_ino for path in others} == others  # not written again
     assert {path: (tmp_path / "s" / path).read_bytes() for path in files} == files
-    fill_store(tmp_path / "s", folders, pool, options())
-    assert len(calls) == 5  # all there
+    loads, load = [], supervision.load_teacher
+    monkeypatch.setattr(supervision, "load_teacher", lambda path, **more: loads.append(path) or load(path, **more))
+    with caplog.at_level("INFO", logger="muka_fast"):
+        same(base, fill_store(tmp_path / "s", folders, pool, options()))
+    assert len(calls) == 5 and not loads  # all there
+    assert [f"teacher {name}: already scored" in caplog.text for name in ("one", "two", "three")] == [True] * 3
 
 
 def test_an_early_stop_is_kept_apart_from_exact_scores_and_from_other_companies(tmp_path, folders, pool):
