@@ -201,13 +201,14 @@ def stale_locks(root: Path) -> list[Path]:
 
 
 def op_table() -> tuple[dict[str, dict[str, str]], list[Finding]]:
-    """Op -> device -> implementation in use, and why there is none where the table cannot be loaded."""
+    """Op -> device -> implementation in use, and why there is none where the table cannot be loaded, or none that a GPU can start."""
     try:
         importlib.import_module("muka_fast.ops")
         table = importlib.import_module("muka_fast.ops.table")
     except ImportError as error:
         return {}, [Finding("ops", f"cannot be loaded: {one_line(error)}", "broken", "pip install -e . again")]
-    return table.TABLE, []
+    reason = table.why_no_launch() if table.torch.cuda.is_available() else None
+    return table.TABLE, [Finding("Triton's kernels", reason, "broken", table.TRITON_NEEDS)] if reason else []
 
 
 # ---- the teachers ----

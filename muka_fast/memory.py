@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from muka_fast.errors import UserError
+from muka_fast.ops import table
 
 log = logging.getLogger("muka_fast")
 # On a CPU more replicas at once are no faster, and slower where a tensor of theirs exceeds 32 MiB: glibc maps such memory anew for
@@ -37,6 +38,12 @@ def device_of(name: str) -> str:
     if device.type == "cuda" and (device.index or 0) >= count:
         raise UserError(f"--device {name}: this machine has {count} GPUs, and they are counted from 0")
     return name
+
+
+def check_kernels(device: str) -> None:
+    """Refuse a GPU on which Triton can start no kernel. Raises UserError."""
+    if device.startswith("cuda") and (reason := table.why_no_launch()) is not None:
+        raise UserError(f"--device {device}: Triton can start no kernels there ({reason}): {table.TRITON_NEEDS}")
 
 
 def tell_precision(option: str, precision: str, device: str) -> None:

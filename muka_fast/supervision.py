@@ -23,7 +23,7 @@ from muka_fast.data import TextSet, read_texts
 from muka_fast.engine import init_distributed, resolve_device
 from muka_fast.errors import UserError
 from muka_fast.group import check_alike, one_job, told_once
-from muka_fast.memory import device_of, teacher_budget_bytes, tell_precision
+from muka_fast.memory import check_kernels, device_of, teacher_budget_bytes, tell_precision
 from muka_fast.placement import memory_limits, weight_bytes
 from muka_fast.scoring import Job, Scoring
 from muka_fast.seeds import seed_of
@@ -276,6 +276,7 @@ def score(config: ScoreConfig) -> Supervision:
     launched = "RANK" in os.environ
     with told_once():
         device = resolve_device(config.device) if launched else device_of(config.device)
+        check_kernels(device)
     rank, world_size = init_distributed(device, config.verbose) if launched else (0, 1)
     if launched:
         check_alike(given_alike(config))

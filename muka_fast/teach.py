@@ -26,7 +26,7 @@ from muka_fast.errors import UserError
 from muka_fast.evaluate import metrics, predict
 from muka_fast.export import clean_tokenizer, is_write_error, open_weights, set_labels, sync_folder
 from muka_fast.labels import warn_of_lookalikes
-from muka_fast.memory import device_of
+from muka_fast.memory import check_kernels, device_of
 from muka_fast.optim import linear_schedule, parameter_groups
 from muka_fast.outputs import MODEL_FILES, check_own, check_replaceable
 from muka_fast.recipe import default_epochs, default_learning_rate
@@ -316,6 +316,7 @@ def teach(config: TeachConfig) -> dict[str, Any]:
     asked = config.output, config.overwrite, [config.train, config.eval, config.encoder]
     output = check_output(*asked)
     device = device_of(config.device)
+    check_kernels(device)
     quiet_deepspeed(device, config.verbose)  # transformers imports it
     columns = {"text_column": config.text_column, "label_column": config.label_column, "need_labels": True}
     first = config.limit if config.labels is None else None  # with --labels those with these labels count

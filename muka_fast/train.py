@@ -41,7 +41,7 @@ from muka_fast.fit_doubt import doubt_targets, fit_head
 from muka_fast.group import check_alike, on_first_process, one_job, told_by_one, told_once
 from muka_fast.labels import LabelSpace, build_label_space, read_label_map, true_labels
 from muka_fast.loop import Plan, train
-from muka_fast.memory import tell_precision
+from muka_fast.memory import check_kernels, tell_precision
 from muka_fast.methods import METHODS, build_method, neutral_encoder
 from muka_fast.neutral import name_features, neutral_features, neutral_tokens
 from muka_fast.pool_tokens import PoolTokens
@@ -109,6 +109,7 @@ def run(config: RunConfig) -> RunResult:
     with told_once():
         check_options(config)
         device = resolve_device(config.device)
+        check_kernels(device)
     rank, world_size = init_distributed(device, config.verbose)
     with told_once():
         ds_config, config = prepare_ds_config(config.ds_config, config, world_size, device)

@@ -1,9 +1,14 @@
-"""What containers and jobs leave of the host's memory."""
+"""What containers and jobs leave of the host's memory; a GPU on which Triton can start no kernel."""
+
+import subprocess
 
 import pytest
 import torch
+import triton
 
-from muka_fast import memory
+from muka_fast import doctor, memory
+from muka_fast.errors import UserError
+from muka_fast.ops import table
 
 GIB = 1 << 30
 
@@ -59,3 +64,45 @@ def test_where_there_are_no_groups_nothing_is_limited(tmp_path):
     assert list(memory.group_bytes(tmp_path / "none", tmp_path)) == []
     (tmp_path / "mine").write_text("0::/\n")
     assert list(memory.group_bytes(tmp_path / "mine", tmp_path / "root")) == []
+
+
+class Driver:
+    """Triton's driver, whose making fails."""
+
+    def __init__(self, fault):
+        self.fault = fault
+
+    @property
+    def active(self):
+        raise self.fault
+
+
+FAULTS = {
+    "Failed to find C compiler": RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+    "libcuda.so cannot found!": AssertionError("libcuda.so cannot found!\nPlease make sure GPU is set up"),
+    "/usr/bin/gcc cannot compile": subprocess.CalledProcessError(1, ["/usr/bin/gcc", "/tmp/x/main.c", "-O3"]),
+}
+
+
+@pytest.mark.parametrize("told", FAULTS)
+def test_a_gpu_without_what_triton_compiles_with_is_refused_in_one_line(told, monkeypatch):
+    monkeypatch.setattr(table, "BACKEND", "auto")
+    monkeypatch.setattr(triton.runtime, "driver", Driver(FAULTS[told]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=r"^--device cuda:1: .*python3-dev.*MUKA_FAST_BACKEND=reference$") as refused:
+        memory.check_kernels("cuda:1")
+    assert told in str(refused.value) and "\n" not in str(refused.value)
+    (finding,) = doctor.op_table()[1]
+    assert finding.state == "broken" and finding.value.startswith(told) and "python3-dev" in finding.way_out
+    memory.check_kernels("cpu")
+    monkeypatch.setattr(table, "BACKEND", "reference")
+    memory.check_kernels("cuda:1")
+    assert doctor.op_table()[1] == []
+
+
+def test_a_gpu_whose_driver_answers_is_taken(monkeypatch):
+    monkeypatch.setattr(table, "BACKEND", "auto")
+    monkeypatch.setattr(triton.runtime, "driver", type("Working", (), {"active": object()})())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    memory.check_kernels("cuda")
+    assert doctor.op_table()[1] == []

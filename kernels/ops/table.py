@@ -7,10 +7,13 @@ Floats that no kernel is written for, float64 above all, run the reference in an
 
 import contextlib
 import os
+import subprocess
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from muka_fast.errors import first_line
 
 try:
     from muka_fast import _C
@@ -28,6 +31,7 @@ BACKEND = os.environ.get("MUKA_FAST_BACKEND", "auto")
 if BACKEND not in BACKENDS:
     raise ImportError(f"MUKA_FAST_BACKEND={BACKEND!r} is not one of {', '.join(BACKENDS)}")
 
+TRITON_NEEDS = "install gcc and Python's headers (python3-dev), or do without them, slower, by MUKA_FAST_BACKEND=reference"
 LIBRARY = torch.library.Library("muka_fast", "DEF")
 TABLE: dict[str, dict[str, str]] = {}  # op -> device type -> implementation in use
 
@@ -77,6 +81,22 @@ def _or_reference(kernel: Callable, reference: Callable) -> Callable:
 def runs_triton(x: Tensor) -> bool:
     """Of ops that stand outside of the table (their backward is their own): whether Triton computes them where x lies."""
     return BACKEND == "triton" or (BACKEND == "auto" and x.is_cuda)
+
+
+def why_no_launch() -> str | None:
+    """Why Triton, which compiles a file in C before its first launch, can start no kernel on a GPU here; None where it can, or is not
+    wanted."""
+    if BACKEND not in ("auto", "triton"):
+        return None
+    import triton
+
+    try:
+        _ = triton.runtime.driver.active
+    except subprocess.CalledProcessError as error:
+        return f"{error.cmd[0]} cannot compile what launches them"
+    except (RuntimeError, AssertionError, OSError) as error:
+        return first_line(error)
+    return None
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
