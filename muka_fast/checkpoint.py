@@ -304,8 +304,8 @@ def has_nan(block: bytes, dtype: str) -> bool:
 
 
 def file_state(folder: Path) -> tuple:
-    """Names, sizes and times of a folder's JSON and safetensors files: changes when a fingerprint could change."""
-    files = sorted(file for file in (*folder.glob("*.json"), *folder.glob("*.safetensors")) if file.is_file())  # no link to nowhere
+    """Names, sizes and times of a model's files in a folder: changes when its fingerprint or its tokenizer could change."""
+    files = sorted({file for pattern in HUB_FILES for file in folder.glob(pattern) if file.is_file()})  # no link to nowhere
     return tuple((file.name, *(lambda s: (s.st_size, s.st_mtime_ns, s.st_ino))(file.stat())) for file in files)
 
 

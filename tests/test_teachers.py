@@ -159,6 +159,21 @@ def test_the_same_teacher_twice_is_refused(make_teacher, tmp_path):
     teachers.check_teachers([folder, make_teacher("bert", seed=9)])
 
 
+def test_another_vocabulary_is_noticed_in_the_same_process(make_teacher, tmp_path):
+    """Scores of the old one would count as complete for the new one."""
+    folder = make_teacher("bert", name="slow")
+    for file in (*folder.glob("tokenizer*"), *folder.glob("special_tokens_map.json")):
+        file.unlink()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "dog"]
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    keys = []
+    for order in (words, [*words[:5], "dog", "cat"]):
+        (folder / "vocab.txt").write_text("\n".join(order) + "\n")
+        keys.append(teachers.check_teachers([folder])[0].tokenizer_key)
+        assert keys[-1] == teachers.load_teacher(folder, run_seed=0).tokenizer_key
+    assert keys[0] != keys[1]
+
+
 def test_every_fault_shows_before_any_teacher_runs(make_teacher, make_tokenizer, caplog):
     sound = make_teacher("bert", seed=9, name="sound")
     headless = make_teacher("bert", name="headless")
