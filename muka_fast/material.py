@@ -17,7 +17,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from muka_fast import __version__
-from muka_fast.config import DemoConfig, RunConfig
+from muka_fast.config import LABELLED_METHODS, DemoConfig, RunConfig, load_config
 from muka_fast.docstrings import LIBRARIES, DocTexts, collect
 from muka_fast.errors import UserError
 from muka_fast.files import write_json, write_text
@@ -138,8 +138,8 @@ def write_rows(path: Path, docs: DocTexts, rows: Sequence[int], labelled: bool) 
 
 def make_teacher(
     folder: Path, name: str, docs: DocTexts, tokenizer: transformers.PreTrainedTokenizerFast, seed: int
-) -> dict[str, Any]:
-    """Train one teacher on the training rows of its libraries and save it; returns its figures on the held-out rows of them."""
+) -> None:
+    """Train one teacher on the training rows of its libraries and save it."""
     family, labels = TEACHERS[name]
     config = small_config(family, tokenizer)
     config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
@@ -156,7 +156,6 @@ def make_teacher(
     )
     record = {"version": __version__, "recipe": asdict(recipe), "labels": labels, "texts": {"count": len(rows)}}
     save_classifier(model, tokenizer, labels, folder, record)
-    return record
 
 
 def prepare(workdir: str | Path, config: DemoConfig) -> Prepared:
@@ -236,14 +235,14 @@ def fill_in(config: RunConfig) -> RunConfig:
     Options that were given stay; the others take the demo's values where it has its own. Without --output: runs/demo/student.
 
     Raises:
-        UserError: as `prepare`.
+        UserError: as `prepare`; a --limit that is too small for a demo.
     """
     output = config.output or "runs/demo/student"
     workdir = f"{config.output}-material" if config.output else "runs/demo"
-    prepared = prepare(workdir, DemoConfig(seed=config.seed, limit=config.limit))
+    prepared = prepare(workdir, load_config(DemoConfig, None, {"seed": config.seed, "limit": config.limit}))
     values = {
         "teachers": prepared.teachers,
-        "texts": prepared.texts,
+        "texts": prepared.texts_labelled if config.method in LABELLED_METHODS else prepared.texts,
         "student": config.student or prepared.student,
         "output": output,
         "limit": None,

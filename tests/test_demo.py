@@ -181,6 +181,9 @@ def test_a_run_without_teachers_gets_the_demos(monkeypatch, tmp_path):
     assert filled.student == "encoder"
     assert material.fill_in(RunConfig(student="mine")).student == "mine"
     assert material.fill_in(RunConfig(output=str(tmp_path / "mine"))).output == str(tmp_path / "mine")
+    assert material.fill_in(RunConfig(method="oracle")).texts == "labelled"
+    with pytest.raises(UserError, match="--limit 50: must be an integer >= 100"):
+        material.fill_in(RunConfig(limit=50))
 
 
 # ---- the whole ----
