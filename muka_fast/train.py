@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 
 from muka_fast import export, identity, outputs, runinfo, snapshots
@@ -317,7 +318,7 @@ def begin_record(
         "data": {"source": texts.source, "texts": len(texts), "blank": texts.num_blank, "fingerprint": texts.fingerprint},
         "identity": identity.identity(config, texts, sup, space, tokenizer, ds_config, labels),
         "layout": {
-            "processes": init_distributed()[1],
+            "processes": torch.distributed.get_world_size(),
             "micro_batch": ds_config["train_micro_batch_size_per_gpu"],
             "accumulation": ds_config["gradient_accumulation_steps"],
             "zero_stage": ds_config["zero_optimization"]["stage"],

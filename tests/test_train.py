@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import os
 import random
 import re
@@ -49,6 +50,13 @@ def test_a_run_leaves_a_student_that_plain_transformers_loads(go, world):
     assert all(line["loss"] > 0 and line["lr"] > 0 and line["grad_norm"] > 0 and line["texts_per_s"] > 0 for line in lines)
     assert lines[0]["lr"] == pytest.approx(1e-3 / 2) and max(line["lr"] for line in lines) == 1e-3
     assert "teachers" in (result.output / "README.md").read_text()
+
+
+def test_a_verbose_run_leaves_deepspeed_its_voice(go, monkeypatch):
+    theirs = logging.getLogger("DeepSpeed")
+    monkeypatch.setattr(theirs, "level", logging.INFO)
+    go("run", verbose=True)
+    assert theirs.level == logging.INFO
 
 
 def test_a_run_leaves_its_caller_undisturbed(go, monkeypatch):
