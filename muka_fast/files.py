@@ -16,11 +16,19 @@ from muka_fast.errors import UserError
 LOCK = ".lock"
 
 
+def _write(aside: Path, lines: Iterable[str]) -> None:
+    """UTF-8, and the disk confirms it: else a loss of power may leave an empty file under the name that it gets next."""
+    with aside.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_text(path: Path, text: str) -> None:
     """UTF-8."""
     aside = path.with_name(path.name + ".partial")
     try:
-        aside.write_text(text, encoding="utf-8")
+        _write(aside, [text])
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
@@ -33,8 +41,7 @@ def write_beside_others(path: Path, lines: Iterable[str], replace: bool) -> None
     path = path.resolve()  # a link stays one
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
+        _write(aside, lines)
         if not replace:
             path.open("x").close()
     except FileExistsError as error:

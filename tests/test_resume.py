@@ -15,7 +15,7 @@ from runs import SMOOTH_ADAM, largest_difference, losses, weights
 from muka_fast import identity, loop, runinfo, snapshots, train
 from muka_fast.config import RunConfig
 from muka_fast.errors import UserError
-from muka_fast.files import held
+from muka_fast.files import held, write_beside_others, write_json
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -586,7 +586,15 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, disk):
     snapshots.save_snapshot(argparse.Namespace(rank=0, completed_steps=3, save_checkpoint=save_checkpoint), tmp_path)
     assert disk[-1] == ("replace", "step-00000003")
     confirmed = {name for what, name in disk[:-1] if what == "fsync"}
-    assert confirmed == {"state-00000.safetensors", "state.json", "step-00000003.partial"}
+    assert confirmed >= {"state-00000.safetensors", "state.json", "step-00000003.partial"}
+
+
+def test_a_record_is_on_the_disk_before_it_has_its_name(tmp_path, disk):
+    """Else a loss of power may leave run.json empty, and the run must be started anew."""
+    write_json(tmp_path / "run.json", {})
+    write_beside_others(tmp_path / "answers.jsonl", ["{}\n"], replace=False)
+    assert [what for what, _ in disk] == ["fsync", "replace"] * 2
+    assert [name for what, name in disk if what == "replace"] == ["run.json", "answers.jsonl"]
 
 
 def test_a_file_too_many_is_damage(tmp_path):
