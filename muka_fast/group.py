@@ -156,6 +156,14 @@ def gone_behind_a_failure() -> str | None:
     return gone()
 
 
+def gather(mine: T, world_size: int | None = None) -> list[T]:
+    """What each process gives, in all of them. Collective. world_size: None for that of the group."""
+    found = [mine] * (torch.distributed.get_world_size() if world_size is None else world_size)
+    if len(found) > 1:
+        torch.distributed.all_gather_object(found, mine)
+    return found
+
+
 def on_first_process(work: Callable[[], T]) -> T:
     """Run `work` on process 0 and hand its result to all. Collective.
 
@@ -207,10 +215,7 @@ def told_once() -> Iterator[None]:
         yield
     except UserError as error:
         failure = error
-    failed = [failure is not None]
-    if torch.distributed.get_world_size() > 1:
-        failed = [False] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(failed, failure is not None)
+    failed = gather(failure is not None)
     if any(failed):
         raise failure if failed.index(True) == torch.distributed.get_rank() else SystemExit(2) from failure
 
@@ -221,10 +226,7 @@ def check_alike(given: dict[str, Any], done: str = "was given other options") ->
     given: what must be the same everywhere, by the names that users know. done: what one did that differs. Raises UserError on process
     0, which tells it.
     """
-    if torch.distributed.get_world_size() == 1:
-        return
-    found: list[dict[str, Any]] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, given)
+    found = gather(given)
     for rank, other in enumerate(found):
         if names := [name for name in {**found[0], **other} if other.get(name) != found[0].get(name)]:
             told = ", ".join(f"{name} {other.get(name)} instead of {found[0].get(name)}" for name in names[:3])

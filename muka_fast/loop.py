@@ -20,7 +20,7 @@ from muka_fast.console import progress
 from muka_fast.data import TextSet, Tokens, collate, epoch_batches
 from muka_fast.engine import Engine
 from muka_fast.errors import UserError
-from muka_fast.group import on_first_process, told_by_first
+from muka_fast.group import gather, on_first_process, told_by_first
 from muka_fast.memory import Fetch
 from muka_fast.seeds import seed_of
 from muka_fast.snapshots import restore_newest, save_snapshot
@@ -200,11 +200,7 @@ def describe_bad_loss(
 ) -> str:
     """One line with the example ids behind a loss that is no number, from all processes."""
     mine = [int(texts.example_ids[row]) for rows, losses in seen for row in rows[~torch.isfinite(losses).cpu().numpy()]]
-    everyone: list[Any] = [mine]
-    if torch.distributed.get_world_size() > 1:
-        everyone = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, mine)
-    ids = sorted(set().union(*everyone))
+    ids = sorted(set().union(*gather(mine)))
     named = f"for the texts with example ids {', '.join(map(str, ids[:20]))}{' ...' if len(ids) > 20 else ''}" if ids else "in the sum"
     return (
         f"the loss became {value} at step {step} {named} of {texts.source}: check these texts, or lower --learning_rate "

@@ -18,7 +18,7 @@ import torch
 from torch import distributed
 
 from muka_fast.errors import UserError, first_line
-from muka_fast.group import gone, gone_behind_a_failure
+from muka_fast.group import gather, gone, gone_behind_a_failure
 
 T, P = TypeVar("T"), TypeVar("P")
 log = logging.getLogger("muka_fast")
@@ -77,11 +77,8 @@ class ShardQueue:
 
     def gather(self, mine: T) -> list[T]:
         """What each process gives, in all of them. Collective."""
-        found = [mine] * self.world_size
-        if self.world_size > 1:
-            with self._reachable():
-                distributed.all_gather_object(found, mine)
-        return found
+        with self._reachable():
+            return gather(mine, self.world_size)
 
     def agree(self, name: str, propose: Callable[[], T]) -> T:
         """What the first process to ask for `name` proposes, in every process alike. Of JSON's types."""
