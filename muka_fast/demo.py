@@ -72,8 +72,8 @@ def teacher_rows(prepared: Prepared, held_out: TextSet) -> list[tuple[str, float
     return rows
 
 
-def run_all(config: DemoConfig, prepared: Prepared) -> "Table":
-    """Amalgamate by every method over one store, and put all figures into a table."""
+def run_all(config: DemoConfig, prepared: Prepared) -> None:
+    """Amalgamate by every method over one store, and show all figures in a table."""
     from muka_fast.train import amalgamate
 
     output = Path(config.output).expanduser()
@@ -111,7 +111,6 @@ def run_all(config: DemoConfig, prepared: Prepared) -> "Table":
             table.add_section()
             shown = folder
     show(table, shown, held_out, space)
-    return table
 
 
 def percent(value: float | None) -> str:

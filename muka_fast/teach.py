@@ -80,7 +80,8 @@ def rows_with_labels(texts: TextSet, labels: Sequence[str] | None, limit: int | 
         raise UserError(f"--labels: a teacher needs two labels or more, {texts.source} gives {labels}")
     warn_of_lookalikes(labels, f"correct {texts.source}")
     kept = _keep(texts, set(labels), limit)
-    if without := [label for label in labels if label not in kept.labels]:
+    there = set(kept.labels)
+    if without := [label for label in labels if label not in there]:
         raise UserError(f"--limit {limit}: the first rows of {texts.source} with these labels have no '{without[0]}'; take more")
     return kept, labels
 
