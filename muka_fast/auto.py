@@ -69,8 +69,8 @@ def auto_weights(
 
     sup: with features, restricted to the label space (else every column is a class of its own). neutral: [n, d + e], the first d
     an encoder's, whatever comes after them. seed, sample: which texts, and how many of them at most, everything is fitted on.
-    names: what the encoder gives for the C class names, [C, d]; None: they are not looked at. A function of the texts and teachers
-    as sets: their order changes nothing but rounding.
+    names: what the encoder gives for the C class names, [C, d]; None: they are not looked at. A function of teachers and texts as
+    sets, as `evidence_weights` says.
     """
     if len(sup.teachers) == 1 or len(sup) < FEWEST_TEXTS:
         return evidence_weights(sup, neutral, seed, sample)

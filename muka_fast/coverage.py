@@ -58,7 +58,7 @@ def nobody_weights(
 
     sup: with features, restricted to the label space. weights: of each teacher by a rule, [n, N]. neutral: [n, d]. seed, sample:
     which texts, and how many of them at most, everything is fitted on. 0 for all texts where there is one teacher: it has never
-    seen a foreign text. A function of the texts as a set: their order changes nothing but rounding.
+    seen a foreign text. A function of the texts as a set, as `evidence_weights` says.
     """
     n, num_teachers = weights.shape
     if num_teachers == 1 or n <= 2 * FEWEST:
@@ -143,8 +143,8 @@ def doubt_ranks(sup: Supervision, uncertainty: str, seed: int = 0, sample: int =
     in doubt, are not asked; where there are no others, all texts are equal.
 
     sup: with features, restricted to the label space. uncertainty: a measure of selection.py. seed, sample: which texts, and how
-    many at most, the Gaussians are fitted on. A function of the texts as a set. Raises UserError for a measure that a single pass
-    does not give, and for a teacher without features.
+    many at most, the Gaussians are fitted on. A function of the texts as a set, likewise. Raises UserError for a measure that a
+    single pass does not give, and for a teacher without features.
     """
     rows, asked = sample_rows(sup.example_ids.numpy(), seed, sample), np.array(sup.class_counts) > 1
     uncertain = uncertainties(sup, uncertainty).numpy().min(1, where=asked, initial=np.inf)

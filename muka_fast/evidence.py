@@ -54,7 +54,8 @@ def evidence_weights(sup: Supervision, neutral: Features, seed: int = 0, sample:
     """The weight of each teacher for each text, fp32 [n, N]; rows sum to 1.
 
     sup: with features, restricted to the label space. neutral: [n, d]. seed, sample: which texts, and how many of them at
-    most, everything is fitted on. A function of the texts and teachers as sets: their order changes nothing but rounding.
+    most, everything is fitted on. A function of the teachers and of the texts with their example ids as sets: their order changes
+    nothing but rounding. (In a file of another order a text has another id, which decides where not all are in the sample.)
     """
     if len(sup.teachers) == 1:
         return np.ones((len(sup), 1), np.float32)
@@ -100,7 +101,7 @@ def owner_weights(sup: Supervision, neutral: Features, sample: Sample) -> np.nda
 
 
 def sample_rows(example_ids: np.ndarray, seed: int, limit: int) -> np.ndarray:
-    """At most `limit` rows, ascending: those whose example ids hash lowest, so that the order of the texts does not matter."""
+    """At most `limit` rows, ascending: those whose example ids hash lowest, whatever order they come in."""
     if len(example_ids) <= limit:
         return np.arange(len(example_ids))
     x = example_ids.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15) & (2**64 - 1))
