@@ -50,21 +50,20 @@ class LabelSpace:
         return len(self.names)
 
     @cached_property
-    def _owners(self) -> dict[str, list[int]]:
-        owners: dict[str, list[int]] = {name: [] for name in self.names}
-        for i, labels in enumerate(self.teacher_labels):
-            for name in dict.fromkeys(labels):
-                owners[name].append(i)
-        return owners
+    def owned(self) -> np.ndarray:
+        """bool [N, C]: teacher i has class c."""
+        table = np.zeros((len(self.teacher_names), self.num_classes), bool)
+        table[np.repeat(np.arange(len(table)), np.diff(self.offsets)), self.teacher_to_union] = True
+        return table
 
     @property
     def overlaps(self) -> tuple[str, ...]:
         """Names that two or more teachers own, in union order."""
-        return tuple(name for name, owners in self._owners.items() if len(owners) >= 2)
+        return tuple(name for name, count in zip(self.names, self.owned.sum(0), strict=True) if count >= 2)
 
     def owners(self, name: str) -> list[int]:
         """Teachers that own a class, ascending; empty for a name outside of the union."""
-        return list(self._owners.get(name, []))
+        return np.flatnonzero(self.owned[:, self.names.index(name)]).tolist() if name in self.names else []
 
 
 def build_label_space(

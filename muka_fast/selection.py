@@ -62,11 +62,7 @@ def sampled(teacher: dict[str, Any]) -> bool:
 
 def owners(label_space: LabelSpace) -> Tensor:
     """bool [N, C]: teacher i has class c."""
-    table = torch.zeros(len(label_space.offsets) - 1, label_space.num_classes, dtype=torch.bool)
-    union = torch.as_tensor(label_space.teacher_to_union, dtype=torch.int64)
-    for i, (a, b) in enumerate(zip(label_space.offsets[:-1], label_space.offsets[1:], strict=True)):
-        table[i, union[a:b]] = True
-    return table
+    return torch.from_numpy(label_space.owned)
 
 
 def label_ids(labels: Sequence[str], label_space: LabelSpace) -> Tensor:
