@@ -39,7 +39,7 @@ from muka_fast.evidence import (
     Sample,
     evidence_weights,
     outside,
-    own_scores,
+    own_scores_by_power,
     owner_weights,
     unit,
 )
@@ -75,9 +75,9 @@ def auto_weights(
     if len(sup.teachers) == 1 or len(sup) < FEWEST_TEXTS:
         return evidence_weights(sup, neutral, seed, sample)
     drawn = Sample.draw(sup, neutral, seed, sample)
-    own, classes, rows = own_scores(sup, drawn.rows, CERTAINTY), Classes.of(sup), drawn.rows
+    (own, alike), classes, rows = own_scores_by_power(sup, drawn.rows, (CERTAINTY, 0.0)), Classes.of(sup), drawn.rows
     own *= 1 + slopes(own[rows])
-    by_teacher, by_class = owner_weights(sup, neutral, drawn), class_weights(sup, neutral, drawn, own, classes)
+    by_teacher, by_class = owner_weights(sup, neutral, drawn, alike), class_weights(sup, neutral, drawn, own, classes)
     pooled = CLASS_POWER * np.log(by_class + FLOOR) + TEACHER_POWER * np.log(by_teacher + FLOOR)
     if names is not None:
         width = names.shape[1]

@@ -59,7 +59,8 @@ def evidence_weights(sup: Supervision, neutral: Features, seed: int = 0, sample:
     """
     if len(sup.teachers) == 1:
         return np.ones((len(sup), 1), np.float32)
-    return owner_weights(sup, neutral, Sample.draw(sup, neutral, seed, sample))
+    drawn = Sample.draw(sup, neutral, seed, sample)
+    return owner_weights(sup, neutral, drawn, own_scores(sup, drawn.rows))
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,11 @@ def outside(sample: Sample, neutral: Features) -> Iterator[tuple[np.ndarray, np.
             yield part.start + at, b, neighbours(b, NEIGHBOURS, among=sample.b)
 
 
-def owner_weights(sup: Supervision, neutral: Features, sample: Sample) -> np.ndarray:
-    """The weights of at least two teachers, fp32 [n, N]."""
+def owner_weights(sup: Supervision, neutral: Features, sample: Sample, own: np.ndarray) -> np.ndarray:
+    """The weights of at least two teachers, fp32 [n, N]. own: `own_scores`, all texts of the sample counting alike."""
     second = second_scores(sup)
     anchored = [Anchors.of(scores[sample.rows])(scores) for scores in second.T]
-    evidence = ((own_scores(sup, sample.rows) + np.stack(anchored, axis=1)) / 2).astype(np.float32)
+    evidence = ((own + np.stack(anchored, axis=1)) / 2).astype(np.float32)
     owner = fit_owner(sample.b, sample.near, evidence[sample.rows])
     for part, chunk in neutral.chunks():
         evidence[part] = softmax(owner.log_probs(unit(chunk)) + EVIDENCE_WEIGHT * evidence[part], axis=1)
@@ -118,16 +119,21 @@ def own_scores(sup: Supervision, rows: np.ndarray, power: float = 0.0) -> np.nda
 
     Fitted on the texts `rows`, of which each counts (top probability of the teacher)^power.
     """
-    out = np.empty((len(sup), len(sup.teachers)), np.float32)
+    return own_scores_by_power(sup, rows, [power])[0]
+
+
+def own_scores_by_power(sup: Supervision, rows: np.ndarray, powers: Sequence[float]) -> list[np.ndarray]:
+    """`own_scores` for each of several powers; the features, by far the most of a store, are read as often as for one."""
+    out = [np.empty((len(sup), len(sup.teachers)), np.float32) for _ in powers]
     for i, (start, stop) in enumerate(itertools.pairwise(sup.offsets)):
         probs, features = torch.softmax(sup.logits[rows, start:stop], dim=-1).numpy(), sup.features[i].rows(rows)
         if sup.label_space is not None:
             probs = by_class(probs, sup.label_space.teacher_to_union[start:stop])
-        weights = probs.max(1).astype(np.float64) ** power
-        gaussians = RelativeMahalanobis.fit(features, probs.argmax(1), weights)
-        anchors = Anchors.of(gaussians.scores(features))
+        fits = [RelativeMahalanobis.fit(features, probs.argmax(1), probs.max(1).astype(np.float64) ** power) for power in powers]
+        scales = [Anchors.of(gaussians.scores(features)) for gaussians in fits]
         for part, chunk in sup.features[i].chunks():
-            out[part, i] = anchors(gaussians.scores(chunk))
+            for scores, gaussians, anchors in zip(out, fits, scales, strict=True):
+                scores[part, i] = anchors(gaussians.scores(chunk))
     return out
 
 
