@@ -124,7 +124,8 @@ class PreLayerNormModel(LayeredEncoder):
         causal, farthest = self.config.model_type != "modernbert", len(positions) - 1
         # Transformers counts the window of a causal model with the query, that of ModernBERT without.
         reach = self.config.sliding_window - int(causal) if kind == "sliding_attention" else farthest
-        needed = farthest > (0 if causal else reach)  # by the lengths: to look at the table would wait for the device
+        if farthest <= (0 if causal else reach):  # all see all; by the lengths: to look at the table would wait for the device
+            return lambda first, queries, length: None
         distance = positions[:, None] - positions  # query - key
         unseen = distance.abs() > reach
         if causal:
@@ -134,8 +135,7 @@ class PreLayerNormModel(LayeredEncoder):
         last_sees_all = kind != "sliding_attention"  # the last token of a text, be the model causal or not
 
         def bias(first: int, queries: int, length: int) -> Tensor | None:
-            free = not needed or (last_sees_all and first + 1 == length)
-            return None if free else table[:, first : first + queries, :length]
+            return None if last_sees_all and first + 1 == length else table[:, first : first + queries, :length]
 
         return bias
 
