@@ -150,9 +150,7 @@ def fine_tune(
     fused = device.type == "cpu" or None  # there torch's own choice is a loop over tensors, many times as slow
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate, fused=fused)
     warmup = int(recipe.warmup_ratio * total)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: linear_schedule(min(step, total - 1), total, warmup)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_schedule(step, total, warmup))  # after the last: 0
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ExitStack() as ends:
