@@ -68,10 +68,10 @@ def adapter_classifier(folder: Path, what: str, files: tuple[str, ...] = checkpo
         return checkpoint.read_config(folder, what) | {"architectures": []}  # peft names the base's; the task_type tells the head
     config = checkpoint.read_config(base_folder(folder, what, files), f"{what}: base model")
     heads = [entry.shape for name, entry in adapter_tensors(folder, what).items() if name.endswith(HEAD_WEIGHTS)]
-    if heads:
+    if sizes := [shape[0] for shape in heads if len(shape) == 2]:
         config = config | {"architectures": []}
-        if len(checkpoint.config_labels(config, what)) != heads[0][0]:
-            config["id2label"] = {str(index): f"LABEL_{index}" for index in range(heads[0][0])}
+        if len(checkpoint.config_labels(config, what)) != sizes[0]:
+            config["id2label"] = {str(index): f"LABEL_{index}" for index in range(sizes[0])}
             config.pop("num_labels", None)
     return config
 

@@ -33,7 +33,6 @@ from muka_fast.pooled import classifier_layer, head_input, student_feature, stud
 FILE = "uncertainty_head.safetensors"
 FORMAT = "muka_fast uncertainty head 2"
 KEPT = 0.95  # of the texts that are not foreign, in `false_positive_rate`
-STEPS = 50  # of Newton's method, which needs about six
 
 
 @dataclass(frozen=True)
@@ -110,16 +109,15 @@ def logistic_scale(distance: np.ndarray, ranks: np.ndarray) -> np.ndarray:
 
     a = 0, the same doubt for all, where the ranks do not rise with the distance or the distances do not differ.
     """
+    from sklearn.linear_model import LogisticRegression  # slow to import, and no prediction needs it
+
     m, d, odds = distance.mean(dtype=np.float64), distance.std(dtype=np.float64), np.log(ranks.mean() / (1 - ranks.mean()))
     if d <= 1e-6 * max(1.0, abs(m)):
         return np.array([m, 1.0, 0.0, odds])
-    x, (a, c) = np.arcsinh((distance - m) / d), (0.0, 0.0)
-    for _ in range(STEPS):
-        p = 1 / (1 + np.exp(-np.clip(a * x + c, -40, 40)))
-        w = np.maximum(p * (1 - p), 1e-6)
-        gradient = np.array([((p - ranks) * x).sum(), (p - ranks).sum()])
-        hessian = np.array([[(w * x * x).sum(), (w * x).sum()], [(w * x).sum(), w.sum()]])
-        a, c = np.array([a, c]) - np.linalg.solve(hessian, gradient)
+    x, n = np.arcsinh((distance - m) / d)[:, None], len(distance)
+    fit = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-9)  # of each text once as unsure, once as sure
+    fit.fit(np.concatenate([x, x]), np.repeat([1, 0], n), np.concatenate([ranks, 1 - ranks]))
+    a, c = fit.coef_[0, 0], fit.intercept_[0]
     return np.array([m, d, a, c]) if a > 0 else np.array([m, d, 0.0, odds])
 
 

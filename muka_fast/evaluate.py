@@ -233,10 +233,13 @@ def kept_length(
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """What a run wrote about itself; {} where there is no such file, or it is damaged."""
+    """What a run wrote about itself; {} where there is no such file, or it is damaged, which is told."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        log.warning("%s cannot be read (%s): what it says of --max_length and labels is not heeded", path, error)
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -8,7 +8,6 @@ more figures, goes the same way alone: the weights are written once.
 
 import contextlib
 import copy
-import errno
 import glob
 import json
 import logging
@@ -31,6 +30,7 @@ from muka_fast import __version__, checkpoint
 from muka_fast.config import LABELLED_METHODS
 from muka_fast.console import quiet_transformers
 from muka_fast.errors import UserError, first_line
+from muka_fast.files import is_write_error, open_weights, sync, sync_folder
 from muka_fast.outputs import PARTIAL, READY
 from muka_fast.tokenizer import NO_LIMIT, settle_tokenizer, token_limit
 
@@ -176,20 +176,6 @@ def _set_dtype(path: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def open_weights(folder: Path) -> None:
-    """Give the weight files the usual rights: safetensors makes them for the owner alone, whatever the umask."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in folder.glob("*.safetensors"):
-        path.chmod(0o666 & ~umask)
-
-
-def is_write_error(error: BaseException) -> bool:
-    """Whether the disk, not the program, is at fault: OSError, or what the Rust writers of weights and tokenizers raise."""
-    text = str(error)
-    return isinstance(error, OSError) or "os error" in text or "I/O error" in text or os.strerror(errno.ENOSPC) in text
-
-
 def set_labels(model: transformers.PreTrainedModel, labels: Sequence[str]) -> None:
     """Name the classes in the model's configuration; ValueError where the number or a repeated name does not fit."""
     config = model.config
@@ -216,21 +202,6 @@ def clean_tokenizer(
     if limit < NO_LIMIT:
         tokenizer.model_max_length = limit
     return tokenizer
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the disk confirm every file of a folder, and the folder."""
-    sync(*folder.rglob("*"), folder)
-
-
-def sync(*paths: Path) -> None:
-    """Have the disk confirm files, and the names in folders."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def finish_export(output: str | Path) -> bool:

@@ -1,5 +1,5 @@
-"""Small files that are whole or not there: written aside, then renamed, so that a reader sees the old one or the new one; and a
-folder for one process alone."""
+"""Small files that are whole or not there: written aside, then renamed, so that a reader sees the old one or the new one; files that
+the disk has confirmed; a folder for one process alone."""
 
 import contextlib
 import errno
@@ -60,6 +60,35 @@ def write_beside_others(path: Path, lines: Iterable[str], replace: bool) -> None
 def write_json(path: Path, content: Any) -> None:
     """Indented JSON."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Whether the disk, not the program, is at fault: OSError, or what the Rust writers of weights and tokenizers raise."""
+    text = str(error)
+    return isinstance(error, OSError) or "os error" in text or "I/O error" in text or os.strerror(errno.ENOSPC) in text
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk confirm every file of a folder, and the folder."""
+    sync(*folder.rglob("*"), folder)
+
+
+def sync(*paths: Path) -> None:
+    """Have the disk confirm files, and the names in folders."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def open_weights(folder: Path) -> None:
+    """Give the weight files the usual rights: safetensors makes them for the owner alone, whatever the umask."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
 
 
 def lock(file: IO, wait: bool = True) -> None:

@@ -164,10 +164,13 @@ def as_then(config: "RunConfig", earlier: dict[str, Any]) -> "RunConfig":
     return config.model_copy(update={name: before.get(name) for name in ("epochs", "learning_rate") if getattr(config, name) is None})
 
 
+def _models(config: "RunConfig") -> list[str]:
+    return [source for source in (config.student, config.neutral_encoder, *config.teachers) if source is not None]
+
+
 def input_files(config: "RunConfig") -> dict[str, list[Any]]:
     """What tells each local file that a run reads from any other, now or before: its place, number, size and time of writing."""
-    sources = [config.student, config.neutral_encoder, *config.teachers]
-    folders = [Path(source) for source in sources if source is not None and os.path.isdir(source)]
+    folders = [Path(source) for source in _models(config) if os.path.isdir(source)]
     files = [Path(name) for name in (*find_files(config.texts), config.label_map) if isinstance(name, (str, Path))]
     files += [file for folder in folders for file in folder.iterdir()]
     states = {str(file): (os.path.realpath(file), file.stat()) for file in files if file.is_file()}
@@ -177,7 +180,8 @@ def input_files(config: "RunConfig") -> dict[str, list[Any]]:
 def untouched(config: "RunConfig", earlier: dict[str, Any], inputs: dict[str, list[Any]]) -> bool:
     """Whether the input of the run in --output, whose run.json `earlier` is, has the same names as then, and its files are those
     that it read; inputs: `input_files`. False where that cannot tell: a store may have got other teachers, an adapter's base lie
-    anywhere."""
+    anywhere, and the hub have newer files under the same name."""
     now, before = config.resolved(), earlier.get("config") or {}
-    known = config.teachers and not any(adapters.is_adapter(Path(teacher)) for teacher in config.teachers)
+    known = config.teachers and find_files(config.texts)
+    known = known and all(os.path.isdir(source) and not adapters.is_adapter(Path(source)) for source in _models(config))
     return bool(known) and inputs == earlier.get("inputs") and all(now[name] == before.get(name) for name in INPUT_OPTIONS)

@@ -69,8 +69,10 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
             log.warning("interrupted: stopping after a checkpoint (Ctrl-C once more: at once, without)")
 
     heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) not in (signal.SIG_IGN, None)]
-    before = {number: signal.signal(number, arrive) for number in heard}
+    before = {number: signal.getsignal(number) for number in heard}
     try:
+        for number in heard:
+            signal.signal(number, arrive)
         yield arrived
     finally:
         for number, handler in before.items():

@@ -17,8 +17,7 @@ from pathlib import Path
 
 from muka_fast.engine import Engine
 from muka_fast.errors import UserError
-from muka_fast.export import is_write_error, sync_folder
-from muka_fast.files import write_json
+from muka_fast.files import is_write_error, sync_folder, write_json
 from muka_fast.group import on_first_process, told_once
 from muka_fast.outputs import discard_replaced
 

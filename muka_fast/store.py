@@ -410,6 +410,8 @@ def take_over(old: Path, store: Path, texts: TextSet) -> bool:
     Both have the same files then, which nobody writes to (invariant 6): `old` stays whole. The manifest names no teacher before a run
     asks for it, so that whoever opens the store has the teachers of that run.
     """
+    if store.exists():
+        return False
     try:
         manifest = read_manifest(old)
         if manifest is None or manifest["texts"]["fingerprint"] != texts.fingerprint:

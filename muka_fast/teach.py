@@ -24,7 +24,8 @@ from muka_fast.data import TextSet, Tokens, collate, cut_length, epoch_batches, 
 from muka_fast.engine import quiet_deepspeed
 from muka_fast.errors import UserError
 from muka_fast.evaluate import metrics, predict
-from muka_fast.export import clean_tokenizer, is_write_error, open_weights, set_labels, sync_folder
+from muka_fast.export import clean_tokenizer, set_labels
+from muka_fast.files import is_write_error, open_weights, sync_folder
 from muka_fast.labels import warn_of_lookalikes
 from muka_fast.memory import check_kernels, device_of
 from muka_fast.optim import linear_schedule, parameter_groups

@@ -19,7 +19,7 @@ from muka_fast.data import tokenizer_key
 from muka_fast.errors import UserError, first_line
 from muka_fast.probe import check_padding, trace_inputs
 from muka_fast.seeds import seed_of
-from muka_fast.tokenizer import check_tokenizer, load_tokenizer, settle_tokenizer, token_limit
+from muka_fast.tokenizer import fit_tokenizer, load_tokenizer, token_limit
 
 log = logging.getLogger("muka_fast")
 
@@ -136,8 +136,7 @@ def rehearse(folder: Path, what: str, _state: tuple) -> str | None:
         tokenizer = load_tokenizer(folder, what)
         if importlib.util.find_spec("accelerate") is not None:
             model = load_classifier(folder, torch.float32, what, device_map="meta")
-            settle_tokenizer(model, tokenizer, what)
-            check_tokenizer(model, tokenizer, what)
+            fit_tokenizer(model, tokenizer, what)
             return tokenizer_key(tokenizer, token_limit(model, tokenizer))
     finally:
         log.disabled = before
@@ -206,8 +205,7 @@ def open_classifier(
         model = model.to(device)
     check_finite(model, what)
     tokenizer = load_tokenizer(tokenizer_folder, what)
-    settle_tokenizer(model, tokenizer, what)
-    check_tokenizer(model, tokenizer, what)
+    fit_tokenizer(model, tokenizer, what)
     return model, tokenizer, labels
 
 

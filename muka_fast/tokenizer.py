@@ -55,6 +55,14 @@ def settle_tokenizer(
         tokenizer.init_kwargs["split_special_tokens"] = True  # what save_pretrained writes
 
 
+def fit_tokenizer(
+    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, what: str
+) -> None:
+    """`settle_tokenizer`, then `check_tokenizer`: for every model that is loaded."""
+    settle_tokenizer(model, tokenizer, what)
+    check_tokenizer(model, tokenizer, what)
+
+
 def check_tokenizer(
     model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, what: str
 ) -> None:

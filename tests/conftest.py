@@ -23,7 +23,7 @@ import pytest
 import torch
 import transformers
 from hypothesis import settings
-from runs import go, stop_at, world  # noqa: F401, fixtures
+from runs import go, python_hears_ctrl_c, stop_at, world  # noqa: F401, fixtures
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from muka_fast.data import read_texts

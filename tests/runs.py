@@ -84,6 +84,14 @@ def stop_at(monkeypatch):
     monkeypatch.undo()
 
 
+@pytest.fixture
+def python_hears_ctrl_c():
+    """As in a terminal; a shell's job in the background ignores it from the start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def arguments(world: Path, tmp_path: Path, name: str, ds: dict | None, options: dict) -> dict:
     common = {"teachers": [str(world / teacher) for teacher in LABELS], "student": str(world / "student")}
     common |= {"texts": str(world / "texts.jsonl"), "store": str(world / "store"), "output": str(tmp_path / name)}

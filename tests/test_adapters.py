@@ -140,6 +140,15 @@ def test_other_adapters(make_adapter, change, word):
     refusal(folder, word)
 
 
+def test_a_head_of_no_dimensions_is_refused_in_one_line(make_adapter):
+    folder, *_ = make_adapter(config=False)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    head = next(name for name in tensors if name.endswith("classifier.weight"))
+    save_file(tensors | {head: torch.tensor(1.0)}, file)
+    refusal(folder, "adapter")
+
+
 def test_base_beside_the_adapter(make_adapter):
     folder, _, base = make_adapter()
     base.rename(folder / "base")

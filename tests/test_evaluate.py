@@ -365,11 +365,12 @@ def test_teacher_blocks_come_from_the_run(tmp_path):
         ("none.json", "{}", 128),
     ],
 )
-def test_texts_are_cut_as_in_training_unless_told_otherwise(tmp_path, student, texts, name, content, length):
+def test_texts_are_cut_as_in_training_unless_told_otherwise(tmp_path, student, texts, name, content, length, caplog):
     (student / name).write_text(content)
     data = write_rows(tmp_path / "d.jsonl", [(" ".join(texts[i : i + 4]), NAMES[i % 3]) for i in range(6)])
     losses = {asked: evaluate(config(student, data, max_length=asked))["nll"] for asked in (None, 8, 128)}
     assert losses[None] == losses[length] and losses[8] != losses[128]
+    assert ("run.json cannot be read" in caplog.text) is (content == "{")
     lengths = [muka_fast.Predictor(student, device="cpu", max_length=asked).max_length for asked in (None, 12)]
     assert lengths == [length, 12]
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from muka_fast import export
 from muka_fast.errors import UserError
+from muka_fast.files import is_write_error
 from muka_fast.outputs import PARTIAL, READY
 
 CARD = export.Card(
@@ -214,7 +215,7 @@ def test_a_file_size_limit_stops_the_real_writers(make_model, make_tokenizer, tm
     ],
 )
 def test_the_disk_is_at_fault_where_the_writers_in_rust_say_so(told, disk):
-    assert export.is_write_error(Exception(told)) is disk
+    assert is_write_error(Exception(told)) is disk
 
 
 def test_another_fault_is_not_called_a_full_disk(make_model, make_tokenizer, tmp_path, monkeypatch):

@@ -32,14 +32,6 @@ def test_sigterm_saves_and_resume_continues_bit_for_bit(go, stop_at, monkeypatch
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-@pytest.fixture
-def python_hears_ctrl_c():
-    """As in a terminal; a shell's job in the background ignores it from the start."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(go, stop_at, monkeypatch, caplog, python_hears_ctrl_c):
     caplog.set_level("WARNING", logger="muka_fast")
     before, whole = signal.getsignal(signal.SIGINT), go("whole")
@@ -264,12 +256,25 @@ def test_a_complete_run_is_done_only_for_the_files_that_it_read(go, world, tmp_p
 
 def test_the_files_of_an_adapter_do_not_tell_that_nothing_has_changed(tmp_path):
     """Its base may lie anywhere."""
-    config = RunConfig(teachers=[str(tmp_path / "plain"), str(tmp_path / "teacher")])
+    for name in ("plain", "teacher"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "texts.txt").write_text("a\n")
+    config = RunConfig(teachers=[str(tmp_path / "plain"), str(tmp_path / "teacher")], texts=str(tmp_path / "texts.txt"))
     earlier = {"config": config.resolved(), "inputs": {}}
     assert identity.untouched(config, earlier, {})
-    (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "adapter_config.json").write_text("{}")
     assert not identity.untouched(config, earlier, {})
+
+
+@pytest.mark.parametrize("option", ["teachers", "student", "neutral_encoder", "texts"])
+def test_names_on_the_hub_do_not_tell_that_nothing_has_changed(tmp_path, option):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "texts.txt").write_text("a\n")
+    models = dict.fromkeys(("student", "neutral_encoder"), str(tmp_path / "model"))
+    local = {"teachers": [str(tmp_path / "model")], "texts": str(tmp_path / "texts.txt"), **models}
+    for given, same in ((local, True), (local | {option: ["owner/name"] if option == "teachers" else "owner/name"}, False)):
+        config = RunConfig(**given)
+        assert identity.untouched(config, {"config": config.resolved(), "inputs": {}}, {}) is same
 
 
 @pytest.mark.parametrize("way", ["moved", "folder", "link", "above"])

@@ -233,6 +233,14 @@ def test_scores_of_other_texts_are_not_taken_over(tmp_path):
     assert not store_module.take_over(tmp_path / "old", tmp_path / "new", text_set()) and not (tmp_path / "new").exists()
 
 
+def test_a_store_that_is_there_already_takes_nothing_over(tmp_path):
+    for name in ("old", "new"):
+        merge_manifest(tmp_path / name, text_set(), 4)
+    before = {path: path.read_bytes() for path in (tmp_path / "new").rglob("*")}
+    assert not store_module.take_over(tmp_path / "old", tmp_path / "new", text_set())
+    assert {path: path.read_bytes() for path in (tmp_path / "new").rglob("*")} == before != {}
+
+
 def test_scores_alone_are_taken_over(tmp_path):
     """A lock that both stores had would be one, and a line of either's log be in both."""
     old, new = tmp_path / "old", tmp_path / "new"

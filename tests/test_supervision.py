@@ -524,7 +524,7 @@ def test_each_shard_is_verified_by_one_of_the_processes(tmp_path, stage):
     assert all(np.array_equal(part["logits"], sup.logits.numpy()) for part in found)
 
 
-def test_a_stop_while_shards_are_verified_is_heeded_at_once(tmp_path, stage, monkeypatch):
+def test_a_stop_while_shards_are_verified_is_heeded_at_once(tmp_path, stage, monkeypatch, python_hears_ctrl_c):
     fill(tmp_path, shard_size=1)
     store_module.VERIFIED.clear()
     read, begun = store_module.read_tensors, []
