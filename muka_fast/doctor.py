@@ -185,7 +185,8 @@ def folder_findings() -> Iterator[Finding]:
         yield Finding("free disk here", f"{usage.free / 2**30:.1f} GiB", "note" if low else "ok", way)
     except OSError as error:
         yield Finding("free disk here", one_line(error), "note", "run it in a folder that can be read")
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions"))
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(caches, "torch_extensions"))
     for lock in stale_locks(root):
         yield Finding(
             "build lock", str(lock), "note", "left by a killed build: delete the file, or the next build waits for ever"

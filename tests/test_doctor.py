@@ -5,8 +5,10 @@ import importlib.metadata
 import os
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
 
 from muka_fast import doctor
@@ -69,6 +71,63 @@ def test_a_missing_optional_package_is_no_fault(monkeypatch):
     assert finding.state == "ok" and "muka-fast[peft]" in finding.way_out
 
 
+def test_what_is_required_is_required_on_this_machine_and_of_any_build(monkeypatch):
+    """NVIDIA's images hold builds of torch before its release; Triton is asked for on Linux alone."""
+    wanted = ["torch>=2.11", "triton>=99; platform_system == 'Plan9'", "muka-lacks>=1", "numpy>=99", "peft>=99; extra == 'peft'"]
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: wanted)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.14.0a0+nv26.10" if name == "torch" else real(name))
+    found = {finding.what: finding for finding in doctor.package_findings()}
+    assert [name for name, finding in found.items() if finding.state != "ok"] == ["numpy", "muka-lacks"]
+    assert found["torch"].value == "2.14.0a0+nv26.10" and "triton" not in found
+    assert found["muka-lacks"].way_out == "pip install 'muka-lacks>=1'"
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_idle_cores_are_noted(threads, monkeypatch, capsys):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    finding = state(doctor.machine_findings(), "threads of torch")
+    expected = ("note", "OMP_NUM_THREADS=4 uses all cores") if threads == 1 else ("ok", "")
+    assert (finding.state, finding.way_out) == expected
+    if threads == 1:
+        code, text = run(capsys)
+        assert code == 0 and " to note." in text and "0 broken" in text
+
+
+@pytest.mark.parametrize(("cuda", "reason"), [(None, "torch is a CPU build"), ("13.0", "the driver does not answer")])
+def test_a_gpu_that_torch_does_not_reach(cuda, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    finding = state(doctor.machine_findings(), "GPU")
+    assert finding.state == "note" and finding.value.endswith(f"unusable: {reason}")
+
+
+def test_a_torch_that_cannot_be_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert state(doctor.machine_findings(), "torch").state == "broken"
+
+
+@pytest.mark.parametrize("compiler", [None, "clang++"])
+def test_kernels_cannot_be_built_without_a_compiler(compiler, monkeypatch):
+    monkeypatch.setitem(sys.modules, "muka_fast._C", None)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name if name == compiler else None)
+    assert ("install a C++ compiler first" in state(doctor.extension_findings(), "C++ kernels").way_out) == (compiler is None)
+
+
+@pytest.mark.parametrize(("free", "expected"), [(2**30 - 1, "note"), (2**30, "ok"), (OSError("gone"), "note")])
+def test_a_full_disk_and_none_are_noted(free, expected, monkeypatch):
+    def usage(_):
+        if isinstance(free, OSError):
+            raise free
+        return SimpleNamespace(free=free)
+
+    monkeypatch.setattr(doctor.shutil, "disk_usage", usage)
+    finding = state(doctor.folder_findings(), "free disk here")
+    assert finding.state == expected and (finding.way_out != "") == (expected == "note")
+
+
 @pytest.mark.parametrize("error", [ModuleNotFoundError("no _C"), ImportError("undefined symbol: x")])
 def test_kernels_that_are_not_built(monkeypatch, error):
     real = importlib.import_module
@@ -109,6 +168,24 @@ def test_locks_of_killed_builds(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     finding = state(doctor.folder_findings(), "build lock")
     assert finding.value == str(old) and "delete" in finding.way_out
+
+
+@pytest.mark.parametrize(
+    ("variable", "path"),
+    [("TORCH_EXTENSIONS_DIR", "op/lock"), ("XDG_CACHE_HOME", "torch_extensions/py311_cpu/op/lock"), (None, "py311_cpu/op/lock")],
+)
+def test_builds_lie_where_pytorch_places_them(variable, path, tmp_path, monkeypatch):
+    """Right in the folder that is given, else in one of each Python under the user's caches."""
+    lock = tmp_path / ".cache" / "torch_extensions" / path if variable is None else tmp_path / "given" / path
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (time.time() - 10_000,) * 2)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(variable, str(tmp_path / "given"))
+    assert state(doctor.folder_findings(), "build lock").value == str(lock)
 
 
 def test_teachers(make_teacher, capsys):
