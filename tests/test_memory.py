@@ -1,6 +1,7 @@
-"""What containers and jobs leave of the host's memory; a GPU on which Triton can start no kernel."""
+"""What containers and jobs leave of the host's memory, and what a run takes of it and of a GPU's; a GPU without kernels."""
 
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from muka_fast import doctor, memory
 from muka_fast.errors import UserError
 from muka_fast.ops import table
 
-GIB = 1 << 30
+GIB, GPU, CPU = 1 << 30, torch.device("cuda"), torch.device("cpu")
 
 
 def group(folder, names, limit, used, copies):
@@ -106,3 +107,54 @@ def test_a_gpu_whose_driver_answers_is_taken(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     memory.check_kernels("cuda")
     assert doctor.op_table()[1] == []
+
+
+def test_the_hosts_memory_is_what_is_available_and_not_what_no_cache_holds(tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemTotal:  99 kB\nMemFree:  4 kB\nMemAvailable:  16 kB\n")
+    monkeypatch.setattr(memory, "Path", lambda _: tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "group_bytes", lambda: iter([]))
+    assert memory.free_bytes(CPU) == 16 << 10
+
+
+def test_what_torch_holds_in_reserve_is_free_memory_of_a_gpu(monkeypatch):
+    told = {"mem_get_info": (40 * GIB, 80 * GIB), "memory_reserved": 5 * GIB, "memory_allocated": 3 * GIB}
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert memory.free_bytes(GPU) == 42 * GIB
+
+
+def test_replicas_and_teachers_take_a_part_of_what_is_free(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 64 * GIB)
+    assert memory.replica_budget_bytes(GPU) == 32 * GIB and memory.replica_budget_bytes(CPU) == 128 << 20
+    assert memory.teacher_budget_bytes(GPU) == 16 * GIB
+    monkeypatch.setattr(memory, "sharers", lambda device: 8)
+    assert memory.teacher_budget_bytes(CPU) == 2 * GIB
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 256 << 20)
+    assert memory.replica_budget_bytes(CPU) == 64 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_on_a_gpu_holds_what_an_eighth_of_its_memory_does(dtype, monkeypatch):
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=768)), dtype=dtype)
+    token = 24 * 768 * dtype.itemsize
+    for free, expected in ((16 * GIB, 1 << (14 if dtype.itemsize == 4 else 15)), (2000 * GIB, 262_144), (GIB, 8192), (0, 8192)):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        assert memory.token_budget(None, model, GPU) == expected
+        assert free != 16 * GIB or expected * token <= free // 8 < 2 * expected * token
+        assert memory.token_budget(100, model, GPU) == 100
+    assert memory.token_budget(None, model, CPU) == 8192 and memory.token_budget(100, model, CPU) == 100
+
+
+def test_no_more_processes_share_a_host_than_there_are(monkeypatch):
+    """A variable that a job around this one has left."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert memory.sharers(CPU) == 2
+
+
+@pytest.mark.parametrize("architecture", ["x86_64", "aarch64"])
+def test_what_only_x86_tells_of_its_units_is_not_told_of_others(architecture, monkeypatch, product_log):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": architecture}, raising=False)
+    memory.tell_precision("--precision", "bf16", "cpu")
+    assert ("does not compute in it" in product_log.text) == (architecture == "x86_64")
