@@ -86,9 +86,30 @@ def test_bf16_learns_as_under_autocast_over_fp32_weights(make_model):
     for (loss, norm), (wanted_loss, wanted_norm) in zip(told, wanted, strict=True):
         assert loss == pytest.approx(wanted_loss, abs=2e-2) and norm == pytest.approx(wanted_norm, rel=5e-2)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {name.rpartition(".")[0] for name in steps.casts} == linear  # autocast leaves norms and embeddings in fp32
     assert steps.casts and all(cast.dtype == torch.bfloat16 and cast.grad is None for cast in steps.casts.values())
     for cast, parameter in zip(steps.casts.values(), steps.cast_from, strict=True):
         assert torch.equal(cast.detach(), parameter.detach().bfloat16())
+
+
+def test_a_resumed_run_goes_on_with_its_moments_and_its_own_rule(make_model):
+    """The fourth step, by betas and an eps that are not AdamW's own."""
+    models = [make_model("bert", ("a", "b", "c"), dropout=0.0).train() for _ in range(2)]
+    ours, theirs = (torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2, betas=(0.7, 0.9), eps=1e-2) for model in models)
+    for optimizer in (ours, theirs):
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            moments = {"exp_avg": torch.full_like(p, 0.02), "exp_avg_sq": torch.full_like(p, 0.003)}
+            optimizer.state[p] = moments | {"step": torch.tensor(3.0)}
+    steps = RecordedSteps(models[0], False, ours, max_norm=0.5)
+    steps.possible = False
+    for logits in (steps.logits(BATCH), models[1](**BATCH).logits):
+        torch.nn.functional.cross_entropy(logits, torch.tensor([0, 2])).backward()
+    clip_gradients(theirs.param_groups, 0.5)
+    theirs.step()
+    steps.update(1e-2, 4)
+    for mine, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 
 
 def test_frozen_weights_stay(make_model):
@@ -100,6 +121,7 @@ def test_frozen_weights_stay(make_model):
     steps = RecordedSteps(model, True, new_optimizer(model), 1.0)
     steps.possible = False
     learn(model, lambda: steps.logits(BATCH), steps.update)
+    assert all(cast.grad is None for cast in steps.casts.values())  # nor is a gradient of them computed and kept
     assert all(torch.equal(now, then) for now, then in zip(frozen, before, strict=True))
 
 
@@ -172,7 +194,22 @@ def test_without_memory_for_a_recording_caches_are_emptied_and_then_steps_are_la
         loss.backward()
         assert torch.isfinite(steps.update(1e-3, 2))
         steps.logits(BATCH)
-        assert len(emptied) == 1  # not tried at every step
+        assert len(emptied) == 1 and steps.met[tuple(IDS.shape)] is None  # not tried at every step
+
+
+def test_the_second_batch_of_a_shape_is_recorded_and_replays_read_what_is_new(make_model, emptied):
+    """The first one compiles its kernels, which a recording cannot."""
+    model, steps = new_steps(make_model, in_bf16=False)
+    shape, steps.possible = tuple(IDS.shape), True
+    learn(model, lambda: steps.logits(BATCH), steps.update, count=1)
+    assert steps.met == {shape: None}
+    steps.logits(BATCH)
+    recording = steps.met[shape]
+    other, weight = {name: values.flip(0) for name, values in BATCH.items()}, torch.arange(6.0).view(2, 3)
+    (steps.logits(other) * weight).sum().backward()
+    steps.update(1e-3, 2)
+    assert steps.met[shape] is recording and torch.equal(recording.grad, weight)
+    assert all(torch.equal(recording.inputs[name], values) for name, values in other.items())
 
 
 def test_a_failed_recording_leaves_neither_its_memory_nor_its_pool(make_model, monkeypatch, emptied):
