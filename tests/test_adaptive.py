@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ from scipy import stats
 from muka_fast import adaptive, scoring, supervision
 from muka_fast.adaptive import Crew, decided, run_waves, sampling_summary, token_batches, uncertainty_per_pass, waves
 from muka_fast.config import RunConfig, ScoreConfig
-from muka_fast.data import TextSet, tokenize
+from muka_fast.data import TextSet, Tokens, tokenize
 from muka_fast.errors import UserError
 from muka_fast.ops.reference import mc_statistics_ref
 from muka_fast.selection import UNCERTAINTY
@@ -378,3 +379,41 @@ def test_a_look_weighs_all_passes_so_far_and_the_last_one_ends_the_waves(answer,
     crew = Crew(lambda index: loads.append(index) or teacher, keep=False)
     run_waves(crew, [batches] * 2, torch.arange(5), K, LEVEL, "predictive_entropy")
     assert looks == expected and loads == [0, 1] * len(expected)
+
+
+def test_where_one_teacher_fits_it_is_gone_before_the_next_one_is_loaded():
+    """In every wave; else the memory for one would have to hold two."""
+    alive, loads = weakref.WeakSet(), []
+
+    class Small:
+        def texts(self, ids, mask, example_ids):
+            return example_ids
+
+        def trunk(self, texts):
+            return texts
+
+        def passes(self, ids, first, count, plain):
+            return torch.randn(count + plain, len(ids), 3), torch.zeros(len(ids), 2)
+
+    def load(index):
+        assert not alive
+        loads.append(index)
+        alive.add(teacher := Small())
+        return teacher
+
+    batches = lambda places: [(places, torch.zeros(len(places), 1), torch.ones(len(places), 1))]
+    run_waves(Crew(load, keep=False), [batches] * 2, torch.arange(5), K, 1e-9, "predictive_entropy")
+    assert loads == [0, 1] * 4
+
+
+def test_batches_of_some_texts_are_theirs_and_keep_to_the_budget_of_tokens():
+    """Of a shard's texts in another order, and of these the undecided ones."""
+    lengths = np.array([30, 1, 1, 1, 1, 1, 20, 20, 20, 2])
+    tokens = Tokens.of(np.repeat(np.arange(10, 20, dtype=np.int32), lengths), lengths)  # text i is of token 10 + i
+    rows, undecided = np.array([9, 8, 7, 6, 5, 4, 3, 2, 1]), torch.tensor([0, 1, 2, 3, 6, 8])
+    found = list(token_batches(tokens, 0, 20, rows)(undecided))
+    assert sorted(torch.cat([places for places, *_ in found]).tolist()) == undecided.tolist()
+    for places, ids, mask in found:
+        assert ids.numel() <= 20
+        assert ids[:, 0].tolist() == (10 + rows[places.numpy()]).tolist()
+        assert mask.sum(1).tolist() == lengths[rows[places.numpy()]].tolist()
