@@ -1,9 +1,12 @@
 """Dropout sites: the list is complete, every site matters, scopes are checked, masks follow the contract."""
 
+import multiprocessing
+
 import pytest
 import torch
 import transformers
 
+from muka_fast import intercept as intercept_module
 from muka_fast.errors import UserError
 from muka_fast.ops.reference import dropout_scale, keep_mask_ref
 from muka_fast.sites import (
@@ -113,6 +116,23 @@ def test_an_error_inside_leaves_no_trace(make_model):
     with pytest.raises(IndexError):
         ModelSplit(model).run(torch.tensor([[10**6]]), torch.tensor([[1]]))
     assert not [path for path, module in model.named_modules() if "forward" in vars(module)]
+
+
+def test_a_process_forked_while_another_thread_enters_a_block_enters_its_own(make_model):
+    """As a worker that loads data: the thread that would let go is not in it."""
+    model = make_model("bert", "ab")
+
+    def enter():
+        with intercept_module.intercept(model, object()):
+            pass
+
+    with intercept_module._changing:
+        child = multiprocessing.get_context("fork").Process(target=enter)
+        child.start()
+        child.join(20)
+    child.kill()
+    child.join()
+    assert child.exitcode == 0
 
 
 @pytest.mark.parametrize(
