@@ -196,7 +196,7 @@ def memory(cost: Footprint, options: PlanConfig) -> list[dict[str, Any]]:
 def size(count: int) -> str:
     """Bytes for people: 1.5 GiB."""
     for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
+        if count < 999.5:  # more would be four figures, which :.3g writes as a power of ten
             return f"{count:.3g} {unit}" if unit != "B" else f"{count} B"
         count /= 1024
     return f"{count:,.1f} GiB"

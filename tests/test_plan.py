@@ -206,6 +206,7 @@ def teacher_without_weights(make_teacher, labels, name):
 def test_plan_reads_configurations_alone_and_prints_json(make_teacher, student, capsys):
     teachers = [teacher_without_weights(make_teacher, labels, labels) for labels in ("abc", "cde")]
     words = ["plan", "--teachers", *teachers, "--student", str(student), "--num_texts", "1000", "--json"]
+    capsys.readouterr()  # what DeepSpeed says when it is first imported, and not through main
     assert main([*words, "--flops", "1e9", "--gpus", "2"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["student"]["classes"] == 5 and [teacher["name"] for teacher in found["teachers"]] == ["abc", "cde"]
@@ -283,6 +284,7 @@ def test_a_model_is_measured_with_two_layers_of_every_kind_it_has():
     config = transformers.Qwen3Config(num_hidden_layers=6, hidden_size=64, pad_token_id=151_000)
     small = cost.reduced(config)
     assert (small.num_hidden_layers, len(small.layer_types), small.hidden_size, small.pad_token_id) == (2, 2, 64, 0)
+    assert small.vocab_size == 1000  # the gradient of a table of words would take longer than two layers
     assert config.num_hidden_layers == 6 and cost.footprint(small, 1, 8, "fp32", "x").num_parameters > 0
 
 
@@ -343,6 +345,8 @@ def test_configurations_of_another_make(tmp_path, student):
 
 def test_units_for_people():
     assert [plan.size(count) for count in (512, 1536, 3 * 2**20, 5 * 2**29)] == ["512 B", "1.5 KiB", "3 MiB", "2.5 GiB"]
+    near = [plan.size(count) for count in (999, 1000, 999 * 2**10, 1000 * 2**10, 1023 * 2**20)]
+    assert near == ["999 B", "0.977 KiB", "999 KiB", "0.977 MiB", "1.0 GiB"]
     assert [plan.duration(hours) for hours in (0.005, 0.5, 30)] == ["18 s", "30 min", "30.0 h"]
 
 
@@ -413,3 +417,80 @@ def test_a_backward_counts_for_two_forwards(student, monkeypatch):
     monkeypatch.setattr(cost.time, "perf_counter", lambda: float(next(ticks)))  # every round takes as long
     speed = {train: cost.measured_flops(config, 4, 64, "fp32", "cpu", train, "x") for train in (False, True)}
     assert speed[True] == pytest.approx(3 * speed[False])
+    forward = cost.footprint(cost.reduced(config), 1, 64, "fp32", "x").forward_flops
+    assert speed[False] == pytest.approx(4 * forward)  # of four texts, one tick for each round
+    monkeypatch.setattr(cost, "MEASURED_FLOPS", 2.5 * forward)
+    assert cost.measured_flops(config, 4, 64, "fp32", "cpu", False, "x") == pytest.approx(2 * forward)
+
+
+def test_a_cpu_trains_fp32_weights_under_autocast_and_scores_with_bf16_weights(student, monkeypatch):
+    config, built, unloaded = transformers.AutoConfig.from_pretrained(student), [], cost.unloaded
+    monkeypatch.setattr(cost, "unloaded", lambda config, precision: built.append(precision) or unloaded(config, precision))
+    for train, expected in ((True, "fp32"), (False, "bf16")):
+        cost.measured_flops(config, 1, 8, "bf16", "cpu", train, "x")
+        assert built[-1] == expected
+
+
+@pytest.fixture
+def planned(make_teacher, student):
+    """planned(option=...) -> the plan of one teacher, of width 16, for a student of width 64 and 1,000 texts; neutral: the teacher is
+    the neutral encoder too."""
+    teachers = [teacher_without_weights(make_teacher, "abc", "news")]
+    common = {"teachers": teachers, "student": str(student), "num_texts": 1000, "tokens_per_text": 16, "flops": 1e9, "device": "cpu"}
+    return lambda neutral=False, **more: plan.plan(PlanConfig(**(common | more), neutral_encoder=teachers[0] if neutral else None))
+
+
+def test_every_option_of_a_plan_counts(planned):
+    plain, longer = planned(), planned(tokens_per_text=None)
+    assert plain["memory"] == longer["memory"]  # a batch of the longest texts has to fit
+    assert plain["student"]["hours"] < longer["student"]["hours"] / 4
+    assert planned(epochs=2)["student"]["epochs"] == 2
+    assert planned(mc_scope="all", mc=False)["teachers"][0]["forwards"] == 1
+    assert planned(neutral=True)["disk"]["neutral"] == 1000 * 16 * 2
+    assert [row["stage"] for row in planned(precision="fp16")["memory"]] == ["1", "2", "3", "3 offload"]
+    assert planned(shard_size=1)["disk"]["store"] > 2 * plain["disk"]["store"]
+    assert planned(shard_size=1000, gpus=4)["neutral"]["hours"] == pytest.approx(plain["neutral"]["hours"])  # one GPU has them all
+
+
+def test_speed_is_measured_in_the_precisions_that_are_told(planned, monkeypatch):
+    """A CPU scores in fp16 and trains in fp32 instead."""
+    told, measured = [], []
+    monkeypatch.setattr(plan, "tell_precision", lambda option, precision, device: told.append((option, precision)))
+    speed = lambda config, texts, tokens, precision, device, train, what: measured.append((precision, train)) or 1e9
+    monkeypatch.setattr(plan, "measured_flops", speed)
+    planned(flops=None, scoring_precision="bf16", precision="fp16")
+    assert told == [("--scoring_precision", "bf16"), ("--precision", "fp16")]
+    assert measured == [("bf16", False), ("bf16", False), ("fp32", True)]  # teacher, neutral encoder, student
+
+
+def test_memory_of_a_gpu_is_in_gib():
+    options = PlanConfig(teachers=["t"], student="s", num_texts=1, gpu="a10")
+    fits = [plan.memory(cost.Footprint(gb * 10**9 // 16, 10, 1, 7, 3), options)[0]["fits"] for gb in (25, 26)]
+    assert fits == [True, False]  # 24 GiB
+
+
+def test_tables_show_each_figure_in_its_column(planned, capsys):
+    parts = ("weights", "gradients", "optimizer", "activations", "buffers", "device", "host")
+    found = planned(flops=None, gpu="a10", precision="bf16", epochs=7)
+    row = dict(zip(parts, range(1, 8), strict=True))
+    found["memory"] = [{"stage": "1", "fits": False} | row, {"stage": "2", "fits": True} | row]
+    plan.print_tables(found, PlanConfig(teachers=["t"], student="s", num_texts=1, gpu="a10"))
+    told = capsys.readouterr().out
+    lines = [re.findall(r"\d B|yes|no", line) for line in told.splitlines() if "1 B" in line and "7 B" in line]
+    assert lines == [[*(f"{i} B" for i in range(1, 8)), answer] for answer in ("no", "yes")]
+    (training,) = [line.split() for line in told.splitlines() if "training" in line]
+    (scoring,) = [line.split() for line in told.splitlines() if "scoring news" in line]
+    assert "21" in training and "50" in training  # a backward costs two forwards; 0.4 of 125 TFLOP/s
+    assert "12.5" in scoring  # in fp32
+    assert "speed of one GPU 40% of its data sheet" in " ".join(told.split())
+
+
+def test_tokens_are_counted_in_texts_of_all_the_pool(student, make_tokenizer, tmp_path, monkeypatch):
+    """Which may be sorted."""
+    monkeypatch.setattr(plan, "SAMPLED_TEXTS", 2)
+    make_tokenizer("bert").save_pretrained(tmp_path / "student")
+    texts = ["short", "short one", "a longer text of more words", "another longer text of more words"]
+    (tmp_path / "pool.txt").write_text("\n".join(texts))
+    options = PlanConfig(teachers=["t"], student=str(tmp_path / "student"), texts=str(tmp_path / "pool.txt"))
+    lengths = [len(make_tokenizer("bert")(text).input_ids) for text in texts[::2]]
+    assert plan.count_texts(options) == (4, sum(lengths) / 2)
