@@ -34,6 +34,8 @@ VARIANTS = {
     "electra": {"embedding_size": 16},
     "bert": {"hidden_act": "relu", "num_attention_heads": 2},
 }
+# Those without a fast form: groups of several layers, angles that depend on the longest text, a head that reads every token.
+NOT_COVERED = ("deberta-v2", "albert", "llama", "modernbert")
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -117,6 +119,7 @@ def test_split_equals_unsplit_for_other_configurations(variant, scope, stochasti
         scope = "last:1"  # decoders have no site in their head
     teacher = stochastic(family, scope, **VARIANTS[variant])
     assert teacher.mc_scope == scope
+    assert (teacher.fast is None) == (variant in NOT_COVERED)  # one that computes something else is not used, and nobody is told
     if variant == "modernbert":
         assert teacher.reads is None  # the head averages all tokens
     check(teacher, *batch(family))
@@ -287,6 +290,15 @@ def test_attention_of_another_kind_is_refused(stochastic, monkeypatch):
     monkeypatch.setattr(ModelSplit, "run_eagerly", lambda self, ids, mask: torch.zeros(len(ids), 3))
     with pytest.raises(UserError, match="attention of BertForSequenceClassification"):
         stochastic("bert", "all")
+
+
+def test_what_is_compared_for_that_is_attention_as_masks_need_it(make_model, monkeypatch):
+    """With its probabilities in memory."""
+    split = ModelSplit(make_model("bert", "abc"))
+    ids = torch.tensor([[5, 7, 9], [5, 8, 6]])
+    plain = split.run(ids, torch.ones_like(ids))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    torch.testing.assert_close(split.run_eagerly(ids, torch.ones_like(ids)), plain)
 
 
 def test_trunk_of_another_teacher_is_taken_up(stochastic, batch):
