@@ -118,6 +118,29 @@ def test_an_error_inside_leaves_no_trace(make_model):
     assert not [path for path, module in model.named_modules() if "forward" in vars(module)]
 
 
+def test_a_block_inside_another_gives_everything_back_to_it(make_model):
+    """Attention's probabilities as well as the dropout modules."""
+
+    class Seen:
+        def __init__(self):
+            self.calls = 0
+
+        def wants(self, module):
+            return True
+
+        def apply(self, module, x, p):
+            self.calls += 1
+            return x
+
+    model, inputs, outer, inner = make_model("bert", "ab"), {"input_ids": torch.tensor([[5, 7, 9]])}, Seen(), Seen()
+    with intercept_module.intercept(model, outer):
+        with intercept_module.intercept(model, inner):
+            model(**inputs)
+        assert outer.calls == 0
+        model(**inputs)
+    assert outer.calls == inner.calls == 2 + 3 * LAYERS
+
+
 def test_a_process_forked_while_another_thread_enters_a_block_enters_its_own(make_model):
     """As a worker that loads data: the thread that would let go is not in it."""
     model = make_model("bert", "ab")

@@ -180,6 +180,7 @@ def test_another_model_is_left_alone(make_model):
         found = other(**batch(other)).logits
         torch.manual_seed(4)
         assert (nn.functional.dropout(torch.ones(1000), 0.5) == 0).any()
+        assert nn.functional.dropout(torch.ones(1000), 0.5, training=False).sum() == 1000
     with fused_layers(other):
         torch.manual_seed(3)
         assert torch.equal(other(**batch(other)).logits, found)
@@ -215,6 +216,9 @@ def test_without_the_extension_dropout_is_pytorchs(make_model, monkeypatch):
     monkeypatch.setattr(table, "BACKEND", "auto")
     with training_layers(model, SEED, CPU, len(IDS)):
         assert not is_intercepted(model)
+    monkeypatch.setattr(table, "BACKEND", "reference")  # asked for, however slow
+    with training_layers(model, SEED, CPU, len(IDS)):
+        assert is_intercepted(model)
 
 
 def test_on_a_gpu_every_step_reads_its_masks_at_the_same_addresses(make_model, monkeypatch):
