@@ -51,8 +51,11 @@ COMMANDS = {
 }
 
 
-# What commands call by other names, as it plays another part in them.
-SAME_THING = ({"--texts", "--data", "--train"}, {"--data", "--eval"}, {"--store", "--output"}, {"--encoder", "--student"})
+# What commands, or DeepSpeed's own examples, call by other names.
+SAME_THING = (
+    {"--texts", "--data", "--train"}, {"--data", "--eval"}, {"--store", "--output"}, {"--encoder", "--student"},
+    {"--deepspeed", "--ds_config"}, {"--deepspeed_config", "--ds_config"},
+)  # fmt: skip
 
 
 class _Help(argparse.HelpFormatter):

@@ -24,6 +24,7 @@ UNCERTAINTIES = ("predictive_entropy", "mutual_information", "expected_entropy",
 NEEDS_SAMPLES = ("mutual_information", "variance")  # zero for every text unless two passes or more differ
 PRECISIONS = ("fp32", "bf16", "fp16")
 FILES = "Models and files"
+IN_DS_CONFIG = {"batch_size", "max_grad_norm", "learning_rate", "weight_decay", "warmup_ratio"}  # what one may say as well
 GROUPS = (FILES, "Data", "Uncertainty", "Distillation", "Training", "Run")
 TEXTS = "file, 'pattern' (.jsonl .json .csv .tsv .txt, also .gz, .parquet) or hub data set"
 OR_CONTENT = "file; in --config and Python also its content"
@@ -285,7 +286,7 @@ class RunConfig(ScoringOptions, LabelOptions):
     batch_size: int = BATCH_SIZE
     warmup_ratio: float = option(0.1, "share of the steps with rising learning rate", "Training", ge=0, le=1)
     weight_decay: float = option(0.01, "decoupled weight decay", "Training", ge=0, le=1)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", "Training", gt=0, le=1e6)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not at all", "Training", ge=0, le=1e6)
     precision: Literal[PRECISIONS] | None = option(
         None, "precision of the student's training; a CPU takes fp32 or bf16", "Training", means="what the ds_config says, else fp32"
     )
@@ -559,9 +560,12 @@ def load_config(cls: type[ConfigType], yaml_path: str | Path | None, flags: dict
         if name in from_flags and other not in from_flags:
             values.pop(other, None)  # a file's: the flag says otherwise
     try:
-        return cls(**values)
+        config = cls(**values)
     except ValidationError as error:
         raise UserError(_explain(cls, error, from_file, from_flags, yaml_path)) from error
+    if "ds_config" in from_flags:  # what it says goes before the file
+        config.model_fields_set.difference_update(IN_DS_CONFIG - from_flags.keys())
+    return config
 
 
 def _explain(

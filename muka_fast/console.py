@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from muka_fast import __version__
-from muka_fast.errors import UserError
+from muka_fast.errors import LoneError, UserError
 
 log = logging.getLogger("muka_fast")
 
@@ -133,11 +133,12 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def first_of_node_tells() -> Iterator[None]:
-    """Around what the processes of a job check before they are connected: one a node tells bad input, all end with exit code 2."""
+    """Around what the processes of a job check before they are connected: one a node tells bad input, all end with exit code 2. A
+    `LoneError` is told by whoever meets it."""
     try:
         yield
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+        if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, LoneError):
             raise SystemExit(2) from error
         raise
 

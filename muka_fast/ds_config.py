@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -28,7 +28,7 @@ KNOWN_KEYS = (
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown",
     "activation_checkpointing", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
     "sparse_gradients", "comms_logger", "tensorboard", "wandb", "csv_monitor", "flops_profiler",
-    "data_types", "aio", "checkpoint", "dump_state", "timers",
+    "data_types", "aio", "checkpoint", "dump_state", "timers", "memory_breakdown",
 )
 # Each wants what a run here does not have, or takes the run over; the way out where there is one.
 UNSUPPORTED = {"amp": " and use --precision", "torch_autocast": " and use --precision"} | dict.fromkeys(
@@ -95,8 +95,10 @@ def prepare_ds_config(
     """
     ds, name = read_ds_config(user), ds_config_name(user)
     optimizer = ds.setdefault("optimizer", {})
-    if optimizer.setdefault("type", "AdamW") not in OPTIMIZERS:
-        raise UserError(f"{name}: optimizer type {optimizer['type']!r} is not supported, use one of {', '.join(OPTIMIZERS)}")
+    kind = optimizer.get("type", "AdamW")
+    optimizer["type"] = next((known for known in OPTIMIZERS if str(kind).lower() == known.lower()), None)  # as DeepSpeed reads it
+    if optimizer["type"] is None:
+        raise UserError(f"{name}: optimizer type {kind!r} is not supported, use one of {', '.join(OPTIMIZERS)}")
     optimizer["params"] = optimizer_params(optimizer.get("params", {}), name)
     parts = [ds.get(key) for key in PARTS]
     for key, value in zip(PARTS, parts, strict=True):
@@ -104,12 +106,17 @@ def prepare_ds_config(
             raise UserError(f"{name}: {key} must be an integer >= 1, found {value!r}")
     if "train_batch_size" not in ds and None not in parts:
         ds["train_batch_size"] = parts[0] * parts[1] * world_size
+        if "batch_size" in config.model_fields_set and config.batch_size != ds["train_batch_size"]:
+            made = f"{PARTS[0]} {parts[0]} x {PARTS[1]} {parts[1]} x {world_size} processes are {ds['train_batch_size']}"
+            way_out = f'set {PARTS[1]} to "auto", or take other processes'
+            raise UserError(f"{name}: {made}, but --batch_size is {config.batch_size}: {way_out}")
+    given_batch = ds.get("train_batch_size")
     every = ds.setdefault("steps_per_print", 2**31)  # we print the metrics
     if every is not None and (isinstance(every, bool) or not isinstance(every, (int, float)) or every < 1):
         raise UserError(f"{name}: steps_per_print must be a number >= 1, found {every!r}")
     take_peak(ds, config, name)
     config = merge_shared(ds, config, name)
-    fill_batch(ds, world_size)
+    fill_batch(ds, world_size, name if isinstance(given_batch, (int, float)) else "--batch_size")
     if "scheduler" in ds and "warmup_ratio" in config.model_fields_set:
         raise UserError(f"{name} sets a scheduler and --warmup_ratio is given as well: remove one of them")
     if "activation_checkpointing" in ds:
@@ -122,6 +129,11 @@ def prepare_ds_config(
     for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_params", "offload_param")):
         if zero.pop(old, False) is True:
             zero.setdefault(new, {"device": "cpu"})
+    for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        if (zero.get(part) or {}).get("device") not in (None, "none") and zero["stage"] < least:
+            log.warning("%s: zero_optimization.%s does nothing below stage %d", name, part, least)
+    if "checkpoint" in ds:
+        log.warning("%s: 'checkpoint' does nothing here: checkpoints are ours (--save_every)", name)
     if "offload_optimizer" in zero or "offload_param" in zero:
         # We hand over torch's fused AdamW; DeepSpeed's own CPU Adam would be compiled at the first run.
         ds.setdefault("zero_force_ds_cpu_optimizer", False)
@@ -136,7 +148,8 @@ def optimizer_params(given: Any, name: str) -> dict[str, Any]:
     given = {key: value for key, value in given.items() if value is not None}
     for key in given:
         if key not in OPTIMIZER_KEYS:
-            raise UserError(f"{name}: optimizer.params.{key} is not supported{nearest(key, list(OPTIMIZER_KEYS))}; remove it")
+            hint = " (here it is lr)" if key == "learning_rate" else nearest(key, list(OPTIMIZER_KEYS))
+            raise UserError(f"{name}: optimizer.params.{key} is not supported{hint}; remove it")
     params = {**ADAM_DEFAULTS, **given}
     in_range = lambda value, end: isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < end
     if not (isinstance(params["betas"], list) and len(params["betas"]) == 2 and all(in_range(beta, 1) for beta in params["betas"])):
@@ -179,7 +192,8 @@ def merge_shared(ds: dict[str, Any], config: RunConfig, name: str) -> RunConfig:
     try:
         valid = type(config).model_validate(config.model_dump() | settled)  # the options' own ranges and types
     except ValidationError as error:
-        raise refusal(name, error, {option: ".".join(path) for path, option in SHARED}) from error
+        theirs = {option: ".".join(path) for path, option in SHARED}
+        raise refusal(name, error, lambda option: theirs.get(option, option)) from error
     settled = {option: getattr(valid, option) for option in settled}
     for path, option in SHARED:
         if option in settled:
@@ -187,11 +201,29 @@ def merge_shared(ds: dict[str, Any], config: RunConfig, name: str) -> RunConfig:
     return config.model_copy(update=settled)
 
 
-def refusal(name: str, error: ValidationError, theirs: Mapping[str, str] | None = None) -> UserError:
-    """The first of pydantic's findings about a configuration. theirs: what the file calls an option."""
+def refusal(
+    name: str, error: ValidationError, place: Callable[[str], str] = str, known: Callable[[str], Sequence[str]] = lambda _: ()
+) -> UserError:
+    """The first of pydantic's findings about a configuration.
+
+    place: what the file calls it; known: the fields of the model of this name, of which the nearest to an unknown one is told.
+    """
     found = error.errors(include_url=False)[0]
     what = ".".join(map(str, found["loc"]))
-    return UserError(f"{name}: {(theirs or {}).get(what, what)} {found['input']!r}: {found['msg']}")
+    if found["type"] == "extra_forbidden":
+        return UserError(f"{name}: unknown key '{place(what)}'{nearest(what, known(error.title))}: correct or remove it")
+    return UserError(f"{name}: {place(what)} {found['input']!r}: {found['msg']}")
+
+
+def place_of(ds: Mapping[str, Any], what: str) -> str:
+    """Where a configuration has the dotted path `what`, its sections before it; itself where it is nowhere inside."""
+    for key, value in ds.items():
+        if isinstance(value, dict):
+            if what.partition(".")[0] in value:
+                return f"{key}.{what}"
+            if (inside := place_of(value, what)) != what:
+                return f"{key}.{inside}"
+    return what
 
 
 def section_of(ds: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
@@ -208,8 +240,8 @@ def settle_recipe(config: RunConfig, ds_config: dict[str, Any], epochs: int, lea
     return config.model_copy(update=settled)
 
 
-def fill_batch(ds: dict[str, Any], world_size: int) -> None:
-    """Complete batch = micro-batch x accumulation x processes; default: no accumulation."""
+def fill_batch(ds: dict[str, Any], world_size: int, source: str) -> None:
+    """Complete batch = micro-batch x accumulation x processes; default: no accumulation. source: who set the batch."""
     batch, micro, accumulation = (ds.get(key) for key in ("train_batch_size", *PARTS))
     step = (micro or 1) * (accumulation or 1) * world_size
     if accumulation is None:
@@ -217,7 +249,7 @@ def fill_batch(ds: dict[str, Any], world_size: int) -> None:
     micro = micro or max(1, batch // (accumulation * world_size))
     if micro * accumulation * world_size != batch:
         raise UserError(
-            f"--batch_size {batch} is not a micro-batch of {micro} x {accumulation} accumulation steps x {world_size} processes: "
+            f"{source}: {batch} texts are not a micro-batch of {micro} x {accumulation} accumulation steps x {world_size} processes: "
             f"choose a multiple of {step}, or other processes"
         )
     ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"] = micro, accumulation

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from muka_fast.aligned import StudentOutput
 from muka_fast.config import RunConfig
-from muka_fast.ds_config import AUTOCAST, ds_config_name, fill_scheduler, refusal
-from muka_fast.errors import UserError, first_line
+from muka_fast.ds_config import AUTOCAST, ds_config_name, fill_scheduler, place_of, refusal
+from muka_fast.errors import LoneError, UserError, first_line
 from muka_fast.group import JOINING, check_launch, joined, open_sockets, shut_down
 from muka_fast.intercept import run_without_waiting
 from muka_fast.memory import Fetch, device_of, send
@@ -38,7 +38,8 @@ from muka_fast.recorded import RecordedSteps, recordable
 log = logging.getLogger("muka_fast")
 # What DeepSpeed raises for a configuration that it cannot use, beside errors of its own (the sixth: bf16 as grad_accum_dtype of fp32).
 REFUSALS = (AssertionError, AttributeError, TypeError, ValueError, LookupError, NotImplementedError, ImportError)
-OBSERVERS = ("flops_profiler", "comms_logger", "dump_state", "wall_clock_breakdown")  # parts of a ds_config that only print
+# Parts of a ds_config that only print.
+OBSERVERS = ("flops_profiler", "comms_logger", "dump_state", "wall_clock_breakdown", "memory_breakdown")
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml", "csv_monitor": "csv"}  # and the package of each
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic one: what changes
@@ -55,7 +56,8 @@ def resolve_device(device: str) -> str:
     place, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if found.startswith("cuda") and place >= count:
         way_out = "start a process for each, or with LOCAL_RANK=0 where each sees its own alone"
-        raise UserError(f"LOCAL_RANK={place}: {count} GPU{'s' * (count != 1)} can be seen: {way_out}")
+        first = LoneError if place == count else UserError  # the others of the node that find none may be silent
+        raise first(f"LOCAL_RANK={place}: {count} GPU{'s' * (count != 1)} can be seen: {way_out}")
     return found.partition(":")[0]
 
 
@@ -129,16 +131,21 @@ def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, i
 
 
 @contextlib.contextmanager
-def told_as_refusal(name: str) -> Iterator[None]:
+def told_as_refusal(name: str, ds_config: dict[str, Any]) -> Iterator[None]:
     """What DeepSpeed raises about a configuration that it cannot use, as a UserError. name: what errors call it."""
     from deepspeed.runtime.config import DeepSpeedConfigError
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
     from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
     try:
         yield
     except ValidationError as error:
-        raise refusal(name, error) from error
-    except (DeepSpeedConfigError, ZeRORuntimeException, *REFUSALS) as error:
+        models = {model.__name__: list(model.model_fields) for model in DeepSpeedConfigModel.__subclasses__()}
+        place = lambda what: place_of(ds_config, what)
+        raise refusal(name, error, place, lambda model: models.get(model, ())) from error
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, (DeepSpeedConfigError, ZeRORuntimeException, *REFUSALS)):
+            raise
         raise UserError(f"{name}: DeepSpeed refuses it: {first_line(error)}") from error
 
 
@@ -151,7 +158,7 @@ def check_ds_config(ds_config: dict[str, Any], name: str) -> None:
     from deepspeed.runtime import lr_schedules
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    with told_as_refusal(name):
+    with told_as_refusal(name, ds_config):
         DeepSpeedConfig({key: value for key, value in copy.deepcopy(ds_config).items() if key != "optimizer"})
     if to_nvme(ds_config["zero_optimization"]) and not AsyncIOBuilder().is_compatible(verbose=False):
         raise UserError(f"{name}: offloading to nvme needs DeepSpeed's async_io, which cannot be built here (libaio): use cpu")
@@ -187,7 +194,7 @@ def rehearse(config: RunConfig, ds_config: dict[str, Any]) -> None:
         with (
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.closing(Engine.create(model, config, short, 10)) as engine,
-            told_as_refusal(name),
+            told_as_refusal(name, ds_config),
         ):
             for number in range(engine.micro_batches):  # all of the gradient in the first: in bf16 many small parts make another sum
                 engine.backward(engine(input=torch.tensor([0, 1])).float().sum() * (number == 0) / engine.world_size)
@@ -264,7 +271,7 @@ class Engine:
         warmup_steps = round(config.warmup_ratio * total_steps)
         schedule = lambda step: linear_schedule(step, total_steps, warmup_steps)
         ds_config = {key: value for key, value in ds_config.items() if key != "optimizer"}
-        max_norm = ds_config["gradient_clipping"]
+        max_norm = ds_config["gradient_clipping"] or math.inf
         in_bf16 = zero["stage"] == 0 and ds_config.pop("bf16", {}).get("enabled", False)
         if zero["stage"] == 0:
             ds_config["gradient_clipping"] = 0.0  # `step` clips, by the formula of the other stages, and keeps the norm
@@ -277,7 +284,7 @@ class Engine:
         model.train()
         if device != "cpu":
             run_without_waiting(model)
-        theirs = told_as_refusal(ds_config_name(config.ds_config)) if config.ds_config else contextlib.nullcontext()
+        theirs = told_as_refusal(ds_config_name(config.ds_config), ds_config) if config.ds_config else contextlib.nullcontext()
         with theirs:
             ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
         engine = cls(ds_engine, params["lr"], schedule, max_norm, device)

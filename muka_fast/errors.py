@@ -1,4 +1,4 @@
-"""The one exception that stands for bad input, shown to users as one line, exit code 2; and words that its messages share."""
+"""The exception that stands for bad input, shown to users as one line, exit code 2; and words that its messages share."""
 
 
 class UserError(Exception):
@@ -6,6 +6,10 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(line.strip() for line in message.splitlines()))
+
+
+class LoneError(UserError):
+    """Of one process of a job alone: the others do not meet it, so that this one tells it."""
 
 
 def first_line(error: BaseException) -> str:

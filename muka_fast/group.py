@@ -226,11 +226,19 @@ def check_alike(given: dict[str, Any], done: str = "was given other options") ->
     given: what must be the same everywhere, by the names that users know. done: what one did that differs. Raises UserError on process
     0, which tells it.
     """
-    found = gather(given)
+    found = gather(flat(given))
     for rank, other in enumerate(found):
         if names := [name for name in {**found[0], **other} if other.get(name) != found[0].get(name)]:
             told = ", ".join(f"{name} {other.get(name)} instead of {found[0].get(name)}" for name in names[:3])
             raise told_by_first(f"process {rank} {done} than process 0 ({told[:200]}): start all with the same")
+
+
+def flat(given: dict[str, Any]) -> dict[str, Any]:
+    """The values of a dictionary and of those in it, by dotted names."""
+    found = {}
+    for name, value in given.items():
+        found |= {f"{name}.{inner}": part for inner, part in flat(value).items()} if isinstance(value, dict) else {name: value}
+    return found
 
 
 def told_by_first(message: str) -> BaseException:

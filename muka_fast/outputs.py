@@ -99,7 +99,7 @@ def output_guard(
         if found and overwrite:
             _set_aside(output.resolve(), given)
         elif resume and not found:
-            log.info("nothing to resume in %s: starting from the beginning", given)
+            log.info("no training to resume in %s: starting from the beginning, with whatever scores are there", given)
         output.resolve().mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {given}: {error.strerror or error}; name a folder that can be written") from error

@@ -165,6 +165,8 @@ def test_yaml_is_read_and_flags_override_it(called, tmp_path):
         (["doctor", "--config", "x"], ["unknown option '--config'", "see muka-fast doctor --help"]),
         (["eval", "--texts", "a.jsonl"], ["unknown option '--texts'", "here it is --data"]),
         (["predict", "--data", "a.jsonl"], ["unknown option '--data'", "here it is --texts"]),
+        (["train", "--deepspeed", "ds.json"], ["unknown option '--deepspeed'", "here it is --ds_config"]),
+        (["train", "--deepspeed_config", "ds.json"], ["unknown option '--deepspeed_config'", "here it is --ds_config"]),
         (["score", "--store", "s"], ["unknown option '--store'", "here it is --output"]),
         (["teach", "--student=x"], ["unknown option '--student'", "here it is --encoder"]),
         (["score", "--label_column", "x"], ["unknown option '--label_column'"]),

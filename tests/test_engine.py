@@ -19,6 +19,7 @@ from launch import launcher_variables
 
 from muka_fast import engine as engine_module
 from muka_fast.config import RunConfig
+from muka_fast.console import first_of_node_tells
 from muka_fast.ds_config import UNSUPPORTED, prepare_ds_config, read_ds_config
 from muka_fast.engine import Engine, check_ds_config, init_distributed, rehearse, resolve_device
 from muka_fast.errors import UserError
@@ -71,7 +72,13 @@ def test_batch_is_micro_batch_times_accumulation_times_processes(micro, accumula
         ({"gradient_clipping": 0.5}, {"max_grad_norm": 1.0}, r"gradient_clipping to 0\.5, but --max_grad_norm is 1\.0"),
         ({"optimizer": {"params": {"lr": 1e-3}}}, {"learning_rate": 2e-5}, r"params\.lr to 0\.001, but --learning_rate is 2e-05"),
         ({"scheduler": {"type": "WarmupLR"}}, {"warmup_ratio": 0.1}, "scheduler and --warmup_ratio"),
-        ({"train_micro_batch_size_per_gpu": 5}, {"batch_size": 16}, "--batch_size 16 is not a micro-batch of 5 x 3"),
+        ({"train_micro_batch_size_per_gpu": 5}, {"batch_size": 16}, "--batch_size: 16 texts are not a micro-batch of 5 x 3"),
+        ({"train_micro_batch_size_per_gpu": 5, "train_batch_size": 16}, {}, "^ds_config: 16 texts are not a micro-batch of 5 x 3"),
+        (
+            {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}, {"batch_size": 16},
+            'steps 2 x 1 processes are 8, but --batch_size is 16: set gradient_accumulation_steps to "auto"',
+        ),
+        ({"optimizer": {"params": {"learning_rate": 1e-3}}}, {}, r"params\.learning_rate is not supported \(here it is lr\)"),
         ({"train_micro_batch_size_per_gpu": 0}, {}, "must be an integer >= 1"),
         ({"train_micro_batch_size_per_gpu": "4", "gradient_accumulation_steps": "2"}, {}, "must be an integer >= 1, found '4'"),
         ({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": [2]}, {}, "must be an integer >= 1"),
@@ -172,8 +179,11 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
         resolve_device("cuda:0")
     assert [resolve_device(name) for name in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match="LOCAL_RANK=2: 2 GPUs can be seen: start a process for each"):
-        resolve_device("cuda")
+    # Of the processes that find no GPU the first one tells it.
+    for place, ends, told in (("2", UserError, "LOCAL_RANK=2: 2 GPUs can be seen: start a process"), ("3", SystemExit, "^2$")):
+        monkeypatch.setenv("LOCAL_RANK", place)
+        with pytest.raises(ends, match=told), first_of_node_tells():
+            resolve_device("cuda")
     assert resolve_device("cpu") == "cpu"
 
 
@@ -192,7 +202,8 @@ def test_an_optimizer_is_what_deepspeed_takes_it_for():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"zero_optimization": {"stage": 2, "stge": 2}}, r"stge 2: Extra inputs are not permitted"),
+        ({"zero_optimization": {"stage": 2, "stge": 2}}, r"unknown key 'zero_optimization\.stge' \(nearest: stage\): correct"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"devce": "cpu"}}}, r"key 'zero_optimization\.offload_param\.devce'"),
         ({"zero_optimization": {"stage": True}}, r"stage must be 0, 1, 2 or 3, found True"),
         ({"zero_optimization": {"stage": 2, "allgather_bucket_size": "big"}}, r"allgather_bucket_size 'big'"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, r"ds_config: .*device 'disk'"),
@@ -222,6 +233,7 @@ CPU_ADAM = {"zero_optimization": {"stage": 2, "cpu_offload": True}, "zero_force_
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_step": 3}}}, "warmup_num_step"),
         ({"zero_optimization": {"stage": 2}, "prescale_gradients": True}, "pre-scale gradients"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype"),
+        ({"zero_optimization": {"stage": 1, "legacy_stage1": True}}, "The deprecated version of ZeRO Stage 1"),  # a bare Exception
         (CPU_ADAM, "You are using ZeRO-Offload with a client provided optimizer"),
     ],
     ids=str,
@@ -298,6 +310,28 @@ def test_what_a_gpu_may_run_passes_that_check(precision, zero):
         zero = zero | {"stage": 1}
     ds, _ = prepare_ds_config({"zero_optimization": zero}, RunConfig(precision=precision), 1, device="cuda")
     check_ds_config(ds, "ds_config")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer does nothing below stage 1"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param does nothing below stage 3"),
+        ({"checkpoint": {"load_universal": True}}, "'checkpoint' does nothing here"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}}, ""),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "none"}}, "memory_breakdown": False}, ""),
+    ],
+    ids=str,
+)
+def test_parts_that_do_nothing_are_told(content, told, caplog):
+    with caplog.at_level("WARNING", logger="muka_fast"):
+        prepare_ds_config(content, RunConfig(), 1)
+    assert told in caplog.text if told else not caplog.text
+
+
+def test_an_optimizer_may_be_written_in_small_letters():
+    ds, _ = prepare_ds_config({"optimizer": {"type": "adamw"}}, RunConfig(), 1)
+    assert ds["optimizer"]["type"] == "AdamW"
 
 
 def test_keys_that_nobody_knows_are_told(tmp_path, caplog):
@@ -505,6 +539,19 @@ def make(ds: dict, total_steps: int = 10) -> Engine:
     torch.manual_seed(0)
     ds, config = prepare_ds_config(ds, RunConfig(batch_size=4, learning_rate=0.1), 1)
     return Engine.create(Tiny(), config, ds, total_steps)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_clipping_of_0_is_none(stage):
+    after = {}
+    for clipping in (0, 1e6, 1e-3):
+        engine = make({"zero_optimization": {"stage": stage}, "gradient_clipping": clipping, "optimizer": {"params": {"eps": 1.0}}})
+        steps(engine, 1)
+        assert engine.grad_norm > 0.1
+        after[clipping] = {name: value.clone() for name, value in engine.named_states(moments=False)}
+        engine.close()
+    moved = lambda other: max((value - after[0][name]).abs().max() for name, value in after[other].items())
+    assert moved(1e6) == 0 < moved(1e-3)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

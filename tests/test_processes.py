@@ -107,7 +107,7 @@ def store_files(store: Path) -> dict[str, bytes]:
     [
         ({"batch_size": 8}, r"\(--batch_size 8 instead of 16"),
         ({"seed": 5}, r"\(--seed 5 instead of 0\)"),
-        ({"ds_config": "other.json"}, r"\(zero_optimization .'stage': 2"),
+        ({"ds_config": "other.json"}, r"\(zero_optimization\.stage 2 instead of 0"),
         ({"eval": None}, r"\(--eval False instead of True\)"),
     ],
     ids=["batch", "seed", "stage", "eval"],
