@@ -115,10 +115,11 @@ def logistic_scale(distance: np.ndarray, ranks: np.ndarray) -> np.ndarray:
     if d <= 1e-6 * max(1.0, abs(m)):
         return np.array([m, 1.0, 0.0, odds])
     x, n = np.arcsinh((distance - m) / d)[:, None], len(distance)
+    if ((ranks - ranks.mean()) * x[:, 0]).mean(dtype=np.float64) <= 1e-6:  # the slope at a = 0: scikit-learn warns where it is none
+        return np.array([m, d, 0.0, odds])
     fit = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-9)  # of each text once as unsure, once as sure
     fit.fit(np.concatenate([x, x]), np.repeat([1, 0], n), np.concatenate([ranks, 1 - ranks]))
-    a, c = fit.coef_[0, 0], fit.intercept_[0]
-    return np.array([m, d, a, c]) if a > 0 else np.array([m, d, 0.0, odds])
+    return np.array([m, d, fit.coef_[0, 0], fit.intercept_[0]])
 
 
 # ---- forwards ----
