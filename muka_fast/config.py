@@ -24,7 +24,8 @@ UNCERTAINTIES = ("predictive_entropy", "mutual_information", "expected_entropy",
 NEEDS_SAMPLES = ("mutual_information", "variance")  # zero for every text unless two passes or more differ
 PRECISIONS = ("fp32", "bf16", "fp16")
 FILES = "Models and files"
-IN_DS_CONFIG = {"batch_size", "max_grad_norm", "learning_rate", "weight_decay", "warmup_ratio"}  # what one may say as well
+# What a ds_config may say as well.
+IN_DS_CONFIG = frozenset(("batch_size", "max_grad_norm", "learning_rate", "weight_decay", "warmup_ratio", "precision"))
 GROUPS = (FILES, "Data", "Uncertainty", "Distillation", "Training", "Run")
 TEXTS = "file, 'pattern' (.jsonl .json .csv .tsv .txt, also .gz, .parquet) or hub data set"
 OR_CONTENT = "file; in --config and Python also its content"
@@ -303,6 +304,13 @@ class RunConfig(ScoringOptions, LabelOptions):
     resume: bool = option(False, "continue the run in the output folder; where there is none, begin it", "Run")
     overwrite: bool = option(False, "replace the run in the output folder; without --store its scores of the same texts stay", "Run")
 
+    _yielding: frozenset[str] = frozenset()  # what a file says beside which a ds_config is given
+
+    @property
+    def insisted(self) -> set[str]:
+        """The options that a ds_config may not contradict."""
+        return self.model_fields_set - self._yielding
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.resume and self.overwrite:
@@ -563,8 +571,8 @@ def load_config(cls: type[ConfigType], yaml_path: str | Path | None, flags: dict
         config = cls(**values)
     except ValidationError as error:
         raise UserError(_explain(cls, error, from_file, from_flags, yaml_path)) from error
-    if "ds_config" in from_flags:  # what it says goes before the file
-        config.model_fields_set.difference_update(IN_DS_CONFIG - from_flags.keys())
+    if "ds_config" in from_flags:
+        config._yielding = IN_DS_CONFIG & (config.model_fields_set - from_flags.keys())
     return config
 
 

@@ -106,7 +106,7 @@ def prepare_ds_config(
             raise UserError(f"{name}: {key} must be an integer >= 1, found {value!r}")
     if "train_batch_size" not in ds and None not in parts:
         ds["train_batch_size"] = parts[0] * parts[1] * world_size
-        if "batch_size" in config.model_fields_set and config.batch_size != ds["train_batch_size"]:
+        if "batch_size" in config.insisted and config.batch_size != ds["train_batch_size"]:
             made = f"{PARTS[0]} {parts[0]} x {PARTS[1]} {parts[1]} x {world_size} processes are {ds['train_batch_size']}"
             way_out = f'set {PARTS[1]} to "auto", or take other processes'
             raise UserError(f"{name}: {made}, but --batch_size is {config.batch_size}: {way_out}")
@@ -117,13 +117,15 @@ def prepare_ds_config(
     take_peak(ds, config, name)
     config = merge_shared(ds, config, name)
     fill_batch(ds, world_size, name if isinstance(given_batch, (int, float)) else "--batch_size")
-    if "scheduler" in ds and "warmup_ratio" in config.model_fields_set:
+    if "scheduler" in ds and "warmup_ratio" in config.insisted:
         raise UserError(f"{name} sets a scheduler and --warmup_ratio is given as well: remove one of them")
     if "activation_checkpointing" in ds:
         raise UserError(
             f"{name} sets activation_checkpointing, which DeepSpeed applies to models written for it only: remove it and use "
             "--activation_checkpointing"
         )
+    if config.precision is not None and "precision" not in config.insisted and says_other(ds, config.precision):
+        config = config.model_copy(update={"precision": None})
     fill_precision(ds, name, config.precision, world_size, device)
     zero = ds["zero_optimization"]
     for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_params", "offload_param")):
@@ -168,7 +170,7 @@ def take_peak(ds: dict[str, Any], config: RunConfig, name: str) -> None:
     for key in PEAKS:
         peak = (given or {}).get(key)
         if isinstance(peak, (int, float)):
-            if "learning_rate" in config.model_fields_set and config.learning_rate not in (None, peak):
+            if "learning_rate" in config.insisted and config.learning_rate not in (None, peak):
                 told = f"but --learning_rate is {config.learning_rate}: remove one of them"
                 raise UserError(f"{name} sets scheduler.params.{key} to {peak}, {told}")
             ds["optimizer"]["params"]["lr"] = peak
@@ -185,7 +187,7 @@ def merge_shared(ds: dict[str, Any], config: RunConfig, name: str) -> RunConfig:
                 section[path[-1]] = ours
         elif isinstance(theirs, bool) or not isinstance(theirs, (int, float)):
             raise UserError(f"{name}: {'.'.join(path)} must be a number, found {theirs!r}")
-        elif ours is not None and option in config.model_fields_set and theirs != ours:
+        elif ours is not None and option in config.insisted and theirs != ours:
             raise UserError(f"{name} sets {'.'.join(path)} to {theirs}, but --{option} is {ours}: remove one of them")
         else:
             settled[option] = theirs
@@ -265,6 +267,12 @@ def fill_scheduler(scheduler: dict[str, Any], total_steps: int, warmup_steps: in
     }
     names = wanted.get(scheduler.get("type"), ())
     return scheduler | {"params": {name: fill[name] for name in names} | (scheduler.get("params") or {})}
+
+
+def says_other(ds: Mapping[str, Any], precision: str) -> bool:
+    """Whether a configuration has another precision switched on, or this one off."""
+    switches = {key: ds.get(key, {}).get("enabled") for key in ("bf16", "fp16")}
+    return switches.pop(precision, None) is False or True in switches.values()
 
 
 def fill_precision(ds: dict[str, Any], name: str, asked: str | None, world_size: int, device: str) -> None:

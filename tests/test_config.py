@@ -28,6 +28,7 @@ from muka_fast.config import (
 )
 from muka_fast.ds_config import prepare_ds_config
 from muka_fast.errors import UserError
+from muka_fast.identity import ds_identity
 
 OUT_OF_RANGE = (1, 0.999999, 0.0, -0.1, 1.5, 1e-9, 1e-6, 2**-17)  # of --mc_dropout_p
 MODELS = (RunConfig, ScoreConfig, TeachConfig, EvalConfig, DemoConfig, ReportConfig, DoctorConfig)
@@ -255,6 +256,27 @@ def test_what_a_ds_config_says_goes_before_a_file_that_it_is_given_beside(tmp_pa
     for flags, told in (({"ds_config": ds, "batch_size": 16}, "--batch_size is 16"), ({}, "--batch_size is 16")):
         with pytest.raises(UserError, match=told):
             prepare_ds_config(ds, load_config(RunConfig, tmp_path / "run.yaml", flags), 1)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "trained"),
+    [
+        ("bf16", {"fp16": {"enabled": True}}, "fp16"),
+        ("fp32", {"bf16": {"enabled": True}}, "bf16"),
+        ("bf16", {"bf16": {"enabled": False}}, "fp32"),
+        ("bf16", {"fp16": {"enabled": False}}, "bf16"),
+        ("bf16", {}, "bf16"),
+    ],
+)
+def test_so_it_does_about_the_precision(ours, theirs, trained, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"precision: {ours}\n")
+    ds, settled = prepare_ds_config(theirs, load_config(RunConfig, tmp_path / "run.yaml", {"ds_config": theirs}), 1, "cuda")
+    assert ds_identity(ds)["precision"] == trained and settled.precision in (None, trained)
+    prepare_ds_config(theirs, RunConfig(**settled.resolved()), 1, "cuda")  # what run.yaml then says is no contradiction
+    if trained != ours:
+        asked = load_config(RunConfig, tmp_path / "run.yaml", {"ds_config": theirs, "precision": ours})
+        with pytest.raises(UserError, match=f"--precision is {ours}"):
+            prepare_ds_config(theirs, asked, 1, "cuda")
 
 
 def test_json_of_eval_has_its_own_name():

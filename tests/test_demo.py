@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muka_fast import cli, demo, docstrings, material
-from muka_fast.config import DemoConfig, RunConfig
+from muka_fast.config import DemoConfig, RunConfig, load_config
 from muka_fast.errors import UserError
 from muka_fast.labels import build_label_space
 from muka_fast.teachers import inspect
@@ -179,6 +179,9 @@ def test_a_run_without_teachers_gets_the_demos(monkeypatch, tmp_path):
     assert filled.epochs == 1  # given
     assert filled.learning_rate == material.STUDENT_OPTIONS["learning_rate"]  # not given
     assert filled.student == "encoder"
+    (tmp_path / "run.yaml").write_text("batch_size: 16\nlearning_rate: 1e-4\n")
+    filled = material.fill_in(load_config(RunConfig, tmp_path / "run.yaml", {"ds_config": {"zero_optimization": {"stage": 1}}}))
+    assert (filled.batch_size, filled.learning_rate) == (16, 1e-4)  # given in a file
     assert material.fill_in(RunConfig(student="mine")).student == "mine"
     assert material.fill_in(RunConfig(output=str(tmp_path / "mine"))).output == str(tmp_path / "mine")
     assert material.fill_in(RunConfig(method="oracle")).texts == "labelled"
