@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from muka_fast.errors import first_line
+from muka_fast.ops import philox
 
 try:
     from muka_fast import _C
@@ -31,7 +32,10 @@ BACKEND = os.environ.get("MUKA_FAST_BACKEND", "auto")
 if BACKEND not in BACKENDS:
     raise ImportError(f"MUKA_FAST_BACKEND={BACKEND!r} is not one of {', '.join(BACKENDS)}")
 
-TRITON_NEEDS = "install gcc and Python's headers (python3-dev), or do without them, slower, by MUKA_FAST_BACKEND=reference"
+TRITON_NEEDS = (
+    "it needs gcc, Python's headers (python3-dev) and a cache that it can write and load from (TRITON_CACHE_DIR); "
+    "slower, what does without it is MUKA_FAST_BACKEND=reference"
+)
 LIBRARY = torch.library.Library("muka_fast", "DEF")
 TABLE: dict[str, dict[str, str]] = {}  # op -> device type -> implementation in use
 
@@ -84,17 +88,15 @@ def runs_triton(x: Tensor) -> bool:
 
 
 def why_no_launch() -> str | None:
-    """Why Triton, which compiles a file in C before its first launch, can start no kernel on a GPU here; None where it can, or is not
-    wanted."""
-    if BACKEND not in ("auto", "triton"):
+    """Why Triton, which compiles a file in C before its first launch, can start no kernel on a GPU here; None where it can, or nothing
+    is launched."""
+    if BACKEND not in ("auto", "triton") or philox.triton is None or philox.INTERPRETED:
         return None
-    import triton
-
     try:
-        _ = triton.runtime.driver.active
+        _ = philox.triton.runtime.driver.active
     except subprocess.CalledProcessError as error:
-        return f"{error.cmd[0]} cannot compile what launches them"
-    except (RuntimeError, AssertionError, OSError) as error:
+        return f"{error.cmd[0]} fails"
+    except (RuntimeError, AssertionError, OSError, ImportError) as error:
         return first_line(error)
     return None
 
