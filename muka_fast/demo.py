@@ -20,6 +20,7 @@ from muka_fast.errors import UserError
 from muka_fast.evaluate import load_model
 from muka_fast.labels import LabelSpace, build_label_space
 from muka_fast.material import MAX_LENGTH, STUDENT_OPTIONS, TEACHERS, Prepared, is_ours, one_thread, prepare
+from muka_fast.memory import check_kernels
 from muka_fast.methods import build_method, selection_accuracy, target_accuracy
 from muka_fast.stored import Supervision
 from muka_fast.supervision import fill_store
@@ -160,7 +161,9 @@ def main(config: DemoConfig) -> int:
     from muka_fast.group import shut_down
 
     start = time.monotonic()
-    quiet_deepspeed(resolve_device("auto"), config.verbose)
+    device = resolve_device("auto")
+    check_kernels(device)
+    quiet_deepspeed(device, config.verbose)
     output = Path(config.output).expanduser()
     if config.overwrite and output.is_dir():
         clear(output)

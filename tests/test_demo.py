@@ -8,10 +8,11 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muka_fast import cli, demo, docstrings, material
+from muka_fast import cli, demo, docstrings, engine, material
 from muka_fast.config import DemoConfig, RunConfig, load_config
 from muka_fast.errors import UserError
 from muka_fast.labels import build_label_space
+from muka_fast.ops import table
 from muka_fast.teachers import inspect
 
 # ---- texts ----
@@ -165,6 +166,14 @@ def test_too_few_texts_are_refused(capsys, tmp_path):
     fewest = 10 * len(material.LIBRARIES)
     assert cli.main(["demo", "--limit", str(fewest - 1), "--output", str(tmp_path / "x")]) == 2
     assert f"--limit {fewest - 1}: must be an integer >= {fewest}" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_gpu_without_kernels_is_refused_before_anything_is_made(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(engine, "resolve_device", lambda _: "cuda")
+    monkeypatch.setattr(table, "why_no_launch", lambda: "no compiler")
+    assert cli.main(["demo", "--output", str(tmp_path / "x")]) == 2
+    assert "Triton can start no kernels there (no compiler)" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
