@@ -1,5 +1,6 @@
 """On a CUDA device (bench/gpu.sh): the student's training, fused layers and recorded steps against what they stand for, waiting."""
 
+import math
 import os
 import warnings
 from pathlib import Path
@@ -111,7 +112,7 @@ def test_self_attention(length, head_dim, p, padded, dtype):
 
 
 @pytest.mark.parametrize("casts", [False, True])
-@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+@pytest.mark.parametrize("max_norm", [0.5, 1e6, math.inf])
 def test_adamw_as_a_graph_whose_addresses_are_filled_in_afterwards(max_norm, casts):
     """Four replays with other gradients against float64; one weight has no gradient."""
     shapes, rule = [(1,), (7,), (2049,), (768, 768), (30_000, 384), (5,)], Rule((0.9, 0.999), 1e-8, max_norm)

@@ -40,7 +40,7 @@ class Tensors(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """betas in [0, 1), eps > 0, max_norm > 0. coupled: the decay is part of the gradient (Adam with L2)."""
+    """betas in [0, 1), eps > 0, max_norm > 0, infinite for no clipping. coupled: the decay is part of the gradient (Adam with L2)."""
 
     betas: tuple[float, float]
     eps: float

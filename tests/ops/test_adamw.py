@@ -1,5 +1,7 @@
 """adamw against torch's own clipping and AdamW in float64: weights, moments, casts and norm over several steps; what stays."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -65,7 +67,7 @@ def check(shapes, casts, max_norm, coupled=False, missing=(), device="cpu"):
 
 
 @pytest.mark.parametrize("casts", [False, True])
-@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+@pytest.mark.parametrize("max_norm", [0.5, 1e6, math.inf])
 def test_steps_are_those_of_torch(casts, max_norm):
     check(SHAPES, casts, max_norm)
 
