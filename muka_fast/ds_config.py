@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -38,6 +38,11 @@ UNSUPPORTED = {"amp": " and use --precision", "torch_autocast": " and use --prec
         "expert_parallel", "gradient_allreduce_op", "managed_gradient_accumulation", "weight_quantization",
     ), ""
 )  # fmt: skip
+# What a configuration calls the parts that DeepSpeed checks by models of their own.
+SECTIONS = {
+    "DeepSpeedZeroConfig": "zero_optimization", "DeepSpeedFP16Config": "fp16", "DeepSpeedBF16Config": "bf16",
+    "CommsLoggerConfig": "comms_logger", "DeepSpeedThroughputTimerConfig": "timers.throughput",
+}  # fmt: skip
 PEAKS = ("warmup_max_lr", "cycle_max_lr")  # what DeepSpeed's schedulers call the highest learning rate
 AUTOCAST = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}  # whose gradients it would average in bf16
 ADAM_DEFAULTS = {"betas": [0.9, 0.999], "eps": 1e-8}
@@ -134,7 +139,7 @@ def prepare_ds_config(
     for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
         if (zero.get(part) or {}).get("device") not in (None, "none") and zero["stage"] < least:
             log.warning("%s: zero_optimization.%s does nothing below stage %d", name, part, least)
-    if "checkpoint" in ds:
+    if ds.pop("checkpoint", None) is not None:
         log.warning("%s: 'checkpoint' does nothing here: checkpoints are ours (--save_every)", name)
     if "offload_optimizer" in zero or "offload_param" in zero:
         # We hand over torch's fused AdamW; DeepSpeed's own CPU Adam would be compiled at the first run.
@@ -194,8 +199,7 @@ def merge_shared(ds: dict[str, Any], config: RunConfig, name: str) -> RunConfig:
     try:
         valid = type(config).model_validate(config.model_dump() | settled)  # the options' own ranges and types
     except ValidationError as error:
-        theirs = {option: ".".join(path) for path, option in SHARED}
-        raise refusal(name, error, lambda option: theirs.get(option, option)) from error
+        raise refusal(name, error, {option: ".".join(path) for path, option in SHARED}) from error
     settled = {option: getattr(valid, option) for option in settled}
     for path, option in SHARED:
         if option in settled:
@@ -203,29 +207,16 @@ def merge_shared(ds: dict[str, Any], config: RunConfig, name: str) -> RunConfig:
     return config.model_copy(update=settled)
 
 
-def refusal(
-    name: str, error: ValidationError, place: Callable[[str], str] = str, known: Callable[[str], Sequence[str]] = lambda _: ()
-) -> UserError:
-    """The first of pydantic's findings about a configuration.
-
-    place: what the file calls it; known: the fields of the model of this name, of which the nearest to an unknown one is told.
-    """
+def refusal(name: str, error: ValidationError, theirs: Mapping[str, str] | None = None, fields: Collection[str] = ()) -> UserError:
+    """The first of pydantic's findings about a configuration. theirs: what the file calls an option; fields: those of the model."""
     found = error.errors(include_url=False)[0]
-    what = ".".join(map(str, found["loc"]))
+    what, section = ".".join(map(str, found["loc"])), SECTIONS.get(error.title)
+    if not what:  # of a whole section, all of which is the input
+        return UserError(f"{name}: {section or error.title}: {found['msg'].removeprefix('Value error, ')}")
+    where = (theirs or {}).get(what) or (f"{section}.{what}" if section else what)
     if found["type"] == "extra_forbidden":
-        return UserError(f"{name}: unknown key '{place(what)}'{nearest(what, known(error.title))}: correct or remove it")
-    return UserError(f"{name}: {place(what)} {found['input']!r}: {found['msg']}")
-
-
-def place_of(ds: Mapping[str, Any], what: str) -> str:
-    """Where a configuration has the dotted path `what`, its sections before it; itself where it is nowhere inside."""
-    for key, value in ds.items():
-        if isinstance(value, dict):
-            if what.partition(".")[0] in value:
-                return f"{key}.{what}"
-            if (inside := place_of(value, what)) != what:
-                return f"{key}.{inside}"
-    return what
+        return UserError(f"{name}: unknown key '{where}'{nearest(what, fields)}: correct or remove it")
+    return UserError(f"{name}: {where} {found['input']!r}: {found['msg']}")
 
 
 def section_of(ds: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:

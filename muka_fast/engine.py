@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from muka_fast.aligned import StudentOutput
 from muka_fast.config import RunConfig
-from muka_fast.ds_config import AUTOCAST, ds_config_name, fill_scheduler, place_of, refusal
+from muka_fast.ds_config import AUTOCAST, ds_config_name, fill_scheduler, refusal
 from muka_fast.errors import LoneError, UserError, first_line
 from muka_fast.group import JOINING, check_launch, joined, open_sockets, shut_down
 from muka_fast.intercept import run_without_waiting
@@ -131,7 +131,7 @@ def init_distributed(device: str = "cpu", verbose: bool = False) -> tuple[int, i
 
 
 @contextlib.contextmanager
-def told_as_refusal(name: str, ds_config: dict[str, Any]) -> Iterator[None]:
+def told_as_refusal(name: str) -> Iterator[None]:
     """What DeepSpeed raises about a configuration that it cannot use, as a UserError. name: what errors call it."""
     from deepspeed.runtime.config import DeepSpeedConfigError
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
@@ -140,9 +140,8 @@ def told_as_refusal(name: str, ds_config: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        models = {model.__name__: list(model.model_fields) for model in DeepSpeedConfigModel.__subclasses__()}
-        place = lambda what: place_of(ds_config, what)
-        raise refusal(name, error, place, lambda model: models.get(model, ())) from error
+        fields = {model.__name__: model.model_fields for model in DeepSpeedConfigModel.__subclasses__()}
+        raise refusal(name, error, fields=list(fields.get(error.title, ()))) from error
     except Exception as error:
         if type(error) is not Exception and not isinstance(error, (DeepSpeedConfigError, ZeRORuntimeException, *REFUSALS)):
             raise
@@ -158,7 +157,7 @@ def check_ds_config(ds_config: dict[str, Any], name: str) -> None:
     from deepspeed.runtime import lr_schedules
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    with told_as_refusal(name, ds_config):
+    with told_as_refusal(name):
         DeepSpeedConfig({key: value for key, value in copy.deepcopy(ds_config).items() if key != "optimizer"})
     if to_nvme(ds_config["zero_optimization"]) and not AsyncIOBuilder().is_compatible(verbose=False):
         raise UserError(f"{name}: offloading to nvme needs DeepSpeed's async_io, which cannot be built here (libaio): use cpu")
@@ -194,7 +193,7 @@ def rehearse(config: RunConfig, ds_config: dict[str, Any]) -> None:
         with (
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.closing(Engine.create(model, config, short, 10)) as engine,
-            told_as_refusal(name, ds_config),
+            told_as_refusal(name),
         ):
             for number in range(engine.micro_batches):  # all of the gradient in the first: in bf16 many small parts make another sum
                 engine.backward(engine(input=torch.tensor([0, 1])).float().sum() * (number == 0) / engine.world_size)
@@ -284,7 +283,7 @@ class Engine:
         model.train()
         if device != "cpu":
             run_without_waiting(model)
-        theirs = told_as_refusal(ds_config_name(config.ds_config), ds_config) if config.ds_config else contextlib.nullcontext()
+        theirs = told_as_refusal(ds_config_name(config.ds_config)) if config.ds_config else contextlib.nullcontext()
         with theirs:
             ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
         engine = cls(ds_engine, params["lr"], schedule, max_norm, device)

@@ -16,11 +16,12 @@ from group_targets import exit_codes, save_on_full_disk
 from hypothesis import given
 from hypothesis import strategies as st
 from launch import launcher_variables
+from pydantic import BaseModel, ValidationError, model_validator
 
 from muka_fast import engine as engine_module
 from muka_fast.config import RunConfig
 from muka_fast.console import first_of_node_tells
-from muka_fast.ds_config import UNSUPPORTED, prepare_ds_config, read_ds_config
+from muka_fast.ds_config import UNSUPPORTED, prepare_ds_config, read_ds_config, refusal
 from muka_fast.engine import Engine, check_ds_config, init_distributed, rehearse, resolve_device
 from muka_fast.errors import UserError
 from muka_fast.memory import device_of
@@ -204,6 +205,9 @@ def test_an_optimizer_is_what_deepspeed_takes_it_for():
     [
         ({"zero_optimization": {"stage": 2, "stge": 2}}, r"unknown key 'zero_optimization\.stge' \(nearest: stage\): correct"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"devce": "cpu"}}}, r"key 'zero_optimization\.offload_param\.devce'"),
+        ({"fp16": {"enabled": False}, "zero_optimization": {"stage": 2, "enabled": True}}, r"key 'zero_optimization\.enabled'"),
+        ({"fp16": {"enabled": False, "loss_scal": 2}}, r"key 'fp16\.loss_scal' \(nearest: loss_scale\)"),
+        ({"comms_logger": {"enabled": True, "verbos": True}}, r"'comms_logger\.verbos' \(nearest: verbose\)"),
         ({"zero_optimization": {"stage": True}}, r"stage must be 0, 1, 2 or 3, found True"),
         ({"zero_optimization": {"stage": 2, "allgather_bucket_size": "big"}}, r"allgather_bucket_size 'big'"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, r"ds_config: .*device 'disk'"),
@@ -222,6 +226,19 @@ def test_what_deepspeed_would_refuse_after_the_scoring_is_refused_at_once(conten
     init_distributed()
     with pytest.raises(UserError, match=message):
         check_ds_config(prepare_ds_config(content, RunConfig(), 1)[0], "ds_config")
+
+
+def test_what_is_wrong_with_a_whole_section_is_told_without_all_of_its_fields():
+    class Section(BaseModel):
+        a: int = 1
+
+        @model_validator(mode="after")
+        def never(self):
+            raise ValueError("a goes with stage 1 alone")
+
+    with pytest.raises(ValidationError) as found:
+        Section()
+    assert str(refusal("ds.json", found.value)) == "ds.json: Section: a goes with stage 1 alone"
 
 
 CPU_ADAM = {"zero_optimization": {"stage": 2, "cpu_offload": True}, "zero_force_ds_cpu_optimizer": True}

@@ -33,8 +33,8 @@ if BACKEND not in BACKENDS:
     raise ImportError(f"MUKA_FAST_BACKEND={BACKEND!r} is not one of {', '.join(BACKENDS)}")
 
 TRITON_NEEDS = (
-    "it needs gcc, Python's headers (python3-dev) and a cache that it can write and load from (TRITON_CACHE_DIR); "
-    "slower, what does without it is MUKA_FAST_BACKEND=reference"
+    "it needs gcc, Python's headers (python3-dev) and a cache to write to and load from (TRITON_CACHE_DIR); "
+    "without them, slower: MUKA_FAST_BACKEND=reference"
 )
 LIBRARY = torch.library.Library("muka_fast", "DEF")
 TABLE: dict[str, dict[str, str]] = {}  # op -> device type -> implementation in use
