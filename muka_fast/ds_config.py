@@ -109,7 +109,7 @@ def prepare_ds_config(
     for key, value in zip(PARTS, parts, strict=True):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise UserError(f"{name}: {key} must be an integer >= 1, found {value!r}")
-    if "train_batch_size" not in ds and None not in parts:
+    if ds.get("train_batch_size") is None and None not in parts:
         ds["train_batch_size"] = parts[0] * parts[1] * world_size
         if "batch_size" in config.insisted and config.batch_size != ds["train_batch_size"]:
             made = f"{PARTS[0]} {parts[0]} x {PARTS[1]} {parts[1]} x {world_size} processes are {ds['train_batch_size']}"
@@ -137,7 +137,8 @@ def prepare_ds_config(
         if zero.pop(old, False) is True:
             zero.setdefault(new, {"device": "cpu"})
     for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        if (zero.get(part) or {}).get("device") not in (None, "none") and zero["stage"] < least:
+        given = zero.get(part)  # what is no object DeepSpeed refuses
+        if isinstance(given, dict) and given.get("device") not in (None, "none") and zero["stage"] < least:
             log.warning("%s: zero_optimization.%s does nothing below stage %d", name, part, least)
     if ds.pop("checkpoint", None) is not None:
         log.warning("%s: 'checkpoint' does nothing here: checkpoints are ours (--save_every)", name)

@@ -206,6 +206,7 @@ def test_an_optimizer_is_what_deepspeed_takes_it_for():
         ({"zero_optimization": {"stage": 2, "stge": 2}}, r"unknown key 'zero_optimization\.stge' \(nearest: stage\): correct"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"devce": "cpu"}}}, r"key 'zero_optimization\.offload_param\.devce'"),
         ({"fp16": {"enabled": False}, "zero_optimization": {"stage": 2, "enabled": True}}, r"key 'zero_optimization\.enabled'"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}, r"zero_optimization\.offload_optimizer 'cpu'"),
         ({"fp16": {"enabled": False, "loss_scal": 2}}, r"key 'fp16\.loss_scal' \(nearest: loss_scale\)"),
         ({"comms_logger": {"enabled": True, "verbos": True}}, r"'comms_logger\.verbos' \(nearest: verbose\)"),
         ({"zero_optimization": {"stage": True}}, r"stage must be 0, 1, 2 or 3, found True"),
@@ -344,6 +345,11 @@ def test_parts_that_do_nothing_are_told(content, told, caplog):
     with caplog.at_level("WARNING", logger="muka_fast"):
         prepare_ds_config(content, RunConfig(), 1)
     assert told in caplog.text if told else not caplog.text
+
+
+def test_a_null_batch_is_none():
+    parts = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3}
+    assert prepare_ds_config({"train_batch_size": None, **parts}, RunConfig(), 2)[0]["train_batch_size"] == 24
 
 
 def test_an_optimizer_may_be_written_in_small_letters():
