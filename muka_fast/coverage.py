@@ -73,6 +73,8 @@ def nobody_weights(
     ratio = fitted.ratio(familiar[rows], owner[rows])
     for here, _, around in outside(drawn, neutral):
         out[here] = posterior(r, together(fitted.ratio(familiar[here], owner[here]), ratio, around), around)
+    if not (out > 0.5).any():
+        log.info("no text is left out: all %d belong to some teacher, as far as can be told", n)
     return out
 
 

@@ -300,13 +300,18 @@ def unknown_labels(config: "EvalConfig", labels: list[str], renamed: list[str | 
     labels, renamed: of each text, in the data and by the label map (None: dropped); names: the model's classes. Raises UserError where
     no text is left.
     """
-    known, unknown = {None, *names}, dict[str, int]()
+    known, unknown, now = {None, *names}, dict[str, int](), dict(zip(labels, renamed, strict=True))
     for label, name in zip(labels, renamed, strict=True):
         if name not in known:
             unknown[label] = unknown.get(label, 0) + 1
     dropped = renamed.count(None)
     alike = {plain_form(name): name for name in names}
-    shown = lambda label: f"{label}, where the model has '{alike[plain_form(label)]}'" if plain_form(label) in alike else label
+
+    def shown(label: str) -> str:
+        if now[label] not in (label, None):
+            return f"{label}, which --label_map renames '{now[label]}'"
+        return f"{label}, where the model has '{alike[plain_form(label)]}'" if plain_form(label) in alike else label
+
     if dropped + sum(unknown.values()) == len(labels):
         some = list(unknown or dict.fromkeys(labels))[:3]
         raise UserError(

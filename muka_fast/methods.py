@@ -92,8 +92,6 @@ class RuledSoft(Composed):
         held = weights.sum(-1)
         if not (held >= 0.5).all():
             self._leave_out(held < 0.5, "belong to no teacher by the rule")
-        elif config.coverage and len(sup.teachers) > 1:
-            log.info("no text is left out: all %d belong to some teacher, as far as can be told", len(held))
         self.balance = text_weights(weights, self.included > 0, config.teacher_balance)
         mine = [self.balance[(self.selected == i) & (self.included > 0)] for i in range(len(sup.teachers))]
         parts = zip(label_space.teacher_names, mine, strict=True)
@@ -319,30 +317,33 @@ def build_method(
     ids = None if labels is None else label_ids(labels, label_space)
     args = (config, sup.restrict(label_space), label_space, ids)
     method = factory(*args) if weights is None else factory(*args, weights)
-    for name in idle_teachers(method):
-        log.warning("teacher %s is trusted most on no text: the student hardly learns what it alone knows", name)
+    if idle := idle_teachers(method):
+        told = f"teacher{'s' * (len(idle) > 1)} {', '.join(idle)}"
+        log.warning("%s: trusted most on no text, so that the student hardly learns what no other teacher knows", told)
     return method
 
 
 def idle_teachers(method: Method) -> list[str]:
-    """The teachers that no text which counts selects; none where the method does not go by a selection."""
+    """The teachers that no text which counts selects, of those that know a class alone; none where the method goes by no selection."""
     if method.selected is None or method.margin is None:
         return []
     chosen = torch.bincount(method.selected[method.included > 0], minlength=len(method.sup.teachers))
-    return [name for name, count in zip(method.label_space.teacher_names, chosen.tolist(), strict=True) if not count]
+    owned, names = method.label_space.owned, method.label_space.teacher_names
+    alone = owned[:, owned.sum(0) == 1].any(1)
+    return [name for name, count, own in zip(names, chosen.tolist(), alone, strict=True) if own and not count]
 
 
 # ---- how good the supervision is, where true labels are known ----
 
 
 def target_accuracy(method: Method, labels: Sequence[str], label_space: LabelSpace) -> float | None:
-    """Share of texts whose composed target has its maximum at the true label, among texts whose label some teacher
+    """Share of texts whose composed target has its maximum at the true label, among texts that count and whose label some teacher
     owns.
 
     None where the method composes no target (uhc) or no label is known.
     """
     truth = label_ids(labels, label_space)
-    rows, hits = torch.nonzero(truth >= 0).flatten(), 0
+    rows, hits = torch.nonzero((truth >= 0) & (method.included > 0)).flatten(), 0
     for part in rows.split(CHUNK):
         target = method.target_probs(part)
         if target is None:
@@ -352,10 +353,10 @@ def target_accuracy(method: Method, labels: Sequence[str], label_space: LabelSpa
 
 
 def selection_accuracy(method: Method, labels: Sequence[str], label_space: LabelSpace) -> float | None:
-    """Share of texts whose selected teacher owns the true label, among texts whose label some teacher owns; None: no
+    """Share of texts whose selected teacher owns the true label, among texts that count and whose label some teacher owns; None: no
     selection."""
     truth = label_ids(labels, label_space)
-    known = truth >= 0
+    known = (truth >= 0) & (method.included > 0)
     if method.selected is None or not known.any():
         return None
     return owners(label_space)[method.selected[known], truth[known]].double().mean().item()

@@ -45,7 +45,7 @@ from muka_fast.store import (
 )
 from muka_fast.student import draw_fresh, encoder_fingerprint
 from muka_fast.teachers import DTYPES, settle_forward, some
-from muka_fast.tokenizer import fit_tokenizer, load_tokenizer, token_limit, tokenizer_limit
+from muka_fast.tokenizer import fit_tokenizer, forget_token_types, load_tokenizer, token_limit, tokenizer_limit
 
 if TYPE_CHECKING:
     from muka_fast.config import ScoringOptions
@@ -179,6 +179,7 @@ def load_encoder(
     with checkpoint.loading(f"{what}: transformers cannot load it"):
         model, info = transformers.AutoModel.from_pretrained(folder, dtype=DTYPES[precision], **checkpoint.SAFE_LOADING)
     settle_forward(model)
+    forget_token_types(model, tokenizer)
     fit_tokenizer(model, tokenizer, what)
     fresh = draw_fresh(model, info, num_labels=0, seed=0)
     drawn = {parameter for name, parameter in model.named_parameters() if name in fresh and "pooler" not in name}  # which is not read

@@ -149,6 +149,8 @@ def main(config: PredictConfig) -> int:
     if output is not None and output.suffix.lower() == ".gz":
         way_out = "leave out .gz, or leave out --output and end the command with"
         raise UserError(f"--output {output}: answers are written as plain text; {way_out}: | gzip > {output}")
+    if output is not None and output.suffix.lower() in (".csv", ".tsv", ".parquet"):
+        raise UserError(f"--output {output}: answers are written as JSON lines, not as {output.suffix}: name it .jsonl")
     if output is not None and output.exists():
         if not (config.overwrite and output.is_file()):
             raise UserError(f"--output {output}: is already there; name another file{', or --overwrite it' * output.is_file()}")

@@ -48,6 +48,19 @@ def agree(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
 
 
 @torch.inference_mode()
+def reads_token_types(model: PreTrainedModel) -> bool:
+    """Whether token types of 0 change what a model computes: GPT-2, which has no table of them, takes them for words. False where the
+    weights are not here."""
+    if hasattr(model.config.get_text_config(), "type_vocab_size"):
+        return False
+    if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return False
+    ids, mask = trace_inputs(model, 1, SHORT)
+    without, zeros = (model(input_ids=ids, attention_mask=mask, **more)[0] for more in ({}, {"token_type_ids": torch.zeros_like(ids)}))
+    return bool(without.isfinite().all()) and not agree(zeros, without, model.dtype)
+
+
+@torch.inference_mode()
 def check_padding(model: PreTrainedModel, what: str) -> None:
     """Refuse a head that reads the last column of a batch, which here is padding, and warn where padding changes the logits otherwise.
 

@@ -111,9 +111,10 @@ def supervision_record(
 
 
 def supervision_metrics(method: "Method", labels: list[str] | None, space: "LabelSpace") -> dict[str, Any]:
-    """How good the supervision was, where the texts happen to have labels, and how many of these are classes: what it rests on."""
+    """How good the supervision was, where the texts happen to have labels, and how many of those that count have a class for one: what
+    it rests on."""
     names = set(space.names)
-    known = sum(label in names for label in labels or ())
+    known = 0 if labels is None else sum(label in names for label, counts in zip(labels, method.included, strict=True) if counts > 0)
     if not known:
         return {}
     figures = {

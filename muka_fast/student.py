@@ -17,7 +17,7 @@ from muka_fast.errors import UserError, first_line
 from muka_fast.probe import check_padding
 from muka_fast.seeds import seed_of
 from muka_fast.teachers import settle_forward, some
-from muka_fast.tokenizer import fit_tokenizer, load_tokenizer
+from muka_fast.tokenizer import fit_tokenizer, forget_token_types, load_tokenizer
 
 log = logging.getLogger("muka_fast")
 
@@ -63,6 +63,7 @@ def load_student(
     if random:
         level = logging.INFO if all("pooler" in name for name in random) else logging.WARNING  # a pooler is made anew like the head
         log.log(level, "%s: starts with random weights for %s, which its files do not hold", what, some(random))
+    forget_token_types(model, tokenizer)
     fit_tokenizer(model, tokenizer, what)
     check_padding(model, what)
     return model, tokenizer

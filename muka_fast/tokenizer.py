@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from muka_fast import checkpoint
+from muka_fast import checkpoint, probe
 from muka_fast.errors import UserError, first_line
 
 log = logging.getLogger("muka_fast")
@@ -55,6 +55,13 @@ def settle_tokenizer(
         tokenizer.init_kwargs["split_special_tokens"] = True  # what save_pretrained writes
 
 
+def forget_token_types(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    """Have the tokenizer of a model that is to be trained here, without token types, give none, where they would be words (GPT-2)."""
+    if not hasattr(model.config.get_text_config(), "type_vocab_size"):
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # what save_pretrained writes
+
+
 def fit_tokenizer(
     model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, what: str
 ) -> None:
@@ -96,7 +103,7 @@ def _check_inputs(
         raise UserError(f"{what}: its tokenizer does not take plain text ({first_line(error)}); leave it out") from error
     taken = inspect.signature(model.forward).parameters
     more = [name for name in told if name in taken and name not in ("input_ids", "attention_mask")]
-    more = [name for name in more if name != "token_type_ids" or any(told[name])]
+    more = [name for name in more if name != "token_type_ids" or any(told[name]) or probe.reads_token_types(model)]
     if more:
         raise UserError(
             f"{what}: its tokenizer gives {type(model).__name__} {' and '.join(more)} beside token ids, which this version does not "

@@ -267,7 +267,8 @@ def test_the_command_writes_one_object_per_text_and_overwrites_nothing_unasked(e
     out.write_text("of another run")
     assert cli.main([*words, "--output", str(out), "--overwrite"]) == 0 and out.read_bytes() == before
     assert cli.main([*words, "--output", f"{out}.gz"]) == 2 and "leave out .gz" in capsys.readouterr().err
-    assert not list(tmp_path.glob("*.gz"))
+    assert cli.main([*words, "--output", f"{out}.CSV"]) == 2 and "not as .CSV: name it .jsonl" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.gz")) and not list(tmp_path.glob("*.CSV"))
     assert cli.main([*words, "--output", str(tmp_path), "--overwrite"]) == 2 and "name another" in capsys.readouterr().err
     for read in (tmp_path / "t.jsonl", folder / "config.json"):
         content = read.read_bytes()

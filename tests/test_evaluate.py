@@ -387,6 +387,12 @@ def test_the_entries_of_a_single_teacher_rename_the_true_labels(tmp_path, studen
     assert evaluate(config(student, tmp_path / "data.jsonl", **options))["num_texts"] == 3
 
 
+def test_a_label_that_the_map_takes_away_from_the_model_is_told_so(tmp_path, student, texts, caplog):
+    rows = [(texts[0], NAMES[0]), (texts[1], NAMES[1]), (texts[2], NAMES[1].upper())]
+    evaluate(config(student, write_rows(tmp_path / "d.jsonl", rows), label_map={NAMES[0]: "other"}))
+    assert f"({NAMES[0]}, which --label_map renames 'other', {NAMES[1].upper()}, where the model has '{NAMES[1]}')" in caplog.text
+
+
 @pytest.mark.parametrize("family", ["llama", "roberta"])
 def test_padding_is_told_from_text(family, make_model, make_tokenizer, texts):
     """A decoder's head looks for the last token that is none, RoBERTa counts positions by it."""

@@ -364,7 +364,7 @@ def test_texts_of_a_pool_count_by_the_share_of_their_teachers(power, caplog):
     torch.testing.assert_close(method.loss(student, ROWS), expected * divergence)
     assert method.denominator(ROWS) == 6
     assert ("t0 1.00 (4 texts), t1 1.00 (1 text), t2 1.00 (1 text)" in caplog.text) == (power == 0)
-    assert "is trusted most on no text" not in caplog.text
+    assert "trusted most on no text" not in caplog.text
 
 
 def test_a_teacher_that_no_text_goes_to_is_told(caplog):
@@ -373,8 +373,13 @@ def test_a_teacher_that_no_text_goes_to_is_told(caplog):
     weights[4] *= 0.3  # belongs to nobody
     sup = make_supervision()
     build_method(options("muka-auto"), sup, space_of(sup), None, weights.numpy())
-    assert caplog.text.count("is trusted most on no text") == 1 and "teacher t1 is trusted most on no text" in caplog.text
+    assert caplog.text.count("trusted most on no text") == 1 and "teacher t1: trusted most on no text" in caplog.text
+    build_method(options("muka-auto"), sup, space_of(sup), None, torch.eye(3)[[0] * 7].numpy())
+    assert "teachers t1, t2: trusted most on no text" in caplog.text
     caplog.clear()
+    alike = make_supervision((("a", "b"), ("b", "a")))  # nothing that one knows alone
+    build_method(options("muka-auto"), alike, space_of(alike), None, torch.eye(2)[[0] * 7].numpy())
+    assert "trusted most on no text" not in caplog.text
     sup.logits[:, :3] = 9.0  # vkd would take t0 for every text, but learns from all
     for method in ("uhc", "vkd"):
         build_method(options(method), sup, space_of(sup))
@@ -532,6 +537,10 @@ def test_accuracies_count_only_labels_that_some_teacher_owns():
     assert target_accuracy(build_method(options("uhc"), sup, space), labels, space) is None
     assert selection_accuracy(build_method(options("uhc"), sup, space), labels, space) is None
     assert target_accuracy(vkd, ["?"] * 4, space) is None
+    vkd._leave_out(torch.tensor([False, False, True, False]), "belong to nobody")
+    assert target_accuracy(vkd, labels, space) == 1.0
+    figures = {"selection_accuracy": 1.0, "target_accuracy": 1.0, "num_labelled_texts": 2}
+    assert runinfo.supervision_metrics(vkd, labels, space) == figures
     assert owners(space).tolist() == [[True, True, False], [False, True, True]]
 
 

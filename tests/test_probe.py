@@ -7,6 +7,7 @@ import transformers
 from muka_fast import Predictor
 from muka_fast.errors import UserError
 from muka_fast.evaluate import load_model
+from muka_fast.export import Card, save_student
 from muka_fast.probe import check_padding, trace_inputs
 from muka_fast.student import load_student
 from muka_fast.teachers import load_teacher
@@ -90,6 +91,20 @@ def test_a_tokenizer_that_tells_more_than_ids_is_refused(make_model, tokenizer):
         check_tokenizer(model, Segments(token_type_ids=[2, 0, 0]), "teacher x")
     with pytest.raises(UserError, match="position_ids beside token ids"):
         check_tokenizer(model, Segments(position_ids=[0, 1, 2]), "teacher x")
+
+
+def test_token_types_of_0_are_refused_where_they_change_the_answer(tmp_path, make_tokenizer):
+    """GPT-2 takes them for words; its Chinese models have BERT's tokenizer. A student is trained without them, and says so."""
+    tokenizer = make_tokenizer("bert")
+    saved(tmp_path, "GPT2", tokenizer, **SIZES, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)
+    assert "token_type_ids" in tokenizer("a")
+    for role in ("teacher", "--model"):
+        with pytest.raises(UserError, match="its tokenizer gives GPT2ForSequenceClassification token_type_ids beside token ids"):
+            ROLES[role](tmp_path)
+    model, student = ROLES["student"](tmp_path)
+    save_student(model, student, tmp_path / "out", ["a", "b"], Card("merged"))
+    assert list(transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("a")) == ["input_ids", "attention_mask"]
+    ROLES["teacher"](tmp_path / "out")
 
 
 def test_a_tokenizer_of_something_else_than_plain_text_is_refused(make_model):
