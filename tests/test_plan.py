@@ -209,7 +209,8 @@ def test_plan_reads_configurations_alone_and_prints_json(make_teacher, student, 
     capsys.readouterr()  # what DeepSpeed says when it is first imported, and not through main
     assert main([*words, "--flops", "1e9", "--gpus", "2"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["student"]["classes"] == 5 and [teacher["name"] for teacher in found["teachers"]] == ["abc", "cde"]
+    assert found["student"]["classes"] == 5
+    assert [(teacher["name"], teacher["classes"]) for teacher in found["teachers"]] == [("abc", 3), ("cde", 3)]
     assert [row["stage"] for row in found["memory"]] == ["0", "1", "2", "3", "3 offload"]
     assert found["disk"]["student"] == 4 * found["student"]["parameters"]
     step = cost.footprint(transformers.AutoConfig.from_pretrained(student, num_labels=5), 1, 128, "bf16", "x").forward_flops
@@ -467,6 +468,11 @@ def test_memory_of_a_gpu_is_in_gib():
     options = PlanConfig(teachers=["t"], student="s", num_texts=1, gpu="a10")
     fits = [plan.memory(cost.Footprint(gb * 10**9 // 16, 10, 1, 7, 3), options)[0]["fits"] for gb in (25, 26)]
     assert fits == [True, False]  # 24 GiB
+
+
+def test_every_gpu_is_faster_in_half_precision_than_in_fp32():
+    assert all(full < half for _, half, full in plan.GPUS.values())
+    assert plan.GPUS["h100"][1:] == plan.GPUS["h200"][1:]  # the same chip
 
 
 def test_tables_show_each_figure_in_its_column(planned, capsys):
