@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from muka_fast import probe, trunk
+from muka_fast import packed, preln, probe, trunk
 from muka_fast.errors import UserError
+from muka_fast.first_token import covered_calls
 from muka_fast.ops.reference import mc_statistics_ref
 from muka_fast.pooled import head_input, pool
 from muka_fast.postln import PostLayerNormEncoder
@@ -284,6 +285,29 @@ def test_a_fast_form_that_computes_something_else_is_not_used(stochastic, batch,
         teacher = stochastic("bert", "last:1")
     assert teacher.fast is None and "teacher news: its fast form differs from the model" in caplog.text
     check(teacher, *batch("bert"))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_one_query_of_a_last_layer_that_sees_all_has_a_kernel_of_its_own(family, stochastic, batch, monkeypatch):
+    teacher, alone, asked = stochastic(family, "last:1", mc_dropout_p=0.2), packed.one_query_attention, []
+    monkeypatch.setattr(packed, "one_query_attention", lambda query, *rest: asked.append(len(query)) or alone(query, *rest))
+    teacher.launch(*batch(family), EXAMPLE_IDS)
+    assert asked == [TEXTS]
+
+
+def test_a_causal_model_of_an_encoders_family_is_not_covered(stochastic, batch, caplog):
+    with caplog.at_level(logging.WARNING, "muka_fast"):
+        teacher = stochastic("bert", "last:1", is_decoder=True)
+    assert teacher.fast is None and "fast form" not in caplog.text and not covered_calls(teacher.model)
+    check(teacher, *batch("bert"))
+
+
+def test_rotation_rounds_once():
+    """As in fp32, which transformers' in 16 bits is not."""
+    angles = torch.rand(5, 8) * 7
+    x, cos, sin = torch.randn(5, 16), angles.cos(), angles.sin()
+    halves = preln._rotate(x.bfloat16(), cos, sin)
+    torch.testing.assert_close(halves, preln._rotate(x.bfloat16().float(), cos, sin).bfloat16(), atol=0, rtol=0)
 
 
 def test_attention_of_another_kind_is_refused(stochastic, monkeypatch):
