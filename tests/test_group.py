@@ -9,6 +9,9 @@ import pytest
 from group_targets import die_while_handing_over, exit_codes, join_beside_others, leave_alone, refused_alone
 from launch import launcher_variables
 
+from muka_fast import group
+from muka_fast.errors import UserError
+
 OWN_NETWORK = ["unshare", "--map-root-user", "--net"]
 
 
@@ -58,3 +61,20 @@ def test_a_fault_in_one_process_ends_another_one_that_is_busy(capfd):
     assert exit_codes(leave_alone, [(own, False) for own in launcher_variables(2)]) == [1, 1]
     told = capfd.readouterr().err
     assert "ArithmeticError: of process 1" in told and "another process of this job has failed or is gone: stopping" in told
+
+
+def test_what_differs_between_processes_is_told_by_its_dotted_name_with_both_values(monkeypatch):
+    first = {"seed": 0, "zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}, "optimizer": {"stage": 1}}
+    offload = {"stage": 2, "offload_param": {"device": "nvme"}}
+    differing = [
+        (first | {"zero_optimization": offload}, "zero_optimization.offload_param.device nvme instead of cpu"),
+        (first | {"scheduler": {"type": "OneCycle"}}, "scheduler.type OneCycle instead of None"),
+        ({name: first[name] for name in ("zero_optimization", "optimizer")}, "seed None instead of 0"),
+    ]
+    monkeypatch.setattr(group.torch.distributed, "get_rank", lambda: 0)
+    for other, told in differing:
+        monkeypatch.setattr(group, "gather", lambda mine, other=other: [mine, mine, group.flat(other)])
+        with pytest.raises(UserError, match=rf"^process 2 was given other options than process 0 \({told}\): start"):
+            group.check_alike(first)
+    monkeypatch.setattr(group, "gather", lambda mine: [mine, mine])
+    group.check_alike(first)
