@@ -259,6 +259,21 @@ def test_what_a_ds_config_says_goes_before_a_file_that_it_is_given_beside(tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("option", "theirs"),
+    [
+        ("max_grad_norm", {"gradient_clipping": 0.5}),
+        ("weight_decay", {"optimizer": {"params": {"weight_decay": 0.5}}}),
+        ("learning_rate", {"optimizer": {"params": {"lr": 0.5}}}),
+        ("learning_rate", {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.5}}}),
+    ],
+)
+def test_so_it_does_about_each_option_that_it_may_say_as_well(option, theirs, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"{option}: 1\n")
+    _, settled = prepare_ds_config(theirs, load_config(RunConfig, tmp_path / "run.yaml", {"ds_config": theirs}), 1)
+    assert getattr(settled, option) == 0.5
+
+
+@pytest.mark.parametrize(
     ("ours", "theirs", "trained"),
     [
         ("bf16", {"fp16": {"enabled": True}}, "fp16"),

@@ -110,6 +110,17 @@ def test_doubt_keeps_its_digits_where_classes_are_narrow(spread):
 
 
 @pytest.mark.filterwarnings("error")  # scikit-learn's, of a fit that does not converge
+@pytest.mark.parametrize("count", [6, 60])
+def test_no_other_slope_fits_the_ranks_better(count):
+    """However few the texts: nothing draws it to zero."""
+    distance = np.random.default_rng(count).standard_normal(count) * 5
+    told = ranks(distance + np.arange(count) % 3)
+    m, d, a, c = logistic_scale(distance, told)
+    x = np.arcsinh((distance - m) / d)
+    left = told - 1 / (1 + np.exp(-(a * x + c)))
+    assert a > 0.1 and abs(left.sum()) < 1e-5 and abs(left @ x) < 1e-5
+
+
 def test_ranks_that_fall_with_the_distance_give_one_doubt_for_all():
     distance = np.linspace(-3, 5, 40)
     for values, told in itertools.product((distance, distance**3), (ranks(-distance), np.full(40, 0.3), np.full(40, 0.5))):

@@ -78,3 +78,15 @@ def test_what_differs_between_processes_is_told_by_its_dotted_name_with_both_val
             group.check_alike(first)
     monkeypatch.setattr(group, "gather", lambda mine: [mine, mine])
     group.check_alike(first)
+
+
+def test_of_processes_that_fail_the_first_one_tells_why(monkeypatch):
+    monkeypatch.setattr(group.torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(group, "gather", lambda mine: [False, True, True, mine])
+    for rank, ends in ((1, UserError), (2, SystemExit)):
+        monkeypatch.setattr(group.torch.distributed, "get_rank", lambda rank=rank: rank)
+        with pytest.raises(ends, match="no such file" if ends is UserError else "^2$"), group.told_once():
+            raise UserError("no such file")
+    monkeypatch.setattr(group.torch.distributed, "get_rank", lambda: 0)
+    with pytest.raises(SystemExit, match=r"^2$"), group.told_once():
+        pass

@@ -309,6 +309,18 @@ def test_an_older_file_in_the_place_of_one_that_was_read_is_another(go, world, t
         go("run", resume=True, **own)
 
 
+def test_a_file_of_the_same_size_and_time_in_the_place_of_one_that_was_read_is_another(tmp_path):
+    mine, other = tmp_path / "mine.txt", tmp_path / "other.txt"
+    for path, text in ((mine, "ab"), (other, "cd")):
+        path.write_text(text)
+        os.utime(path, ns=(10**18, 10**18))
+    config = RunConfig(texts=str(mine))
+    before = identity.input_files(config)
+    assert identity.input_files(config) == before
+    os.replace(other, mine)
+    assert identity.input_files(config) != before
+
+
 def test_a_pattern_that_matches_fewer_files_is_another(go, world, tmp_path):
     rows = (world / "texts.jsonl").read_text().splitlines(keepends=True)
     for name, part in (("a", rows[:40]), ("b", rows[40:])):
