@@ -185,6 +185,8 @@ def test_scores_are_those_of_the_first_passes_of_an_exact_run(tmp_path, folders,
         rows = sup.num_samples == count
         for name in (*COLUMNS, *PER_TEACHER):
             torch.testing.assert_close(getattr(sup, name)[rows], getattr(exact, name)[rows], atol=1e-5, rtol=0)
+    sites = [[entry["sites"] for entry in read_manifest(tmp_path / name)["teachers"].values()] for name in ("s", "exact4")]
+    assert sites[0] == sites[1] and all(sites[0])
     assert "saves nothing" not in caplog.text
     summary = sampling_summary(sup.num_samples, 12)
     assert summary["mean_samples"] == pytest.approx(sup.num_samples.double().mean().item())
@@ -205,6 +207,15 @@ def test_no_layout_of_the_run_changes_the_scores(tmp_path, folders, pool, monkey
     monkeypatch.setattr(scoring, "replica_budget_bytes", lambda device: 5 * 4 * 12 * 7)  # five texts at a time
     same(base, fill_store(tmp_path / "alone", folders, pool, options()))
     assert len(loads) > 3
+
+
+@pytest.mark.parametrize(("lacking", "often"), [(0, False), (1, True)])
+def test_teachers_stay_loaded_where_all_of_them_fit(lacking, often, tmp_path, folders, pool, monkeypatch):
+    loads, load, together = [], supervision.load_teacher, sum(supervision.weight_bytes(path, torch.float32) for path in folders)
+    monkeypatch.setattr(supervision, "load_teacher", lambda path, **more: loads.append(path) or load(path, **more))
+    monkeypatch.setattr(supervision, "teacher_budget_bytes", lambda device: together - lacking)
+    fill_store(tmp_path / "s", folders, pool, options(mc_samples=4, shard_size=24))
+    assert (len(loads) > 3) is often
 
 
 def test_a_killed_run_continues_and_a_damaged_shard_is_computed_again(tmp_path, folders, pool, monkeypatch, caplog):
