@@ -325,6 +325,16 @@ def test_what_is_compared_for_that_is_attention_as_masks_need_it(make_model, mon
     torch.testing.assert_close(split.run_eagerly(ids, torch.ones_like(ids)), plain)
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_above_the_first_layer_nothing_is_embedded(family, make_model, monkeypatch):
+    split = ModelSplit(make_model(family, "abc"))
+    ids = torch.tensor([[5, 7, 9], [5, 8, 6]])
+    mask = torch.ones_like(ids)
+    plain, hidden = split.run(ids, mask), split.run(ids, mask, stop=1)
+    monkeypatch.setattr(torch.nn.functional, "embedding", None)
+    torch.testing.assert_close(split.run(ids, mask, start=1, hidden=hidden), plain)
+
+
 def test_trunk_of_another_teacher_is_taken_up(stochastic, batch):
     ids, mask = batch("bert")
     low, high = stochastic("bert", "last:2"), stochastic("bert", "last:1")
