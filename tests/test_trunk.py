@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from muka_fast import packed, preln, probe, trunk
+from muka_fast import intercept, packed, preln, probe, trunk
 from muka_fast.errors import UserError
 from muka_fast.first_token import covered_calls
 from muka_fast.ops.reference import mc_statistics_ref
 from muka_fast.pooled import head_input, pool
 from muka_fast.postln import PostLayerNormEncoder
 from muka_fast.sites import Masks
-from muka_fast.split import ModelSplit
+from muka_fast.split import ModelSplit, _Eager
 from muka_fast.teachers import Teacher
 from muka_fast.trunk import StochasticTeacher
 
@@ -28,6 +28,7 @@ VARIANTS = {
     "modernbert": {"classifier_pooling": "mean"},
     "modernbert bias": {"classifier_pooling": "cls", "attention_bias": True, "local_attention": 4, "mlp_bias": True},
     "albert": {"num_hidden_groups": 3, "inner_group_num": 2},
+    "albert once": {"num_hidden_groups": 1, "inner_group_num": 2},
     "llama": {"attention_bias": True, "num_key_value_heads": 4, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
     "qwen3": {"head_dim": 8, "num_key_value_heads": 1},
     "mistral": {"sliding_window": 4},
@@ -36,7 +37,7 @@ VARIANTS = {
     "bert": {"hidden_act": "relu", "num_attention_heads": 2},
 }
 # Those without a fast form: groups of several layers, angles that depend on the longest text, a head that reads every token.
-NOT_COVERED = ("deberta-v2", "albert", "llama", "modernbert")
+NOT_COVERED = ("deberta-v2", "albert", "albert once", "llama", "modernbert")
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -314,6 +315,19 @@ def test_attention_of_another_kind_is_refused(stochastic, monkeypatch):
     monkeypatch.setattr(ModelSplit, "run_eagerly", lambda self, ids, mask: torch.zeros(len(ids), 3))
     with pytest.raises(UserError, match="attention of BertForSequenceClassification"):
         stochastic("bert", "all")
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_attention_with_its_probabilities_in_memory_is_pytorchs(kind):
+    query, key, value = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    seen = torch.rand(2, 1, 3, 5) < 0.7
+    seen[..., 0] = True
+    mask = seen if kind is torch.bool else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(kind).min)
+    plain = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+    module = torch.nn.Identity()
+    for handler in (None, _Eager()):
+        found, _ = intercept.attention(module, query, key, value, mask, handler=handler)
+        torch.testing.assert_close(found.transpose(1, 2), plain)
 
 
 def test_what_is_compared_for_that_is_attention_as_masks_need_it(make_model, monkeypatch):
