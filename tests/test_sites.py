@@ -274,6 +274,15 @@ def test_a_forward_that_somebody_put_on_a_dropout_stays(make_model):
     assert vars(model.dropout)["forward"] is mine
 
 
+def test_a_patch_inside_another_gives_back_to_it():
+    module = torch.nn.Identity()
+    with intercept_module.patched(module, lambda original, x: original(x) + 1):
+        with intercept_module.patched(module, lambda original, x: original(x) * 2):
+            assert module(3) == 8
+        assert module(3) == 4
+    assert module(3) == 3 and "forward" not in vars(module)
+
+
 def test_every_element_of_a_shared_table_has_a_number_of_its_own():
     owner, site = Owner(), Site(4, "drop", 0, "shared", 0.1, 0, 2)
     masked = Masks(owner, [site], {4: 0.4}, SEED, torch.tensor([1]), 1, 5).apply(owner.drop, torch.ones(7, 6), 0.1)
