@@ -376,6 +376,27 @@ def test_samples_may_come_in_waves_and_for_some_of_the_texts(family, scope, stoc
         torch.testing.assert_close(at_once[0], teacher.model(input_ids=ids, attention_mask=mask).logits, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["bert", "deberta-v2"])
+def test_a_wave_may_be_cut_into_unequal_parts(family, stochastic, batch, monkeypatch):
+    teacher = stochastic(family, "all")
+    trunk = teacher.trunk(teacher.texts(*batch(family), EXAMPLE_IDS))
+    whole, _ = teacher.passes(trunk, 2, 4)
+    monkeypatch.setattr(teacher, "_samples_at_once", lambda *shape: 3)
+    parts, _ = teacher.passes(trunk, 2, 4)
+    assert len(whole) == 4
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
+
+
+def test_as_many_texts_run_at_a_time_as_have_memory_for_all_their_replicas(stochastic, batch, monkeypatch):
+    teacher = stochastic("bert", "all")
+    trunk = teacher.trunk(teacher.texts(*batch("bert"), EXAMPLE_IDS))
+    memory, tail, sizes = 2 * (K + 1) * teacher._replica_bytes(trunk.packed.longest), teacher.fast.tail, []
+    monkeypatch.setattr(teacher, "_budget", lambda: memory)
+    monkeypatch.setattr(teacher.fast, "tail", lambda x, layer, part: sizes.append(len(part.packed.lengths)) or tail(x, layer, part))
+    teacher.sample_logits(trunk, 0, K, plain=True)
+    assert sizes == [2, 2, 2]
+
+
 @pytest.mark.parametrize("scope", ["all", "last:1"])
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_text_that_ends_with_the_padding_token(decoder, scope, stochastic, batch):
