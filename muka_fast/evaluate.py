@@ -39,14 +39,16 @@ ECE_BINS = 15
 
 
 def load_model(
-    source: str | Path, device: str = "cpu"
+    source: str | Path, device: str = "cpu", role: str = "--model"
 ) -> tuple["transformers.PreTrainedModel", "transformers.PreTrainedTokenizerBase", list[str]]:
     """A classifier folder (or hub name, or LoRA adapter): model in eval mode, tokenizer, label names in logit order.
 
+    role: what messages call it.
+
     Raises UserError for every fault that a teacher would be refused for.
     """
-    what = f"--model {source}"
-    model, tokenizer, labels = open_classifier(checkpoint.resolve_folder(source, "--model"), what, device)
+    what = f"{role} {source}"
+    model, tokenizer, labels = open_classifier(checkpoint.resolve_folder(source, role), what, device)
     check_padding(model, what)
     return model, tokenizer, labels
 

@@ -30,7 +30,7 @@ def doubt_targets(config: RunConfig, sup: Supervision) -> np.ndarray | None:
 def fit_head(config: RunConfig, output: Path, texts: TextSet, doubt: np.ndarray, method: Method) -> UncertaintyHead:
     """The uncertainty head of the exported student, loaded as anybody would load it, from at most SAMPLE of the texts."""
     rows = sample_rows(texts.example_ids, config.seed, SAMPLE)
-    model, tokenizer, names = load_model(output, device_of(config.device))
+    model, tokenizer, names = load_model(output, device_of(config.device), "exported student")
     tokens = tokenize(tokenizer, [texts.texts[row] for row in rows], min(config.max_length, token_limit(model, tokenizer)))
     options = {"token_budget": config.token_budget, "forward": with_features(model), "example_ids": texts.example_ids[rows]}
     with progress(len(rows), "uncertainty head") as bar:

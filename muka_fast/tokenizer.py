@@ -57,7 +57,7 @@ def settle_tokenizer(
 
 def forget_token_types(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
     """Have the tokenizer of a model that is to be trained here, without token types, give none, where they would be words (GPT-2)."""
-    if not hasattr(model.config.get_text_config(), "type_vocab_size"):
+    if "token_type_ids" in tokenizer.model_input_names and not hasattr(model.config.get_text_config(), "type_vocab_size"):
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
         tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # what save_pretrained writes
 

@@ -17,6 +17,7 @@ ROLES = {
     "teacher": lambda folder: load_teacher(folder, run_seed=0),
     "student": lambda folder: load_student(folder, ["a", "b"], 0, {"zero_optimization": {"stage": 0}}),
     "--model": load_model,
+    "exported student": lambda folder: load_model(folder, role="exported student"),
 }
 SIZES = {"num_labels": 2, "pad_token_id": 0, "vocab_size": 500}
 XLNET = {"d_model": 16, "n_layer": 1, "n_head": 4, "d_inner": 32, **SIZES}
