@@ -45,10 +45,14 @@ def test_the_measure_may_be_for_something_else(more, caplog):
 
 
 @pytest.mark.parametrize(
-    ("texts", "teachers", "told"), [(15, 1, "only one teacher (t0)"), (14, 1, "14 texts are few for 3 classes"), (15, 2, "")]
-)
-def test_few_texts_and_a_teacher_alone_are_told(texts, teachers, told, tmp_path, caplog):
-    (tmp_path / "t.txt").write_text("text\n" * texts)
+    ("texts", "different", "teachers", "told"),
+    [
+        (15, 15, 1, "only one teacher (t0)"), (14, 14, 1, "14 texts are few for 3 classes"), (15, 15, 2, ""), (20, 15, 2, ""),
+        (20, 14, 2, "20 texts, of which 14 are different, are few for 3 classes"),
+    ],
+)  # fmt: skip
+def test_few_texts_and_a_teacher_alone_are_told(texts, different, teachers, told, tmp_path, caplog):
+    (tmp_path / "t.txt").write_text("".join(f"text {i % different}\n" for i in range(texts)))
     space = build_label_space([(f"t{i}", ["a", "b", "c"]) for i in range(teachers)])
     tell_of_little(RunConfig(store="store"), space, read_texts(tmp_path / "t.txt"))
     assert told in caplog.text and bool(caplog.records) == bool(told)
