@@ -136,17 +136,23 @@ def prepare_ds_config(
     for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_params", "offload_param")):
         if zero.pop(old, False) is True:
             zero.setdefault(new, {"device": "cpu"})
+    drop_idle(ds, name)
+    if "offload_optimizer" in zero or "offload_param" in zero:
+        # We hand over torch's fused AdamW; DeepSpeed's own CPU Adam would be compiled at the first run.
+        ds.setdefault("zero_force_ds_cpu_optimizer", False)
+    ds.setdefault("timers", {"throughput": {"enabled": False}})  # its own would make every step wait for the device
+    return ds, config
+
+
+def drop_idle(ds: dict[str, Any], name: str) -> None:
+    """Tell of parts that do nothing; `checkpoint`, which DeepSpeed would obey in checkpoints of its own, goes."""
+    zero = ds["zero_optimization"]
     for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
         given = zero.get(part)  # what is no object DeepSpeed refuses
         if isinstance(given, dict) and given.get("device") not in (None, "none") and zero["stage"] < least:
             log.warning("%s: zero_optimization.%s does nothing below stage %d", name, part, least)
     if ds.pop("checkpoint", None) is not None:
         log.warning("%s: 'checkpoint' does nothing here: checkpoints are ours (--save_every)", name)
-    if "offload_optimizer" in zero or "offload_param" in zero:
-        # We hand over torch's fused AdamW; DeepSpeed's own CPU Adam would be compiled at the first run.
-        ds.setdefault("zero_force_ds_cpu_optimizer", False)
-    ds.setdefault("timers", {"throughput": {"enabled": False}})  # its own would make every step wait for the device
-    return ds, config
 
 
 def optimizer_params(given: Any, name: str) -> dict[str, Any]:

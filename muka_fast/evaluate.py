@@ -209,7 +209,7 @@ def teacher_blocks(folder: Path) -> list[dict[str, Any]]:
 
     Empty for a model that is no student of ours, or whose run.json says nothing about them.
     """
-    teachers = _record(folder / "run.json").get("teachers")
+    teachers = _record(folder / "run.json", "of the teachers' labels").get("teachers")
     found = [t for t in teachers if isinstance(t, dict)] if isinstance(teachers, list) else []
     return [
         {"name": str(t["name"]), "labels": t["labels"], "own_labels": t.get("own_labels", [])}
@@ -227,21 +227,21 @@ def kept_length(
     if given is not None:
         return cut_length(given, limit, f"model {folder}")
     for name, section in (("run.json", "config"), ("teach.json", "options")):
-        options = _record(folder / name).get(section)
+        options = _record(folder / name, "of --max_length").get(section)
         length = options.get("max_length") if isinstance(options, dict) else None
         if isinstance(length, int) and length > 0:
             return min(length, limit)
     return min(128, limit)
 
 
-def _record(path: Path) -> dict[str, Any]:
-    """What a run wrote about itself; {} where there is no such file, or it is damaged, which is told."""
+def _record(path: Path, part: str) -> dict[str, Any]:
+    """What a run wrote about itself; {} where there is no such file, or it is damaged, which is told. part: what is looked up."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        log.warning("%s cannot be read (%s): what it says of --max_length and labels is not heeded", path, error)
+        log.warning("%s cannot be read (%s): what it says %s is not heeded", path, error, part)
         return {}
     return content if isinstance(content, dict) else {}
 

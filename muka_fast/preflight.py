@@ -19,7 +19,6 @@ from muka_fast.teachers import check_teachers, teacher_names
 
 log = logging.getLogger("muka_fast")
 FEW_TEXTS = 5  # a class
-LOOKED_AT = 1_000_000  # texts, for repetitions
 
 
 def check_options(config: RunConfig) -> None:
@@ -100,11 +99,14 @@ def tell_of_little(config: RunConfig, space: LabelSpace, texts: TextSet) -> None
     """Warn of a single teacher, and of too few texts to learn from."""
     if len(space.teacher_names) == 1:
         log.warning("only one teacher (%s): this is plain distillation, there is nothing to select between", space.teacher_names[0])
-    different = len(set(texts.texts[:LOOKED_AT]))
-    if different < FEW_TEXTS * space.num_classes:
-        repeated = f", of which {different} are different," if different < len(texts) else ""
-        told = texts.source, len(texts), repeated, space.num_classes
-        log.warning("%s: %d texts%s are few for %d classes, of which each should have some tens", *told)
+    different = set[str]()
+    for text in texts.texts:
+        different.add(text)
+        if len(different) == FEW_TEXTS * space.num_classes:
+            return
+    repeated = f", of which {len(different)} are different," if len(different) < len(texts) else ""
+    told = texts.source, len(texts), repeated, space.num_classes
+    log.warning("%s: %d texts%s are few for %d classes, of which each should have some tens", *told)
 
 
 def read_eval(config: RunConfig) -> TextSet:
