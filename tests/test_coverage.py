@@ -68,6 +68,17 @@ def o_nobody(sup, rule, neutral):
     return np.array(r)
 
 
+def test_that_nothing_is_left_out_is_said_only_where_it_was_looked_at(caplog):
+    caplog.set_level("INFO", logger="muka_fast")
+    for n, foreign, told in ((300, 0.25, ""), (300, 0.0, "no text is left out"), (2 * FEWEST, 0.0, "nothing is left out")):
+        caplog.clear()
+        sup, neutral, _ = foreign_pool(n, foreign)
+        _, found = weights_of(sup, neutral)
+        assert (found > 0.5).any() == (told == "")
+        assert told in caplog.text and ("left out" in caplog.text) is bool(told)
+        assert caplog.text.count("left out") <= 1
+
+
 @pytest.mark.parametrize("mc", [True, False])
 def test_weights_are_those_of_the_definition(mc):
     sup, neutral, _ = foreign_pool(110, seed=2, mc=mc)

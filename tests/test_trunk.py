@@ -1,10 +1,12 @@
 """Stochastic teachers: trunk and tail equal the unsplit model, whatever the batch, order, padding or memory budget."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from muka_fast import intercept, packed, preln, probe, trunk
 from muka_fast.errors import UserError
@@ -227,6 +229,24 @@ def test_a_head_with_a_layer_behind_its_dropout_is_not_fused(stochastic, batch):
 
 def test_which_families_have_a_fast_form(family, stochastic):
     assert (stochastic(family, "last:1").fast is None) == (family == "deberta-v2")
+
+
+def test_where_all_see_all_there_is_no_table_of_who_does(stochastic):
+    """Of 8192 tokens it would take a gigabyte."""
+
+    class Largest(TorchDispatchMode):
+        most = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.most = max(self.most, out.numel())
+            return out
+
+    teacher = stochastic("modernbert", "last:1", global_attn_every_n_layers=1)
+    with Largest() as seen:
+        context = teacher.fast.context(SimpleNamespace(longest=500, device=torch.device("cpu")))
+    assert list(context) == ["full_attention"] and context["full_attention"][2](0, 500, 500) is None
+    assert 500 <= seen.most < 500 * 500
 
 
 def test_generic_form(family, stochastic, batch, monkeypatch):
